@@ -1,0 +1,496 @@
+"""Statistics of the inputs of every projection, for thresholds: checkpoint + text -> calibration.safetensors.
+
+    python calibrate.py --data c4                                  # the default model on a shard of C4 (fetched)
+    python calibrate.py --checkpoint_path DIR --data a.txt b.jsonl # documents joined, cut into windows of 2048 tokens
+    python calibrate.py --plot distributions.png                   # no --data: the model writes its own text
+    python calibrate.py --teal_histograms histograms/ --output teal.safetensors     # TEAL's published ones, no model
+
+One pass over the text, dense, in the dtype of the run. Four inputs a block are looked at (q, k, v share one, gate and
+up another); for each the distributions of x, of |x| and, projection by projection, of |x_i| * ||W_:,i||_2 are counted.
+The counts take 3.9 MB a block on the model's device whatever the text's length (315 MB for a 70B model), the results
+0.4 MB to 1 MB a block.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from convert_hf_checkpoint import atomic_write, resolve_checkpoint
+from model import fingerprint
+from sparse_model import PROJECTIONS, SparseProjection, SparseTransformer
+from tokenizer import load_tokenizer
+
+STATISTICS_NAME = "calibration.safetensors"  # beside the checkpoint it belongs to
+FORMAT = "activation statistics 1"
+SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+SITE_OF = {projection: site for site, projections in SITES.items() for projection in projections}
+LEVELS = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WINDOW, MIN_WINDOW = 2048, 256
+OWN_TOKENS, OWN_ROW, OWN_ROWS = 8192, 128, 64  # of self-written text: tokens, tokens a row, rows at once
+
+# Histogram bins: float32 bit patterns rounded to 9 mantissa bits, 512 bins an octave from 2^-40 to 2^24. Values of a
+# shorter dtype lie in the middle of a bin, so an interpolated quantile is above or below them without bias.
+SHIFT = 14
+FIRST, LAST = (127 - 40) << 9, (127 + 24) << 9
+
+
+def bit_histogram(x: Tensor) -> Tensor:
+    """Counts of x (float32, any shape) in the bins of `bin_edges`, [2, bins], int64: row 0 is x >= 0, row 1 x < 0."""
+    key = (x.view(torch.int32).flatten() + (1 << SHIFT >> 1) >> SHIFT) & ((1 << 18) - 1)
+    counts = torch.bincount(key, minlength=1 << 18).view(2, -1)
+    ends = [counts[:, 1:FIRST].sum(1, keepdim=True), counts[:, LAST:].sum(1, keepdim=True)]
+    return torch.cat([counts[:, :1], ends[0], counts[:, FIRST:LAST], ends[1]], dim=1)
+
+
+def bin_edges() -> np.ndarray:
+    """Edges of the bins of |x|, float64: exact zeros, underflow, 64 octaves, overflow (taken to reach one octave)."""
+    bits = (np.arange(FIRST, LAST + 1, dtype=np.int32) << SHIFT) - (1 << SHIFT >> 1)
+    edges = bits.view(np.float32).astype(np.float64)
+    return np.concatenate([[0.0, 0.0], edges, [2 * edges[-1]]])
+
+
+def quantiles(counts: np.ndarray, edges: np.ndarray) -> Tensor:
+    """Values below which a share LEVELS of the counts lies (from the least to the greatest), float32 [1001]."""
+    used = np.flatnonzero(counts)
+    counts, edges = counts[used[0] : used[-1] + 1], edges[used[0] : used[-1] + 2]
+    cumulative = np.concatenate([[0.0], np.cumsum(counts, dtype=np.float64) / counts.sum()])
+    return torch.from_numpy(np.interp(LEVELS, cumulative, edges)).float()
+
+
+class Recorder:
+    """Counts and sums of one SparseProjection's inputs; works as its forward_pre_hook."""
+
+    def __init__(self, module: SparseProjection):
+        device, n_in = module.weight.device, module.weight.shape[0]
+        self.projections, self.norms = list(module.segments), module.column_norms()
+        self.counts = torch.zeros(2, LAST - FIRST + 3, dtype=torch.int64, device=device)
+        self.weighted = torch.zeros(len(self.projections), LAST - FIRST + 3, dtype=torch.int64, device=device)
+        self.powers = torch.zeros(4, n_in, dtype=torch.float64, device=device)  # sums of x, x^2, x^3, x^4
+        self.seen = 0
+
+    def __call__(self, module: SparseProjection, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2).float()  # [tokens, in]
+        square = x * x
+        for sums, power in zip(self.powers, (x, square, square * x, square * square), strict=True):
+            sums += power.sum(0, dtype=torch.float64)
+        self.counts += bit_histogram(x)
+        for counts, norms in zip(self.weighted, self.norms, strict=True):
+            counts += bit_histogram(x * norms).sum(0)
+        self.seen += len(x)
+
+    def results(self) -> dict[str, Tensor]:
+        """What `Statistics` holds of this input, by "<site or projection>.<name>"."""
+        channel = self.powers.cpu() / self.seen
+        m1, m2, m3, m4 = channel.mean(1)
+        variance = m2 - m1**2
+        kurtosis = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2
+        site, edges, counts = SITE_OF[self.projections[0]], bin_edges(), self.counts.cpu().numpy()
+        found = {
+            f"{site}.signed": quantiles(
+                np.concatenate([counts[1, ::-1], counts[0]]), np.concatenate([-edges[:0:-1], edges])
+            ),
+            f"{site}.magnitude": quantiles(counts.sum(0), edges),
+            f"{site}.channel_mean": channel[0].float(),
+            f"{site}.channel_second_moment": channel[1].float(),
+            f"{site}.pooled": torch.stack([m1, variance.sqrt(), kurtosis]).float(),
+        }
+        for projection, weighted, norms in zip(self.projections, self.weighted, self.norms, strict=True):
+            found[f"{projection}.weighted"] = quantiles(weighted.cpu().numpy(), edges)
+            found[f"{projection}.column_norms"] = norms.cpu()
+        return found
+
+
+@torch.no_grad()
+def collect(model: SparseTransformer, tokens: Tensor) -> "Statistics":
+    """Runs the model densely over tokens [N, T] (int64, T > 1), a few windows at a time, and records its inputs.
+
+    Raises:
+        ValueError: an input is not finite (float16 overflows in some models).
+    """
+    assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
+    recorders = [Recorder(module) for module in model.projections]
+    pairs = zip(model.projections, recorders, strict=True)
+    hooks = [module.register_forward_pre_hook(recorder) for module, recorder in pairs]
+    try:
+        with tqdm(total=tokens.numel(), desc="calibrating", unit="tok") as progress:
+            for windows in tokens.split(max(1, WINDOW // tokens.shape[1])):
+                model(windows.to(recorders[0].powers.device), num_logits=1)
+                progress.update(windows.numel())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tensors = {}
+    for i, recorder in enumerate(recorders):
+        if not recorder.powers.isfinite().all():
+            raise ValueError(f"inputs of layer {i // 4} are not finite; calibrate in another --precision")
+        tensors |= {f"{i // 4}.{name}": tensor for name, tensor in recorder.results().items()}
+    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
+
+
+class Statistics:
+    """Distributions of the inputs of a model's projections, by layer and projection (q k v o gate up down).
+
+    Attributes:
+        tensors: by "<layer>.<site or projection>.<name>"; see `Recorder.results` and `teal_statistics`.
+        metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
+        self.tensors, self.metadata = tensors, metadata
+        self.n_layer = 1 + max(int(name.split(".")[0]) for name in tensors)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """`model.fingerprint` of the checkpoint they were taken from; None if unknown, as for TEAL's."""
+        return self.metadata.get("fingerprint")
+
+    def threshold(self, layer: int, projection: str, sparsity: float) -> float:
+        """The t for which a share `sparsity` of the projection's inputs has |x| <= t; 0 for sparsity 0.
+
+        Precise to 0.001 of sparsity (in bfloat16 to the share of one value). TEAL's histograms give TEAL's own
+        threshold, the quantile (1 + sparsity) / 2 of x, which supposes symmetry.
+
+        Raises:
+            ValueError: sparsity outside [0, 1), an unknown projection, a layer that is not there.
+        """
+        if self.metadata["kind"] == "own":
+            return self._quantile(layer, projection, "magnitude", sparsity)
+        cumulative, centers = (self._get(layer, projection, name).numpy() for name in ("cumulative", "centers"))
+        _check_sparsity(sparsity)
+        return float(np.interp((0.5 + sparsity / 2) * cumulative[-1], cumulative, centers)) if sparsity else 0.0
+
+    def weighted_threshold(self, layer: int, projection: str, sparsity: float) -> float:
+        """The t for which a share `sparsity` has |x_i| * c_i <= t, c the `column_norms`. Raises as `threshold` does."""
+        return self._quantile(layer, projection, "weighted", sparsity)
+
+    def column_norms(self, layer: int, projection: str) -> Tensor:
+        """2-norm of every input's weights, [in], float32: of the columns of the usual [out, in] matrix."""
+        return self._get(layer, projection, "column_norms")
+
+    def channel_mean(self, layer: int, projection: str) -> Tensor:
+        """Mean of every input channel, [in], float32."""
+        return self._get(layer, projection, "channel_mean")
+
+    def channel_second_moment(self, layer: int, projection: str) -> Tensor:
+        """Mean square of every input channel, [in], float32."""
+        return self._get(layer, projection, "channel_second_moment")
+
+    def pooled(self, layer: int, projection: str) -> tuple[float, float, float]:
+        """Mean, standard deviation and kurtosis (3 for a Gaussian) of x over all channels and tokens."""
+        return tuple(self._get(layer, projection, "pooled").tolist())
+
+    def signed_quantiles(self, layer: int, projection: str) -> Tensor:
+        """Quantiles of x, sign included, at LEVELS (least and greatest at the ends), [1001], float32."""
+        return self._get(layer, projection, "signed")
+
+    def _quantile(self, layer: int, projection: str, name: str, sparsity: float) -> float:
+        values = self._get(layer, projection, name)
+        _check_sparsity(sparsity)
+        return float(np.interp(sparsity, LEVELS, values.numpy())) if sparsity else 0.0
+
+    def _get(self, layer: int, projection: str, name: str) -> Tensor:
+        if projection not in SITE_OF:
+            raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
+        for owner in (projection, SITE_OF[projection]):
+            if f"{layer}.{owner}.{name}" in self.tensors:
+                return self.tensors[f"{layer}.{owner}.{name}"]
+        layers = sorted({int(key.split(".")[0]) for key in self.tensors})
+        if layer in layers:
+            raise ValueError(f"these statistics hold no {name} ({self.metadata['kind']}); run calibrate.py on a text")
+        raise ValueError(f"no statistics of layer {layer}; there are {len(layers)}, {layers[0]} to {layers[-1]}")
+
+    def check_fingerprint(self, folder: Path) -> None:
+        """Raises ValueError if they were taken from another checkpoint than the one in `folder`."""
+        if self.fingerprint not in (None, fingerprint(folder)):
+            raise ValueError(
+                f"the statistics were taken from another checkpoint than {folder} ({self.fingerprint} against "
+                f"{fingerprint(folder)}); take them again: python calibrate.py --checkpoint_path {folder}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
+        try:
+            with atomic_write(path) as temporary:
+                tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+                save_file(tensors, temporary, {"format": FORMAT, **self.metadata})
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write {path} ({error}); give another --output") from None
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
+
+
+def load_statistics(path: str | Path) -> Statistics:
+    """Reads what `Statistics.save` wrote.
+
+    Raises:
+        ValueError: no file there, a truncated one, or one that holds something else.
+    """
+    again = "make it with calibrate.py"
+    if not Path(path).is_file():
+        raise ValueError(f"no statistics file at {path}; {again}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.pop("format", None) != FORMAT:
+                raise ValueError(f"{path} is not a statistics file of this version; {again}")
+            return Statistics({name: file.get_tensor(name) for name in file.keys()}, metadata)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a statistics file ({error}); {again}") from None
+
+
+def teal_statistics(folder: str | Path) -> Statistics:
+    """TEAL's published histograms: layer-{i}/{self_attn,mlp}/histograms.pt. Layers that are missing stay absent.
+
+    Raises:
+        ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
+    """
+    tensors = {}
+    for part, sites in (("self_attn", ("qkv", "o")), ("mlp", ("gate_up", "down"))):
+        for path in Path(folder).glob(f"layer-*/{part}/histograms.pt"):
+            try:
+                layer = int(path.parts[-3].removeprefix("layer-"))
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                for site, name in zip(sites, ("h1", "h2"), strict=True):
+                    tensors[f"{layer}.{site}.cumulative"] = found[name].double().cumsum(0)
+                    tensors[f"{layer}.{site}.centers"] = found[f"{name}_centers"].double()
+            except Exception as error:  # unpickling fails in many ways
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise ValueError(f"{path} is not a file of TEAL's histograms ({reason})") from None
+    if not tensors:
+        raise ValueError(f"{folder} holds no layer-*/self_attn/histograms.pt; give TEAL's folder `histograms`")
+    return Statistics(tensors, {"kind": "teal"})
+
+
+@torch.no_grad()
+def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
+    """Text that the model writes, dense, at temperature 1: rows of up to 128 tokens, the start token included, [N, T].
+
+    At least `num_tokens` in all. 64 rows at a time go through the KV cache, which is released at the end.
+    """
+    device = model.norm.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    length = max(2, min(OWN_ROW, model.config.block_size, num_tokens))
+    rows = torch.full((-(-num_tokens // length), length), start_token, device=device)
+    with tqdm(total=rows.numel(), desc="writing text", unit="tok") as progress:
+        for batch in rows.split(OWN_ROWS):
+            model.setup_caches(len(batch), length)
+            for i in range(length - 1):
+                # a dense prefix of 1 keeps the one position dense, whatever the thresholds
+                logits = model(batch[:, i : i + 1], torch.tensor([i], device=device), dense_prefix=1)
+                probabilities = torch.softmax(logits[:, -1].float(), -1)
+                batch[:, i + 1 : i + 2] = torch.multinomial(probabilities, 1, generator=generator)
+                progress.update(len(batch))
+            progress.update(len(batch))
+    for block in model.layers:
+        block.attention.kv_cache = None
+    return rows
+
+
+def read_documents(source: str) -> Iterator[str]:
+    """Texts of a .txt file (one), a .jsonl file, or of `c4`: a shard of C4's validation split from the hub."""
+    path = _fetch_c4() if source == "c4" else Path(source)
+    if not path.is_file():
+        raise ValueError(f"no text file at {path}")
+    if source != "c4" and path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path} is neither .txt nor .jsonl; --data takes those, or c4")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            if path.suffix == ".txt":
+                yield file.read()
+                return
+            for line in file:
+                if line.strip():
+                    record = json.loads(line)
+                    yield record["text"] if "text" in record else record["prefix"] + record["gold_completion"]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        wanted = "a JSON object with the field text, or with prefix and gold_completion"
+        raise ValueError(f"a line of {path} is not {wanted}: {line[:80]!r}") from None
+
+
+def _fetch_c4() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        shard = "en/c4-validation.00000-of-00008.json.gz"
+        return Path(hf_hub_download("allenai/c4", shard, repo_type="dataset"))
+    except Exception as error:  # the hub's client raises its HTTP library's errors too
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"cannot fetch C4 from the hub ({reason}); give a .txt or .jsonl file with --data") from None
+
+
+def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> Tensor:
+    """The documents' first `num_tokens` tokens, each document followed by an empty line, as windows [N, T].
+
+    T is the least of 2048, the model's context and what there is; no bos is added, a last part window is left out.
+    """
+    tokens: list[int] = []
+    for source in data:
+        for text in read_documents(source):
+            tokens += tokenizer.encode(text + "\n\n")
+            if len(tokens) >= num_tokens:
+                break
+    length = min(WINDOW, context, num_tokens, len(tokens))
+    if length < min(MIN_WINDOW, context):
+        raise ValueError(f"{len(tokens)} tokens of text, {num_tokens} asked for: at least {MIN_WINDOW} are needed")
+    count = min(num_tokens, len(tokens)) // length
+    return torch.tensor(tokens[: count * length]).view(count, length)
+
+
+def calibrate(
+    folder: Path, model: SparseTransformer, data: list[str] | None = None, num_tokens: int = OWN_TOKENS, seed: int = 0
+) -> Statistics:
+    """Statistics of the checkpoint in `folder`, loaded as `model`, over `data` or, if None, over its own text.
+
+    Raises:
+        ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
+    """
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    if data is None:
+        start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
+        tokens = self_written_text(model, start, num_tokens, seed)
+    else:
+        tokens = text_windows(data, tokenizer, num_tokens, model.config.block_size)
+    statistics = collect(model, tokens)
+    text = " ".join(Path(source).name for source in data) if data else f"the model's own, seed {seed}"
+    statistics.metadata |= {"text": text, "fingerprint": fingerprint(folder)}
+    return statistics
+
+
+def calibrate_random(model: SparseTransformer, seed: int = 0) -> Statistics:
+    """Statistics of a model with random weights, over random tokens (what it would write is no different)."""
+    shape = (WINDOW // OWN_ROW, OWN_ROW)
+    return collect(model, torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def statistics_for(folder: Path, path: str | Path | None, model: SparseTransformer) -> Statistics:
+    """The statistics in `path`, else those beside the checkpoint, which are made (once, of its own text) if absent.
+
+    Raises:
+        ValueError: a file that cannot be read or belongs to another checkpoint.
+    """
+    beside = folder / STATISTICS_NAME
+    if path is None and not beside.exists():
+        calibrate(folder, model).save(beside)
+    statistics = load_statistics(path or beside)
+    statistics.check_fingerprint(folder)
+    return statistics
+
+
+def plot(statistics: Statistics, path: Path) -> None:
+    """Draws the densities of the four inputs (rows) of five layers (columns). Raises ValueError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    last = statistics.n_layer - 1
+    layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
+    figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
+    for row, projections in zip(axes, SITES.values(), strict=True):
+        for axis, layer in zip(row, layers, strict=True):
+            values = statistics.signed_quantiles(layer, projections[0]).double().numpy()
+            mean, std, kurtosis = statistics.pooled(layer, projections[0])
+            cut = statistics.threshold(layer, projections[0], 0.5)
+            reach = np.abs(np.interp([0.005, 0.995], LEVELS, values)).max()
+            edges = np.linspace(-reach, reach, 82)
+            density = np.diff(np.interp(edges, values, LEVELS)) / np.diff(edges)
+            axis.stairs(density, edges, fill=True, color="#9db8d9")
+            axis.axvspan(-cut, cut, color="#d9772b", alpha=0.15, linewidth=0)
+            axis.axvline(mean, color="#a01c1c", linewidth=0.9)
+            axis.set_title(f"std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.set_yticks([])
+        row[0].set_ylabel(f"input of {', '.join(projections)}")
+    for axis, layer in zip(axes[0], layers, strict=True):
+        axis.annotate(f"layer {layer}", (0.5, 1.22), xycoords="axes fraction", ha="center", weight="bold")
+    figure.suptitle("Inputs (99 % of them): density, mean (red), what 50 % sparsity cuts (shaded)", fontsize=10)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this name. Raises ValueError if torch cannot use it here."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """--device and --precision, of every script that runs a model."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
+
+
+def command_line(main: Callable, arguments: argparse.Namespace) -> None:
+    """Runs a script's main; a user's mistake ends it with one line on stderr and exit status 1."""
+    try:
+        main(**vars(arguments))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+
+
+def main(
+    checkpoint_path: Path | None = None,
+    data: list[str] | None = None,
+    num_tokens: int = 10 * WINDOW,
+    output: Path | None = None,
+    plot_path: Path | None = None,
+    teal_histograms: Path | None = None,
+    device: str = "cpu",
+    precision: str = "bfloat16",
+    seed: int = 0,
+) -> Statistics:
+    """Takes or converts statistics and writes them. Raises ValueError for a user's mistake."""
+    if teal_histograms is not None:
+        if output is None or plot_path is not None or data is not None:
+            raise ValueError("--teal_histograms needs --output, and goes with neither --plot nor --data")
+        statistics = teal_statistics(teal_histograms)
+    else:
+        if num_tokens < 2:
+            raise ValueError(f"--num_tokens {num_tokens} is too few; {10 * WINDOW} is usual")
+        folder = resolve_checkpoint(checkpoint_path)
+        output = output or folder / STATISTICS_NAME
+        model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
+        statistics = calibrate(folder, model, data, num_tokens, seed)
+    statistics.save(output)
+    about = ", ".join(f"{key} {value}" for key, value in statistics.metadata.items())
+    print(f"{output}: statistics of {statistics.n_layer} layers ({about})")
+    if plot_path is not None:
+        plot(statistics, plot_path)
+        print(f"{plot_path}: their distributions")
+    return statistics
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Take the statistics that thresholds are read from.")
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
+    parser.add_argument("--num_tokens", type=int, default=10 * WINDOW, help="length of the text (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
+    parser.add_argument("--plot", type=Path, dest="plot_path", metavar="PNG", help="draw the distributions")
+    parser.add_argument("--teal_histograms", type=Path, metavar="DIR", help="read TEAL's published folder instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
+    add_device_arguments(parser)
+    command_line(main, parser.parse_args())

@@ -1,0 +1,154 @@
+"""Perplexity of a checkpoint, dense or sparse, on the very model class that generate.py runs.
+
+    python eval.py --tasks wikitext --data wiki.test.raw                   # the default model, dense
+    python eval.py --tasks wikitext --data wiki.test.raw --sparsity 0.5    # the last 99 % of every window cut
+    python eval.py --data text.txt --sparsity 0.5 --sparse_fraction 0.5    # the paper's protocol: the last half cut
+
+The text is tokenised once, no bos added. Window i of num_windows starts at token int(i * (tokens - context - window) /
+num_windows) and is context + window tokens long; the loss is the mean over the last `window` tokens of every window,
+each predicted from those before it in the window.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from calibrate import PRECISIONS, add_device_arguments, command_line, resolve_device, statistics_for
+from convert_hf_checkpoint import resolve_checkpoint
+from generate import resolve_allocation
+from model import Transformer
+from sparse_model import SparseTransformer
+from tokenizer import load_tokenizer
+
+TASKS = ("perplexity", "wikitext")
+GPU_WINDOWS = 4  # windows a forward pass on a GPU; logits are 4 x 512 x vocabulary in float32
+
+
+def task_text(task: str, data: Path | None) -> str:
+    """The text of a task: `data` as it is, or for wikitext its lines with an empty line between two."""
+    if data is None:
+        raise ValueError(f"--tasks {task} needs --data FILE, for wikitext WikiText-2's raw test split (wiki.test.raw)")
+    try:
+        text = data.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {data} as UTF-8 text: {error}") from None
+    if task == "wikitext":
+        return "\n\n".join(line + "\n" if line.strip() else "" for line in text.split("\n"))
+    return text
+
+
+def window_starts(num_tokens: int, context: int, window: int, num_windows: int) -> list[int]:
+    """First token of every window. Raises ValueError if not one fits or a length is below 1."""
+    if min(context, window, num_windows) < 1:
+        raise ValueError(f"--context {context}, --window {window} and --num_windows {num_windows} must be at least 1")
+    if num_tokens < context + window:
+        raise ValueError(
+            f"the text has {num_tokens} tokens, a window {context} + {window}; give a longer text, or less --context"
+        )
+    return [int(i * (num_tokens - context - window) / num_windows) for i in range(num_windows)]
+
+
+@torch.no_grad()
+def perplexity(
+    model: Transformer, tokens: Tensor, context: int, window: int, num_windows: int, dense_prefix: int | None = None
+) -> float:
+    """Perplexity of `tokens` [num_tokens] (int64) by the protocol above, with log-softmax in float32.
+
+    A SparseTransformer cuts positions [dense_prefix:] of every window; None is dense.
+
+    Raises:
+        ValueError: a window beyond the text or the model's context.
+    """
+    if context + window > model.config.block_size:
+        raise ValueError(f"windows of {context} + {window} tokens exceed the model's context {model.config.block_size}")
+    device = model.norm.weight.device
+    starts = window_starts(len(tokens), context, window, num_windows)
+    windows = torch.stack([tokens[i : i + context + window] for i in starts])
+    options = {} if dense_prefix is None else {"dense_prefix": dense_prefix}
+    loss, seen = 0.0, 0
+    with tqdm(total=num_windows, desc="evaluating", unit="window") as progress:
+        for batch in windows.split(GPU_WINDOWS if device.type == "cuda" else 1):
+            batch = batch.to(device)
+            logits = model(batch[:, :-1], num_logits=window, **options)
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, -window:].flatten(), reduction="none")
+            loss, seen = loss + losses.double().sum().item(), seen + losses.numel()
+            progress.set_postfix_str(f"perplexity {math.exp(loss / seen):.4f}")
+            progress.update(len(batch))
+    return math.exp(loss / seen)
+
+
+def main(
+    checkpoint_path: Path | None = None,
+    sparsity: float = 0.0,
+    allocation: str = "best",
+    statistics: Path | None = None,
+    sparse_fraction: float = 0.99,
+    tasks: str = "perplexity",
+    data: Path | None = None,
+    context: int = 2048,
+    window: int = 512,
+    num_windows: int = 128,
+    device: str = "cpu",
+    precision: str = "bfloat16",
+    json_line: bool = False,
+) -> dict:
+    """Evaluates and prints; returns what --json prints. Raises ValueError for a user's mistake."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"--sparsity {sparsity} is outside [0, 1)")
+    if not 0 < sparse_fraction <= 1:
+        raise ValueError(f"--sparse_fraction {sparse_fraction} is outside (0, 1]")
+    torch_device, dtype = resolve_device(device), PRECISIONS[precision]
+    text = task_text(tasks, data)
+    folder = resolve_checkpoint(checkpoint_path)
+    allocation = resolve_allocation(allocation, folder)
+    model = (SparseTransformer if sparsity else Transformer).from_checkpoint(folder, torch_device, dtype)
+    tokens = torch.tensor(load_tokenizer(folder, model.config.vocab_size).encode(text))
+    window_starts(len(tokens), context, window, num_windows)  # a text too short is said before anything is made
+    dense_prefix = None
+    if sparsity:
+        model.set_sparsity(statistics_for(folder, statistics, model), sparsity)
+        dense_prefix = round((context + window) * (1 - sparse_fraction))
+    value = perplexity(model, tokens, context, window, num_windows, dense_prefix)
+    result = {
+        "task": tasks,
+        "model": model.config.name,
+        "perplexity": value,
+        "tokens": num_windows * window,
+        "sparsity": sparsity,
+        "achieved_sparsity": model.achieved_sparsity() if sparsity else 0.0,
+        "allocation": allocation,
+        "sparse_fraction": sparse_fraction,
+    }
+    print(f"{tasks} of {model.config.name}, {precision} on {torch_device}: perplexity {value:.4f}")
+    print(f"over {result['tokens']} tokens: {num_windows} windows of {context} + {window}")
+    if sparsity:
+        print(
+            f"sparsity {sparsity:.0%} asked for ({allocation} allocation), {result['achieved_sparsity']:.1%} achieved; "
+            f"the first {dense_prefix} tokens of every window are dense, the rest is cut"
+        )
+    if json_line:
+        print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Measure a checkpoint's perplexity, dense or sparse.")
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
+    parser.add_argument("--allocation", default="best", help="best, uniform, greedy, global or a file")
+    parser.add_argument("--statistics", type=Path, help="default: calibration.safetensors beside the checkpoint")
+    parser.add_argument("--sparse_fraction", type=float, default=0.99, help="share of a window that is cut, its end")
+    parser.add_argument("--tasks", choices=TASKS, default="perplexity")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="the text")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a window without loss")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a window with loss")
+    parser.add_argument("--num_windows", type=int, default=128)
+    parser.add_argument("--json", dest="json_line", action="store_true", help="a last line of JSON")
+    add_device_arguments(parser)
+    command_line(main, parser.parse_args())

@@ -1,0 +1,426 @@
+"""Generates text at batch 1 and says what it cost: tokens/s, achieved sparsity, bytes read per token, bandwidth.
+
+python generate.py --sparsity 0.5 --compile                          # the default model, fetched on first use
+python generate.py --sparsity 0.5 --compile --checkpoint_path checkpoints/ORG/NAME --compare_dense
+python generate.py --sparsity 0.5 --compile --random_init llama-3-8b # latency alone, random weights
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics as stats
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibrate import (
+    PRECISIONS,
+    Statistics,
+    add_device_arguments,
+    calibrate_random,
+    command_line,
+    resolve_device,
+    statistics_for,
+)
+from convert_hf_checkpoint import resolve_checkpoint
+from model import Transformer
+from sparse_model import SparseTransformer
+from tokenizer import load_tokenizer
+
+SYNTHETIC_PROMPT = 6  # tokens of the prompt where weights are random
+INTERACTIVE_CONTEXT = 4096  # positions of the cache in a chat; attention reads all of them at every token
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """Draws a token for each row. logits: [B, V]; returns [B, 1], int64. Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = torch.where(logits < kth, -float("inf"), logits)
+    # argmax(p / Exp(1)) is a draw from p and, unlike torch.multinomial, does not wait for the device
+    noise = torch.empty_like(logits).exponential_(1)
+    return (torch.softmax(logits, dim=-1) / noise).argmax(dim=-1, keepdim=True)
+
+
+def decode_one_token(
+    model: Transformer, token: Tensor, input_pos: Tensor, temperature: float, top_k: int | None
+) -> tuple[Tensor, Tensor]:
+    """The next token [B, 1] and its position [1], from a token [B, 1] at input_pos [1]."""
+    logits = model(token, input_pos)
+    return sample(logits[:, -1], temperature, top_k), input_pos + 1
+
+
+def prefill(model: Transformer, prompt: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """The first new token [B, 1] after a prompt [B, P]. Dense in a sparse model too, unless the prompt is one token."""
+    logits = model(prompt, torch.arange(prompt.shape[1], device=prompt.device), num_logits=1)
+    return sample(logits[:, -1], temperature, top_k)
+
+
+@dataclass
+class Generation:
+    """tokens: prompt and new ones [B, P + N]; total_s: wall time of the call; decode_s: that of its N - 1 last steps."""
+
+    tokens: Tensor
+    total_s: float
+    decode_s: float
+
+
+class Generator:
+    """A model with its cache and its (compiled) steps.
+
+    Args:
+        model: on its device; its cache is made here.
+        batch_size, max_length: rows and positions of the cache.
+        temperature, top_k: of the sampling; temperature 0 is greedy.
+        compile: torch.compile the decode step, with CUDA graphs on a GPU.
+        compile_prefill: the same for the prompt, without graphs.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,
+        max_length: int,
+        temperature: float = 0.8,
+        top_k: int | None = 200,
+        compile: bool = False,
+        compile_prefill: bool = False,
+    ):
+        self.model, self.temperature, self.top_k = model, temperature, top_k
+        self.device = model.norm.weight.device
+        model.setup_caches(batch_size, max_length)
+        self._decode, self._prefill = decode_one_token, prefill
+        if compile:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True)
+        if compile_prefill:
+            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=True)
+
+    @torch.inference_mode()
+    def __call__(self, prompt: Tensor, max_new_tokens: int, on_token: Callable[[Tensor], bool] | None = None):
+        """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early."""
+        start = self._now()
+        tokens = [prompt]
+        token = self._prefill(self.model, prompt, self.temperature, self.top_k)
+        prefilled = self._now()
+        position = torch.tensor([prompt.shape[1]], device=self.device)
+        while True:
+            tokens.append(token.clone())  # a CUDA graph writes the next token into the same memory
+            stop = on_token is not None and on_token(token)
+            if stop or len(tokens) > max_new_tokens:
+                break
+            token, position = self._decode(self.model, tokens[-1], position, self.temperature, self.top_k)
+            position = position.clone()
+        end = self._now()
+        return Generation(torch.cat(tokens, dim=1), end - start, end - prefilled)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def measure(
+    generators: list[Generator], prompt: Tensor, max_new_tokens: int, num_samples: int
+) -> list[list[Generation]]:
+    """`num_samples` generations of each generator, alternated so that a drift of the machine meets all alike."""
+    runs: list[list[Generation]] = [[] for _ in generators]
+    for _ in range(num_samples):
+        for generator, generations in zip(generators, runs, strict=True):
+            generations.append(generator(prompt, max_new_tokens))
+    return runs
+
+
+def tokens_per_sec(generations: list[Generation], prompt: Tensor) -> float:
+    """Median over the generations of new tokens (of all rows) / wall time, prefill included."""
+    return stats.median((g.tokens.numel() - prompt.numel()) / g.total_s for g in generations)
+
+
+@torch.inference_mode()
+def count_kept(model: SparseTransformer, tokens: Tensor, prompt_length: int) -> None:
+    """Counts the kept inputs of a generation [B, P + N], untimed: one pass over its tokens, those of the prompt dense."""
+    model.reset_counts()
+    model(tokens[:, :-1], num_logits=1, dense_prefix=prompt_length)
+
+
+def resolve_allocation(name: str, folder: Path | None) -> str:
+    """Which allocation `--allocation` means here: "uniform" is the only one that needs no file."""
+    if name in ("best", "uniform"):
+        return "uniform"
+    raise ValueError(f"no allocation {name!r} lies beside {folder or 'a random model'}; use --allocation uniform")
+
+
+def can_compile(device: torch.device) -> bool:
+    """torch.compile needs a C++ compiler for the CPU (and Triton a C compiler for its launcher)."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None or device.type == "cuda"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@dataclass
+class Source:
+    """Where a model's weights come from: a checkpoint's folder, or a named config with a seed."""
+
+    folder: Path | None
+    random_init: str | None
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def load(self, cls: type) -> Transformer:
+        if self.folder is None:
+            return cls.random_init(self.random_init, self.device, self.dtype, self.seed)
+        return cls.from_checkpoint(self.folder, self.device, self.dtype)
+
+    def load_sparse(self, sparsity: float, statistics_path: str | None) -> SparseTransformer:
+        model = self.load(SparseTransformer)
+        statistics: Statistics
+        if self.folder is None:
+            statistics = calibrate_random(model)
+        else:
+            statistics = statistics_for(self.folder, statistics_path, model)
+        model.set_sparsity(statistics, sparsity)
+        return model
+
+
+def encode_prompt(prompt: str | None, tokenizer, vocab_size: int, seed: int) -> list[int]:
+    """Token ids of a prompt's text, or of a synthetic prompt where it is an integer or weights are random."""
+    if prompt is None:
+        prompt = str(SYNTHETIC_PROMPT) if tokenizer is None else "Hello, my name is"
+    if prompt.isdigit():
+        if int(prompt) < 1:
+            raise ValueError("--prompt 0: a prompt needs at least one token")
+        return torch.randint(vocab_size, (int(prompt),), generator=torch.Generator().manual_seed(seed)).tolist()
+    if tokenizer is None:
+        raise ValueError(f"--random_init has no tokenizer for the prompt {prompt!r}; give a number of tokens")
+    ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+    if not ids:
+        raise ValueError("the prompt is empty; give --prompt some text")
+    return ids
+
+
+def chat(generator: Generator, tokenizer, max_new_tokens: int, context: int) -> None:
+    """Reads prompts from stdin and streams answers until end of file; a chat where the model has a template."""
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("\nYour prompt: ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+        if ids is None:
+            ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
+        room = context - len(ids)
+        if not ids or room < 1:
+            print(f"{len(ids)} tokens do not fit the chat's context of {context}; starting anew")
+            messages = []
+            continue
+        stream = tokenizer.stream()
+        pieces: list[str] = []
+
+        def show(token: Tensor, stream=stream, pieces=pieces) -> bool:
+            if token.item() in tokenizer.eos_ids:
+                return True
+            pieces.append(stream.push(token.item()))
+            print(pieces[-1], end="", flush=True)
+            return False
+
+        result = generator(torch.tensor([ids], device=generator.device), min(max_new_tokens, room), show)
+        pieces.append(stream.flush())
+        print(pieces[-1])
+        new = result.tokens.shape[1] - len(ids)
+        print(f"[{new} tokens, {new / result.total_s:.1f} tokens/s]")
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def report(result: dict, num_samples: int, allocation: str, batch_size: int, weights: str) -> None:
+    """Prints what a person wants to know of the numbers in the JSON."""
+    r = result
+    print(f"\nModel      {r['model']}, {weights}, {r['dtype']}, on {r['device']}")
+    if r["sparsity"]:
+        print(
+            f"Sparsity   {r['sparsity']:.0%} asked for ({allocation} allocation), {r['achieved_sparsity']:.1%} achieved "
+            "in decoding; the prompt is dense"
+        )
+    batch = f" x {batch_size} rows" if batch_size > 1 else ""
+    print(
+        f"Speed      {r['tokens_per_sec']:.1f} tokens/s, median of {num_samples} ({r['prompt_tokens']} prompt tokens, "
+        f"{r['new_tokens']} new{batch}, sampling included); {r['ms_per_token']:.2f} ms a decode step"
+    )
+    print(
+        f"Memory     {r['bytes_per_token'] / 1e6:,.1f} MB of weights read a step = {r['bandwidth_gbps']:,.1f} GB/s; "
+        f"peak {r['peak_memory_gb']:.2f} GB"
+    )
+    if r["compile_s"] is not None:
+        print(f"Compile    {r['compile_s']:.1f} s, not in the speed")
+    if "speedup" in r:
+        print(f"Dense      {r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']}): speed-up {r['speedup']:.2f}x")
+
+
+def main(
+    prompt: str | None = None,
+    interactive: bool = False,
+    num_samples: int = 5,
+    max_new_tokens: int = 200,
+    batch_size: int = 1,
+    top_k: int | None = 200,
+    temperature: float = 0.8,
+    checkpoint_path: str | None = None,
+    compile: bool = False,
+    compile_prefill: bool = False,
+    profile: str | None = None,
+    sparsity: float = 0.0,
+    allocation: str = "best",
+    statistics: str | None = None,
+    random_init: str | None = None,
+    seed: int = 1234,
+    compare_dense: bool = False,
+    deterministic: bool = False,
+    json_line: bool = False,
+    device: str | None = None,
+    precision: str = "bfloat16",
+) -> dict:
+    """Loads a model, generates `num_samples` times and returns the keys of the JSON line.
+
+    Raises:
+        ValueError: an argument, a file or a machine that does not do; the message says what would.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"--sparsity {sparsity} is outside [0, 1); 0.5 cuts half of the weights")
+    for flag, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"--{flag} {value} must be at least 1")
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"--temperature {temperature} must be at least 0 and --top_k {top_k} at least 1")
+    if random_init and (checkpoint_path or interactive):
+        raise ValueError("--random_init has no text to load or to talk: leave out --checkpoint_path and --interactive")
+    torch_device = resolve_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if compile and not can_compile(torch_device):
+        print("No C++ compiler was found (g++, or CXX): --compile is left out", file=sys.stderr)
+        compile = compile_prefill = False
+
+    folder = None if random_init else resolve_checkpoint(checkpoint_path)
+    source = Source(folder, random_init, seed, torch_device, PRECISIONS[precision])
+    allocation = resolve_allocation(allocation, folder)
+    model = source.load_sparse(sparsity, statistics) if sparsity else source.load(Transformer)
+    config = model.config
+    tokenizer = load_tokenizer(folder, config.vocab_size) if folder else None
+    weights = "random weights (normal, std 0.02)" if folder is None else "trained weights"
+
+    if interactive:
+        context = min(config.block_size, INTERACTIVE_CONTEXT)
+        generator = Generator(model, 1, context, temperature, top_k, compile, compile_prefill)
+        torch.manual_seed(seed)
+        chat(generator, tokenizer, max_new_tokens, context)
+        return {}
+
+    ids = encode_prompt(prompt, tokenizer, config.vocab_size, seed)
+    length = len(ids) + max_new_tokens
+    if length > config.block_size:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit {config.name}'s context of "
+            f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
+        )
+    models = [model, source.load(Transformer)] if compare_dense and sparsity else [model]
+    generators = [
+        Generator(m, batch_size, length, temperature, top_k, compile, compile_prefill) for m in models
+    ]
+    tokens = torch.tensor(ids, device=torch_device).repeat(batch_size, 1)
+
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    measure(generators, tokens, min(max_new_tokens, 5), 1)  # compiles, records the graphs, warms up
+    compile_s = time.perf_counter() - start if compile else None
+    torch.manual_seed(seed)
+    runs = measure(generators, tokens, max_new_tokens, num_samples)
+    if profile:
+        with torch.profiler.profile() as profiler:
+            generators[0](tokens, max_new_tokens)
+        profiler.export_chrome_trace(profile if profile.endswith(".json") else f"{profile}.json")
+    last = runs[0][-1].tokens
+    text = None
+    if tokenizer and not (prompt or "").isdigit():
+        new = last[0, len(ids) :].tolist()
+        end = next((i for i, token in enumerate(new) if token in tokenizer.eos_ids), len(new))
+        text = tokenizer.decode(new[:end])
+    if sparsity:
+        count_kept(model, last, len(ids))
+
+    ms = 1e3 * stats.median(g.decode_s / max(max_new_tokens - 1, 1) for g in runs[0])
+    read = model.bytes_per_step()
+    result = {
+        "model": config.name,
+        "device": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "cpu",
+        "dtype": precision,
+        "sparsity": sparsity,
+        "achieved_sparsity": model.achieved_sparsity() if sparsity else 0.0,
+        "tokens_per_sec": tokens_per_sec(runs[0], tokens),
+        "ms_per_token": ms,
+        "bytes_per_token": read,
+        "bandwidth_gbps": read / ms / 1e6,
+        "compile_s": compile_s,
+        "peak_memory_gb": peak_memory_gb(torch_device),
+        "prompt_tokens": len(ids),
+        "new_tokens": max_new_tokens,
+        "text": text,
+    }
+    if compare_dense:
+        dense = tokens_per_sec(runs[-1], tokens)
+        backend = "torch linear, compiled" if compile else "torch linear"
+        result |= {
+            "dense_tokens_per_sec": dense,
+            "speedup": result["tokens_per_sec"] / dense,
+            "dense_backend": backend,
+        }
+    if text is not None:
+        print(f"{prompt or 'Hello, my name is'}{text}")
+    report(result, num_samples, allocation, batch_size, weights)
+    if json_line:
+        print(json.dumps(result))
+    return result
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", help="text, or a number of tokens of a synthetic prompt")
+    parser.add_argument("--interactive", action="store_true", help="chat")
+    parser.add_argument("--num_samples", type=int, default=5)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, default=1, help="rows; each cuts its own inputs")
+    parser.add_argument("--top_k", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--checkpoint_path", help="a checkpoint's folder or a file in it; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decode step (CUDA graphs on a GPU)")
+    parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prefill too")
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one generation")
+    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
+    parser.add_argument("--allocation", default="best", help="best, uniform, greedy, global or a file")
+    parser.add_argument("--statistics", metavar="FILE", help="default: calibration.safetensors beside the checkpoint")
+    parser.add_argument("--random_init", metavar="NAME", help="a named config with random weights, e.g. llama-3-8b")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--compare_dense", action="store_true", help="time the dense model too, alternated")
+    parser.add_argument("--deterministic", action="store_true", help="the same tokens run to run on a GPU, slower")
+    parser.add_argument("--json", dest="json_line", action="store_true", help="a last line of JSON")
+    add_device_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    command_line(main, parse_arguments())

@@ -1,0 +1,50 @@
+"""y = W^T cut(x): the product that reads only the weight rows of kept inputs. Op, reference and CPU implementation.
+
+An input is kept where not (|x_i| <= t_i), compared in float32, so NaN is kept and reaches the output as in a dense
+layer. Weights are [in, out], contiguous: a cut input is one row that is never read (TEAL, arXiv 2408.14690, section 4.3
+with the layout of its column-major weights).
+"""
+
+import torch
+from torch import Tensor
+
+
+def keep_mask(x: Tensor, threshold: Tensor) -> Tensor:
+    """Which inputs are kept: bool, the broadcast shape of x [..., in] and threshold [in]."""
+    return ~(x.float().abs() <= threshold)
+
+
+def sparse_gemv_ref(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+    """The op's meaning in plain torch, for x [..., in]; accumulates as torch's matmul does. See `sparse_gemv`."""
+    parts = zip(threshold, weight.split(segments, dim=1), strict=True)
+    return torch.cat([torch.where(keep_mask(x, t), x, 0) @ w for t, w in parts], dim=-1)
+
+
+@torch.library.custom_op("teal_fast::sparse_gemv", mutates_args=(), device_types="cpu")
+def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+    """Product of each row of x, cut by its threshold, with the weight; rows of cut inputs are not read.
+
+    Args:
+        x: [B, in], bfloat16, float16 or float32. Every row cuts its own inputs.
+        weight: [in, out], contiguous, the dtype of x.
+        threshold: [S, in], float32, a row for each output segment.
+        segments: widths of the S output segments, which add up to out.
+
+    Returns:
+        [B, out], the dtype of x, accumulated in float32 on a GPU.
+    """
+    return sparse_gemv_ref(x, weight, threshold, segments)
+
+
+@sparse_gemv.register_fake
+def _(x, weight, threshold, segments):
+    torch._check(x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[0])
+    torch._check(threshold.shape[0] == len(segments) and threshold.shape[1] == x.shape[1])
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@sparse_gemv.register_kernel("cuda")
+def _(x, weight, threshold, segments):
+    from kernels.triton_gemv import launch_sparse_gemv
+
+    return launch_sparse_gemv(x, weight, threshold, segments)

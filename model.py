@@ -1,0 +1,534 @@
+"""The dense Transformer of the Llama family: Llama 1/2/3/3.1/3.2, Mistral, Qwen2/2.5, SmolLM2.
+
+One class, static shapes, GPT-Fast's parameter names. Projections that share an input are fused when a checkpoint is
+loaded (q|k|v into `wqkv`, gate|up into `w13`). Subclasses choose what a projection is through `projection_class`.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+SUPPORTED_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "factors")
+
+
+@dataclass
+class ModelArgs:
+    """Shape of a model. Widths that follow from others may be left at 0.
+
+    `rope_scaling` is None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
+    config.json ("factors": a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them).
+    `sliding_window` w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers`.
+    """
+
+    block_size: int = 2048
+    vocab_size: int = 32000
+    n_layer: int = 32
+    n_head: int = 32
+    dim: int = 4096
+    intermediate_size: int = 0
+    n_local_heads: int = 0
+    head_dim: int = 0
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    rope_scaling: dict | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    sliding_window: int | None = None
+    windowed_layers: list[int] = field(default_factory=list)
+    name: str = ""
+
+    def __post_init__(self):
+        self.n_local_heads = self.n_local_heads or self.n_head
+        self.head_dim = self.head_dim or self.dim // self.n_head
+        if not self.intermediate_size:  # Llama 1's rule: two thirds of 4 dim, rounded up to 256
+            self.intermediate_size = -(-(8 * self.dim // 3) // 256) * 256
+        if self.sliding_window and not self.windowed_layers:
+            self.windowed_layers = list(range(self.n_layer))
+
+    @classmethod
+    def from_config(cls, config: dict, name: str = "") -> "ModelArgs":
+        """Reads a Hugging Face config.json.
+
+        Raises:
+            ValueError: an architecture or a feature that this model does not have, or a missing key.
+        """
+        family = _architecture(config)
+        rope_base, rope_scaling = _rope(config)
+        for key in ("mlp_bias", "attention_bias"):
+            if config.get(key) and family != "qwen2":
+                raise ValueError(f"config.json sets {key}, which this model does not have")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config.json has hidden_act {config['hidden_act']!r}; only 'silu' is supported")
+        try:
+            n_layer = config["num_hidden_layers"]
+            args = cls(
+                block_size=config.get("max_position_embeddings", 2048),
+                vocab_size=config["vocab_size"],
+                n_layer=n_layer,
+                n_head=config["num_attention_heads"],
+                dim=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                n_local_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+                head_dim=config.get("head_dim") or 0,
+                rope_base=rope_base,
+                norm_eps=config.get("rms_norm_eps", 1e-6),
+                rope_scaling=rope_scaling,
+                tie_embeddings=config.get("tie_word_embeddings", False),
+                qkv_bias=family == "qwen2",
+                name=name,
+            )
+        except KeyError as e:
+            raise ValueError(f"config.json has no {e.args[0]!r}") from None
+        args.sliding_window, args.windowed_layers = _windows(config, family, n_layer)
+        if args.n_head % args.n_local_heads or args.head_dim % 2:
+            raise ValueError(
+                f"config.json: {args.n_head} heads do not divide into {args.n_local_heads} key/value heads, "
+                f"or head_dim {args.head_dim} is odd"
+            )
+        return args
+
+    @classmethod
+    def from_name(cls, name: str) -> "ModelArgs":
+        """The named config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
+
+        Raises:
+            ValueError: no key fits; the known names are listed.
+        """
+        matches = [key for key in transformer_configs if key.lower() in name.lower()]
+        if not matches:
+            raise ValueError(f"no config is named like {name!r}; known: {', '.join(sorted(transformer_configs))}")
+        return cls(**transformer_configs[max(matches, key=len)], name=name)
+
+
+def _architecture(config: dict) -> str:
+    names = config.get("architectures") or []
+    family = SUPPORTED_ARCHITECTURES.get(names[0]) if names else config.get("model_type")
+    if family not in SUPPORTED_ARCHITECTURES.values():
+        found = names[0] if names else family
+        raise ValueError(f"unknown architecture {found!r}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
+    return family
+
+
+def _rope(config: dict) -> tuple[float, dict | None]:
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    base = scaling.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
+    kind = scaling.pop("type", None)
+    kind = scaling.setdefault("rope_type", kind or "default")
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"config.json has rope type {kind!r}; supported: {', '.join(ROPE_TYPES)}")
+    return float(base), None if kind == "default" else scaling
+
+
+def _windows(config: dict, family: str, n_layer: int) -> tuple[int | None, list[int]]:
+    """The window and the layers that have it: all of Mistral's; Qwen2's from max_window_layers on, if it is in use."""
+    window = config.get("sliding_window")
+    if family == "llama" or not window or (family == "qwen2" and not config.get("use_sliding_window", False)):
+        return None, []
+    if config.get("layer_types"):
+        layers = [i for i, kind in enumerate(config["layer_types"]) if kind == "sliding_attention"]
+    else:
+        layers = list(range(config.get("max_window_layers", n_layer) if family == "qwen2" else 0, n_layer))
+    return (window, layers) if layers else (None, [])
+
+
+_LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA3 = {"block_size": 8192, "vocab_size": 128256, "rope_base": 500000.0, "n_local_heads": 8}
+_LLAMA31 = {**_LLAMA3, "block_size": 131072, "rope_scaling": _LLAMA31_ROPE}
+_LLAMA32 = {**_LLAMA31, "rope_scaling": {**_LLAMA31_ROPE, "factor": 32.0}, "tie_embeddings": True}
+_8B = {"n_layer": 32, "n_head": 32, "dim": 4096, "intermediate_size": 14336}
+_70B = {"n_layer": 80, "n_head": 64, "dim": 8192, "intermediate_size": 28672}
+_QWEN25 = {"block_size": 32768, "rope_base": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+
+transformer_configs = {
+    "7B": {"n_layer": 32, "n_head": 32, "dim": 4096},
+    "13B": {"n_layer": 40, "n_head": 40, "dim": 5120},
+    "30B": {"n_layer": 60, "n_head": 52, "dim": 6656},
+    "34B": {**_70B, "n_layer": 48, "n_local_heads": 8, "intermediate_size": 22016, "rope_base": 1e6},
+    "70B": {**_70B, "n_local_heads": 8},
+    "stories15M": {"n_layer": 6, "n_head": 6, "dim": 288},
+    "stories110M": {"n_layer": 12, "n_head": 12, "dim": 768},
+    "CodeLlama-7b-Python-hf": {"block_size": 16384, "n_layer": 32, "n_head": 32, "dim": 4096, "rope_base": 1e6},
+    "llama-2-7b": {"block_size": 4096, "n_layer": 32, "n_head": 32, "dim": 4096},
+    "llama-2-13b": {"block_size": 4096, "n_layer": 40, "n_head": 40, "dim": 5120},
+    "llama-2-70b": {**_70B, "block_size": 4096, "n_local_heads": 8},
+    "llama-3-8b": {**_LLAMA3, **_8B},
+    "llama-3-70b": {**_LLAMA3, **_70B},
+    "llama-3.1-8b": {**_LLAMA31, **_8B},
+    "llama-3.1-70b": {**_LLAMA31, **_70B},
+    "llama-3.1-405b": {**_LLAMA31, "n_layer": 126, "n_head": 128, "dim": 16384, "intermediate_size": 53248},
+    "llama-3.2-1b": {**_LLAMA32, "n_layer": 16, "n_head": 32, "dim": 2048, "intermediate_size": 8192},
+    "llama-3.2-3b": {**_LLAMA32, "n_layer": 28, "n_head": 24, "dim": 3072, "intermediate_size": 8192},
+    "Mistral-7B": {**_8B, "block_size": 32768, "n_local_heads": 8, "sliding_window": 4096},
+    "qwen2.5-0.5b": {
+        **_QWEN25,
+        **{"n_layer": 24, "n_head": 14, "n_local_heads": 2, "dim": 896, "intermediate_size": 4864},
+        **{"vocab_size": 151936, "tie_embeddings": True},
+    },
+    "qwen2.5-7b": {
+        **_QWEN25,
+        **{"n_layer": 28, "n_head": 28, "n_local_heads": 4, "dim": 3584, "intermediate_size": 18944},
+        **{"vocab_size": 152064},
+    },
+    "smollm2-135m": {
+        **{"block_size": 8192, "vocab_size": 49152, "n_layer": 30, "n_head": 9, "n_local_heads": 3, "dim": 576},
+        **{"intermediate_size": 1536, "rope_base": 1e5, "tie_embeddings": True},
+    },
+}
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own buffers keep their dtype when the model is cast (angles, thresholds: they need float32)."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+class Projection(nn.Linear):
+    """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width."""
+
+    def __init__(self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None):
+        super().__init__(in_features, sum(segments.values()), bias, device, dtype)
+        self.segments = segments
+
+    def reset_parameters(self):
+        """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
+
+
+def _fuse_on_load(fused: str, parts: list[str]):
+    """A load_state_dict pre-hook that stacks the tensors of `parts` into `fused`, where they come apart."""
+
+    def hook(module, state_dict, prefix, *_):
+        for kind in ("weight", "bias"):
+            keys = [f"{prefix}{part}.{kind}" for part in parts]
+            if all(key in state_dict for key in keys):
+                state_dict[f"{prefix}{fused}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
+
+    return hook
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+class KVCache(nn.Module):
+    def __init__(self, shape: tuple[int, ...], device=None, dtype=None):
+        super().__init__()
+        self.register_buffer("k_cache", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("v_cache", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+
+    def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k_cache[:, :, input_pos] = k  # k, v: [B, H, T, D]
+        self.v_cache[:, :, input_pos] = v
+        return self.k_cache, self.v_cache
+
+
+def rope_inverse_frequencies(config: ModelArgs) -> Tensor:
+    """Inverse frequencies [head_dim / 2], float32, with the config's linear, llama3 or per-frequency scaling."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    freqs = 1.0 / config.rope_base ** (half / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs
+    if scaling["rope_type"] == "linear":
+        return freqs / scaling["factor"]
+    if scaling["rope_type"] == "factors":
+        return freqs / torch.tensor(scaling["factors"])
+    # llama3: long wavelengths are stretched by `factor`, short ones kept, those between blended
+    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return freqs * (kept + (1 - kept) / scaling["factor"])
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates adjacent pairs. x: [B, T, H, D]; cos, sin: [T, D / 2], float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
+        super().__init__()
+        self.n_head, self.n_local_heads, self.head_dim = config.n_head, config.n_local_heads, config.head_dim
+        q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
+        self.wqkv = projection(config.dim, {"q": q, "k": kv, "v": kv}, config.qkv_bias, device, dtype)
+        self.wo = projection(q, {"o": config.dim}, False, device, dtype)
+        self.kv_cache: KVCache | None = None
+        self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv", ["wq", "wk", "wv"]))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, D]
+        q, k, v = qkv.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=2)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
+        if input_pos is not None:
+            k, v = self.kv_cache.update(input_pos, k, v)
+        grouped = self.n_head != self.n_local_heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
+        super().__init__()
+        hidden = config.intermediate_size
+        self.w13 = projection(config.dim, {"gate": hidden, "up": hidden}, False, device, dtype)
+        self.w2 = projection(hidden, {"down": config.dim}, False, device, dtype)
+        self.register_load_state_dict_pre_hook(_fuse_on_load("w13", ["w1", "w3"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
+        super().__init__()
+        self.attention = Attention(config, projection, device, dtype)
+        self.feed_forward = FeedForward(config, projection, device, dtype)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), rope, mask, input_pos)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(Float32Buffers):
+    """A Llama-family decoder. Parameters are left unset: use `from_checkpoint` or `random_init`."""
+
+    projection_class: type = Projection
+
+    def __init__(self, config: ModelArgs, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            TransformerBlock(config, self.projection_class, device, dtype) for _ in range(config.n_layer)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
+        self.output = None
+        if not config.tie_embeddings:
+            self.output = Projection(config.dim, {"output": config.vocab_size}, False, device, dtype)
+        self.register_buffer("inv_freq", rope_inverse_frequencies(config).to(device), persistent=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The lm_head [vocab, dim], the embedding's own where they are tied."""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
+
+    @property
+    def projections(self) -> list[nn.Module]:
+        """wqkv, wo, w13, w2 of every layer, in order."""
+        blocks = ((b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2) for b in self.layers)
+        return [projection for block in blocks for projection in block]
+
+    def bytes_per_step(self) -> int:
+        """Bytes of weights that one decode step reads: projections, lm_head, norms and biases (no KV cache)."""
+        small = sum(p.nbytes for p in self.parameters() if p.dim() == 1)
+        return sum(p.weight.nbytes for p in self.projections) + self.output_weight.nbytes + small
+
+    def setup_caches(self, batch_size: int, seq_length: int) -> None:
+        """Makes an empty static KV cache [batch_size, n_local_heads, seq_length, head_dim] in every layer.
+
+        Raises:
+            ValueError: seq_length is beyond the model's context.
+        """
+        if seq_length > self.config.block_size:
+            raise ValueError(f"{seq_length} positions do not fit the model's context of {self.config.block_size}")
+        weight = self.norm.weight
+        shape = (batch_size, self.config.n_local_heads, seq_length, self.config.head_dim)
+        for block in self.layers:
+            block.attention.kv_cache = KVCache(shape, weight.device, weight.dtype)
+
+    def forward(self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            idx: token ids [B, T], int64.
+            input_pos: their positions [T], int64, to go through the KV cache; None attends inside `idx` alone,
+                from position 0, and leaves the cache untouched.
+            num_logits: how many of the last positions get logits; 0 is all.
+
+        Returns:
+            [B, num_logits or T, vocab], in the model's dtype.
+        """
+        positions = torch.arange(idx.shape[1], device=idx.device) if input_pos is None else input_pos
+        angles = positions[:, None] * self.inv_freq
+        rope = (angles.cos(), angles.sin())
+        masks = self._masks(positions, input_pos)
+        x = self.tok_embeddings(idx)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, masks[i in self.config.windowed_layers], input_pos)
+        return F.linear(self.norm(x[:, -num_logits:]), self.output_weight)
+
+    def _masks(self, positions: Tensor, input_pos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """[T, keys] masks, True where a query may look: of full layers (None: plain causal) and of windowed ones."""
+        if input_pos is None:
+            keys = positions
+        else:
+            keys = torch.arange(self.layers[0].attention.kv_cache.k_cache.shape[2], device=positions.device)
+        causal = keys[None, :] <= positions[:, None]
+        window = self.config.sliding_window
+        windowed = causal & (keys[None, :] > positions[:, None] - window) if window else None
+        return (None if input_pos is None else causal), windowed
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, std: float = 0.02) -> None:
+        """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0."""
+        generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, std, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    @classmethod
+    def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":
+        """A model of a named config (ModelArgs.from_name) with random weights, for latency work."""
+        model = cls(ModelArgs.from_name(name), device=device, dtype=dtype)
+        model.init_weights(seed)
+        return model.requires_grad_(False).eval()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device="cpu", dtype=torch.bfloat16) -> "Transformer":
+        """Loads a converted checkpoint, or GPT-Fast's own model.pth, onto `device` in `dtype`.
+
+        Tensors are memory-mapped and copied block by block, so memory stays near one copy of the model.
+
+        Raises:
+            ValueError: nothing there, a missing, truncated or foreign file, or weights that do not fit config.json.
+        """
+        folder = checkpoint_folder(path)
+        state_dict = _read_weights(folder)
+        model = cls(_read_config(folder), device=device, dtype=dtype)
+        if "model.embed_tokens.weight" in state_dict:
+            raise ValueError(
+                f"{folder} holds a Hugging Face checkpoint; convert it first: "
+                f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
+            )
+        if model.output is None:
+            state_dict.pop("output.weight", None)
+        try:
+            model.load_state_dict(state_dict)
+        except RuntimeError as e:
+            raise ValueError(f"the weights in {folder} do not fit its config: {e}") from None
+        return model.requires_grad_(False).eval()
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint, given it or any file in it.
+
+    Raises:
+        ValueError: the path does not exist, or holds no weights.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise ValueError(f"no checkpoint at {path}")
+    if not _weight_files(folder):
+        raise ValueError(f"{folder} has no model.safetensors, model.safetensors.index.json or model.pth")
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Identifies a checkpoint by its config and by samples (64 x 4 KiB a file) of its weights; 32 hex digits.
+
+    Artifacts made from a checkpoint carry it, so that a statistics file or an allocation of another is noticed.
+    """
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    if config.is_file():
+        digest.update(config.read_bytes())
+    for path in _weight_files(folder):
+        size = os.path.getsize(path)
+        digest.update(str(size).encode())
+        with open(path, "rb") as f:
+            for i in range(64):
+                f.seek(i * size // 64)
+                digest.update(f.read(4096))
+    return digest.hexdigest()[:32]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Files that hold the weights: safetensors, as one or as the index's shards, else GPT-Fast's model.pth."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{index} is not a safetensors index ({e}); convert the checkpoint again") from None
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{index} names the shard {name!r} outside its folder")
+            if not (folder / name).is_file():
+                raise ValueError(f"{index} names the shard {name!r}, which is missing; convert the checkpoint again")
+        return [folder / name for name in names]
+    return [path for path in (folder / "model.safetensors", folder / "model.pth") if path.is_file()][:1]
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors by name, memory-mapped."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state_dict = {}
+    for path in _weight_files(folder):
+        try:
+            if path.suffix == ".pth":
+                state_dict |= torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+            else:
+                state_dict |= load_file(path)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
+            raise ValueError(f"{path} cannot be read, it may be truncated: {e}") from None
+    return state_dict
+
+
+def _read_config(folder: Path) -> ModelArgs:
+    path = folder / "config.json"
+    if not path.is_file():
+        return ModelArgs.from_name(folder.name)
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    return ModelArgs.from_config(config, name=config.get("_name_or_path") or folder.name)

