@@ -37,7 +37,7 @@ SITE_OF = {projection: site for site, projections in SITES.items() for projectio
 LEVELS = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WINDOW, MIN_WINDOW = 2048, 256
-OWN_TOKENS, OWN_ROW, OWN_ROWS = 8192, 128, 64  # of self-written text: tokens, tokens a row, rows at once
+OWN_TOKENS, OWN_ROW, OWN_ROWS = 4096, 128, 32  # of self-written text: tokens, tokens a row, rows at once
 
 # Histogram bins: float32 bit patterns rounded to 9 mantissa bits, 512 bins an octave from 2^-40 to 2^24. Values of a
 # shorter dtype lie in the middle of a bin, so an interpolated quantile is above or below them without bias.
@@ -280,7 +280,7 @@ def teal_statistics(folder: str | Path) -> Statistics:
 def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
     """Text that the model writes, dense, at temperature 1: rows of up to 128 tokens, the start token included, [N, T].
 
-    At least `num_tokens` in all. 64 rows at a time go through the KV cache, which is released at the end.
+    At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end.
     """
     device = model.norm.weight.device
     generator = torch.Generator(device).manual_seed(seed)

@@ -60,7 +60,7 @@ def perplexity(
 ) -> float:
     """Perplexity of `tokens` [num_tokens] (int64) by the protocol above, with log-softmax in float32.
 
-    A SparseTransformer cuts positions [dense_prefix:] of every window; None is dense.
+    A SparseTransformer cuts positions [dense_prefix:] of every window and counts them anew; None is dense.
 
     Raises:
         ValueError: a window beyond the text or the model's context.
@@ -70,7 +70,10 @@ def perplexity(
     device = model.norm.weight.device
     starts = window_starts(len(tokens), context, window, num_windows)
     windows = torch.stack([tokens[i : i + context + window] for i in starts])
-    options = {} if dense_prefix is None else {"dense_prefix": dense_prefix}
+    options = {}
+    if dense_prefix is not None:
+        model.reset_counts()
+        options["dense_prefix"] = dense_prefix
     loss, seen = 0.0, 0
     with tqdm(total=num_windows, desc="evaluating", unit="window") as progress:
         for batch in windows.split(GPU_WINDOWS if device.type == "cuda" else 1):

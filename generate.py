@@ -67,7 +67,7 @@ def prefill(model: Transformer, prompt: Tensor, temperature: float, top_k: int |
 
 @dataclass
 class Generation:
-    """tokens: prompt and new ones [B, P + N]; total_s: wall time of the call; decode_s: that of its N - 1 last steps."""
+    """Prompt and new tokens [B, P + N]; wall time of the call and, of that, of the N - 1 steps after prefill."""
 
     tokens: Tensor
     total_s: float
@@ -147,7 +147,7 @@ def tokens_per_sec(generations: list[Generation], prompt: Tensor) -> float:
 
 @torch.inference_mode()
 def count_kept(model: SparseTransformer, tokens: Tensor, prompt_length: int) -> None:
-    """Counts the kept inputs of a generation [B, P + N], untimed: one pass over its tokens, those of the prompt dense."""
+    """Counts the kept inputs of a generation [B, P + N] in one untimed pass over its tokens, the prompt's dense."""
     model.reset_counts()
     model(tokens[:, :-1], num_logits=1, dense_prefix=prompt_length)
 
@@ -222,14 +222,15 @@ def chat(generator: Generator, tokenizer, max_new_tokens: int, context: int) -> 
             print()
             return
         ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+        stream = tokenizer.stream()
         if ids is None:
             ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
+            stream = tokenizer.stream(after=ids)
         room = context - len(ids)
         if not ids or room < 1:
             print(f"{len(ids)} tokens do not fit the chat's context of {context}; starting anew")
             messages = []
             continue
-        stream = tokenizer.stream()
         pieces: list[str] = []
 
         def show(token: Tensor, stream=stream, pieces=pieces) -> bool:
@@ -253,8 +254,8 @@ def report(result: dict, num_samples: int, allocation: str, batch_size: int, wei
     print(f"\nModel      {r['model']}, {weights}, {r['dtype']}, on {r['device']}")
     if r["sparsity"]:
         print(
-            f"Sparsity   {r['sparsity']:.0%} asked for ({allocation} allocation), {r['achieved_sparsity']:.1%} achieved "
-            "in decoding; the prompt is dense"
+            f"Sparsity   {r['sparsity']:.0%} asked for ({allocation} allocation), {r['achieved_sparsity']:.1%} "
+            "achieved in decoding; the prompt is dense"
         )
     batch = f" x {batch_size} rows" if batch_size > 1 else ""
     print(
@@ -268,7 +269,9 @@ def report(result: dict, num_samples: int, allocation: str, batch_size: int, wei
     if r["compile_s"] is not None:
         print(f"Compile    {r['compile_s']:.1f} s, not in the speed")
     if "speedup" in r:
-        print(f"Dense      {r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']}): speed-up {r['speedup']:.2f}x")
+        print(
+            f"Dense      {r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']}): speed-up {r['speedup']:.2f}x"
+        )
 
 
 def main(
@@ -339,9 +342,7 @@ def main(
             f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
         )
     models = [model, source.load(Transformer)] if compare_dense and sparsity else [model]
-    generators = [
-        Generator(m, batch_size, length, temperature, top_k, compile, compile_prefill) for m in models
-    ]
+    generators = [Generator(m, batch_size, length, temperature, top_k, compile, compile_prefill) for m in models]
     tokens = torch.tensor(ids, device=torch_device).repeat(batch_size, 1)
 
     torch.manual_seed(seed)
@@ -359,7 +360,7 @@ def main(
     if tokenizer and not (prompt or "").isdigit():
         new = last[0, len(ids) :].tolist()
         end = next((i for i, token in enumerate(new) if token in tokenizer.eos_ids), len(new))
-        text = tokenizer.decode(new[:end])
+        text = tokenizer.decode(new[:end], after=ids)
     if sparsity:
         count_kept(model, last, len(ids))
 
@@ -406,7 +407,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="rows; each cuts its own inputs")
     parser.add_argument("--top_k", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    parser.add_argument("--checkpoint_path", help="a checkpoint's folder or a file in it; default: SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--checkpoint_path", help="a checkpoint's folder or a file in it; default: SmolLM2-135M-Instruct"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the decode step (CUDA graphs on a GPU)")
     parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prefill too")
     parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one generation")

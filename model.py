@@ -22,7 +22,12 @@ SUPPORTED_ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
 }
-ROPE_TYPES = ("default", "linear", "llama3", "factors")
+ROPE_KEYS = {  # what each type of rope scaling needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "factors": ("factors",),
+}
 
 
 @dataclass
@@ -128,8 +133,11 @@ def _rope(config: dict) -> tuple[float, dict | None]:
     base = scaling.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     kind = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", kind or "default")
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"config.json has rope type {kind!r}; supported: {', '.join(ROPE_TYPES)}")
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"config.json has rope type {kind!r}; supported: {', '.join(ROPE_KEYS)}")
+    missing = [key for key in ROPE_KEYS[kind] if key not in scaling]
+    if missing:
+        raise ValueError(f"config.json's {kind} rope scaling has no {', '.join(missing)}")
     return float(base), None if kind == "default" else scaling
 
 
@@ -531,4 +539,6 @@ def _read_config(folder: Path) -> ModelArgs:
         config = json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}, not a model's configuration")
     return ModelArgs.from_config(config, name=config.get("_name_or_path") or folder.name)

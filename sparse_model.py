@@ -22,7 +22,7 @@ class SparseProjection(Float32Buffers):
         segments: name and width of each of the S projections fused along out.
         threshold: [S, in], float32; input i counts for segment s where not (|x_i| <= threshold[s, i]).
         kept: kept inputs of each segment since `reset_counts` [S], int64, on the device.
-        read: the same, but an input that several rows of a batch keep at one step counts once: its weights are read once.
+        read: the same, but an input that several rows of a batch keep at one step counts once, as its weights do.
         seen, steps: positions that were cut, of all rows and of one row.
     """
 
@@ -127,7 +127,7 @@ class SparseTransformer(Transformer):
             projection.seen = projection.steps = 0
 
     def bytes_per_step(self) -> int:
-        """See `Transformer.bytes_per_step`; of the projections only the rows that the counted steps read, on average."""
+        """See `Transformer.bytes_per_step`; of the projections the rows that the counted steps read, on average."""
         unread = 0.0
         for module in self.projections:
             for read, width in zip(module.read.tolist(), module.widths, strict=True):

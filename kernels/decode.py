@@ -42,7 +42,9 @@ def _inputs(
             return _round(tl.load(x_ptr + rows, mask=in_range, other=0.0), DTYPE)
         else:
             s = tl.arange(0, SPLITS)[:, None]
-            lse = tl.load(lse_ptr + s * (N_IN // HEAD_DIM) + (rows // HEAD_DIM)[None, :], mask=in_range[None, :], other=0.0)
+            lse = tl.load(
+                lse_ptr + s * (N_IN // HEAD_DIM) + (rows // HEAD_DIM)[None, :], mask=in_range[None, :], other=0.0
+            )
             y = tl.load(x_ptr + s * N_IN + rows[None, :], mask=in_range[None, :], other=0.0)
             weight = tl.exp(lse - tl.max(lse, axis=0)[None, :])
             return _round(tl.sum(weight * y, axis=0) / tl.sum(weight, axis=0), DTYPE)
