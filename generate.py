@@ -22,44 +22,43 @@ from torch import Tensor
 
 from calibrate import (
     PRECISIONS,
-    Statistics,
     add_device_arguments,
     calibrate_random,
     command_line,
     resolve_device,
     statistics_for,
 )
-from convert_hf_checkpoint import resolve_checkpoint
+from convert_hf_checkpoint import atomic_write, resolve_checkpoint
 from model import Transformer
-from sparse_model import SparseTransformer
+from sparse_model import FusedDecoder, SparseTransformer
 from tokenizer import load_tokenizer
 
+DEFAULT_PROMPT = "Hello, my name is"
 SYNTHETIC_PROMPT = 6  # tokens of the prompt where weights are random
 INTERACTIVE_CONTEXT = 4096  # positions of the cache in a chat; attention reads all of them at every token
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int) -> Tensor:
     """Draws a token for each row. logits: [B, V]; returns [B, 1], int64. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
-    if top_k is not None:
-        kth = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = torch.where(logits < kth, -float("inf"), logits)
+    kth = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
+    logits = torch.where(logits < kth, -float("inf"), logits)
     # argmax(p / Exp(1)) is a draw from p and, unlike torch.multinomial, does not wait for the device
     noise = torch.empty_like(logits).exponential_(1)
     return (torch.softmax(logits, dim=-1) / noise).argmax(dim=-1, keepdim=True)
 
 
 def decode_one_token(
-    model: Transformer, token: Tensor, input_pos: Tensor, temperature: float, top_k: int | None
+    model: Transformer, token: Tensor, input_pos: Tensor, temperature: float, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """The next token [B, 1] and its position [1], from a token [B, 1] at input_pos [1]."""
     logits = model(token, input_pos)
     return sample(logits[:, -1], temperature, top_k), input_pos + 1
 
 
-def prefill(model: Transformer, prompt: Tensor, temperature: float, top_k: int | None) -> Tensor:
+def prefill(model: Transformer, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
     """The first new token [B, 1] after a prompt [B, P]. Dense in a sparse model too, unless the prompt is one token."""
     logits = model(prompt, torch.arange(prompt.shape[1], device=prompt.device), num_logits=1)
     return sample(logits[:, -1], temperature, top_k)
@@ -81,8 +80,11 @@ class Generator:
         model: on its device; its cache is made here.
         batch_size, max_length: rows and positions of the cache.
         temperature, top_k: of the sampling; temperature 0 is greedy.
-        compile: torch.compile the decode step, with CUDA graphs on a GPU.
-        compile_prefill: the same for the prompt, without graphs.
+        compile: one row on a GPU: the fused kernels in a CUDA graph (`FusedDecoder`); else torch.compile of the
+            decode step, with CUDA graphs on a GPU.
+        compile_prefill: torch.compile of the prompt's pass.
+        cut: False takes the fused kernels without their threshold test: a dense model.
+        static_prompt: prompts keep their length, so that with fused kernels the prompt's pass is a CUDA graph too.
     """
 
     def __init__(
@@ -91,15 +93,22 @@ class Generator:
         batch_size: int,
         max_length: int,
         temperature: float = 0.8,
-        top_k: int | None = 200,
+        top_k: int = 200,
         compile: bool = False,
         compile_prefill: bool = False,
+        cut: bool = True,
+        static_prompt: bool = True,
     ):
         self.model, self.temperature, self.top_k = model, temperature, top_k
         self.device = model.norm.weight.device
         model.setup_caches(batch_size, max_length)
         self._decode, self._prefill = decode_one_token, prefill
-        if compile:
+        self._fused: FusedDecoder | None = None
+        if compile and can_fuse(self.device, batch_size, top_k):
+            self._fused = FusedDecoder(model, cut, temperature, top_k)
+            if static_prompt:
+                self._prefill = GraphedPrefill()
+        elif compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True)
         if compile_prefill:
@@ -112,6 +121,10 @@ class Generator:
         tokens = [prompt]
         token = self._prefill(self.model, prompt, self.temperature, self.top_k)
         prefilled = self._now()
+        if self._fused is not None:
+            tokens = self._replay(prompt, token, max_new_tokens, on_token)
+            end = self._now()
+            return Generation(tokens, end - start, end - prefilled)
         position = torch.tensor([prompt.shape[1]], device=self.device)
         while True:
             tokens.append(token.clone())  # a CUDA graph writes the next token into the same memory
@@ -123,10 +136,48 @@ class Generator:
         end = self._now()
         return Generation(torch.cat(tokens, dim=1), end - start, end - prefilled)
 
+    def _replay(self, prompt: Tensor, token: Tensor, max_new_tokens: int, on_token: Callable | None) -> Tensor:
+        """The steps after prefill through the CUDA graph: the host only launches them, unless `on_token` looks."""
+        fused, length = self._fused, prompt.shape[1]
+        fused.start(token, length, torch.randint(2**31, ()).item())
+        last = length + 1
+        while last < length + max_new_tokens:
+            if on_token is not None and on_token(fused.tokens[None, last - 1 : last]):
+                break
+            fused.replay()
+            last += 1
+        else:
+            if on_token is not None:
+                on_token(fused.tokens[None, last - 1 : last])
+        return torch.cat((prompt, fused.tokens[None, length:last]), dim=1)
+
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+class GraphedPrefill:
+    """`prefill` for prompts of one shape, recorded as a CUDA graph on the first call: launching it took longer."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, model: Transformer, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
+        if self.graph is None:
+            self.prompt = prompt.clone()
+            prefill(model, self.prompt, temperature, top_k)  # warms up what must not happen while recording
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.token = prefill(model, self.prompt, temperature, top_k)
+        self.prompt.copy_(prompt)
+        self.graph.replay()
+        return self.token
+
+
+def can_fuse(device: torch.device, batch_size: int, top_k: int) -> bool:
+    """Whether the fused kernels serve a run: one row, on a GPU, a top_k that one program sorts, any order of sums."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return device.type == "cuda" and batch_size == 1 and top_k <= 1024 and not deterministic
 
 
 def measure(
@@ -185,22 +236,19 @@ class Source:
             return cls.random_init(self.random_init, self.device, self.dtype, self.seed)
         return cls.from_checkpoint(self.folder, self.device, self.dtype)
 
-    def load_sparse(self, sparsity: float, statistics_path: str | None) -> SparseTransformer:
-        model = self.load(SparseTransformer)
-        statistics: Statistics
+    def set_sparsity(self, model: SparseTransformer, sparsity: float, statistics_path: str | None) -> None:
         if self.folder is None:
             statistics = calibrate_random(model)
         else:
             statistics = statistics_for(self.folder, statistics_path, model)
         model.set_sparsity(statistics, sparsity)
-        return model
 
 
 def encode_prompt(prompt: str | None, tokenizer, vocab_size: int, seed: int) -> list[int]:
     """Token ids of a prompt's text, or of a synthetic prompt where it is an integer or weights are random."""
     if prompt is None:
-        prompt = str(SYNTHETIC_PROMPT) if tokenizer is None else "Hello, my name is"
-    if prompt.isdigit():
+        prompt = str(SYNTHETIC_PROMPT) if tokenizer is None else DEFAULT_PROMPT
+    if prompt.isdecimal():
         if int(prompt) < 1:
             raise ValueError("--prompt 0: a prompt needs at least one token")
         return torch.randint(vocab_size, (int(prompt),), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -227,7 +275,9 @@ def chat(generator: Generator, tokenizer, max_new_tokens: int, context: int) -> 
             ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
             stream = tokenizer.stream(after=ids)
         room = context - len(ids)
-        if not ids or room < 1:
+        if not ids:
+            continue
+        if room < 1:
             print(f"{len(ids)} tokens do not fit the chat's context of {context}; starting anew")
             messages = []
             continue
@@ -258,12 +308,15 @@ def report(result: dict, num_samples: int, allocation: str, batch_size: int, wei
             "achieved in decoding; the prompt is dense"
         )
     batch = f" x {batch_size} rows" if batch_size > 1 else ""
+    step, rate = "no decode step", ""
+    if r["ms_per_token"] is not None:
+        step, rate = f"{r['ms_per_token']:.2f} ms a decode step", f" = {r['bandwidth_gbps']:,.1f} GB/s"
     print(
         f"Speed      {r['tokens_per_sec']:.1f} tokens/s, median of {num_samples} ({r['prompt_tokens']} prompt tokens, "
-        f"{r['new_tokens']} new{batch}, sampling included); {r['ms_per_token']:.2f} ms a decode step"
+        f"{r['new_tokens']} new{batch}, sampling included); {step}"
     )
     print(
-        f"Memory     {r['bytes_per_token'] / 1e6:,.1f} MB of weights read a step = {r['bandwidth_gbps']:,.1f} GB/s; "
+        f"Memory     {r['bytes_per_token'] / 1e6:,.1f} MB of weights read a step{rate}; "
         f"peak {r['peak_memory_gb']:.2f} GB"
     )
     if r["compile_s"] is not None:
@@ -280,7 +333,7 @@ def main(
     num_samples: int = 5,
     max_new_tokens: int = 200,
     batch_size: int = 1,
-    top_k: int | None = 200,
+    top_k: int = 200,
     temperature: float = 0.8,
     checkpoint_path: str | None = None,
     compile: bool = False,
@@ -307,7 +360,7 @@ def main(
     for flag, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"--{flag} {value} must be at least 1")
-    if temperature < 0 or (top_k is not None and top_k < 1):
+    if not temperature >= 0 or top_k < 1:
         raise ValueError(f"--temperature {temperature} must be at least 0 and --top_k {top_k} at least 1")
     if random_init and (checkpoint_path or interactive):
         raise ValueError("--random_init has no text to load or to talk: leave out --checkpoint_path and --interactive")
@@ -315,21 +368,26 @@ def main(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if compile and not can_compile(torch_device):
+    if (compile or compile_prefill) and not can_compile(torch_device):
         print("No C++ compiler was found (g++, or CXX): --compile is left out", file=sys.stderr)
         compile = compile_prefill = False
 
     folder = None if random_init else resolve_checkpoint(checkpoint_path)
     source = Source(folder, random_init, seed, torch_device, PRECISIONS[precision])
     allocation = resolve_allocation(allocation, folder)
-    model = source.load_sparse(sparsity, statistics) if sparsity else source.load(Transformer)
+    fused = compile and can_fuse(torch_device, 1 if interactive else batch_size, top_k)
+    model = source.load(SparseTransformer if sparsity or fused else Transformer)
+    if sparsity:
+        source.set_sparsity(model, sparsity, statistics)
     config = model.config
     tokenizer = load_tokenizer(folder, config.vocab_size) if folder else None
     weights = "random weights (normal, std 0.02)" if folder is None else "trained weights"
 
     if interactive:
         context = min(config.block_size, INTERACTIVE_CONTEXT)
-        generator = Generator(model, 1, context, temperature, top_k, compile, compile_prefill)
+        generator = Generator(
+            model, 1, context, temperature, top_k, compile, compile_prefill, bool(sparsity), static_prompt=False
+        )
         torch.manual_seed(seed)
         chat(generator, tokenizer, max_new_tokens, context)
         return {}
@@ -341,8 +399,12 @@ def main(
             f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit {config.name}'s context of "
             f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
         )
-    models = [model, source.load(Transformer)] if compare_dense and sparsity else [model]
-    generators = [Generator(m, batch_size, length, temperature, top_k, compile, compile_prefill) for m in models]
+    generators = [Generator(model, batch_size, length, temperature, top_k, compile, compile_prefill, bool(sparsity))]
+    if compare_dense and sparsity:
+        dense_model = model if fused else source.load(Transformer)
+        generators.append(
+            Generator(dense_model, batch_size, length, temperature, top_k, compile, compile_prefill, False)
+        )
     tokens = torch.tensor(ids, device=torch_device).repeat(batch_size, 1)
 
     torch.manual_seed(seed)
@@ -354,17 +416,19 @@ def main(
     if profile:
         with torch.profiler.profile() as profiler:
             generators[0](tokens, max_new_tokens)
-        profiler.export_chrome_trace(profile if profile.endswith(".json") else f"{profile}.json")
+        with atomic_write(profile if profile.endswith(".json") else f"{profile}.json") as temporary:
+            profiler.export_chrome_trace(str(temporary))
     last = runs[0][-1].tokens
     text = None
-    if tokenizer and not (prompt or "").isdigit():
+    if tokenizer and not (prompt or "").isdecimal():
         new = last[0, len(ids) :].tolist()
         end = next((i for i, token in enumerate(new) if token in tokenizer.eos_ids), len(new))
         text = tokenizer.decode(new[:end], after=ids)
     if sparsity:
         count_kept(model, last, len(ids))
 
-    ms = 1e3 * stats.median(g.decode_s / max(max_new_tokens - 1, 1) for g in runs[0])
+    steps = max_new_tokens - 1
+    ms = 1e3 * stats.median(g.decode_s / steps for g in runs[0]) if steps else None
     read = model.bytes_per_step()
     result = {
         "model": config.name,
@@ -375,7 +439,7 @@ def main(
         "tokens_per_sec": tokens_per_sec(runs[0], tokens),
         "ms_per_token": ms,
         "bytes_per_token": read,
-        "bandwidth_gbps": read / ms / 1e6,
+        "bandwidth_gbps": read / ms / 1e6 if steps else None,
         "compile_s": compile_s,
         "peak_memory_gb": peak_memory_gb(torch_device),
         "prompt_tokens": len(ids),
@@ -385,13 +449,15 @@ def main(
     if compare_dense:
         dense = tokens_per_sec(runs[-1], tokens)
         backend = "torch linear, compiled" if compile else "torch linear"
+        if fused:
+            backend = "the sparse kernels without the threshold test, one CUDA graph"
         result |= {
             "dense_tokens_per_sec": dense,
             "speedup": result["tokens_per_sec"] / dense,
             "dense_backend": backend,
         }
     if text is not None:
-        print(f"{prompt or 'Hello, my name is'}{text}")
+        print(f"{DEFAULT_PROMPT if prompt is None else prompt}{text}")
     report(result, num_samples, allocation, batch_size, weights)
     if json_line:
         print(json.dumps(result))

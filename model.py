@@ -376,7 +376,7 @@ class Transformer(Float32Buffers):
         return sum(p.weight.nbytes for p in self.projections) + self.output_weight.nbytes + small
 
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
-        """Makes an empty static KV cache [batch_size, n_local_heads, seq_length, head_dim] in every layer.
+        """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], if it has none such.
 
         Raises:
             ValueError: seq_length is beyond the model's context.
@@ -385,8 +385,9 @@ class Transformer(Float32Buffers):
             raise ValueError(f"{seq_length} positions do not fit the model's context of {self.config.block_size}")
         weight = self.norm.weight
         shape = (batch_size, self.config.n_local_heads, seq_length, self.config.head_dim)
-        for block in self.layers:
-            block.attention.kv_cache = KVCache(shape, weight.device, weight.dtype)
+        for attention in (block.attention for block in self.layers):
+            if attention.kv_cache is None or attention.kv_cache.k_cache.shape != shape:
+                attention.kv_cache = KVCache(shape, weight.device, weight.dtype)
 
     def forward(self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0) -> Tensor:
         """Logits of the next token.
@@ -459,7 +460,7 @@ class Transformer(Float32Buffers):
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as e:
-            raise ValueError(f"the weights in {folder} do not fit its config: {e}") from None
+            raise ValueError(f"the weights in {folder} do not fit its config: {_one_line(e)}") from None
         return model.requires_grad_(False).eval()
 
 
@@ -469,7 +470,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     Raises:
         ValueError: the path does not exist, or holds no weights.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # "." has no name to choose a config by
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}")
@@ -502,8 +503,8 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError) as e:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{index} is not a safetensors index ({e}); convert the checkpoint again") from None
         for name in names:
             if Path(name).name != name:
@@ -526,9 +527,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 state_dict |= torch.load(path, mmap=True, weights_only=True, map_location="cpu")
             else:
                 state_dict |= load_file(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
-            raise ValueError(f"{path} cannot be read, it may be truncated: {e}") from None
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError) as e:
+            raise ValueError(f"{path} cannot be read, it may be truncated: {_one_line(e)}") from None
     return state_dict
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _read_config(folder: Path) -> ModelArgs:

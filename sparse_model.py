@@ -33,7 +33,8 @@ class SparseProjection(Float32Buffers):
         n_out = sum(self.widths)
         self.weight = nn.Parameter(torch.empty(in_features, n_out, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("threshold", torch.zeros(len(segments), in_features, device=device))
+        threshold = torch.zeros(len(segments), in_features, device=device, dtype=torch.float32)
+        self.register_buffer("threshold", threshold)
         for counter in ("kept", "read"):
             zeros = torch.zeros(len(segments), device=device, dtype=torch.int64)
             self.register_buffer(counter, zeros, persistent=False)
@@ -66,9 +67,12 @@ class SparseProjection(Float32Buffers):
 
 
 def _transpose_on_load(module, state_dict, prefix, *_):
-    """Checkpoints hold [out, in]; the transposition runs on the module's own device, one matrix at a time."""
+    """Checkpoints hold [out, in]; the transposition runs on the module's own device, one matrix at a time.
+
+    This class's own state, which has thresholds, is taken as it is.
+    """
     key = prefix + "weight"
-    if key in state_dict:
+    if key in state_dict and prefix + "threshold" not in state_dict:
         state_dict[key] = state_dict[key].to(module.weight.device).t()
     state_dict.setdefault(prefix + "threshold", module.threshold)
 
@@ -98,6 +102,8 @@ class SparseTransformer(Transformer):
 
     def set_threshold(self, layer: int, projection: str, value: float | Tensor) -> None:
         """Sets one projection's threshold in place: one value, or one for each input [in]."""
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"no layer {layer}; the model has {len(self.layers)}")
         for module in self.projections[4 * layer : 4 * layer + 4]:
             if projection in module.segments:
                 module.threshold[list(module.segments).index(projection)] = value
@@ -127,11 +133,15 @@ class SparseTransformer(Transformer):
             projection.seen = projection.steps = 0
 
     def bytes_per_step(self) -> int:
-        """See `Transformer.bytes_per_step`; of the projections the rows that the counted steps read, on average."""
+        """See `Transformer.bytes_per_step`; of the projections the rows that the counted steps read, on average.
+
+        All rows where no step was counted.
+        """
         unread = 0.0
         for module in self.projections:
             for read, width in zip(module.read.tolist(), module.widths, strict=True):
-                unread += (module.weight.shape[0] - read / max(module.steps, 1)) * width * module.weight.itemsize
+                rows = read / module.steps if module.steps else module.weight.shape[0]
+                unread += (module.weight.shape[0] - rows) * width * module.weight.itemsize
         return super().bytes_per_step() - round(unread)
 
     def achieved_sparsity(self) -> float:
@@ -142,3 +152,104 @@ class SparseTransformer(Transformer):
             total += n_in * sum(module.widths) * module.seen
             kept += sum(k * width for k, width in zip(module.kept.tolist(), module.widths, strict=True))
         return 1.0 - kept / total if total else 0.0
+
+
+class FusedDecoder:
+    """Decode steps of a SparseTransformer at batch 1 on a GPU, through the fused kernels and one CUDA graph.
+
+    A step takes a token to the next one, sampling included, and leaves nothing for the host to do: `replay` it as often
+    as wanted, then read `tokens`.
+
+    Args:
+        model: with its cache set up for one row.
+        cut: False runs the same kernels with the threshold test compiled out: the dense model.
+        temperature, top_k: of the sampling; temperature 0 is greedy.
+    """
+
+    def __init__(self, model: SparseTransformer, cut: bool, temperature: float, top_k: int):
+        from kernels import decode, triton_gemv
+
+        self.kernels, self.launch_gemv = decode, triton_gemv.launch_gemv
+        self.model, self.cut = model, cut
+        self.temperature, self.top_k = temperature, min(top_k, model.config.vocab_size)
+        config, device = model.config, model.norm.weight.device
+        self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+        cache = model.layers[0].attention.kv_cache.k_cache
+        splits = decode.attention_splits(cache.shape[2], config.n_local_heads)
+
+        def buffer(*shape: int, dtype=torch.float32) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        self.h = buffer(config.dim)
+        # one element more than the product's outputs: the scale of the norm before it
+        self.qkv = buffer((config.n_head + 2 * config.n_local_heads) * config.head_dim + 1)
+        self.gate_up = buffer(2 * config.intermediate_size + 1)
+        self.y, self.lse = buffer(splits, config.n_head * config.head_dim), buffer(splits, config.n_head)
+        self.logits = buffer(config.vocab_size + 1)
+        self.top = buffer(-(-config.vocab_size // decode.HEAD_ROWS))
+        self.groups = buffer(1 << (self.top_k + 31).bit_length(), dtype=torch.int32)
+        self.token, self.position, self.seed = (buffer(1, dtype=torch.int64) for _ in range(3))
+        self.tokens = buffer(cache.shape[2] + 1, dtype=torch.int64)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def start(self, token: Tensor, position: int, seed: int) -> None:
+        """Sets the token to feed next, its position, and the seed of the draws."""
+        self.token.copy_(token.view(1))
+        self.tokens[position] = token.view(())
+        self.position.fill_(position)
+        self.seed.fill_(seed)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Compiles the kernels and records the graph. The one step that it runs is undone, but for the cache at
+        its position, which the first replay writes again."""
+        token, position = self.token.clone(), self.position.clone()
+        stream = torch.cuda.Stream(self.h.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.token.copy_(token)
+        self.position.copy_(position)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
+
+    def replay(self) -> None:
+        """One step; the first call records it."""
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+
+    def step(self) -> None:
+        """Launches the kernels of one step."""
+        k, model, config, pdl = self.kernels, self.model, self.model.config, self.pdl
+        k.launch_embed(self.token, model.tok_embeddings.weight, self.h, self.logits, pdl)
+        for i, block in enumerate(model.layers):
+            attention, feed_forward = block.attention, block.feed_forward
+            self._product(
+                "norm", self.h, attention.wqkv, self.qkv, gain=block.attention_norm.weight, eps=config.norm_eps,
+                zero=self.gate_up,
+            )  # fmt: skip
+            cache = attention.kv_cache
+            window = config.sliding_window if i in config.windowed_layers else None
+            k.launch_attention(
+                self.qkv, attention.wqkv.bias, cache.k_cache, cache.v_cache, self.position, model.inv_freq,
+                self.y, self.lse, window, pdl,
+            )  # fmt: skip
+            self._product("attention", self.y, attention.wo, self.h, lse=self.lse, head_dim=config.head_dim)
+            self._product(
+                "norm", self.h, feed_forward.w13, self.gate_up, gain=block.ffn_norm.weight, eps=config.norm_eps,
+                zero=self.qkv,
+            )  # fmt: skip
+            self._product("silu", self.gate_up, feed_forward.w2, self.h)
+        k.launch_head(self.h, model.norm.weight, model.output_weight, self.logits, self.top, config.norm_eps, pdl)
+        k.launch_sample(
+            self.logits, self.top, self.groups, self.seed, self.position, self.token, self.tokens,
+            self.temperature, self.top_k, pdl,
+        )  # fmt: skip
+
+    def _product(self, prologue: str, x: Tensor, module: SparseProjection, out: Tensor, **options) -> None:
+        self.launch_gemv(
+            prologue, x, module.weight, module.threshold, out, module.widths, cut=self.cut, pdl=self.pdl, **options
+        )

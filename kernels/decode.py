@@ -1,92 +1,259 @@
 """Fused kernels of one decode step at batch 1, in Triton: five launches a layer, each dependent on the one before.
 
-norm + qkv | rope + cache + attention | o + residual | norm + gate, up | SiLU x up + down + residual
+    norm + qkv | rope + cache + attention | o + residual | norm + gate, up | SiLU x up + down + residual
 
-The residual stream, and the sums of every product, are float32 and accumulated by atomics: many small programs keep
-the most loads in flight, and none waits for another. A buffer is zeroed by a launch that runs before its next use.
-With PDL (programmatic dependent launch, Hopper) a launch starts while the one before drains: what does not depend on
-it (thresholds, gains, old keys and values) is loaded before `gdc_wait`.
+then norm + lm_head, and the sampling. Products accumulate in float32 by atomics: many programs of one warp keep the
+most loads in flight, and none waits for another. A buffer that a product adds to is zeroed by an earlier launch.
+
+With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
+at `gdc_wait`. What comes before that line may read only what no launch of this step writes: weights, thresholds, the
+position, and the cache up to it. A step's first launch is an ordinary one, so steps never overlap.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _round(x, DTYPE: tl.constexpr):
-    return x.to(DTYPE).to(tl.float32)
+from kernels.triton_gemv import rounded, shared_norm_scale
 
 
 @triton.jit
-def _inputs(
-    rows, in_range, x_ptr, gain, lse_ptr, eps,
-    PROLOGUE: tl.constexpr, DTYPE: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _embed_kernel(token_ptr, embedding_ptr, h_ptr, slot_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """h = embedding[token], float32; zeroes the slot that the lm_head's norm uses."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(slot_ptr, 0.0)
+    row = tl.load(token_ptr) * DIM
+    tl.store(h_ptr + i, tl.load(embedding_ptr + row + i, mask=i < DIM, other=0.0).to(tl.float32), mask=i < DIM)
+
+
+@triton.jit
+def _rotated(x_ptr, bias_ptr, offsets, mask, pair, cos, sin, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr):
+    """Elements of qkv rotated in adjacent pairs: j needs its partner j ^ 1, at `pair`."""
+    x = rounded(tl.load(x_ptr + offsets, mask=mask, other=0.0), DTYPE)
+    y = rounded(tl.load(x_ptr + pair, mask=mask, other=0.0), DTYPE)
+    if HAS_BIAS:
+        x = rounded(x + tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32), DTYPE)
+        y = rounded(y + tl.load(bias_ptr + pair, mask=mask, other=0.0).to(tl.float32), DTYPE)
+    return (x * cos + y * sin).to(DTYPE)
+
+
+@triton.jit
+def _attention_kernel(
+    qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr, out_ptr, lse_ptr,
+    seq_length, chunk, window, scale,
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The inputs of a tile, float32 holding values of the model's dtype, made from what the launch before left."""
-    if PROLOGUE == "norm":
-        squares = tl.zeros((NORM_BLOCK,), tl.float32)
-        for start in tl.static_range(0, N_IN, NORM_BLOCK):
-            i = start + tl.arange(0, NORM_BLOCK)
-            h = tl.load(x_ptr + i, mask=i < N_IN, other=0.0)
-            squares += h * h
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / N_IN + eps)
-        h = tl.load(x_ptr + rows, mask=in_range, other=0.0)
-        return _round(_round(h * scale, DTYPE) * gain, DTYPE)
-    elif PROLOGUE == "silu":
-        gate = _round(tl.load(x_ptr + rows, mask=in_range, other=0.0), DTYPE)
-        up = _round(tl.load(x_ptr + N_IN + rows, mask=in_range, other=0.0), DTYPE)
-        return _round(_round(gate * tl.sigmoid(gate), DTYPE) * up, DTYPE)
-    else:  # "attention": partial results of the splits, weighted by their log-sum-exp
-        if SPLITS == 1:
-            return _round(tl.load(x_ptr + rows, mask=in_range, other=0.0), DTYPE)
-        else:
-            s = tl.arange(0, SPLITS)[:, None]
-            lse = tl.load(
-                lse_ptr + s * (N_IN // HEAD_DIM) + (rows // HEAD_DIM)[None, :], mask=in_range[None, :], other=0.0
-            )
-            y = tl.load(x_ptr + s * N_IN + rows[None, :], mask=in_range[None, :], other=0.0)
-            weight = tl.exp(lse - tl.max(lse, axis=0)[None, :])
-            return _round(tl.sum(weight * y, axis=0) / tl.sum(weight, axis=0), DTYPE)
+    """One query over one chunk of a key/value head's cache; writes the normalised result and its log-sum-exp.
+
+    The program whose chunk holds the new position rotates and caches the new key and value, and counts them.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
+    head, split = tl.program_id(0), tl.program_id(1)
+    position = tl.load(position_ptr).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    g = tl.arange(0, BLOCK_G)
+    n = tl.arange(0, BLOCK_N)
+    in_d = d < HEAD_DIM
+    angle = position.to(tl.float32) * tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    sin = tl.where(d % 2 == 0, -sin, sin)
+    first = split * chunk
+    last = tl.minimum(first + chunk, position)
+    owner = (position >= first) & (position < first + chunk)
+    if WINDOW:
+        first = tl.maximum(first, position - window + 1)
+    cache = head.to(tl.int64) * seq_length * HEAD_DIM
+    offsets = cache + (first + n)[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
+    mask = (first + n < last)[:, None] & in_d[None, :]
+    k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
+    v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    q_offsets = ((head * GROUP + g) * HEAD_DIM)[:, None] + d[None, :]
+    q_mask = (g < GROUP)[:, None] & in_d[None, :]
+    pair = ((head * GROUP + g) * HEAD_DIM)[:, None] + (d ^ 1)[None, :]
+    q = _rotated(qkv_ptr, bias_ptr, q_offsets, q_mask, pair, cos[None, :], sin[None, :], HAS_BIAS, DTYPE)
+    k_start = (N_HEAD + head) * HEAD_DIM
+    k_new = _rotated(qkv_ptr, bias_ptr, k_start + d, in_d, k_start + (d ^ 1), cos, sin, HAS_BIAS, DTYPE)
+    v_start = (N_HEAD + N_KV + head) * HEAD_DIM
+    v_new = rounded(tl.load(qkv_ptr + v_start + d, mask=in_d, other=0.0), DTYPE)
+    if HAS_BIAS:
+        v_new = v_new + tl.load(bias_ptr + v_start + d, mask=in_d, other=0.0).to(tl.float32)
+    v_new = v_new.to(DTYPE)
+    if owner:
+        tl.store(k_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, k_new, mask=in_d)
+        tl.store(v_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, v_new, mask=in_d)
+    score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1) * scale
+    top = tl.where(owner, score, float("-inf"))
+    total = tl.where(owner, 1.0, 0.0) + tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.where(owner, v_new.to(tl.float32), 0.0)[None, :] + tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for start in range(first, last, BLOCK_N):
+        if start > first:
+            offsets = cache + (start + n)[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
+            mask = (start + n < last)[:, None] & in_d[None, :]
+            k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
+            v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where((start + n < last)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        shrink = tl.exp(top - new_top)
+        p = tl.exp(scores - new_top[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(DTYPE), v, input_precision="ieee")
+        top = new_top
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
+    tl.store(out_ptr + split * (N_HEAD * HEAD_DIM) + q_offsets, acc, mask=q_mask)
+    tl.store(lse_ptr + split * N_HEAD + head * GROUP + g, lse, mask=g < GROUP)
 
 
 @triton.jit
-def _gemv_kernel(
-    x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr,
-    n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
-    PROLOGUE: tl.constexpr, CUT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+def _head_kernel(
+    h_ptr, gain_ptr, weight_ptr, logits_ptr, top_ptr, n_vocab, eps,
+    DIM: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Logits of BLOCK_V tokens, W RMSNorm(h) with W [vocab, DIM], and the largest of them, for the sampling."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
-    tile = tl.program_id(1)
-    program = tile * tl.num_programs(0) + tl.program_id(0)
-    in_1, in_2 = (tile >= tiles_1).to(tl.int32), (tile >= tiles_2).to(tl.int32)
-    segment = in_1 + in_2
-    first = tl.where(in_2 > 0, start_2, tl.where(in_1 > 0, start_1, 0))
-    last = tl.where(in_2 > 0, n_out, tl.where(in_1 > 0, start_2, start_1))
-    tile -= tl.where(in_2 > 0, tiles_2, tl.where(in_1 > 0, tiles_1, 0))
-    rows = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    cols = first + tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    in_range = rows < N_IN
-    if CUT:
-        threshold = tl.load(threshold_ptr + segment * N_IN + rows, mask=in_range, other=float("inf"))
-    gain = rows
-    if PROLOGUE == "norm":
-        gain = tl.load(gain_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if ZERO > 0:
-        z = program * ZERO + tl.arange(0, ZERO)
-        tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    x = _inputs(rows, in_range, x_ptr, gain, lse_ptr, eps, PROLOGUE, DTYPE, N_IN, NORM_BLOCK, SPLITS, HEAD_DIM)
-    keep = in_range
-    if CUT:
-        keep = in_range & ~(tl.abs(x) <= threshold)
-        x = tl.where(keep, x, 0.0)
-    mask = keep[:, None] & (cols < last)[None, :]
-    offsets = rows[:, None].to(tl.int64) * n_out + cols[None, :]
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    product = tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
-    tl.atomic_add(out_ptr + cols, product, mask=cols < last, sem="relaxed")
+    scale = shared_norm_scale(logits_ptr + n_vocab, tl.program_id(0), h_ptr, eps, DIM, NORM_BLOCK)
+    acc = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
+    for start in tl.static_range(0, DIM, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        offsets = v[:, None].to(tl.int64) * DIM + k[None, :]
+        mask = (v < n_vocab)[:, None] & (k < DIM)[None, :]
+        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        h = tl.load(h_ptr + k, mask=k < DIM, other=0.0)
+        gain = tl.load(gain_ptr + k, mask=k < DIM, other=0.0).to(tl.float32)
+        x = rounded(rounded(h * scale, DTYPE) * gain, DTYPE)
+        acc += weight.to(tl.float32) * x[None, :]
+    logits = tl.sum(acc, axis=1)
+    tl.store(logits_ptr + v, logits, mask=v < n_vocab)
+    tl.store(top_ptr + tl.program_id(0), tl.max(tl.where(v < n_vocab, logits, float("-inf")), axis=0))
+
+
+@triton.jit
+def _ordered(x):
+    """float32 -> int32 that sorts alike."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _kth_largest(key, k):
+    """The k-th largest of a tensor of int32, by bisection of its range."""
+    low, high = tl.min(key, axis=0).to(tl.int64), tl.max(key, axis=0).to(tl.int64) + 1
+    while high - low > 1:
+        middle = (low + high) >> 1
+        enough = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), axis=0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr, top_ptr, groups_ptr, seed_ptr, position_ptr, token_ptr, tokens_ptr,
+    n_vocab, n_groups, temperature, top_k,
+    GREEDY: tl.constexpr, BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Draws a token among the top_k and moves on: one program.
+
+    The top_k largest logits lie in groups (of GROUP neighbouring tokens) whose largest is at least the top_k-th
+    largest group maximum: no more than top_k groups but for ties, so only their logits are looked at. A draw from the
+    softmax is the argmax of logits / temperature + Gumbel noise.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    i = tl.arange(0, BLOCK_GROUPS)
+    key = _ordered(tl.load(top_ptr + i, mask=i < n_groups, other=float("-inf")))
+    bound = _kth_largest(key, top_k)
+    # groups above the bound first, so that ties with it cannot push one out
+    above, at = (key > bound).to(tl.int32), ((key == bound) & (i < n_groups)).to(tl.int32)
+    slot = tl.where(above > 0, tl.cumsum(above, 0) - 1, tl.sum(above, 0) + tl.cumsum(at, 0) - 1)
+    tl.store(groups_ptr + slot, i, mask=((above + at) > 0) & (slot < CAPACITY))
+    found = tl.minimum(tl.sum(above + at, 0), CAPACITY)
+    tl.debug_barrier()
+    j = tl.arange(0, CAPACITY * GROUP)
+    chosen = tl.load(groups_ptr + j // GROUP, mask=j // GROUP < found, other=0)
+    token = chosen * GROUP + j % GROUP
+    valid = (j // GROUP < found) & (token < n_vocab)
+    logits = tl.load(logits_ptr + token, mask=valid, other=float("-inf"))
+    position = tl.load(position_ptr)
+    if GREEDY:
+        score = logits
+    else:
+        key = _ordered(logits)
+        kept = key >= _kth_largest(key, top_k)
+        uniform = tl.rand(tl.load(seed_ptr) + position * 1000003, token)
+        noise = -tl.log(-tl.log(tl.maximum(uniform, 1e-10)))
+        score = tl.where(kept & valid, logits / temperature + noise, float("-inf"))
+    best = tl.max(score, axis=0)
+    token = tl.min(tl.where(valid & (score == best), token, n_vocab - 1), axis=0)
+    tl.store(token_ptr, token.to(tl.int64))
+    tl.store(tokens_ptr + position + 1, token.to(tl.int64))
+    tl.store(position_ptr, position + 1)
+
+
+def launch_embed(token, embedding, h, logits, pdl: bool) -> None:
+    """h [dim] float32 = embedding[token]; readies `logits` for `launch_head`."""
+    n_vocab, dim = embedding.shape
+    _embed_kernel[(triton.cdiv(dim, 1024),)](token, embedding, h, logits[n_vocab:], DIM=dim, BLOCK=1024, PDL=pdl)
+
+
+def attention_splits(seq_length: int, n_kv: int) -> int:
+    """Into how many chunks a cache is cut: enough programs for a GPU's multiprocessors, no chunk under 64 positions.
+
+    A power of two, as the programs that join the chunks need it.
+    """
+    return 1 << (min(triton.cdiv(seq_length, 64), max(1, 128 // n_kv)).bit_length() - 1)
+
+
+def launch_attention(
+    qkv, bias, k_cache, v_cache, position, inv_freq, y, lse, window, pdl, block_n=64, num_warps=4
+) -> None:
+    """Attention of the new position, cached on the way: chunks of the cache to y, joined by the "attention" prologue.
+
+    qkv: [(n_head + 2 n_kv) head_dim] float32; bias the same or None; caches [1, n_kv, seq_length, head_dim];
+    y: [splits, n_head head_dim], lse: [splits, n_head], float32.
+    """
+    _, n_kv, seq_length, head_dim = k_cache.shape
+    splits, n_head = lse.shape
+    group = n_head // n_kv
+    _attention_kernel[(n_kv, splits)](
+        qkv, bias, k_cache, v_cache, position, inv_freq, y, lse, seq_length, triton.cdiv(seq_length, splits),
+        window or 0, head_dim**-0.5,
+        N_HEAD=n_head, N_KV=n_kv, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=block_n, HAS_BIAS=bias is not None,
+        WINDOW=window is not None, PDL=pdl, num_warps=num_warps, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+HEAD_ROWS = 16  # tokens a program of the lm_head, and a group of the sampling
+
+
+def launch_head(h, gain, weight, logits, top, eps, pdl) -> None:
+    """logits [vocab + 1] float32 = W RMSNorm(h) and the norm's scale; top: the largest of every HEAD_ROWS logits."""
+    n_vocab, dim = weight.shape
+    _head_kernel[(top.numel(),)](
+        h, gain, weight, logits, top, n_vocab, eps, DIM=dim, NORM_BLOCK=min(4096, triton.next_power_of_2(dim)),
+        BLOCK_V=HEAD_ROWS, BLOCK_K=512, PDL=pdl, num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_sample(logits, top, groups, seed, position, token, tokens, temperature: float, top_k: int, pdl) -> None:
+    """The next token from logits [vocab + 1] and `top`; writes token [1], tokens[position + 1] and position + 1."""
+    greedy = temperature == 0
+    _sample_kernel[(1,)](
+        logits, top, groups, seed, position, token, tokens, logits.numel() - 1, top.numel(), float(temperature or 1.0),
+        1 if greedy else top_k, GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.numel()), GROUP=HEAD_ROWS,
+        CAPACITY=groups.numel(), PDL=pdl, num_warps=16, launch_pdl=pdl,
+    )  # fmt: skip

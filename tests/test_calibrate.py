@@ -262,7 +262,7 @@ def test_interrupted_calibration_leaves_nothing(checkpoint, monkeypatch):
         raise KeyboardInterrupt
 
     before = set(checkpoint.iterdir())
-    monkeypatch.setattr(calibrate, "save_file", interrupted)
+    monkeypatch.setattr(calibrate, "serialize", interrupted)
     model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
     monkeypatch.setattr(calibrate.calibrate, "__defaults__", (None, 64, 0))
     with pytest.raises(KeyboardInterrupt):
@@ -322,6 +322,7 @@ def test_text_windows(tmp_path):
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.jsonl", b'{"body": "x"}\n', "prefix and gold_completion"),
         ("a.jsonl", b"not json\n", "prefix and gold_completion"),
+        ("a.jsonl", b'{"text": null}\n', "prefix and gold_completion"),
         ("a.jsonl", b"[1]\n", "prefix and gold_completion"),
     ],
 )

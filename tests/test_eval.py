@@ -1,0 +1,163 @@
+"""The perplexity protocol and the cut of windows against a naive computation, token by token."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_calibrate import CONFIG, checkpoint, text_of  # noqa: F401
+
+import calibrate
+import eval as evaluation
+from calibrate import collect, load_statistics
+from eval import perplexity, task_text, window_starts
+from model import ModelArgs, Transformer
+from sparse_model import SparseTransformer
+
+CONTEXT, WINDOW, NUM_WINDOWS = 21, 10, 4
+
+
+def make_model(cls: type) -> Transformer:
+    model = cls(ModelArgs.from_config(CONFIG), dtype=torch.float32)
+    model.init_weights(seed=2, std=0.15)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(CONFIG["vocab_size"], (97,), generator=torch.Generator().manual_seed(5))
+
+
+def naive_perplexity(logits_of, tokens: list[int]) -> float:
+    """The protocol in words: every loss token predicted alone, from all tokens before it in its window."""
+    losses = []
+    for i in range(NUM_WINDOWS):
+        start = int(i * (len(tokens) - CONTEXT - WINDOW) / NUM_WINDOWS)
+        for position in range(start + CONTEXT, start + CONTEXT + WINDOW):
+            logits = logits_of(torch.tensor([tokens[start:position]]))[0, -1].double()
+            losses.append(-(logits[tokens[position]] - logits.logsumexp(0)).item())
+    assert len(losses) == NUM_WINDOWS * WINDOW
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_dense_perplexity_is_the_protocols(tokens):
+    model = make_model(Transformer)
+    expected = naive_perplexity(model, tokens.tolist())
+    assert perplexity(model, tokens, CONTEXT, WINDOW, NUM_WINDOWS) == pytest.approx(expected, rel=1e-5)
+    one_later = naive_perplexity(model, tokens.roll(1).tolist())
+    assert one_later != pytest.approx(expected, rel=1e-3)  # the comparison can fail
+
+
+def masked_logits(model: Transformer, thresholds: dict, prefix: int, idx: torch.Tensor) -> torch.Tensor:
+    """The dense model with its projections' inputs zeroed by hand; q, k, v (gate, up) share one threshold."""
+    hooks = []
+    for i, module in enumerate(model.projections):
+        threshold = thresholds[i // 4, next(iter(module.segments))]
+
+        def cut(_, args, threshold=threshold):
+            x = args[0].clone()
+            x[:, prefix:][x[:, prefix:].abs() <= threshold] = 0
+            return (x,)
+
+        hooks.append(module.register_forward_pre_hook(cut))
+    logits = model(idx)
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+@pytest.mark.parametrize("prefix", [0, 6, 25])
+def test_sparse_perplexity_is_that_of_masked_inputs(tokens, prefix):
+    dense, sparse = make_model(Transformer), make_model(SparseTransformer)
+    sparse.load_state_dict(dense.state_dict())
+    statistics = collect(sparse, tokens[None, :64])
+    sparse.set_sparsity(statistics, 0.6)
+    thresholds = {(i, p): statistics.threshold(i, p, 0.6) for i in range(3) for p in ("q", "o", "gate", "down")}
+
+    expected = naive_perplexity(lambda idx: masked_logits(dense, thresholds, prefix, idx), tokens.tolist())
+    actual = perplexity(sparse, tokens, CONTEXT, WINDOW, NUM_WINDOWS, dense_prefix=prefix)
+    assert actual == pytest.approx(expected, rel=1e-4)
+    assert actual != pytest.approx(perplexity(dense, tokens, CONTEXT, WINDOW, NUM_WINDOWS), rel=1e-3)
+    assert sparse.achieved_sparsity() == pytest.approx(0.6, abs=0.08)
+
+    first = sparse.achieved_sparsity()
+    perplexity(sparse, tokens, CONTEXT, WINDOW, NUM_WINDOWS, dense_prefix=prefix)
+    assert sparse.achieved_sparsity() == first  # counted anew
+
+
+def test_window_starts():
+    assert window_starts(1000, 100, 20, 3) == [0, 293, 586]
+    assert window_starts(120, 100, 20, 2) == [0, 0]
+    with pytest.raises(ValueError, match=r"119 tokens, a window 100 \+ 20"):
+        window_starts(119, 100, 20, 2)
+    for lengths in ((0, 20, 2), (100, 0, 2), (100, 20, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            window_starts(1000, *lengths)
+
+
+def test_windows_beyond_the_models_context(tokens):
+    with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context 320"):
+        perplexity(make_model(Transformer), tokens.repeat(5), 300, 21, 1)
+
+
+def test_task_text(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b" \n = Title = \n \n Words .\r\n")
+    assert task_text("perplexity", path) == " \n = Title = \n \n Words .\r\n"
+    assert task_text("wikitext", path) == "\n\n = Title = \n\n\n\n\n Words .\r\n\n\n"
+    with pytest.raises(ValueError, match="needs --data FILE"):
+        task_text("wikitext", None)
+    with pytest.raises(ValueError, match="cannot read"):
+        task_text("perplexity", tmp_path / "absent.txt")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(text_of(40))
+    return path
+
+
+def test_main(checkpoint, text, capsys):  # noqa: F811
+    options = {"checkpoint_path": checkpoint, "data": text, "context": 40, "window": 20, "num_windows": 3}
+    options |= {"precision": "float32", "json_line": True}
+    dense = evaluation.main(**options)
+    assert not (checkpoint / "calibration.safetensors").exists()
+    assert dense["sparsity"] == dense["achieved_sparsity"] == 0 and dense["tokens"] == 60
+
+    calibrate.main(checkpoint_path=checkpoint, data=[str(text)], num_tokens=640, precision="float32")
+    capsys.readouterr()
+    sparse = evaluation.main(sparsity=0.5, sparse_fraction=0.9, **options)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == sparse and "the first 6 tokens" in "\n".join(lines)
+    assert set(sparse) == {
+        *("task", "model", "perplexity", "tokens", "sparsity", "achieved_sparsity", "allocation", "sparse_fraction"),
+    }
+    assert (sparse["allocation"], sparse["sparse_fraction"], sparse["model"]) == ("uniform", 0.9, "tiny")
+    assert sparse["achieved_sparsity"] == pytest.approx(0.5, abs=0.06)
+    assert sparse["perplexity"] != pytest.approx(dense["perplexity"], rel=1e-6)
+
+    model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
+    model.set_sparsity(load_statistics(checkpoint / "calibration.safetensors"), 0.5)
+    tokens = torch.tensor(evaluation.load_tokenizer(checkpoint).encode(text.read_text()))
+    assert perplexity(model, tokens, 40, 20, 3, dense_prefix=6) == sparse["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, "--sparsity 1.0"),
+        ({"sparsity": 50.0}, "--sparsity 50.0"),
+        ({"sparse_fraction": 0.0}, "--sparse_fraction 0.0"),
+        ({"allocation": "greedy"}, "greedy"),
+        ({"device": "mars"}, "--device mars"),
+        ({"context": 300}, r"300 \+ 512 tokens exceed"),
+        ({"context": 300_000}, r"a window 300000 \+ 512"),
+        ({"sparsity": 0.5, "statistics": Path("absent.safetensors"), "context": 10, "window": 5}, "no statistics file"),
+        ({"checkpoint_path": Path("absent")}, "absent"),
+    ],
+)
+def test_mistakes(checkpoint, text, options, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        evaluation.main(**({"checkpoint_path": checkpoint, "data": text, "precision": "float32"} | options))

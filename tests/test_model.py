@@ -1,0 +1,521 @@
+"""The dense Transformer: configs, cache, windows, checkpoints and what is wrong with them."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import (
+    ModelArgs,
+    Transformer,
+    apply_rope,
+    checkpoint_folder,
+    fingerprint,
+    rope_inverse_frequencies,
+    transformer_configs,
+)
+
+LLAMA = {
+    **{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6},
+    **{"intermediate_size": 96, "vocab_size": 200, "num_key_value_heads": 2, "max_position_embeddings": 99},
+}
+SMALL = {"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "dim": 32, "intermediate_size": 48}
+
+
+def build(seed: int = 0, dtype=torch.float32, **changes) -> Transformer:
+    """Random weights, large enough that attention is far from uniform; norms and biases random too."""
+    model = Transformer(ModelArgs(**SMALL | changes), dtype=dtype)
+    model.init_weights(seed, std=0.3)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
+    return model.requires_grad_(False).eval()
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("llama-2-7b", 6.738e9), ("llama-2-13b", 13.016e9), ("llama-2-70b", 68.977e9), ("llama-3-8b", 8.030e9),
+    ("llama-3-70b", 70.554e9), ("llama-3.1-8b", 8.030e9), ("llama-3.2-1b", 1.236e9), ("llama-3.2-3b", 3.213e9),
+    ("mistral-7b", 7.242e9), ("qwen2.5-0.5b", 0.494e9), ("qwen2.5-7b", 7.616e9), ("smollm2-135m", 134.5e6),
+    ("stories15M", 24.4e6),
+])  # fmt: skip
+def test_sizes_of_named_configs(name, parameters):
+    found = sum(p.numel() for p in Transformer(ModelArgs.from_name(name), device="meta").parameters())
+    assert found == pytest.approx(parameters, rel=1e-3)
+
+
+def test_bytes_per_step_leaves_out_the_embedding():
+    model = Transformer(ModelArgs.from_name("llama-3-8b"), device="meta", dtype=torch.bfloat16)
+    embedding = 2 * 128256 * 4096
+    assert model.bytes_per_step() == sum(p.nbytes for p in model.parameters()) - embedding
+    tied = Transformer(ModelArgs.from_name("llama-3.2-1b"), device="meta", dtype=torch.bfloat16)
+    assert tied.bytes_per_step() == sum(p.nbytes for p in tied.parameters())  # the head is read, as the embedding
+
+
+@pytest.mark.parametrize(("name", "key"), [
+    ("Llama-2-7b-chat-hf", "llama-2-7b"), ("CodeLlama-7b-Python-hf", "CodeLlama-7b-Python-hf"),
+    ("Meta-Llama-3.1-8B", "llama-3.1-8b"), ("vicuna-13B", "13B"), ("Mistral-7B-v0.1", "Mistral-7B"),
+    ("stories15M", "stories15M"), ("SmolLM2-135M-Instruct", "smollm2-135m"),
+])  # fmt: skip
+def test_the_longest_name_contained_decides(name, key):
+    assert ModelArgs.from_name(name) == ModelArgs(**transformer_configs[key], name=name)
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'gpt-x'.*llama-3-8b.*smollm2-135m"):
+        ModelArgs.from_name("gpt-x")
+
+
+def test_from_config():
+    args = ModelArgs.from_config(LLAMA | {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True})
+    assert (args.n_layer, args.n_head, args.n_local_heads, args.dim, args.head_dim) == (6, 4, 2, 64, 16)
+    assert (args.intermediate_size, args.vocab_size, args.block_size) == (96, 200, 99)
+    assert (args.norm_eps, args.rope_base, args.tie_embeddings, args.qkv_bias) == (1e-5, 5e5, True, False)
+    assert args.rope_scaling is None and args.sliding_window is None
+    assert ModelArgs.from_config(LLAMA | {"head_dim": 24}).head_dim == 24
+    assert ModelArgs.from_config({**LLAMA, "num_key_value_heads": None}).n_local_heads == 4
+    by_type = {key: value for key, value in LLAMA.items() if key != "architectures"} | {"model_type": "qwen2"}
+    assert ModelArgs.from_config(by_type).qkv_bias
+
+
+@pytest.mark.parametrize("scaling", [
+    {"factor": 4.0, "type": "linear"}, {"factor": 4.0, "rope_type": "linear"},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 8192},
+    {"rope_type": "factors", "factors": [1.0, 2.0, 4.0, 8.0, 1.0, 1.0, 1.0, 1.0]},
+])  # fmt: skip
+def test_both_forms_of_rope_settings(scaling):
+    old = ModelArgs.from_config(LLAMA | {"rope_theta": 3e4, "rope_scaling": scaling})
+    new = ModelArgs.from_config(LLAMA | {"rope_parameters": {"rope_theta": 3e4, **scaling}})
+    assert old == new and old.rope_base == 3e4 and old.rope_scaling["rope_type"] == scaling.get("rope_type", "linear")
+    plain = rope_inverse_frequencies(ModelArgs(head_dim=16, rope_base=3e4))
+    ratio = plain / rope_inverse_frequencies(old)
+    if "factors" in scaling:
+        torch.testing.assert_close(ratio, torch.tensor(scaling["factors"]))
+    elif "low_freq_factor" in scaling:  # the shortest waves stay, the longest are stretched, all between in order
+        assert ratio[0] == 1 and ratio[-1] == pytest.approx(8) and (ratio.diff() >= 0).all()
+    else:
+        torch.testing.assert_close(ratio, torch.full((8,), 4.0))
+
+
+def test_default_rope_type_is_none():
+    for key in ("rope_scaling", "rope_parameters"):
+        args = ModelArgs.from_config(LLAMA | {key: {"rope_type": "default"}})
+        assert args.rope_scaling is None and args.rope_base == 10000
+    args = ModelArgs.from_config(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
+    assert args.rope_base == 7
+
+
+QWEN = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 7}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
+TYPES = ["full_attention", "sliding_attention"] * 3
+
+
+@pytest.mark.parametrize(("config", "window", "layers"), [
+    (LLAMA | {"sliding_window": 7}, None, []),
+    (MISTRAL | {"sliding_window": 7}, 7, [0, 1, 2, 3, 4, 5]),
+    (MISTRAL | {"sliding_window": None}, None, []),
+    (MISTRAL, None, []),
+    (QWEN, None, []),
+    (QWEN | {"use_sliding_window": False, "max_window_layers": 2}, None, []),
+    (QWEN | {"use_sliding_window": True, "max_window_layers": 4}, 7, [4, 5]),
+    (QWEN | {"use_sliding_window": True, "max_window_layers": 6}, None, []),
+    (QWEN | {"use_sliding_window": True, "max_window_layers": 6, "layer_types": TYPES}, 7, [1, 3, 5]),
+    (QWEN | {"use_sliding_window": True, "layer_types": ["full_attention"] * 6}, None, []),
+])  # fmt: skip
+def test_windows_of_a_config(config, window, layers):
+    args = ModelArgs.from_config(config)
+    assert (args.sliding_window, args.windowed_layers) == (window, layers)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"),
+    ({"architectures": None}, "unknown architecture None.*LlamaForCausalLM"),
+    ({"architectures": [], "model_type": "gemma"}, "'gemma'.*LlamaForCausalLM"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*linear, llama3"),
+    ({"rope_scaling": {"type": "linear"}}, "linear rope scaling has no factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor, high_freq_factor, original"),
+    ({"hidden_act": "gelu"}, "'gelu'.*'silu'"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
+    ({"head_dim": 15}, "head_dim 15 is odd"),
+])  # fmt: skip
+def test_configs_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArgs.from_config(LLAMA | change)
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size"]
+)
+def test_missing_key_is_named(key):
+    with pytest.raises(ValueError, match=key):
+        ModelArgs.from_config({k: v for k, v in LLAMA.items() if k != key})
+
+
+# ---------------------------------------------------------------- forward
+
+VARIANTS = {
+    "plain": {},
+    "grouped": {"n_local_heads": 2},
+    "one key head, head_dim of its own": {"n_local_heads": 1, "head_dim": 12},
+    "tied, biases": {"tie_embeddings": True, "qkv_bias": True, "n_local_heads": 2},
+    "window": {"sliding_window": 4},
+    "window in one layer, grouped": {"sliding_window": 5, "windowed_layers": [1], "n_local_heads": 2},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding_with_a_cache_equals_the_full_forward(variant, batch):
+    model, idx = build(**VARIANTS[variant]), tokens(batch, 20)
+    full = model(idx)
+    assert full.shape == (batch, 20, 96)
+    model.setup_caches(batch, 24)  # longer than what is used
+    parts = [model(idx[:, a:b], torch.arange(a, b)) for a, b in ((0, 7), (7, 11))]  # a prompt, then another
+    parts += [model(idx[:, i : i + 1], torch.tensor([i])) for i in range(11, 20)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=1e-4)
+    # a second text in the same cache is not disturbed by what the first left behind
+    again = tokens(batch, 9, seed=2)
+    torch.testing.assert_close(model(again, torch.arange(9)), model(again), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_window_sees_exactly_its_width(cached):
+    model, idx = build(n_layer=1, sliding_window=4), tokens(1, 12)
+    model.setup_caches(1, 12)
+
+    def last(idx):
+        if not cached:
+            return model(idx)[0, 10]
+        model(idx[:, :10], torch.arange(10))
+        return model(idx[:, 10:11], torch.tensor([10]))[0, 0]
+
+    def changed(position):
+        other = idx.clone()
+        other[0, position] = (other[0, position] + 1) % 96
+        return not torch.equal(last(other), last(idx))
+
+    assert [i for i in range(12) if changed(i)] == [7, 8, 9, 10]  # query 10 sees keys j with 6 < j <= 10
+
+
+def test_positions_are_relative():
+    model = build()
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).double()
+
+    def dot(i, j):
+        angles = torch.tensor([[i], [j]]) * model.inv_freq.double()
+        rotated = [apply_rope(x, angles[n : n + 1].cos(), angles[n : n + 1].sin()) for n, x in enumerate((q, k))]
+        return (rotated[0] * rotated[1]).sum()
+
+    torch.testing.assert_close(dot(3, 1), dot(13, 11), atol=1e-5, rtol=1e-5)
+    assert (dot(3, 1) - dot(3, 2)).abs() > 1e-3
+
+
+def test_num_logits():
+    model, idx = build(), tokens(2, 9)
+    full = model(idx)
+    assert torch.equal(model(idx, num_logits=0), full)
+    for n in (1, 4, 9):
+        torch.testing.assert_close(model(idx, num_logits=n), full[:, -n:])
+
+
+def test_cache_beyond_the_context_is_refused():
+    model = build()
+    model.setup_caches(1, 64)
+    with pytest.raises(ValueError, match=r"65 positions.*64"):
+        model.setup_caches(1, 65)
+
+
+def test_forward_without_positions_leaves_the_cache_alone():
+    model = build()
+    model.setup_caches(1, 16)
+    model(tokens(1, 5))
+    assert not model.layers[0].attention.kv_cache.k_cache.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_keeps_the_frequencies(dtype):
+    model = build()
+    before = model.inv_freq.clone()
+    model = model.to(dtype)
+    assert model.norm.weight.dtype == model.tok_embeddings.weight.dtype == dtype
+    assert model.inv_freq.dtype == torch.float32 and torch.equal(model.inv_freq, before)
+    assert "inv_freq" not in model.state_dict()
+    model.setup_caches(1, 8)
+    assert model.layers[0].attention.kv_cache.k_cache.dtype == dtype
+    assert model(tokens(1, 3), torch.arange(3)).dtype == dtype
+
+
+def test_default_dtype_does_not_matter():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = Transformer(ModelArgs(**SMALL), dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(model.inv_freq, build().inv_freq)
+
+
+def test_random_init(monkeypatch):
+    monkeypatch.setitem(transformer_configs, "tiny-model", SMALL | {"qkv_bias": True})
+    model = Transformer.random_init("tiny-model", dtype=torch.float32, seed=3)
+    again = Transformer.random_init("tiny-model", dtype=torch.float32, seed=3)
+    other = Transformer.random_init("tiny-model", dtype=torch.float32, seed=4)
+    for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q) and not p.requires_grad
+        if p.dim() == 2:
+            assert not torch.equal(p, r) and p.std() == pytest.approx(0.02, rel=0.1)
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all()
+    assert model(tokens(1, 4)).isfinite().all() and not model.training
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_folder(tiny, tmp_path):
+    assert checkpoint_folder(tiny) == checkpoint_folder(tiny / "model.safetensors") == tiny
+    assert checkpoint_folder(str(tiny / "config.json")) == tiny
+    with pytest.raises(ValueError, match=r"no checkpoint at .*absent"):
+        checkpoint_folder(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"no checkpoint at .*other\.safetensors"):
+        checkpoint_folder(tiny / "other.safetensors")
+    with pytest.raises(ValueError, match=r"has no model\.safetensors.*model\.pth"):
+        checkpoint_folder(tmp_path)
+
+
+def test_loads_what_the_file_holds(tiny):
+    tensors = load_file(tiny / "model.safetensors")
+    model = Transformer.from_checkpoint(tiny, dtype=torch.float32)
+    attention, mlp = model.layers[1].attention, model.layers[1].feed_forward
+    assert torch.equal(attention.wqkv.weight, torch.cat([tensors[f"layers.1.attention.w{n}.weight"] for n in "qkv"]))
+    assert torch.equal(mlp.w13.weight, torch.cat([tensors[f"layers.1.feed_forward.w{n}.weight"] for n in "13"]))
+    assert torch.equal(model.output_weight, tensors["output.weight"])
+    assert model.config.name == "tiny" and not model.norm.weight.requires_grad and not model.training
+    assert Transformer.from_checkpoint(tiny).norm.weight.dtype == torch.bfloat16
+
+
+def split(folder):
+    """Rewrites a checkpoint as two shards with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        shard = f"model-0000{i}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def test_shards_equal_one_file(tiny, copy):
+    split(copy)
+    idx = tokens(1, 8)
+    whole, parts = (Transformer.from_checkpoint(folder, dtype=torch.float32) for folder in (tiny, copy))
+    assert torch.equal(whole(idx), parts(idx))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gpt_fast_checkpoint(tiny, tmp_path, monkeypatch, tied):
+    tensors = load_file(tiny / "model.safetensors")
+    if tied:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    fused = dict(tensors)
+    for i in range(2):
+        parts = [fused.pop(f"layers.{i}.attention.w{n}.weight") for n in "qkv"]
+        fused[f"layers.{i}.attention.wqkv.weight"] = torch.cat(parts)
+    folder = tmp_path / "Org-Shrunk-7B-chat"
+    folder.mkdir()
+    torch.save(fused, folder / "model.pth")
+    shape = {"n_layer": 2, "n_head": 4, "n_local_heads": 2, "dim": 32, "head_dim": 8, "intermediate_size": 48}
+    shape |= {"vocab_size": 300, "norm_eps": 1e-6, "tie_embeddings": tied}
+    monkeypatch.setitem(transformer_configs, "shrunk-7b", shape)
+    idx = tokens(2, 8)
+    whole = Transformer.from_checkpoint(tiny, dtype=torch.float32)
+    if tied:
+        whole.output.weight.data.copy_(tensors["output.weight"])
+    monkeypatch.chdir(folder)
+    for path in (folder, folder / "model.pth", "model.pth", "."):
+        model = Transformer.from_checkpoint(path, dtype=torch.float32)
+        assert torch.equal(whole(idx), model(idx)) and model.config.name == "Org-Shrunk-7B-chat"
+
+
+def truncate(path, size):
+    os.truncate(path, size if size >= 0 else os.path.getsize(path) + size)
+
+
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def as_hugging_face(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors.pop("tok_embeddings.weight")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def as_pth(folder, value):
+    (folder / "model.safetensors").unlink()
+    torch.save(value, folder / "model.pth")
+
+
+class Mischief:
+    def __reduce__(self):
+        return print, ("a pickle was run",)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+DAMAGE = {
+    "cut at the end": (lambda f: truncate(f / "model.safetensors", -100), r"model\.safetensors cannot be read.*trunc"),
+    "cut in the header": (lambda f: truncate(f / "model.safetensors", 50), "cannot be read.*truncated"),
+    "empty": (lambda f: truncate(f / "model.safetensors", 0), "cannot be read.*truncated"),
+    "pth cut": (lambda f: [as_pth(f, {"a": torch.ones(9)}), truncate(f / "model.pth", -500)], "cannot be read.*trunc"),
+    "pth empty": (lambda f: [as_pth(f, {}), truncate(f / "model.pth", 0)], "cannot be read.*truncated"),
+    "pth that runs code": (lambda f: as_pth(f, {"a": Mischief()}), r"model\.pth cannot be read"),
+    "pth of no dict": (lambda f: as_pth(f, [1, 2]), r"model\.pth"),
+    "a plain pickle": (
+        lambda f: [(f / "model.safetensors").unlink(), (f / "model.pth").write_bytes(pickle.dumps({"a": 1}))],
+        r"model\.pth cannot be read",
+    ),
+    "missing shard": (
+        lambda f: [split(f), (f / "model-00002-of-00002.safetensors").unlink()],
+        "shard 'model-00002-of-00002.safetensors', which is missing",
+    ),
+    "shard outside": (
+        lambda f: [split(f), edit_index(f, lambda i: i["weight_map"].update(x="../model.safetensors"))],
+        r"'\.\./model\.safetensors' outside its folder",
+    ),
+    "shard at an absolute path": (
+        lambda f: [split(f), edit_index(f, lambda i: i["weight_map"].update(x="/etc/passwd"))],
+        "'/etc/passwd' outside its folder",
+    ),
+    "index without a map": (lambda f: [split(f), edit_index(f, lambda i: i.clear())], "is not a safetensors index"),
+    "index with a list": (
+        lambda f: [split(f), edit_index(f, lambda i: i.update(weight_map=["a"]))],
+        "is not a safetensors index",
+    ),
+    "index of numbers": (
+        lambda f: [split(f), edit_index(f, lambda i: i.update(weight_map={"x": 3}))],
+        "shard '3', which is missing",
+    ),
+    "index cut": (lambda f: [split(f), truncate(f / "model.safetensors.index.json", 40)], "is not a safetensors index"),
+    "not converted": (as_hugging_face, "holds a Hugging Face checkpoint.*convert_hf_checkpoint.py --checkpoint_dir"),
+    "other shapes": (lambda f: change_config(f, intermediate_size=64), r"do not fit.*w13\.weight"),
+    "too many layers": (lambda f: change_config(f, num_hidden_layers=3), r"do not fit.*layers\.2\."),
+    "too few layers": (lambda f: change_config(f, num_hidden_layers=1), r"do not fit.*layers\.1\."),
+    "a tensor missing": (lambda f: rewrite(f, lambda t: t.pop("layers.1.attention.wk.weight")), r"do not fit.*wqkv"),
+    "a part of another shape": (
+        lambda f: rewrite(f, lambda t: t.update({"layers.1.attention.wk.weight": torch.ones(16, 31)})),
+        "do not fit",
+    ),
+    "config not JSON": (lambda f: truncate(f / "config.json", 30), r"config\.json is not JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "holds list"),
+    "config absent": (lambda f: (f / "config.json").unlink(), "no config is named like 'copy'"),
+    "other architecture": (lambda f: change_config(f, architectures=["BertModel"]), "BertModel.*LlamaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoints(copy, kind, capsys):
+    damage, message = DAMAGE[kind]
+    damage(copy)
+    with pytest.raises(ValueError, match=message) as error:
+        Transformer.from_checkpoint(copy)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert "a pickle was run" not in capsys.readouterr().out
+
+
+def test_fingerprint(tiny, copy):
+    first = fingerprint(tiny)
+    assert len(first) == 32 and fingerprint(copy) == first  # not of the folder's place
+    (copy / "calibration.safetensors").write_bytes(b"x")
+    assert fingerprint(copy) == first
+    rewrite(copy, lambda t: t["layers.1.feed_forward.w2.weight"].view(-1)[17].add_(1e-3))
+    weights = fingerprint(copy)
+    change_config(copy, rope_theta=2e4)
+    config = fingerprint(copy)
+    split(copy)
+    assert len({first, weights, config, fingerprint(copy)}) == 4
+
+
+def test_fingerprint_of_a_large_file_samples_all_of_it(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(8 << 20))
+    found = {fingerprint(tmp_path)}
+    for position in (0, 1 << 20, 4 << 20, 7 << 20):
+        with open(path, "r+b") as file:
+            file.seek(position)
+            file.write(b"x")
+        found.add(fingerprint(tmp_path))
+    assert len(found) == 5
+
+
+# ---------------------------------------------------------------- a trained model
+
+
+def test_stories_260k(data, tmp_path):
+    """llama2.c's file: 7 ints, then float32 tensors, all layers of a kind together; rotary pairs adjacent as ours."""
+    pytest.importorskip("sentencepiece")
+    from tokenizer import load_tokenizer
+
+    raw = (data / "stories260K" / "stories260K.bin").read_bytes()
+    dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("7i", raw[:28])
+    values = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32)
+    kv = dim // heads * kv_heads
+    state = {}
+    for name, *shape in (
+        ("tok_embeddings", vocab, dim), ("attention_norm", dim), ("attention.wq", dim, dim), ("attention.wk", kv, dim),
+        ("attention.wv", kv, dim), ("attention.wo", dim, dim), ("ffn_norm", dim), ("feed_forward.w1", hidden, dim),
+        ("feed_forward.w2", dim, hidden), ("feed_forward.w3", hidden, dim), ("norm", dim),
+    ):  # fmt: skip
+        keys = [name] if name in ("tok_embeddings", "norm") else [f"layers.{i}.{name}" for i in range(layers)]
+        for key in keys:
+            count = torch.Size(shape).numel()
+            state[f"{key}.weight"], values = values[:count].view(shape), values[count:]
+    assert len(values) == context * (dim // heads)  # cosines and sines; the head is the embedding
+
+    config = {
+        **{"architectures": ["LlamaForCausalLM"], "hidden_size": dim, "intermediate_size": hidden},
+        **{"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads},
+        **{"vocab_size": vocab, "max_position_embeddings": context, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    shutil.copyfile(data / "stories260K" / "tok512.model.purewater", tmp_path / "tokenizer.model")
+    model, tokenizer = Transformer.from_checkpoint(tmp_path, dtype=torch.float32), load_tokenizer(tmp_path, vocab)
+    model.setup_caches(1, 64)
+    ids = [tokenizer.bos_id]
+    for i in range(60):
+        ids.append(model(torch.tensor([[ids[-1]]]), torch.tensor([i]))[0, -1].argmax().item())
+    assert tokenizer.decode(ids).startswith("Once upon a time, there was a little girl named Lily. She loved to play")
