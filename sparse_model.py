@@ -181,11 +181,11 @@ class FusedDecoder:
             return torch.zeros(shape, device=device, dtype=dtype)
 
         self.h = buffer(config.dim)
-        # one element more than the product's outputs: the scale of the norm before it
-        self.qkv = buffer((config.n_head + 2 * config.n_local_heads) * config.head_dim + 1)
-        self.gate_up = buffer(2 * config.intermediate_size + 1)
+        scale = triton_gemv.SCALE_BUFFER  # behind the outputs of a product with a norm before it
+        self.qkv = buffer((config.n_head + 2 * config.n_local_heads) * config.head_dim + scale)
+        self.gate_up = buffer(2 * config.intermediate_size + scale)
         self.y, self.lse = buffer(splits, config.n_head * config.head_dim), buffer(splits, config.n_head)
-        self.logits = buffer(config.vocab_size + 1)
+        self.logits = buffer(config.vocab_size + scale)
         self.top = buffer(-(-config.vocab_size // decode.HEAD_ROWS))
         self.groups = buffer(1 << (self.top_k + 31).bit_length(), dtype=torch.int32)
         self.token, self.position, self.seed = (buffer(1, dtype=torch.int64) for _ in range(3))

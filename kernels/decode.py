@@ -13,16 +13,19 @@ position, and the cache up to it. A step's first launch is an ordinary one, so s
 import triton
 import triton.language as tl
 
-from kernels.triton_gemv import rounded, shared_norm_scale
+from kernels.triton_gemv import SCALE_BUFFER, SLOT_STRIDE, SLOTS, rounded, shared_norm_scale
 
 
 @triton.jit
-def _embed_kernel(token_ptr, embedding_ptr, h_ptr, slot_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """h = embedding[token], float32; zeroes the slot that the lm_head's norm uses."""
+def _embed_kernel(
+    token_ptr, embedding_ptr, h_ptr, slots_ptr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, SCALE_BUFFER: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h = embedding[token], float32; zeroes the slots that the lm_head's norm uses."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(slot_ptr, 0.0)
+    tl.store(slots_ptr + tl.arange(0, SCALE_BUFFER), tl.zeros((SCALE_BUFFER,), tl.float32))
     row = tl.load(token_ptr) * DIM
     tl.store(h_ptr + i, tl.load(embedding_ptr + row + i, mask=i < DIM, other=0.0).to(tl.float32), mask=i < DIM)
 
@@ -115,7 +118,8 @@ def _attention_kernel(
 @triton.jit
 def _head_kernel(
     h_ptr, gain_ptr, weight_ptr, logits_ptr, top_ptr, n_vocab, eps,
-    DIM: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLOTS: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits of BLOCK_V tokens, W RMSNorm(h) with W [vocab, DIM], and the largest of them, for the sampling."""
     if PDL:
@@ -124,7 +128,7 @@ def _head_kernel(
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    scale = shared_norm_scale(logits_ptr + n_vocab, tl.program_id(0), h_ptr, eps, DIM, NORM_BLOCK)
+    scale = shared_norm_scale(logits_ptr + n_vocab, tl.program_id(0), h_ptr, eps, DIM, NORM_BLOCK, SLOTS, STRIDE)
     acc = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
     for start in tl.static_range(0, DIM, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -148,14 +152,16 @@ def _ordered(x):
 
 
 @triton.jit
-def _kth_largest(key, k):
-    """The k-th largest of a tensor of int32, by bisection of its range."""
+def _kth_largest(key, k, enough):
+    """A bound that from k to `enough` (if ties allow) of a tensor of int32 reach, by bisection; k: the k-th largest."""
     low, high = tl.min(key, axis=0).to(tl.int64), tl.max(key, axis=0).to(tl.int64) + 1
-    while high - low > 1:
+    reached = enough + 1
+    while (high - low > 1) & (reached > enough):
         middle = (low + high) >> 1
-        enough = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), axis=0) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+        count = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), axis=0)
+        reached = tl.where(count >= k, count, reached)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count >= k, high, middle)
     return low.to(tl.int32)
 
 
@@ -175,7 +181,7 @@ def _sample_kernel(
         tl.extra.cuda.gdc_wait()
     i = tl.arange(0, BLOCK_GROUPS)
     key = _ordered(tl.load(top_ptr + i, mask=i < n_groups, other=float("-inf")))
-    bound = _kth_largest(key, top_k)
+    bound = _kth_largest(key, top_k, CAPACITY)
     # groups above the bound first, so that ties with it cannot push one out
     above, at = (key > bound).to(tl.int32), ((key == bound) & (i < n_groups)).to(tl.int32)
     slot = tl.where(above > 0, tl.cumsum(above, 0) - 1, tl.sum(above, 0) + tl.cumsum(at, 0) - 1)
@@ -192,7 +198,7 @@ def _sample_kernel(
         score = logits
     else:
         key = _ordered(logits)
-        kept = key >= _kth_largest(key, top_k)
+        kept = key >= _kth_largest(key, top_k, top_k)
         uniform = tl.rand(tl.load(seed_ptr) + position * 1000003, token)
         noise = -tl.log(-tl.log(tl.maximum(uniform, 1e-10)))
         score = tl.where(kept & valid, logits / temperature + noise, float("-inf"))
@@ -206,7 +212,9 @@ def _sample_kernel(
 def launch_embed(token, embedding, h, logits, pdl: bool) -> None:
     """h [dim] float32 = embedding[token]; readies `logits` for `launch_head`."""
     n_vocab, dim = embedding.shape
-    _embed_kernel[(triton.cdiv(dim, 1024),)](token, embedding, h, logits[n_vocab:], DIM=dim, BLOCK=1024, PDL=pdl)
+    _embed_kernel[(triton.cdiv(dim, 1024),)](
+        token, embedding, h, logits[n_vocab:], DIM=dim, BLOCK=1024, SCALE_BUFFER=SCALE_BUFFER, PDL=pdl
+    )
 
 
 def attention_splits(seq_length: int, n_kv: int) -> int:
@@ -241,19 +249,19 @@ HEAD_ROWS = 16  # tokens a program of the lm_head, and a group of the sampling
 
 
 def launch_head(h, gain, weight, logits, top, eps, pdl) -> None:
-    """logits [vocab + 1] float32 = W RMSNorm(h) and the norm's scale; top: the largest of every HEAD_ROWS logits."""
+    """logits [vocab] float32 = W RMSNorm(h), with SCALE_BUFFER behind them; top: the largest of every HEAD_ROWS."""
     n_vocab, dim = weight.shape
     _head_kernel[(top.numel(),)](
         h, gain, weight, logits, top, n_vocab, eps, DIM=dim, NORM_BLOCK=min(4096, triton.next_power_of_2(dim)),
-        BLOCK_V=HEAD_ROWS, BLOCK_K=512, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        BLOCK_V=HEAD_ROWS, BLOCK_K=512, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
 
 def launch_sample(logits, top, groups, seed, position, token, tokens, temperature: float, top_k: int, pdl) -> None:
-    """The next token from logits [vocab + 1] and `top`; writes token [1], tokens[position + 1] and position + 1."""
-    greedy = temperature == 0
+    """The next token from what `launch_head` left; writes token [1], tokens[position + 1] and position + 1."""
+    greedy, n_vocab = temperature == 0, logits.numel() - SCALE_BUFFER
     _sample_kernel[(1,)](
-        logits, top, groups, seed, position, token, tokens, logits.numel() - 1, top.numel(), float(temperature or 1.0),
+        logits, top, groups, seed, position, token, tokens, n_vocab, top.numel(), float(temperature or 1.0),
         1 if greedy else top_k, GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.numel()), GROUP=HEAD_ROWS,
         CAPACITY=groups.numel(), PDL=pdl, num_warps=16, launch_pdl=pdl,
     )  # fmt: skip

@@ -5,12 +5,16 @@ and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and d
 and concurrent atomics meet different addresses: that order alone took 4096 -> 28672 at 50 % from 46.0 to 41.3 us.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 MAX_SEGMENTS = 3
+SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 float32
+SCALE_BUFFER = SLOTS * SLOT_STRIDE
 PREFETCH_PROGRAMS = 528  # first programs of a dense launch that prefetch their tile to L2 before they wait: 4 an SM
 
 
@@ -21,11 +25,13 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def shared_norm_scale(slot_ptr, program, h_ptr, eps, N: tl.constexpr, BLOCK: tl.constexpr):
+def shared_norm_scale(
+    slots_ptr, program, h_ptr, eps, N: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, STRIDE: tl.constexpr
+):
     """RMSNorm's 1 / sqrt(mean(h^2) + eps) of h [N] float32: the first program computes it, the others wait for it.
 
-    The slot holds 0 until then (zeroed by an earlier launch). Every program computing it for itself would read more of
-    h from L2 than of the weights from memory: 4096 -> 28672 at 50 % took 45 us that way in a decode step.
+    The slots hold 0 until then (zeroed by an earlier launch). Thousands of programs that poll one address queue for it
+    (2.5 us on an H100), hence many slots, a cache line each.
     """
     if program == 0:
         squares = tl.zeros((BLOCK,), tl.float32)
@@ -34,11 +40,36 @@ def shared_norm_scale(slot_ptr, program, h_ptr, eps, N: tl.constexpr, BLOCK: tl.
             h = tl.load(h_ptr + i, mask=i < N, other=0.0)
             squares += h * h
         scale = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
-        tl.store(slot_ptr, tl.where(scale == 0.0, float("nan"), scale))  # infinite h: not a number, but not a hang
-    scale = tl.load(slot_ptr, volatile=True)
+        scale = tl.where(scale == 0.0, float("nan"), scale)  # infinite h: not a number, but not a hang
+        tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, scale + tl.zeros((SLOTS,), tl.float32))
+    slot = slots_ptr + (program % SLOTS) * STRIDE
+    scale = tl.load(slot, volatile=True)
     while scale == 0.0:
-        scale = tl.load(slot_ptr, volatile=True)
+        scale = tl.load(slot, volatile=True)
     return scale
+
+
+@triton.jit
+def _prefetch(pointers, BYTES: tl.constexpr):
+    """Asks for BYTES at each pointer, 16-byte aligned, to be brought into L2."""
+    if BYTES == 256:
+        tl.inline_asm_elementwise(
+            "{ cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0; }",
+            "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "{ cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0; }",
+            "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _prefetch_lines(pointers):
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -83,7 +114,8 @@ def _gemv_kernel(
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_BYTES: tl.constexpr,
+    PREFETCH_X: tl.constexpr, SLOTS: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x), a program for BLOCKS blocks of inputs x one tile of outputs x one row of the batch.
 
@@ -106,10 +138,13 @@ def _gemv_kernel(
     if PREFETCH > 0:
         if program < PREFETCH:
             r = tl.minimum(row + tl.arange(0, BLOCKS * BLOCK_IN), N_IN - 1).to(tl.int64)
-            tl.inline_asm_elementwise(
-                "{ cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0; }",
-                "=r,l", [(weight_ptr + r * n_out + first).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
+            _prefetch(weight_ptr + r * n_out + first, PREFETCH_BYTES)
+    if PDL and PREFETCH_X:
+        r = tl.minimum(row + tl.arange(0, BLOCKS * BLOCK_IN), N_IN - 1)
+        if CUT:
+            _prefetch_lines(threshold_ptr + r)
+        if PROLOGUE == "norm":
+            _prefetch_lines(gain_ptr + r)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
@@ -117,7 +152,7 @@ def _gemv_kernel(
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
     scale = 1.0
     if PROLOGUE == "norm":
-        scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK)
+        scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
     acc = tl.zeros((BLOCK_OUT,), tl.float32)
     for i in range(0, BLOCKS, UNROLL):
         for j in tl.static_range(UNROLL):
@@ -151,7 +186,7 @@ def launch_gemv(
     Args:
         x: "given" [B, in]; else one row, float32: h [in], gate|up [2 in], or the splits' results [splits, in].
         weight, threshold, segments: as of `kernels.sparse_gemv.sparse_gemv`.
-        out: [B, out], float32; with "norm" [out + 1], whose last element is 0 and takes the norm's scale.
+        out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
         cut: False compiles the threshold test out.
         gain, eps: RMSNorm's, [in] in the model's dtype.
         lse: [splits, in / head_dim], float32.
@@ -170,15 +205,16 @@ def launch_gemv(
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
     if prefetch is None:  # cut, half of what is prefetched would not be needed: 1.5 % slower at 50 %
-        prefetch = PREFETCH_PROGRAMS if pdl and not cut else 0
+        prefetch = PREFETCH_PROGRAMS if pdl and not cut and n_out % block_out == 0 else 0
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
         x, gain, lse, weight, threshold, out, zero, n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps,
         PROLOGUE=prologue, CUT=cut, N_IN=n_in, NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)),
         SPLITS=1 if lse is None else lse.shape[0], HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks,
-        UNROLL=min(blocks, 4), BLOCK_OUT=block_out, ZERO=zero_block, PREFETCH=prefetch, PDL=pdl, num_warps=1,
-        launch_pdl=pdl,
+        UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, ZERO=zero_block, PREFETCH=prefetch,
+        PREFETCH_BYTES=512 if block_out * weight.itemsize == 512 else 256, PREFETCH_X=True, SLOTS=SLOTS,
+        STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -102,6 +102,17 @@ def test_deterministic(implementation, n_in, segments, deterministic):
         assert torch.equal(result, product(implementation, *arguments))
 
 
+@interpreted
+@pytest.mark.parametrize("blocks", [1, 2, 3, 6, 7])
+def test_every_input_is_in_one_program(blocks):
+    from kernels.triton_gemv import launch_gemv
+
+    arguments = case(576, [64])
+    out = torch.zeros(1, 64)
+    launch_gemv("given", *arguments[:3], out, [64], tile=(32, blocks, 128))
+    assert_as_precise_as_torch(out, arguments)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.98, 1])
@@ -165,6 +176,13 @@ def test_inputs_that_are_not_finite(implementation, dtype):
     x[:, 3] = 100.0
     result = product(implementation, x, weight, threshold.fill_(INF), [5])
     assert result[0].isnan().all() and not result[1:].any()
+
+
+@pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
+def test_an_infinite_input_stays_in_its_segment(implementation):
+    threshold = torch.tensor([[0.0, 0.0], [INF, 0.0], [INF, 0.0]])
+    result = product(implementation, torch.tensor([[INF, 1.0]]), torch.ones(2, 7), threshold, [3, 1, 3])
+    assert result.tolist() == [[INF] * 3 + [1.0] * 4]
 
 
 @pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])

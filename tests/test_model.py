@@ -194,8 +194,12 @@ def test_decoding_with_a_cache_equals_the_full_forward(variant, batch):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_window_sees_exactly_its_width(cached):
-    model, idx = build(n_layer=1, sliding_window=4), tokens(1, 12)
+@pytest.mark.parametrize(("layers", "windowed", "seen"), [
+    (1, [0], range(7, 11)),  # query 10 sees keys j with 6 < j <= 10
+    (2, [0, 1], range(4, 11)), (2, [0], range(11)), (2, [1], range(11)),
+])  # fmt: skip
+def test_a_window_sees_exactly_its_width(cached, layers, windowed, seen):
+    model, idx = build(n_layer=layers, sliding_window=4, windowed_layers=windowed), tokens(1, 12)
     model.setup_caches(1, 12)
 
     def last(idx):
@@ -209,7 +213,23 @@ def test_a_window_sees_exactly_its_width(cached):
         other[0, position] = (other[0, position] + 1) % 96
         return not torch.equal(last(other), last(idx))
 
-    assert [i for i in range(12) if changed(i)] == [7, 8, 9, 10]  # query 10 sees keys j with 6 < j <= 10
+    assert [i for i in range(12) if changed(i)] == list(seen)
+
+
+def test_the_window_is_in_its_layers():
+    """Layer 0's window narrows what its later layers read; layer 1's does not touch layer 0."""
+    idx, logits = tokens(1, 12), {}
+    for windowed in ((0,), (1,)):
+        model = build(sliding_window=4, windowed_layers=list(windowed))
+        inputs = []
+        model.layers[1].register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+        model(idx)
+        logits[windowed] = inputs[0]
+    plain = build()
+    plain.layers[1].register_forward_pre_hook(lambda _, args: logits.update(plain=args[0]))
+    plain(idx)
+    torch.testing.assert_close(logits[(1,)], logits["plain"], atol=1e-4, rtol=1e-4)
+    assert (logits[(0,)] - logits["plain"])[:, 4:].abs().max() > 0.01
 
 
 def test_positions_are_relative():
