@@ -65,47 +65,44 @@ def _prefetch(pointers, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_lines(pointers):
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _block_product(
-    rows, cols, last, scale, x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, n_out,
-    PROLOGUE: tl.constexpr, CUT: tl.constexpr, N_IN: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _load_inputs(
+    rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE: tl.constexpr, CUT: tl.constexpr, N_IN: tl.constexpr,
+    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Sum over `rows` of x[rows] W[rows, cols], [cols] float32, with x made by the prologue and cut."""
-    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    """What `_inputs` makes x[rows] from, loaded: two float32 operands and the thresholds."""
     in_range = rows < N_IN
-    if PROLOGUE == "given":
-        x = tl.load(x_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
-    elif PROLOGUE == "norm":
-        gain = tl.load(gain_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
-        h = tl.load(x_ptr + rows, mask=in_range, other=0.0)
-        x = rounded(rounded(h * scale, DTYPE) * gain, DTYPE)
-    elif PROLOGUE == "silu":
-        gate = rounded(tl.load(x_ptr + rows, mask=in_range, other=0.0), DTYPE)
-        up = rounded(tl.load(x_ptr + N_IN + rows, mask=in_range, other=0.0), DTYPE)
-        x = rounded(rounded(gate * tl.sigmoid(gate), DTYPE) * up, DTYPE)
-    else:
+    a = tl.zeros_like(rows).to(tl.float32)
+    b, threshold = a, a
+    if PROLOGUE == "attention":
         s = tl.arange(0, SPLITS)[:, None]
         heads = s * (N_IN // HEAD_DIM) + (rows // HEAD_DIM)[None, :]
         lse = tl.load(lse_ptr + heads, mask=in_range[None, :], other=0.0)
         y = tl.load(x_ptr + s * N_IN + rows[None, :], mask=in_range[None, :], other=0.0)
         share = tl.exp(lse - tl.max(lse, axis=0)[None, :])
-        x = rounded(tl.sum(share * y, axis=0) / tl.sum(share, axis=0), DTYPE)
-    keep = in_range
+        a, b = tl.sum(share * y, axis=0), tl.sum(share, axis=0)
+    else:
+        a = tl.load(x_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
+        if PROLOGUE == "norm":
+            b = tl.load(gain_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
+        elif PROLOGUE == "silu":
+            b = tl.load(x_ptr + N_IN + rows, mask=in_range, other=0.0)
     if CUT:
         threshold = tl.load(threshold_ptr + rows, mask=in_range, other=float("inf"))
-        keep = in_range & ~(tl.abs(x) <= threshold)
-        x = tl.where(keep, x, 0.0)
-    mask = keep[:, None] & (cols < last)[None, :]
-    offsets = rows[:, None].to(tl.int64) * n_out + cols[None, :]
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    return tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
+    return a, b, threshold
+
+
+@triton.jit
+def _inputs(a, b, scale, PROLOGUE: tl.constexpr, DTYPE: tl.constexpr):
+    """x from its operands, float32, rounded where the unfused model rounds."""
+    if PROLOGUE == "norm":
+        return rounded(rounded(a * scale, DTYPE) * b, DTYPE)
+    elif PROLOGUE == "silu":
+        gate = rounded(a, DTYPE)
+        return rounded(rounded(gate * tl.sigmoid(gate), DTYPE) * rounded(b, DTYPE), DTYPE)
+    elif PROLOGUE == "attention":
+        return rounded(a / b, DTYPE)
+    else:
+        return a
 
 
 @triton.jit
@@ -115,7 +112,7 @@ def _gemv_kernel(
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_OUT: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_BYTES: tl.constexpr,
-    PREFETCH_X: tl.constexpr, SLOTS: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x), a program for BLOCKS blocks of inputs x one tile of outputs x one row of the batch.
 
@@ -139,27 +136,32 @@ def _gemv_kernel(
         if program < PREFETCH:
             r = tl.minimum(row + tl.arange(0, BLOCKS * BLOCK_IN), N_IN - 1).to(tl.int64)
             _prefetch(weight_ptr + r * n_out + first, PREFETCH_BYTES)
-    if PDL and PREFETCH_X:
-        r = tl.minimum(row + tl.arange(0, BLOCKS * BLOCK_IN), N_IN - 1)
-        if CUT:
-            _prefetch_lines(threshold_ptr + r)
-        if PROLOGUE == "norm":
-            _prefetch_lines(gain_ptr + r)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
+    rows = row + tl.arange(0, BLOCK_IN)
+    a, b, threshold = _load_inputs(rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE, CUT, N_IN, SPLITS, HEAD_DIM)
     scale = 1.0
     if PROLOGUE == "norm":
         scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
     acc = tl.zeros((BLOCK_OUT,), tl.float32)
-    for i in range(0, BLOCKS, UNROLL):
-        for j in tl.static_range(UNROLL):
-            acc += _block_product(
-                row + (i + j) * BLOCK_IN + tl.arange(0, BLOCK_IN), cols, last, scale,
-                x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, n_out, PROLOGUE, CUT, N_IN, SPLITS, HEAD_DIM,
-            )  # fmt: skip
+    for _ in range(0, BLOCKS, UNROLL):
+        for _ in tl.static_range(UNROLL):
+            keep = rows < N_IN
+            x = tl.where(keep, _inputs(a, b, scale, PROLOGUE, weight_ptr.dtype.element_ty), 0.0)
+            if CUT:
+                keep = keep & ~(tl.abs(x) <= threshold)
+                x = tl.where(keep, x, 0.0)
+            mask = keep[:, None] & (cols < last)[None, :]
+            offsets = rows[:, None].to(tl.int64) * n_out + cols[None, :]
+            weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+            rows += BLOCK_IN  # the next block's inputs come while this one's weights do
+            a, b, threshold = _load_inputs(
+                rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE, CUT, N_IN, SPLITS, HEAD_DIM
+            )
+            acc += tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
     tl.atomic_add(out_ptr + cols, acc, mask=cols < last, sem="relaxed")
 
 
@@ -213,7 +215,7 @@ def launch_gemv(
         PROLOGUE=prologue, CUT=cut, N_IN=n_in, NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)),
         SPLITS=1 if lse is None else lse.shape[0], HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks,
         UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, ZERO=zero_block, PREFETCH=prefetch,
-        PREFETCH_BYTES=512 if block_out * weight.itemsize == 512 else 256, PREFETCH_X=True, SLOTS=SLOTS,
+        PREFETCH_BYTES=512 if block_out * weight.itemsize == 512 else 256, SLOTS=SLOTS,
         STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 

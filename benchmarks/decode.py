@@ -1,0 +1,101 @@
+"""The latency sweep: tokens/s of single-batch decoding over models and sparsities, beside our own dense model.
+
+python -m benchmarks.decode                                          # the default model
+python -m benchmarks.decode --random_init llama-3-8b mistral-7b      # latency of a shape, random weights
+python -m benchmarks.decode --random_init llama-3-8b --prompt 4096   # at a longer context
+
+Every row is what `generate.py` prints for the command in it: sampling included, prefill included in tokens_per_sec and
+not in ms_per_token. Rows go to benchmarks/results/decode.csv; `python -m benchmarks.plot` draws them.
+"""
+
+import argparse
+import gc
+import math
+
+import torch
+
+from benchmarks.results import provenance, write_rows
+from calibrate import add_device_arguments, command_line
+from generate import main as generate
+
+SPARSITIES = [0.0, 0.25, 0.4, 0.5, 0.65]
+COLUMNS = (
+    "date,device,torch,triton,commit,model,weights,dtype,quant,sparsity,achieved_sparsity,prompt_tokens,new_tokens,"
+    "tokens_per_sec,ms_per_token,bytes_per_token,bandwidth_gbps,command"
+).split(",")
+KEY = ["device", "model", "weights", "dtype", "quant", "sparsity", "prompt_tokens", "new_tokens"]
+
+
+def measure(options: dict, sparsity: float) -> dict:
+    """One row: a run of generate.py with these options, compiled."""
+    result = generate(**options, sparsity=sparsity, compile=True)
+    flags = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    rounded = {
+        "achieved_sparsity": f"{result['achieved_sparsity']:.4f}",
+        "tokens_per_sec": f"{result['tokens_per_sec']:.2f}",
+        "ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}",
+        "bandwidth_gbps": f"{result['bandwidth_gbps'] or math.nan:.1f}",
+    }
+    return {
+        **{name: value for name, value in result.items() if name in COLUMNS},
+        **provenance(result["device"]),
+        **rounded,
+        "weights": "random" if options.get("random_init") else "trained",
+        "quant": "none",
+        "command": " ".join(["python generate.py --compile", f"--sparsity {sparsity}", *flags]),
+    }
+
+
+def main(
+    random_init: list[str],
+    checkpoint_path: list[str],
+    sparsities: list[float],
+    prompt: str | None,
+    max_new_tokens: int,
+    num_samples: int,
+    device: str,
+    precision: str,
+) -> None:
+    """Measures, prints a table and writes the rows, model by model. Raises ValueError as generate.py does."""
+    sources = [{"random_init": name} for name in random_init] + [{"checkpoint_path": path} for path in checkpoint_path]
+    tables = []
+    for source in sources or [{}]:
+        options = {
+            **source,
+            "prompt": prompt,
+            "max_new_tokens": max_new_tokens,
+            "num_samples": num_samples,
+            "device": device,
+            "precision": precision,
+        }
+        rows = []
+        for sparsity in sparsities:
+            rows.append(measure(options, sparsity))
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        write_rows("decode.csv", rows, COLUMNS, KEY)
+        tables.append(rows)
+    for rows in tables:
+        first = rows[0]
+        dense = next((float(row["tokens_per_sec"]) for row in rows if row["sparsity"] == 0), None)
+        print(f"\n{first['model']}, {first['weights']} weights, {first['dtype']}, {first['device']}")
+        print(f"{'sparsity':>9}{'achieved':>10}{'tokens/s':>10}{'speed-up':>10}{'ms/token':>10}{'GB/s':>8}")
+        for row in rows:
+            speedup = f"{float(row['tokens_per_sec']) / dense:.2f}x" if dense else ""
+            print(
+                f"{row['sparsity']:>9.0%}{float(row['achieved_sparsity']):>10.1%}{float(row['tokens_per_sec']):>10.1f}"
+                f"{speedup:>10}{float(row['ms_per_token']):>10.3f}{float(row['bandwidth_gbps']):>8.0f}"
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--random_init", nargs="+", default=[], metavar="NAME", help="named configs, random weights")
+    parser.add_argument("--checkpoint_path", nargs="+", default=[], metavar="DIR", help="default: the default model")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument("--prompt", help="text, or a number of tokens")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--num_samples", type=int, default=5)
+    add_device_arguments(parser)
+    command_line(main, parser.parse_args())
