@@ -139,6 +139,15 @@ def collect(model: SparseTransformer, tokens: Tensor) -> "Statistics":
     return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
 
 
+def check_fingerprint(found: str | None, folder: Path, what: str, script: str) -> None:
+    """Raises ValueError if an artifact's fingerprint is not that of the checkpoint in `folder`. None is unknown."""
+    if found is not None and found != (own := fingerprint(folder)):
+        raise ValueError(
+            f"{what} of another checkpoint than {folder} ({found} against {own}); "
+            f"make them anew: python {script} --checkpoint_path {folder}"
+        )
+
+
 class Statistics:
     """Distributions of the inputs of a model's projections, by layer and projection (q k v o gate up down).
 
@@ -213,11 +222,7 @@ class Statistics:
 
     def check_fingerprint(self, folder: Path) -> None:
         """Raises ValueError if they were taken from another checkpoint than the one in `folder`."""
-        if self.fingerprint not in (None, fingerprint(folder)):
-            raise ValueError(
-                f"the statistics were taken from another checkpoint than {folder} ({self.fingerprint} against "
-                f"{fingerprint(folder)}); take them again: python calibrate.py --checkpoint_path {folder}"
-            )
+        check_fingerprint(self.fingerprint, folder, "the statistics are", "calibrate.py")
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
@@ -354,6 +359,22 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 
+def calibration_tokens(
+    folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int
+) -> tuple[Tensor, str]:
+    """Windows [N, T] of `data` or, if None, of text that the model writes; and the text's name.
+
+    Raises:
+        ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
+    """
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    if data is None:
+        start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
+        return self_written_text(model, start, num_tokens, seed), f"the model's own, seed {seed}"
+    tokens = text_windows(data, tokenizer, num_tokens, model.config.block_size)
+    return tokens, " ".join(Path(source).name for source in data)
+
+
 def calibrate(
     folder: Path, model: SparseTransformer, data: list[str] | None = None, num_tokens: int = OWN_TOKENS, seed: int = 0
 ) -> Statistics:
@@ -362,14 +383,8 @@ def calibrate(
     Raises:
         ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
     """
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    if data is None:
-        start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
-        tokens = self_written_text(model, start, num_tokens, seed)
-    else:
-        tokens = text_windows(data, tokenizer, num_tokens, model.config.block_size)
+    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
     statistics = collect(model, tokens)
-    text = " ".join(Path(source).name for source in data) if data else f"the model's own, seed {seed}"
     statistics.metadata |= {"text": text, "fingerprint": fingerprint(folder)}
     return statistics
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from calibrate import PRECISIONS, add_device_arguments, command_line, resolve_device, statistics_for
 from convert_hf_checkpoint import resolve_checkpoint
-from generate import resolve_allocation
+from greedy import resolve_allocation
 from model import Transformer
 from sparse_model import SparseTransformer
 from tokenizer import load_tokenizer
@@ -109,13 +109,13 @@ def main(
     torch_device, dtype = resolve_device(device), PRECISIONS[precision]
     text = task_text(tasks, data)
     folder = resolve_checkpoint(checkpoint_path)
-    allocation = resolve_allocation(allocation, folder)
+    allocation, shares = resolve_allocation(allocation, folder, sparsity)
     model = (SparseTransformer if sparsity else Transformer).from_checkpoint(folder, torch_device, dtype)
     tokens = torch.tensor(load_tokenizer(folder, model.config.vocab_size).encode(text))
     window_starts(len(tokens), context, window, num_windows)  # a text too short is said before anything is made
     dense_prefix = None
     if sparsity:
-        model.set_sparsity(statistics_for(folder, statistics, model), sparsity)
+        model.set_sparsity(statistics_for(folder, statistics, model), shares)
         dense_prefix = round((context + window) * (1 - sparse_fraction))
     value = perplexity(model, tokens, context, window, num_windows, dense_prefix)
     result = {

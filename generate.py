@@ -29,6 +29,7 @@ from calibrate import (
     statistics_for,
 )
 from convert_hf_checkpoint import atomic_write, resolve_checkpoint
+from greedy import resolve_allocation
 from model import Transformer
 from sparse_model import FusedDecoder, SparseTransformer
 from tokenizer import load_tokenizer
@@ -203,13 +204,6 @@ def count_kept(model: SparseTransformer, tokens: Tensor, prompt_length: int) -> 
     model(tokens[:, :-1], num_logits=1, dense_prefix=prompt_length)
 
 
-def resolve_allocation(name: str, folder: Path | None) -> str:
-    """Which allocation `--allocation` means here: "uniform" is the only one that needs no file."""
-    if name in ("best", "uniform"):
-        return "uniform"
-    raise ValueError(f"no allocation {name!r} lies beside {folder or 'a random model'}; use --allocation uniform")
-
-
 def can_compile(device: torch.device) -> bool:
     """torch.compile needs a C++ compiler for the CPU (and Triton a C compiler for its launcher)."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None or device.type == "cuda"
@@ -236,7 +230,7 @@ class Source:
             return cls.random_init(self.random_init, self.device, self.dtype, self.seed)
         return cls.from_checkpoint(self.folder, self.device, self.dtype)
 
-    def set_sparsity(self, model: SparseTransformer, sparsity: float, statistics_path: str | None) -> None:
+    def set_sparsity(self, model: SparseTransformer, sparsity: float | list, statistics_path: str | None) -> None:
         if self.folder is None:
             statistics = calibrate_random(model)
         else:
@@ -374,11 +368,11 @@ def main(
 
     folder = None if random_init else resolve_checkpoint(checkpoint_path)
     source = Source(folder, random_init, seed, torch_device, PRECISIONS[precision])
-    allocation = resolve_allocation(allocation, folder)
+    allocation, shares = resolve_allocation(allocation, folder, sparsity)
     fused = compile and can_fuse(torch_device, 1 if interactive else batch_size, top_k)
     model = source.load(SparseTransformer if sparsity or fused else Transformer)
     if sparsity:
-        source.set_sparsity(model, sparsity, statistics)
+        source.set_sparsity(model, shares, statistics)
     config = model.config
     tokenizer = load_tokenizer(folder, config.vocab_size) if folder else None
     weights = "random weights (normal, std 0.02)" if folder is None else "trained weights"

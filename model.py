@@ -401,25 +401,35 @@ class Transformer(Float32Buffers):
         Returns:
             [B, num_logits or T, vocab], in the model's dtype.
         """
-        positions = torch.arange(idx.shape[1], device=idx.device) if input_pos is None else input_pos
-        angles = positions[:, None] * self.inv_freq
-        rope = (angles.cos(), angles.sin())
-        masks = self._masks(positions, input_pos)
+        if input_pos is None:
+            rope, masks = self.rope_and_masks(torch.arange(idx.shape[1], device=idx.device))
+        else:
+            rope, masks = self.rope_and_masks(input_pos, self.layers[0].attention.kv_cache.k_cache.shape[2])
         x = self.tok_embeddings(idx)
-        for i, block in enumerate(self.layers):
-            x = block(x, rope, masks[i in self.config.windowed_layers], input_pos)
+        for block, mask in zip(self.layers, masks, strict=True):
+            x = block(x, rope, mask, input_pos)
         return F.linear(self.norm(x[:, -num_logits:]), self.output_weight)
 
-    def _masks(self, positions: Tensor, input_pos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """[T, keys] masks, True where a query may look: of full layers (None: plain causal) and of windowed ones."""
-        if input_pos is None:
-            keys = positions
-        else:
-            keys = torch.arange(self.layers[0].attention.kv_cache.k_cache.shape[2], device=positions.device)
+    def rope_and_masks(
+        self, positions: Tensor, cache_length: int | None = None
+    ) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
+        """What the blocks need besides their input at `positions` [T], int64.
+
+        Args:
+            cache_length: positions of the KV cache that is attended; None: `positions` attend each other, from 0 on.
+
+        Returns:
+            (cos, sin) [T, head_dim / 2], and for each layer its mask [T, keys], True where a query may look, or None
+            for plain causal attention.
+        """
+        angles = positions[:, None] * self.inv_freq
+        keys = positions if cache_length is None else torch.arange(cache_length, device=positions.device)
         causal = keys[None, :] <= positions[:, None]
         window = self.config.sliding_window
         windowed = causal & (keys[None, :] > positions[:, None] - window) if window else None
-        return (None if input_pos is None else causal), windowed
+        full = None if cache_length is None else causal
+        masks = [windowed if i in self.config.windowed_layers else full for i in range(self.config.n_layer)]
+        return (angles.cos(), angles.sin()), masks
 
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:

@@ -4,6 +4,9 @@ One token at a time goes through the kernels of `kernels/`, which read only the 
 a time (prefill) are dense, unless `dense_prefix` says from which position on they are cut: evaluation and counting.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -92,10 +95,16 @@ class SparseTransformer(Transformer):
         """
         if dense_prefix is None:
             return super().forward(idx, input_pos, num_logits)
+        with self.cut_from(dense_prefix):
+            return super().forward(idx, input_pos, num_logits)
+
+    @contextmanager
+    def cut_from(self, dense_prefix: int) -> Iterator[None]:
+        """Inside it every projection cuts positions [dense_prefix:] of its input by plain masking and counts them."""
         for projection in self.projections:
             projection.dense_prefix = dense_prefix
         try:
-            return super().forward(idx, input_pos, num_logits)
+            yield
         finally:
             for projection in self.projections:
                 projection.dense_prefix = None
@@ -114,7 +123,8 @@ class SparseTransformer(Transformer):
         """Sets all thresholds from `calibrate.Statistics`: one sparsity, or one for each layer and projection.
 
         Raises:
-            ValueError: the statistics or the list are of a model with another number of layers.
+            ValueError: the statistics or the list are of a model with another number of layers, or a projection's
+                share is missing; nothing was set then.
         """
         layers = sparsity if isinstance(sparsity, list) else [dict.fromkeys(PROJECTIONS, sparsity)] * len(self.layers)
         if not len(layers) == statistics.n_layer == len(self.layers):
@@ -122,6 +132,9 @@ class SparseTransformer(Transformer):
                 f"the model has {len(self.layers)} layers, the statistics {statistics.n_layer}, "
                 f"the allocation {len(layers)}"
             )
+        for i, shares in enumerate(layers):
+            if missing := [projection for projection in PROJECTIONS if projection not in shares]:
+                raise ValueError(f"the allocation's layer {i} says no sparsity for {', '.join(missing)}")
         for i, shares in enumerate(layers):
             for projection, share in shares.items():
                 self.set_threshold(i, projection, statistics.threshold(i, projection, share))

@@ -1,0 +1,307 @@
+"""Sparsity allocation: checkpoint + statistics + text -> allocation_greedy.json, one file for every level of sparsity.
+
+    python greedy.py --data c4                                             # the default model
+    python greedy.py --checkpoint_path DIR --data a.txt b.jsonl --num_tokens 8192 --step 0.05
+
+TEAL's block-wise greedy (arXiv 2408.14690, Algorithm 1): a block starts dense; each of its seven projections is tried
+one step sparser, the one that costs the least error of the block's output keeps its step, and so on until all are cut
+to 99 %. Steps cut equally many weights: `step` x size of q / size of the projection. The error is the l2 norm over
+features of sparse minus dense output, averaged over the tokens of each window's last quarter; the tokens before it are
+dense, and so is every block's input. All steps are kept, so that any sparsity is read by interpolation.
+
+Cost, with P the weights of a block and Q those of q: P / (step Q) steps of at most 7 passes of the block over a quarter
+of the tokens, 2 P operations each. Llama-2-7B, 4096 tokens, step 0.1: 119 steps, about 550 passes of 0.41 Tflop in each
+of 32 blocks, 7.4 Pflop in all: estimated at one to three minutes on an H100 in bfloat16 (not measured). Beside the
+model, memory holds one block's activations over all tokens.
+A run that was stopped goes on after the last whole block (`<output>.partial.json`).
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from calibrate import (
+    PRECISIONS,
+    STATISTICS_NAME,
+    Statistics,
+    add_device_arguments,
+    calibration_tokens,
+    check_fingerprint,
+    command_line,
+    resolve_device,
+    statistics_for,
+)
+from convert_hf_checkpoint import atomic_write, resolve_checkpoint
+from model import KVCache, TransformerBlock, fingerprint
+from sparse_model import PROJECTIONS, SparseTransformer
+
+METHODS = {"teal": "greedy"}  # of --method: the name of its --allocation
+BEST_FIRST = ("global", "greedy")  # allocations with a file beside the checkpoint, for --allocation best
+FORMAT = "sparsity allocation 1"
+MOST = 0.99  # no projection is cut further
+LEVELS = (0.25, 0.4, 0.5, 0.65)  # of the table that is printed
+
+
+class Allocation:
+    """How sparse each projection of each layer is, for every sparsity of the whole model.
+
+    Attributes:
+        layers: for each layer, rows in lists of equal length by name: "level", the model's sparsity that a row is for
+            (of weights, so that large matrices count more; rising), and under each projection's name its sparsity.
+        metadata: how it was made: method, fingerprint, text, tokens, window, step, dtype, inputs.
+    """
+
+    def __init__(self, layers: list[dict[str, list]], metadata: dict):
+        self.layers, self.metadata = layers, metadata
+
+    def at(self, sparsity: float) -> list[dict[str, float]]:
+        """Sparsity of each projection in each layer where the model's is `sparsity`, linear between two rows.
+
+        Raises:
+            ValueError: a sparsity beyond the rows.
+        """
+        first, last = max(rows["level"][0] for rows in self.layers), min(rows["level"][-1] for rows in self.layers)
+        if not first <= sparsity <= last:
+            raise ValueError(
+                f"sparsity {sparsity} is outside what the allocation covers, {first:.3f} to {last:.3f}; "
+                "choose one inside or --allocation uniform"
+            )
+        return [{p: float(np.interp(sparsity, rows["level"], rows[p])) for p in PROJECTIONS} for rows in self.layers]
+
+    def check_fingerprint(self, folder: Path) -> None:
+        """Raises ValueError if it was made for another checkpoint than the one in `folder`."""
+        check_fingerprint(self.metadata.get("fingerprint"), folder, "the allocation is", "greedy.py")
+
+    def save(self, path: str | Path) -> None:
+        """Writes a JSON file, whole or not at all. Raises ValueError if it cannot be written."""
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps({"format": FORMAT, **self.metadata, "layers": self.layers}) + "\n")
+        except OSError as error:
+            raise ValueError(f"cannot write {path} ({error}); give another --output") from None
+
+
+def load_allocation(path: str | Path) -> Allocation:
+    """Reads what `Allocation.save` wrote. Raises ValueError: no file there, or one that holds something else."""
+    again = "make it with greedy.py"
+    if not Path(path).is_file():
+        raise ValueError(f"no allocation file at {path}; {again}")
+    try:
+        metadata = json.loads(Path(path).read_text(encoding="utf-8"))
+        layers = metadata.pop("layers")
+        valid = metadata.pop("format") == FORMAT and layers and all(map(_is_path, layers))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{path} is truncated or not an allocation of this version; {again}")
+    return Allocation(layers, metadata)
+
+
+def _is_path(rows: dict[str, list]) -> bool:
+    columns = np.array([rows[name] for name in ("level", *PROJECTIONS)], dtype=float)
+    rising = (np.diff(columns[0]) > 0).all()
+    return bool(columns.size and rising and ((columns >= 0) & (columns < 1)).all())
+
+
+def resolve_allocation(name: str, folder: Path | None, sparsity: float) -> tuple[str, float | list[dict[str, float]]]:
+    """What `--allocation` means for the checkpoint in `folder` (None: random weights).
+
+    Returns:
+        its name as it is reported, and what `SparseTransformer.set_sparsity` takes for it.
+
+    Raises:
+        ValueError: an unknown name, a file that is missing, of another checkpoint, or without that sparsity.
+    """
+    beside = {known: folder / f"allocation_{known}.json" for known in BEST_FIRST} if folder else {}
+    if name == "best":
+        name = next((known for known, path in beside.items() if path.is_file()), "uniform")
+    if name == "uniform":
+        return name, sparsity
+    path = beside.get(name, Path(name))
+    if not path.is_file():
+        make = f", greedy (make it: python greedy.py --checkpoint_path {folder})" if folder else ""
+        raise ValueError(f"--allocation {name}: no file {path}; what does: best, uniform{make}, or a file's path")
+    allocation = load_allocation(path)
+    if folder:
+        allocation.check_fingerprint(folder)
+    return name, allocation.at(sparsity)
+
+
+def output_error(block: TransformerBlock, inputs: tuple, dense: Tensor) -> Tensor:
+    """l2 norm over the features of the block's output minus `dense` [N, T, dim], averaged over the tokens; float32."""
+    return (block(*inputs).float() - dense.float()).norm(dim=-1).mean()
+
+
+def greedy_path(
+    model: SparseTransformer,
+    layer: int,
+    statistics: Statistics,
+    step: float,
+    error: Callable[[], Tensor],
+    progress: tqdm,
+) -> dict[str, list]:
+    """TEAL's Algorithm 1 on one block: the rows of an `Allocation`, and each one's error. Leaves thresholds set.
+
+    `error` is that of the block's output as the model's thresholds are.
+    """
+    sizes = projection_sizes(model)
+    steps = {projection: step * sizes["q"] / size for projection, size in sizes.items()}
+    path: dict[str, list] = {name: [] for name in ("level", "error", *PROJECTIONS)}
+    shares = dict.fromkeys(PROJECTIONS, 0.0)
+
+    def cut(projection: str, share: float) -> None:
+        model.set_threshold(layer, projection, statistics.threshold(layer, projection, share))
+
+    def record(error: Tensor) -> None:
+        level = sum(sizes[p] * shares[p] for p in PROJECTIONS) / sum(sizes.values())
+        for name, value in {"level": level, "error": error.item(), **shares}.items():
+            path[name].append(round(value, 8))
+
+    for projection in PROJECTIONS:
+        cut(projection, 0.0)
+    record(error())
+    while min(shares.values()) < MOST:
+        tried = {p: min(MOST, round(shares[p] + steps[p], 8)) for p in PROJECTIONS if shares[p] < MOST}
+        errors = []
+        for projection, share in tried.items():
+            cut(projection, share)
+            errors.append(error())
+            cut(projection, shares[projection])
+        least = int(torch.stack(errors).argmin())
+        projection = list(tried)[least]
+        shares[projection] = tried[projection]
+        cut(projection, shares[projection])
+        record(errors[least])
+        progress.update()
+    return path
+
+
+def projection_sizes(model: SparseTransformer) -> dict[str, int]:
+    """Weights of each projection of a block; all blocks are alike."""
+    return {p: m.weight.shape[0] * width for m in model.projections[:4] for p, width in m.segments.items()}
+
+
+@torch.no_grad()
+def teal_paths(
+    model: SparseTransformer, statistics: Statistics, tokens: Tensor, step: float, skip: int = 0
+) -> Iterator[dict[str, list]]:
+    """The greedy paths of all blocks but the first `skip`, over tokens [N, T] (int64, T > 1).
+
+    A block's dense pass leaves the keys and values of all positions in a cache, where a trial, which runs the last
+    quarter alone, overwrites those of the last quarter by its own.
+
+    Raises:
+        ValueError: a block's output is not finite (float16 overflows in some models).
+    """
+    assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
+    length, config, weight = tokens.shape[1], model.config, model.norm.weight
+    positions = torch.arange(length, device=weight.device)
+    rope, masks = model.rope_and_masks(positions, length)
+    tail = slice(length - max(1, length // 4), None)
+    tail_rope = tuple(angles[tail] for angles in rope)
+    cache = KVCache((len(tokens), config.n_local_heads, length, config.head_dim), weight.device, weight.dtype)
+    x = model.tok_embeddings(tokens.to(weight.device))
+    # as many steps as it takes each projection alone, since a step raises one
+    sizes = projection_sizes(model)
+    num_steps = sum(math.ceil(MOST * size / (step * sizes["q"])) for size in sizes.values())
+    with tqdm(total=config.n_layer * num_steps, initial=skip * num_steps, desc="allocating", unit="step") as progress:
+        for i, (block, mask) in enumerate(zip(model.layers, masks, strict=True)):
+            block.attention.kv_cache = cache
+            dense = block(x, rope, mask, positions)
+            if not dense.isfinite().all():
+                raise ValueError(f"the output of layer {i} is not finite; choose another --precision")
+            if i >= skip:
+                inputs = (x[:, tail], tail_rope, mask[tail], positions[tail])
+                error = partial(output_error, block, inputs, dense[:, tail])
+                with model.cut_from(0):
+                    path = greedy_path(model, i, statistics, step, error, progress)
+                yield path
+            block.attention.kv_cache = None
+            x = dense
+
+
+def print_table(allocation: Allocation) -> None:
+    """Mean sparsity of each projection over the layers, at a few levels."""
+    print("sparsity" + "".join(f"{projection:>7}" for projection in PROJECTIONS))
+    for level in LEVELS:
+        layers = allocation.at(level)
+        means = (sum(shares[projection] for shares in layers) / len(layers) for projection in PROJECTIONS)
+        print(f"{level:8.0%}" + "".join(f"{mean:7.1%}" for mean in means))
+
+
+def main(
+    checkpoint_path: Path | None = None,
+    statistics: Path | None = None,
+    data: list[str] | None = None,
+    num_tokens: int = 4096,
+    step: float = 0.1,
+    method: str = "teal",
+    output: Path | None = None,
+    device: str = "cpu",
+    precision: str = "bfloat16",
+    seed: int = 0,
+) -> Allocation:
+    """Makes an allocation and writes it. Raises ValueError for a user's mistake."""
+    if not 0 < step < 1:
+        raise ValueError(f"--step {step} is outside (0, 1); 0.1 is TEAL's")
+    if num_tokens < 2:
+        raise ValueError(f"--num_tokens {num_tokens} is too few; 4096 is usual")
+    folder = resolve_checkpoint(checkpoint_path)
+    output = output or folder / f"allocation_{METHODS[method]}.json"
+    model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
+    found = statistics_for(folder, statistics, model)
+    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
+    inputs = hashlib.sha256(tokens.cpu().numpy().tobytes())
+    for name in sorted(found.tensors):
+        inputs.update(found.tensors[name].numpy().tobytes())
+    metadata = {
+        "method": method,
+        "fingerprint": fingerprint(folder),
+        "text": text,
+        "tokens": tokens.numel(),
+        "window": tokens.shape[1],
+        "step": step,
+        "dtype": precision,
+        "inputs": inputs.hexdigest()[:32],  # of the tokens and the statistics
+    }
+    part = Path(f"{output}.partial.json")
+    allocation = Allocation([], metadata)
+    if part.is_file():
+        try:
+            begun = load_allocation(part)
+            allocation = begun if begun.metadata == metadata else allocation
+        except ValueError:  # not ours: begin anew
+            pass
+    for path in teal_paths(model, found, tokens, step, skip=len(allocation.layers)):
+        allocation.layers.append(path)
+        allocation.save(part)
+    allocation.save(output)
+    part.unlink(missing_ok=True)
+    print_table(allocation)
+    print(f"{output}: {method} allocation of {len(allocation.layers)} layers ({tokens.numel()} tokens of {text})")
+    return allocation
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Allocate sparsity to the projections of each layer.")
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--statistics", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
+    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
+    parser.add_argument("--num_tokens", type=int, default=4096, help="length of the text (default: %(default)s)")
+    parser.add_argument(
+        "--step", type=float, default=0.1, help="of q's sparsity; fewer is finer and slower (default: %(default)s)"
+    )
+    parser.add_argument("--method", choices=METHODS, default="teal")
+    parser.add_argument("--output", type=Path, help="default: allocation_greedy.json beside the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
+    add_device_arguments(parser)
+    command_line(main, parser.parse_args())
