@@ -144,8 +144,17 @@ def check_fingerprint(found: str | None, folder: Path, what: str, script: str) -
     if found is not None and found != (own := fingerprint(folder)):
         raise ValueError(
             f"{what} of another checkpoint than {folder} ({found} against {own}); "
-            f"make them anew: python {script} --checkpoint_path {folder}"
+            f"to mend this: python {script} --checkpoint_path {folder}"
         )
+
+
+def write_output(path: str | Path, content: bytes) -> None:
+    """Writes a file, whole or not at all. Raises ValueError if it cannot be written."""
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error}); give another --output") from None
 
 
 class Statistics:
@@ -226,12 +235,8 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
-        try:
-            with atomic_write(path) as temporary:
-                tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-                temporary.write_bytes(serialize(tensors, {"format": FORMAT, **self.metadata}))
-        except OSError as error:
-            raise ValueError(f"cannot write {path} ({error}); give another --output") from None
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        write_output(path, serialize(tensors, {"format": FORMAT, **self.metadata}))
 
 
 def _check_sparsity(sparsity: float) -> None:

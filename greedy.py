@@ -39,8 +39,9 @@ from calibrate import (
     command_line,
     resolve_device,
     statistics_for,
+    write_output,
 )
-from convert_hf_checkpoint import atomic_write, resolve_checkpoint
+from convert_hf_checkpoint import resolve_checkpoint
 from model import KVCache, TransformerBlock, fingerprint
 from sparse_model import PROJECTIONS, SparseTransformer
 
@@ -83,11 +84,8 @@ class Allocation:
 
     def save(self, path: str | Path) -> None:
         """Writes a JSON file, whole or not at all. Raises ValueError if it cannot be written."""
-        try:
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps({"format": FORMAT, **self.metadata, "layers": self.layers}) + "\n")
-        except OSError as error:
-            raise ValueError(f"cannot write {path} ({error}); give another --output") from None
+        content = {"format": FORMAT, **self.metadata, "layers": self.layers}
+        write_output(path, (json.dumps(content) + "\n").encode())
 
 
 def load_allocation(path: str | Path) -> Allocation:
@@ -251,8 +249,8 @@ def main(
     seed: int = 0,
 ) -> Allocation:
     """Makes an allocation and writes it. Raises ValueError for a user's mistake."""
-    if not 0 < step < 1:
-        raise ValueError(f"--step {step} is outside (0, 1); 0.1 is TEAL's")
+    if not 0.001 <= step < 1:
+        raise ValueError(f"--step {step} is outside [0.001, 1); 0.1 is TEAL's")
     if num_tokens < 2:
         raise ValueError(f"--num_tokens {num_tokens} is too few; 4096 is usual")
     folder = resolve_checkpoint(checkpoint_path)
@@ -297,9 +295,7 @@ if __name__ == "__main__":
     parser.add_argument("--statistics", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
     parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
     parser.add_argument("--num_tokens", type=int, default=4096, help="length of the text (default: %(default)s)")
-    parser.add_argument(
-        "--step", type=float, default=0.1, help="of q's sparsity; fewer is finer and slower (default: %(default)s)"
-    )
+    parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity (default: %(default)s)")
     parser.add_argument("--method", choices=METHODS, default="teal")
     parser.add_argument("--output", type=Path, help="default: allocation_greedy.json beside the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the model's own text")

@@ -245,7 +245,7 @@ def launch_attention(
     )  # fmt: skip
 
 
-HEAD_ROWS = 16  # tokens a program of the lm_head, and a group of the sampling
+HEAD_ROWS = 8  # tokens a program of the lm_head, and a group of the sampling
 
 
 def launch_head(h, gain, weight, logits, top, eps, pdl) -> None:
@@ -253,7 +253,7 @@ def launch_head(h, gain, weight, logits, top, eps, pdl) -> None:
     n_vocab, dim = weight.shape
     _head_kernel[(top.numel(),)](
         h, gain, weight, logits, top, n_vocab, eps, DIM=dim, NORM_BLOCK=min(4096, triton.next_power_of_2(dim)),
-        BLOCK_V=HEAD_ROWS, BLOCK_K=512, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        BLOCK_V=HEAD_ROWS, BLOCK_K=1024, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def _gemv_kernel(
     for _ in range(0, BLOCKS, UNROLL):
         for _ in tl.static_range(UNROLL):
             keep = rows < N_IN
-            x = tl.where(keep, _inputs(a, b, scale, PROLOGUE, weight_ptr.dtype.element_ty), 0.0)
+            x = _inputs(a, b, scale, PROLOGUE, weight_ptr.dtype.element_ty)
             if CUT:
                 keep = keep & ~(tl.abs(x) <= threshold)
                 x = tl.where(keep, x, 0.0)
