@@ -466,11 +466,17 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line(main: Callable, arguments: argparse.Namespace) -> None:
-    """Runs a script's main; a user's mistake ends it with one line on stderr and exit status 1."""
+    """Runs a script's main. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
     try:
         main(**vars(arguments))
     except (ValueError, OSError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(" ".join(str(error).split()).split(". ")[:3])
+        advice = "take a smaller model or fewer tokens at once, or --device cpu"
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {reason}: {advice}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def main(

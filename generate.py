@@ -30,7 +30,7 @@ from calibrate import (
 )
 from convert_hf_checkpoint import atomic_write, resolve_checkpoint
 from greedy import resolve_allocation
-from model import Transformer
+from model import ModelArgs, Transformer, read_config
 from sparse_model import FusedDecoder, SparseTransformer
 from tokenizer import load_tokenizer
 
@@ -60,8 +60,10 @@ def decode_one_token(
 
 
 def prefill(model: Transformer, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
-    """The first new token [B, 1] after a prompt [B, P]. Dense in a sparse model too, unless the prompt is one token."""
-    logits = model(prompt, torch.arange(prompt.shape[1], device=prompt.device), num_logits=1)
+    """The first new token [B, 1] after a prompt [B, P], which is dense in a sparse model too."""
+    single = prompt.shape[1] == 1 and isinstance(model, SparseTransformer)  # would be cut
+    options = {"dense_prefix": 1} if single else {}
+    logits = model(prompt, torch.arange(prompt.shape[1], device=prompt.device), num_logits=1, **options)
     return sample(logits[:, -1], temperature, top_k)
 
 
@@ -78,7 +80,8 @@ class Generator:
     """A model with its cache and its (compiled) steps.
 
     Args:
-        model: on its device; its cache is made here.
+        model: on its device; its cache is made here. Generators of one size may share a model; one of another size
+            takes it from those before.
         batch_size, max_length: rows and positions of the cache.
         temperature, top_k: of the sampling; temperature 0 is greedy.
         compile: one row on a GPU: the fused kernels in a CUDA graph (`FusedDecoder`); else torch.compile of the
@@ -103,6 +106,7 @@ class Generator:
         self.model, self.temperature, self.top_k = model, temperature, top_k
         self.device = model.norm.weight.device
         model.setup_caches(batch_size, max_length)
+        self._cache = model.layers[0].attention.kv_cache
         self._decode, self._prefill = decode_one_token, prefill
         self._fused: FusedDecoder | None = None
         if compile and can_fuse(self.device, batch_size, top_k):
@@ -117,7 +121,19 @@ class Generator:
 
     @torch.inference_mode()
     def __call__(self, prompt: Tensor, max_new_tokens: int, on_token: Callable[[Tensor], bool] | None = None):
-        """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early."""
+        """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early.
+
+        Raises:
+            ValueError: the tokens do not fit the cache, or the model has a cache of another size by now.
+        """
+        rows, _, length, _ = self._cache.k_cache.shape
+        if len(prompt) != rows or prompt.shape[1] + max_new_tokens > length:
+            raise ValueError(
+                f"{len(prompt)} rows of {prompt.shape[1]} tokens and {max_new_tokens} new ones do not fit this "
+                f"Generator's cache of {rows} rows and {length} positions"
+            )
+        if self.model.layers[0].attention.kv_cache is not self._cache:
+            raise ValueError("the model's cache was replaced by a Generator of another size; make this one anew")
         start = self._now()
         tokens = [prompt]
         token = self._prefill(self.model, prompt, self.temperature, self.top_k)
@@ -367,32 +383,31 @@ def main(
         compile = compile_prefill = False
 
     folder = None if random_init else resolve_checkpoint(checkpoint_path)
+    config = ModelArgs.from_name(random_init) if random_init else read_config(folder)
+    tokenizer = load_tokenizer(folder, config.vocab_size) if folder else None
+    ids = [] if interactive else encode_prompt(prompt, tokenizer, config.vocab_size, seed)
+    length = min(config.block_size, INTERACTIVE_CONTEXT) if interactive else len(ids) + max_new_tokens
+    if length > config.block_size:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit {config.name}'s context of "
+            f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
+        )
     source = Source(folder, random_init, seed, torch_device, PRECISIONS[precision])
     allocation, shares = resolve_allocation(allocation, folder, sparsity)
     fused = compile and can_fuse(torch_device, 1 if interactive else batch_size, top_k)
     model = source.load(SparseTransformer if sparsity or fused else Transformer)
     if sparsity:
         source.set_sparsity(model, shares, statistics)
-    config = model.config
-    tokenizer = load_tokenizer(folder, config.vocab_size) if folder else None
     weights = "random weights (normal, std 0.02)" if folder is None else "trained weights"
 
     if interactive:
-        context = min(config.block_size, INTERACTIVE_CONTEXT)
         generator = Generator(
-            model, 1, context, temperature, top_k, compile, compile_prefill, bool(sparsity), static_prompt=False
+            model, 1, length, temperature, top_k, compile, compile_prefill, bool(sparsity), static_prompt=False
         )
         torch.manual_seed(seed)
-        chat(generator, tokenizer, max_new_tokens, context)
+        chat(generator, tokenizer, max_new_tokens, length)
         return {}
 
-    ids = encode_prompt(prompt, tokenizer, config.vocab_size, seed)
-    length = len(ids) + max_new_tokens
-    if length > config.block_size:
-        raise ValueError(
-            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit {config.name}'s context of "
-            f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
-        )
     generators = [Generator(model, batch_size, length, temperature, top_k, compile, compile_prefill, bool(sparsity))]
     if compare_dense and sparsity:
         dense_model = model if fused else source.load(Transformer)

@@ -78,27 +78,23 @@ class ModelArgs:
                 raise ValueError(f"config.json sets {key}, which this model does not have")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json has hidden_act {config['hidden_act']!r}; only 'silu' is supported")
-        try:
-            n_layer = config["num_hidden_layers"]
-            args = cls(
-                block_size=config.get("max_position_embeddings", 2048),
-                vocab_size=config["vocab_size"],
-                n_layer=n_layer,
-                n_head=config["num_attention_heads"],
-                dim=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                n_local_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-                head_dim=config.get("head_dim") or 0,
-                rope_base=rope_base,
-                norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_scaling=rope_scaling,
-                tie_embeddings=config.get("tie_word_embeddings", False),
-                qkv_bias=family == "qwen2",
-                name=name,
-            )
-        except KeyError as e:
-            raise ValueError(f"config.json has no {e.args[0]!r}") from None
-        args.sliding_window, args.windowed_layers = _windows(config, family, n_layer)
+        args = cls(
+            block_size=_number(config, "max_position_embeddings", 2048),
+            vocab_size=_number(config, "vocab_size"),
+            n_layer=_number(config, "num_hidden_layers"),
+            n_head=_number(config, "num_attention_heads"),
+            dim=_number(config, "hidden_size"),
+            intermediate_size=_number(config, "intermediate_size"),
+            n_local_heads=_number(config, "num_key_value_heads", 0),
+            head_dim=_number(config, "head_dim", 0),
+            rope_base=rope_base,
+            norm_eps=_number(config, "rms_norm_eps", 1e-6),
+            rope_scaling=rope_scaling,
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2",
+            name=name,
+        )
+        args.sliding_window, args.windowed_layers = _windows(config, family, args.n_layer)
         if args.n_head % args.n_local_heads or args.head_dim % 2:
             raise ValueError(
                 f"config.json: {args.n_head} heads do not divide into {args.n_local_heads} key/value heads, "
@@ -128,9 +124,18 @@ def _architecture(config: dict) -> str:
     return family
 
 
+def _number(config: dict, key: str, default: float | None = None) -> float:
+    """config[key]; the default where it is absent or null."""
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, int | float):
+        raise ValueError(f"config.json needs a number as {key!r}, not {value!r}")
+    return value
+
+
 def _rope(config: dict) -> tuple[float, dict | None]:
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    base = scaling.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
+    base = _number(scaling, "rope_theta", _number(config, "rope_theta", 10000.0))
+    scaling.pop("rope_theta", None)
     kind = scaling.pop("type", None)
     kind = scaling.setdefault("rope_type", kind or "default")
     if kind not in ROPE_KEYS:
@@ -406,8 +411,8 @@ class Transformer(Float32Buffers):
         else:
             rope, masks = self.rope_and_masks(input_pos, self.layers[0].attention.kv_cache.k_cache.shape[2])
         x = self.tok_embeddings(idx)
-        for block, mask in zip(self.layers, masks, strict=True):
-            x = block(x, rope, mask, input_pos)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, masks[i], input_pos)
         return F.linear(self.norm(x[:, -num_logits:]), self.output_weight)
 
     def rope_and_masks(
@@ -459,7 +464,7 @@ class Transformer(Float32Buffers):
         """
         folder = checkpoint_folder(path)
         state_dict = _read_weights(folder)
-        model = cls(_read_config(folder), device=device, dtype=dtype)
+        model = cls(read_config(folder), device=device, dtype=dtype)
         if "model.embed_tokens.weight" in state_dict:
             raise ValueError(
                 f"{folder} holds a Hugging Face checkpoint; convert it first: "
@@ -546,7 +551,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def _read_config(folder: Path) -> ModelArgs:
+def read_config(folder: Path) -> ModelArgs:
+    """The config of a checkpoint: its config.json, or the named one that its folder is called like.
+
+    Raises:
+        ValueError: see `ModelArgs.from_config` and `ModelArgs.from_name`.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return ModelArgs.from_name(folder.name)

@@ -186,7 +186,7 @@ class FusedDecoder:
         self.model, self.cut = model, cut
         self.temperature, self.top_k = temperature, min(top_k, model.config.vocab_size)
         config, device = model.config, model.norm.weight.device
-        self.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         cache = model.layers[0].attention.kv_cache.k_cache
         splits = decode.attention_splits(cache.shape[2], config.n_local_heads)
 

@@ -1,0 +1,128 @@
+"""The fused decode step, launch by launch in Triton's interpreter (on a GPU: for real), against the plain model."""
+
+import pytest
+import torch
+
+from model import ModelArgs
+from sparse_model import FusedDecoder, SparseTransformer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BASE = {"block_size": 256, "vocab_size": 101, "n_layer": 2, "n_head": 4, "n_local_heads": 2, "dim": 64}
+MODELS = {
+    "grouped heads": {},
+    "window": {"sliding_window": 5},
+    "biases, one head a group": {"qkv_bias": True, "n_local_heads": 4},
+    "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
+}
+
+
+def build(**options) -> SparseTransformer:
+    model = SparseTransformer(ModelArgs(**{**BASE, "intermediate_size": 172, **options}), DEVICE, torch.float32)
+    model.init_weights(0, std=0.3)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    for module in model.projections:
+        module.threshold.uniform_(0, 0.3, generator=generator)
+        if module.bias is not None:
+            torch.nn.init.normal_(module.bias, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+def snapshot(model: SparseTransformer) -> list[torch.Tensor]:
+    caches = [block.attention.kv_cache for block in model.layers]
+    return [t.clone() for cache in caches for t in (cache.k_cache, cache.v_cache)]
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "dense"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_steps_equal_plain_ones(name, cut):
+    prompt, steps, cache = 62, 4, 140  # crosses the border between two chunks and between two blocks of the cache
+    model = build(**MODELS[name])
+    model.setup_caches(1, cache)
+    idx = torch.randint(101, (1, prompt), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    model(idx, torch.arange(prompt, device=DEVICE))
+    before = snapshot(model)
+
+    token, logits, tokens = torch.tensor([[3]], device=DEVICE), [], []
+    for position in range(prompt, prompt + steps):
+        out = model(token, torch.tensor([position], device=DEVICE), dense_prefix=None if cut else 1)
+        token = out[:, -1].argmax(-1, keepdim=True)
+        logits.append(out[0, -1])
+        tokens.append(token.item())
+    after = snapshot(model)
+    for tensor, old in zip(
+        (t for b in model.layers for t in (b.attention.kv_cache.k_cache, b.attention.kv_cache.v_cache)),
+        before,
+        strict=True,
+    ):
+        tensor.copy_(old)
+
+    decoder = FusedDecoder(model, cut, temperature=0.0, top_k=1)
+    decoder.start(torch.tensor([3], device=DEVICE), prompt, seed=0)
+    for expected in logits:
+        decoder.step()
+        torch.testing.assert_close(decoder.logits[:101], expected, rtol=1e-4, atol=1e-4)
+    assert decoder.tokens[prompt : prompt + steps + 1].tolist() == [3, *tokens]
+    assert decoder.position.item() == prompt + steps
+    for fused, plain in zip(snapshot(model), after, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_infinite_inputs_end_in_not_a_number_instead_of_a_hang():
+    model = build()
+    model.setup_caches(1, 8)
+    model.tok_embeddings.weight[3] = float("inf")
+    decoder = FusedDecoder(model, True, temperature=0.0, top_k=1)
+    decoder.start(torch.tensor([3], device=DEVICE), 0, seed=0)
+    decoder.step()
+    assert decoder.logits[:101].isnan().all()
+
+
+def draw(logits: torch.Tensor, temperature: float, top_k: int, n: int, seed: int = 5) -> torch.Tensor:
+    """n draws of the sampling kernel from the same logits."""
+    from kernels.decode import HEAD_ROWS, launch_sample
+    from kernels.triton_gemv import SCALE_BUFFER
+
+    top = torch.stack([group.max() for group in logits.split(HEAD_ROWS)])
+    logits = torch.cat((logits, torch.zeros(SCALE_BUFFER, device=DEVICE)))
+    groups = torch.zeros(1 << (top_k + 31).bit_length(), dtype=torch.int32, device=DEVICE)
+    token, position = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    tokens = torch.full((n + 1,), -1, device=DEVICE)
+    seeds = torch.tensor([seed], device=DEVICE)
+    for _ in range(n):
+        launch_sample(logits, top, groups, seeds, position, token, tokens, temperature, top_k, False)
+    assert position.item() == n and token.item() == tokens[-1].item()
+    return tokens[1:].cpu()
+
+
+def test_draws_follow_the_softmax_of_the_top_k():
+    logits = torch.randn(1003, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 2
+    n, top_k, temperature = 200, 5, 0.7
+    best = logits.topk(top_k)
+    counts = (draw(logits, temperature, top_k, n)[:, None] == best.indices.cpu()).sum(0)
+    assert counts.sum() == n  # nothing outside the top_k
+    expected = n * torch.softmax(best.values.cpu() / temperature, 0)
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: one seed in a thousand is worse
+
+
+def test_draws_repeat_with_the_seed():
+    logits = torch.zeros(64, device=DEVICE)
+    assert draw(logits, 1.0, 64, 12).tolist() == draw(logits, 1.0, 64, 12).tolist()
+    assert draw(logits, 1.0, 64, 12).tolist() != draw(logits, 1.0, 64, 12, seed=6).tolist()
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 300])
+def test_top_k_is_exact_with_ties_and_more_tokens_than_there_are(top_k):
+    logits = torch.tensor([0.0, 4.0, -1.0, 4.0, 3.0] + [-9.0] * 40, device=DEVICE)
+    drawn = set(draw(logits, 3.0, top_k, 60).tolist())
+    if top_k == 1:
+        assert drawn <= {1, 3}  # equal logits are both first
+    elif top_k == 7:
+        assert {1, 3, 4} <= drawn
+    else:
+        assert drawn <= set(range(45)) and {1, 3, 4} <= drawn
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    logits = torch.tensor([0.0, 4.0, -1.0, 4.0, 3.0], device=DEVICE)
+    assert draw(logits, 0.0, 1, 2).tolist() == [1, 1]
