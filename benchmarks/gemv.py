@@ -1,0 +1,217 @@
+"""One matrix-vector product, cold L2: ours beside TEAL's way, Deja Vu's way and dense, over sparsities and shapes.
+
+python -m benchmarks.gemv                                    # the shapes of llama-3-8b, 0 to 95 %
+python -m benchmarks.gemv --models llama-2-7b --sparsities 0 0.5
+
+Every kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times; the time is
+the median of replays over the number of matrices, all launches that a product needs included (zeroed outputs, masks).
+Inputs are uniform in [-0.5, 0.5]. Each result is checked against float64 in the same run. Rows go to results/gemv.csv.
+
+The baselines are written anew after what their authors describe, each with its best tile of a small search:
+    dejavu   a launch makes flags from the mask; the product loads rows by flag (Deja Vu, arXiv 2310.17157, section 4)
+    teal     the product tests the threshold itself, outputs zeroed and added to in float16 (arXiv 2408.14690, 4.3)
+    dense    cuBLAS on [out, in]; dense_t: on [in, out]
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from benchmarks.results import provenance, write_rows
+from calibrate import command_line
+from kernels.triton_gemv import launch_gemv
+from model import ModelArgs
+
+COLUMNS = (
+    "date,device,torch,triton,commit,kernel,in_features,out_features,dtype,sparsity,us,bytes,bandwidth_gbps".split(",")
+)
+KEY = ["device", "kernel", "in_features", "out_features", "dtype", "sparsity"]
+SPARSITIES = [0.0, 0.25, 0.4, 0.5, 0.65, 0.8, 0.95]
+TILES = [(m, n, w) for m in (16, 32, 64, 128) for n in (64, 128, 256) for w in (1, 2, 4) if m * n <= 8192 * w]
+COLD_BYTES = 400e6  # of matrices in one graph: eight times an H100's L2
+WARM_UP, REPLAYS = 3, 20
+
+
+@triton.jit
+def _flag_kernel(x_ptr, flag_ptr, threshold, N: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < N, other=0.0).to(tl.float32)
+    tl.store(flag_ptr + i, (tl.abs(x) > threshold).to(tl.int8), mask=i < N)
+
+
+@triton.jit
+def _rival_kernel(
+    x_ptr, flag_ptr, weight_ptr, out_ptr, threshold, n_out,
+    FLAGS: tl.constexpr, N_IN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):  # fmt: skip
+    """A tile of inputs x outputs, its sum added to out in the dtype of out; rows by flag, or by |x| > threshold."""
+    rows = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    cols = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    x = tl.load(x_ptr + rows, mask=rows < N_IN, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if FLAGS:
+        keep = tl.load(flag_ptr + rows, mask=rows < N_IN, other=0) > 0
+    else:
+        keep = tl.abs(x) > threshold
+    mask = keep[:, None] & (cols < n_out)[None, :]
+    weight = tl.load(
+        weight_ptr + rows[:, None].to(tl.int64) * n_out + cols[None, :],
+        mask=mask, other=0.0, eviction_policy="evict_first",
+    )  # fmt: skip
+    total = tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
+    tl.atomic_add(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < n_out, sem="relaxed")
+
+
+def launch_rival(x: Tensor, weight: Tensor, threshold: float, out: Tensor, flags: Tensor | None, tile) -> None:
+    n_in, n_out = weight.shape
+    out.zero_()
+    if flags is not None:
+        _flag_kernel[(triton.cdiv(n_in, 1024),)](x, flags, threshold, N=n_in, BLOCK=1024)
+    block_in, block_out, warps = tile
+    _rival_kernel[(triton.cdiv(n_in, block_in), triton.cdiv(n_out, block_out))](
+        x, flags, weight, out, threshold, n_out, FLAGS=flags is not None, N_IN=n_in, BLOCK_IN=block_in,
+        BLOCK_OUT=block_out, num_warps=warps,
+    )  # fmt: skip
+
+
+@dataclass
+class Problem:
+    """One product: x [in], matrices [in, out] enough to overflow the L2, and a threshold that cuts the wanted share."""
+
+    x: Tensor
+    weights: list[Tensor]
+    threshold: float
+    sparsity: float
+
+    @classmethod
+    def make(cls, n_in: int, n_out: int, sparsity: float, dtype: torch.dtype, device="cuda") -> "Problem":
+        copies = max(2, round(COLD_BYTES / (n_in * n_out * dtype.itemsize)))
+        x = (torch.rand(n_in, device=device) - 0.5).to(dtype)
+        weights = [(torch.randn(n_in, n_out, device=device) * n_in**-0.5).to(dtype) for _ in range(copies)]
+        magnitudes = x.float().abs().sort().values
+        cut = round(sparsity * n_in)
+        return cls(x, weights, magnitudes[cut - 1].item() if cut else 0.0, sparsity)
+
+    def expected(self) -> Tensor:
+        kept = torch.where(self.x.float().abs() > self.threshold, self.x, 0).double()
+        return kept @ self.weights[0].double()
+
+
+def graph_us(launch: Callable[[Tensor], None], weights: list[Tensor]) -> float:
+    """Median microseconds of one product in a graph over all `weights`."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch(weights[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            launch(weight)
+    times = []
+    for i in range(WARM_UP + REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= WARM_UP:
+            times.append(start.elapsed_time(end))
+    return 1e3 * sorted(times)[REPLAYS // 2] / len(weights)
+
+
+def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Tensor], None], Tensor]]]:
+    """For each kernel the launches to try (the best counts), each with the buffer of its result."""
+    x, threshold, device = problem.x, problem.threshold, problem.x.device
+    n_in, n_out = problem.weights[0].shape
+    sums = torch.zeros(2, n_out, device=device)  # ours: one is added to while the launch zeroes the other
+    turns = itertools.cycle(((sums[0], sums[1]), (sums[1], sums[0])))
+    thresholds = torch.full((1, n_in), threshold, device=device)
+
+    def ours(weight: Tensor) -> None:
+        out, other = next(turns)
+        launch_gemv("given", x[None], weight, thresholds, out, [n_out], cut=problem.sparsity > 0, zero=other, pdl=pdl)
+
+    out = torch.empty(n_out, device=device, dtype=torch.float16 if x.dtype == torch.float16 else torch.float32)
+    flags = torch.empty(n_in, device=device, dtype=torch.int8)
+    dense = torch.empty(n_out, device=device, dtype=x.dtype)
+    return {
+        "ours": [(ours, sums)],
+        "teal": [(lambda w, t=t: launch_rival(x, w, threshold, out, None, t), out) for t in TILES],
+        "dejavu": [(lambda w, t=t: launch_rival(x, w, threshold, out, flags, t), out) for t in TILES],
+        "dense_t": [(lambda w: torch.mv(w.t(), x, out=dense), dense)],
+    }
+
+
+def check(launch: Callable[[Tensor], None], out: Tensor, problem: Problem, name: str) -> None:
+    """Raises ValueError if a launch's result is off by 1 % (a wrong row or column is; float16 sums are not)."""
+    out.zero_()
+    launch(problem.weights[0])
+    result = out.view(-1, problem.weights[0].shape[1]).sum(0).double()  # ours: the other buffer is zero
+    expected = problem.x.double() @ problem.weights[0].double() if name == "dense_t" else problem.expected()
+    error = (result - expected).norm() / expected.norm().clamp(min=1e-6)
+    if not error < 1e-2:
+        raise ValueError(f"{name} is wrong: relative error {error:.1e}")
+
+
+def measure(n_in: int, n_out: int, sparsity: float, dtype: torch.dtype) -> list[dict]:
+    """Rows of all kernels for one shape, dtype and sparsity."""
+    problem = Problem.make(n_in, n_out, sparsity, dtype)
+    pdl = torch.cuda.get_device_capability() >= (9, 0)
+    times = {}
+    for name, launches in contenders(problem, pdl).items():
+        for launch, out in launches:
+            check(launch, out, problem, name)
+        times[name] = min(graph_us(launch, problem.weights) for launch, _ in launches)
+    rowwise = [w.t().contiguous() for w in problem.weights]
+    times["dense"] = graph_us(lambda w: torch.mv(w, problem.x), rowwise)
+    kept = (problem.x.float().abs() > problem.threshold).sum().item()
+    rows = []
+    for name, us in times.items():
+        read = (n_in if name.startswith("dense") else kept) * n_out * dtype.itemsize
+        rows.append(
+            {
+                **provenance(torch.cuda.get_device_name()),
+                **{"kernel": name, "in_features": n_in, "out_features": n_out, "sparsity": sparsity},
+                **{"dtype": str(dtype).removeprefix("torch."), "us": f"{us:.2f}", "bytes": read},
+                "bandwidth_gbps": f"{read / us / 1e3:.1f}",
+            }
+        )
+    return rows
+
+
+def shapes(name: str) -> list[tuple[int, int]]:
+    """[in, out] of a named config's four products: qkv, o, gate|up, down."""
+    c = ModelArgs.from_name(name)
+    heads = c.n_head * c.head_dim
+    qkv = heads + 2 * c.n_local_heads * c.head_dim
+    return [(c.dim, qkv), (heads, c.dim), (c.dim, 2 * c.intermediate_size), (c.intermediate_size, c.dim)]
+
+
+def main(models: list[str], sparsities: list[float], dtype: str) -> None:
+    """Measures and prints all rows; writes them shape by shape. Raises ValueError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "the kernels are timed on a GPU, and there is none; `pytest tests/test_kernels.py` checks them"
+        )
+    for n_in, n_out in dict.fromkeys(shape for name in models for shape in shapes(name)):
+        print(f"\n{n_in} -> {n_out}, {dtype}, us ({torch.cuda.get_device_name()})")
+        for i, sparsity in enumerate(sparsities):
+            rows = measure(n_in, n_out, sparsity, getattr(torch, dtype))
+            if i == 0:
+                print(f"{'sparsity':>9}" + "".join(f"{row['kernel']:>10}" for row in rows))
+            print(f"{sparsity:>9.0%}" + "".join(f"{row['us']:>10}" for row in rows))
+            write_rows("gemv.csv", rows, COLUMNS, KEY)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama-3-8b"], help="named configs whose shapes to measure")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    command_line(main, parser.parse_args())

@@ -1,0 +1,66 @@
+import csv
+
+import pytest
+import torch
+
+import benchmarks.results as results
+from benchmarks import gemv
+from benchmarks.results import provenance, read_rows, write_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+def test_all_contenders_compute_the_same_product(monkeypatch, sparsity, dtype):
+    monkeypatch.setattr(gemv, "TILES", [(16, 64, 1), (32, 128, 2)])
+    monkeypatch.setattr(gemv, "COLD_BYTES", 1)
+    problem = gemv.Problem.make(172, 200, sparsity, dtype, DEVICE)
+    assert (problem.x.float().abs() > problem.threshold).sum() == round(172 * (1 - sparsity))
+    for name, launches in gemv.contenders(problem, pdl=False).items():
+        for launch, out in launches:
+            gemv.check(launch, out, problem, name)
+
+
+def test_check_notices_a_wrong_row():
+    problem = gemv.Problem.make(64, 64, 0.5, torch.float32, DEVICE)
+    launch, out = gemv.contenders(problem, pdl=False)["ours"][0]
+    problem.weights[0] = problem.weights[0].clone()
+
+    def wrong(weight):
+        launch(torch.roll(weight, 1, dims=0).contiguous())
+
+    with pytest.raises(ValueError, match="wrong"):
+        gemv.check(wrong, out, problem, "ours")
+
+
+def test_shapes_come_from_the_config():
+    assert gemv.shapes("llama-3-8b") == [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]
+
+
+def test_a_new_row_replaces_the_one_it_supersedes(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    columns, key = ["device", "sparsity", "us"], ["device", "sparsity"]
+    write_rows(
+        "x.csv", [{"device": "a", "sparsity": 0.5, "us": 1}, {"device": "b", "sparsity": 0.5, "us": 2}], columns, key
+    )
+    write_rows(
+        "x.csv", [{"device": "a", "sparsity": 0.5, "us": 3}, {"device": "a", "sparsity": 0.0, "us": 4}], columns, key
+    )
+    assert [(row["device"], row["sparsity"], row["us"]) for row in read_rows("x.csv")] == [
+        ("b", "0.5", "2"),
+        ("a", "0.5", "3"),
+        ("a", "0.0", "4"),
+    ]
+
+
+def test_committed_rows_name_where_they_come_from():
+    for path in results.RESULTS.glob("*.csv"):
+        with open(path, newline="") as f:
+            rows = list(csv.DictReader(f))
+        assert rows and all(all(row[c] for c in ("date", "device", "torch", "triton", "commit")) for row in rows)
+
+
+def test_provenance_says_what_ran():
+    row = provenance("some device")
+    assert row["device"] == "some device" and row["torch"] and row["commit"]
