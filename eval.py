@@ -22,7 +22,7 @@ from tqdm import tqdm
 from calibrate import PRECISIONS, add_device_arguments, command_line, resolve_device, statistics_for
 from convert_hf_checkpoint import resolve_checkpoint
 from greedy import resolve_allocation
-from model import Transformer
+from model import Transformer, read_config
 from sparse_model import SparseTransformer
 from tokenizer import load_tokenizer
 
@@ -110,9 +110,9 @@ def main(
     text = task_text(tasks, data)
     folder = resolve_checkpoint(checkpoint_path)
     allocation, shares = resolve_allocation(allocation, folder, sparsity)
-    model = (SparseTransformer if sparsity else Transformer).from_checkpoint(folder, torch_device, dtype)
-    tokens = torch.tensor(load_tokenizer(folder, model.config.vocab_size).encode(text))
+    tokens = torch.tensor(load_tokenizer(folder, read_config(folder).vocab_size).encode(text))
     window_starts(len(tokens), context, window, num_windows)  # a text too short is said before anything is made
+    model = (SparseTransformer if sparsity else Transformer).from_checkpoint(folder, torch_device, dtype)
     dense_prefix = None
     if sparsity:
         model.set_sparsity(statistics_for(folder, statistics, model), shares)

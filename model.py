@@ -475,7 +475,9 @@ class Transformer(Float32Buffers):
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as e:
-            raise ValueError(f"the weights in {folder} do not fit its config: {_one_line(e)}") from None
+            raise ValueError(
+                f"the weights in {folder} do not fit its config: {' '.join(str(e).split())[:400]}"
+            ) from None
         return model.requires_grad_(False).eval()
 
 
@@ -517,17 +519,26 @@ def _weight_files(folder: Path) -> list[Path]:
     """Files that hold the weights: safetensors, as one or as the index's shards, else GPT-Fast's model.pth."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{index} is not a safetensors index ({e}); convert the checkpoint again") from None
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{index} names the shard {name!r} outside its folder")
-            if not (folder / name).is_file():
-                raise ValueError(f"{index} names the shard {name!r}, which is missing; convert the checkpoint again")
-        return [folder / name for name in names]
+        return indexed_files(index)
     return [path for path in (folder / "model.safetensors", folder / "model.pth") if path.is_file()][:1]
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The weight files that a model.safetensors.index.json (or pytorch_model.bin.index.json) names, each once.
+
+    Raises:
+        ValueError: it is no such index, or names a file that is missing or not in its own folder.
+    """
+    try:
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError):
+        raise ValueError(f"{index} has no weight_map of tensors to files; get it again") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the shard {name!r} outside its folder")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index} names the shard {name!r}, which is missing; get it again")
+    return [index.parent / name for name in names]
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -543,12 +554,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             else:
                 state_dict |= load_file(path)
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError) as e:
-            raise ValueError(f"{path} cannot be read, it may be truncated: {_one_line(e)}") from None
+            raise ValueError(f"{path} cannot be read, it may be truncated: {one_line(e)}") from None
     return state_dict
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+def one_line(error: Exception) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_config(folder: Path) -> ModelArgs:
@@ -560,10 +572,18 @@ def read_config(folder: Path) -> ModelArgs:
     path = folder / "config.json"
     if not path.is_file():
         return ModelArgs.from_name(folder.name)
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {type(config).__name__}, not a model's configuration")
+    config = read_json(path)
     return ModelArgs.from_config(config, name=config.get("_name_or_path") or folder.name)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value

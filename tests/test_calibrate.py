@@ -148,20 +148,22 @@ def test_collect_against_the_inputs_themselves(model, dtype):
         layer, x = i // 4, x.double()
         for projection, weight in zip(module.segments, module.weight.split(module.widths, 1), strict=True):
             norms = weight.double().pow(2).sum(1).sqrt()
-            torch.testing.assert_close(statistics.column_norms(layer, projection).double(), norms, rtol=1e-5, atol=0)
-            mean = statistics.channel_mean(layer, projection).double()
+            torch.testing.assert_close(
+                statistics.get(layer, projection, "column_norms"), norms.float(), rtol=1e-5, atol=0
+            )
+            mean = statistics.get(layer, projection, "channel_mean").double()
             torch.testing.assert_close(mean, x.mean(0), rtol=1e-5, atol=1e-6)
-            second = statistics.channel_second_moment(layer, projection).double()
+            second = statistics.get(layer, projection, "channel_second_moment").double()
             torch.testing.assert_close(second, x.pow(2).mean(0), rtol=1e-5, atol=1e-9)
             z = (x - x.mean()) / x.std(correction=0)
             exact = [x.mean().item(), x.std(correction=0).item(), z.pow(4).mean().item()]
-            assert statistics.pooled(layer, projection) == pytest.approx(exact, rel=1e-4, abs=1e-6)
+            assert statistics.get(layer, projection, "pooled").tolist() == pytest.approx(exact, rel=1e-4, abs=1e-6)
             for s in values:
                 share = (x.abs() <= statistics.threshold(layer, projection, s)).double().mean().item()
                 assert abs(share - s) <= tolerance, (layer, projection, s)
                 share = (x.abs() * norms <= statistics.weighted_threshold(layer, projection, s)).double().mean().item()
                 assert abs(share - s) <= 0.002, (layer, projection, s)
-            signed = statistics.signed_quantiles(layer, projection)
+            signed = statistics.get(layer, projection, "signed")
             assert abs((x <= signed[250].item()).double().mean().item() - 0.25) <= tolerance
             assert signed[0].item() == pytest.approx(x.min().item(), rel=0.002)
             assert signed[-1].item() == pytest.approx(x.max().item(), rel=0.002)

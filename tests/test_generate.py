@@ -1,5 +1,6 @@
 """Sampling, the generation loop, the command line, and every mistake of a user's that it must answer in one line."""
 
+import argparse
 import io
 import json
 import math
@@ -155,6 +156,34 @@ def test_a_shorter_prompt_after_a_longer_one(dense):
     generator = Generator(dense, 1, 40, temperature=0)
     generator(prompts(1, 30), 10)
     assert torch.equal(generator(prompts(), 10).tokens, fresh)
+
+
+def test_a_generator_of_another_size_takes_the_cache(dense):
+    first = Generator(dense, 1, 25, temperature=0)
+    tokens = first(prompts(), 20).tokens
+    assert torch.equal(Generator(dense, 1, 25, temperature=0)(prompts(), 20).tokens, tokens)
+    assert torch.equal(first(prompts(), 20).tokens, tokens)  # of one size they share it
+    second = Generator(dense, 1, 30, temperature=0)
+    with pytest.raises(ValueError, match="replaced by a Generator of another size"):
+        first(prompts(), 20)
+    assert torch.equal(second(prompts(), 20).tokens, tokens)
+
+
+@pytest.mark.parametrize(("batch", "new"), [(1, 21), (2, 20)])
+def test_what_does_not_fit_the_cache(dense, batch, new):
+    with pytest.raises(ValueError, match=f"{batch} rows of 5 tokens and {new} new ones .* 1 rows and 25 positions"):
+        Generator(dense, 1, 25)(prompts(batch), new)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_prompt_of_one_token_is_dense(dense, sparse, batch):
+    prompt = prompts(batch, 1)
+    assert not torch.equal(sparse(prompt), dense(prompt))
+    tokens = Generator(sparse, batch, 25, temperature=0)(prompt, 20).tokens
+    expected = prompt
+    for _ in range(20):
+        expected = torch.cat((expected, sparse(expected, dense_prefix=1)[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(tokens, expected)
 
 
 def test_a_seed_makes_the_draws(dense):
@@ -444,6 +473,30 @@ def test_arguments_that_do_not_do(refused, tiny, arguments, message):
     before = {path.name for path in tiny.iterdir()}
     assert message in refused("--checkpoint_path", tiny, *BRIEF, *arguments)
     assert {path.name for path in tiny.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--prompt", 0), ("--prompt", ""), ("--prompt", 153), ("--max_new_tokens", 1000)]
+)
+def test_prompt_mistakes_come_before_the_model(refused, monkeypatch, tiny, arguments):
+    monkeypatch.setattr(SparseTransformer, "from_checkpoint", None)
+    assert "prompt" in refused("--checkpoint_path", tiny, "--sparsity", 0.5, *BRIEF, *arguments)
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (KeyboardInterrupt(), 130),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB\nin all. See docs."),
+     "pytest: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB in all: take a smaller model or "
+     "fewer tokens at once, or --device cpu"),
+])  # fmt: skip
+def test_other_ends(monkeypatch, error, code):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["bin/pytest"])
+    with pytest.raises(SystemExit) as caught:
+        command_line(main, argparse.Namespace())
+    assert caught.value.code == code
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

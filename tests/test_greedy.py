@@ -269,8 +269,11 @@ def test_a_stopped_run_goes_on(stopped, made, text, searched):
     assert not (stopped / "allocation_greedy.json.partial.json").exists()
 
 
-@pytest.mark.parametrize("changes", [{"step": 0.4}, {"num_tokens": 320}, {"precision": "bfloat16"}, {}])
+@pytest.mark.parametrize("changes", [{"step": 0.4}, {"num_tokens": 320}, {"precision": "bfloat16"}, {"data": 0}, {}])
 def test_what_a_run_with_other_settings_left_is_not_used(stopped, text, searched, changes, tmp_path):
+    if "data" in changes:  # another text of the same name and length
+        (tmp_path / text.name).write_text(text.read_text()[7:])
+        changes = {"data": [str(tmp_path / text.name)]}
     if not changes:
         statistics = load_statistics(stopped / "calibration.safetensors")
         statistics.tensors["1.down.magnitude"] = statistics.tensors["1.down.magnitude"] * 1.01

@@ -116,6 +116,7 @@ def test_default_rope_type_is_none():
         assert args.rope_scaling is None and args.rope_base == 10000
     args = ModelArgs.from_config(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
     assert args.rope_base == 7
+    assert ModelArgs.from_config(LLAMA | {"rope_theta": None, "rms_norm_eps": None}) == ModelArgs.from_config(LLAMA)
 
 
 QWEN = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 7}
@@ -152,6 +153,8 @@ def test_windows_of_a_config(config, window, layers):
     ({"mlp_bias": True}, "mlp_bias"),
     ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
     ({"head_dim": 15}, "head_dim 15 is odd"),
+    ({"rope_theta": "1e4"}, "needs a number as 'rope_theta', not '1e4'"),
+    ({"hidden_size": None}, "needs a number as 'hidden_size', not None"),
 ])  # fmt: skip
 def test_configs_that_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -440,16 +443,16 @@ DAMAGE = {
         lambda f: [split(f), edit_index(f, lambda i: i["weight_map"].update(x="/etc/passwd"))],
         "'/etc/passwd' outside its folder",
     ),
-    "index without a map": (lambda f: [split(f), edit_index(f, lambda i: i.clear())], "is not a safetensors index"),
+    "index without a map": (lambda f: [split(f), edit_index(f, lambda i: i.clear())], "has no weight_map"),
     "index with a list": (
         lambda f: [split(f), edit_index(f, lambda i: i.update(weight_map=["a"]))],
-        "is not a safetensors index",
+        "has no weight_map",
     ),
     "index of numbers": (
         lambda f: [split(f), edit_index(f, lambda i: i.update(weight_map={"x": 3}))],
         "shard '3', which is missing",
     ),
-    "index cut": (lambda f: [split(f), truncate(f / "model.safetensors.index.json", 40)], "is not a safetensors index"),
+    "index cut": (lambda f: [split(f), truncate(f / "model.safetensors.index.json", 40)], "is not valid JSON"),
     "not converted": (as_hugging_face, "holds a Hugging Face checkpoint.*convert_hf_checkpoint.py --checkpoint_dir"),
     "other shapes": (lambda f: change_config(f, intermediate_size=64), r"do not fit.*w13\.weight"),
     "too many layers": (lambda f: change_config(f, num_hidden_layers=3), r"do not fit.*layers\.2\."),
@@ -459,8 +462,8 @@ DAMAGE = {
         lambda f: rewrite(f, lambda t: t.update({"layers.1.attention.wk.weight": torch.ones(16, 31)})),
         "do not fit",
     ),
-    "config not JSON": (lambda f: truncate(f / "config.json", 30), r"config\.json is not JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "holds list"),
+    "config not JSON": (lambda f: truncate(f / "config.json", 30), r"config\.json is not valid JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
     "config absent": (lambda f: (f / "config.json").unlink(), "no config is named like 'copy'"),
     "other architecture": (lambda f: change_config(f, architectures=["BertModel"]), "BertModel.*LlamaForCausalLM"),
 }
