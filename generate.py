@@ -418,9 +418,12 @@ def main(
 
     torch.manual_seed(seed)
     start = time.perf_counter()
+    if compile:
+        print("compiling (a minute or two on a CPU the first time, cached after)", file=sys.stderr)
     measure(generators, tokens, min(max_new_tokens, 5), 1)  # compiles, records the graphs, warms up
     compile_s = time.perf_counter() - start if compile else None
     torch.manual_seed(seed)
+    print(f"generating {num_samples} x {max_new_tokens} tokens", file=sys.stderr)
     runs = measure(generators, tokens, max_new_tokens, num_samples)
     if profile:
         with torch.profiler.profile() as profiler:
