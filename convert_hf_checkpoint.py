@@ -22,6 +22,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -573,6 +574,7 @@ def resolve_checkpoint(path: str | Path | None) -> Path:
 
 def command_line(main: Callable, arguments: argparse.Namespace) -> None:
     """Runs a script's main. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
+    warnings.formatwarning = lambda message, *_: f"{message}\n"  # for a user, not for who wrote the line
     try:
         main(**vars(arguments))
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""y = W^T cut(x): the product that reads only the weight rows of kept inputs. Op, reference and CPU implementation.
+"""y = W^T cut(x): the product that reads only the weight rows of kept inputs. The op and its reference.
 
 An input is kept where not (|x_i| <= t_i), compared in float32, so NaN is kept and reaches the output as in a dense
 layer. Weights are [in, out], contiguous: a cut input is one row that is never read (TEAL, arXiv 2408.14690, section 4.3
@@ -7,6 +7,8 @@ with the layout of its column-major weights).
 
 import torch
 from torch import Tensor
+
+from kernels import cpu
 
 
 def keep_mask(x: Tensor, threshold: Tensor) -> Tensor:
@@ -31,9 +33,11 @@ def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int
         segments: widths of the S output segments, which add up to out.
 
     Returns:
-        [B, out], the dtype of x, accumulated in float32 on a GPU.
+        [B, out], the dtype of x, accumulated in float32.
     """
-    return sparse_gemv_ref(x, weight, threshold, segments)
+    if cpu.library() is None:
+        return sparse_gemv_ref(x, weight, threshold, segments)
+    return cpu.launch_sparse_gemv(x, weight, threshold, segments)
 
 
 @sparse_gemv.register_fake
