@@ -38,7 +38,7 @@ def main() -> None:
         axis.set_title(device)
         axis.set_xlabel("achieved sparsity, %")
         axis.set_ylabel("ms a token")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.2 * axis.get_ylim()[1])  # room for the legend
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
