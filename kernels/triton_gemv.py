@@ -30,8 +30,8 @@ def shared_norm_scale(
 ):
     """RMSNorm's 1 / sqrt(mean(h^2) + eps) of h [N] float32: the first program computes it, the others wait for it.
 
-    The slots hold 0 until then (zeroed by an earlier launch). Thousands of programs that poll one address queue for it
-    (2.5 us on an H100), hence many slots, a cache line each.
+    The slots hold 0 until then (zeroed by an earlier launch). They are many, a cache line each, since thousands of
+    programs that poll one address queue for it: 4096 -> 6144 at 50 % took 13.5 us so, 12.7 us with 64 (H100).
     """
     if program == 0:
         squares = tl.zeros((BLOCK,), tl.float32)
