@@ -174,8 +174,8 @@ def _sample_kernel(
     """Draws a token among the top_k and moves on: one program.
 
     The top_k largest logits lie in groups (of GROUP neighbouring tokens) whose largest is at least the top_k-th
-    largest group maximum: no more than top_k groups but for ties, so only their logits are looked at. A draw from the
-    softmax is the argmax of logits / temperature + Gumbel noise.
+    largest group maximum. A bound that top_k to CAPACITY groups reach is found faster than that maximum and keeps them
+    all, so only their logits are looked at. The argmax of logits / temperature + Gumbel noise draws from the softmax.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -225,9 +225,7 @@ def attention_splits(seq_length: int, n_kv: int) -> int:
     return 1 << (min(triton.cdiv(seq_length, 64), max(1, 128 // n_kv)).bit_length() - 1)
 
 
-def launch_attention(
-    qkv, bias, k_cache, v_cache, position, inv_freq, y, lse, window, pdl, block_n=64, num_warps=4
-) -> None:
+def launch_attention(qkv, bias, k_cache, v_cache, position, inv_freq, y, lse, window, pdl) -> None:
     """Attention of the new position, cached on the way: chunks of the cache to y, joined by the "attention" prologue.
 
     qkv: [(n_head + 2 n_kv) head_dim] float32; bias the same or None; caches [1, n_kv, seq_length, head_dim];
@@ -240,8 +238,8 @@ def launch_attention(
         qkv, bias, k_cache, v_cache, position, inv_freq, y, lse, seq_length, triton.cdiv(seq_length, splits),
         window or 0, head_dim**-0.5,
         N_HEAD=n_head, N_KV=n_kv, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=block_n, HAS_BIAS=bias is not None,
-        WINDOW=window is not None, PDL=pdl, num_warps=num_warps, launch_pdl=pdl,
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=64, HAS_BIAS=bias is not None,
+        WINDOW=window is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
 

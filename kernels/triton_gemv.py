@@ -181,7 +181,7 @@ def tile_for(n_in: int, n_out: int, cut: bool) -> tuple[int, int, int]:
 
 def launch_gemv(
     prologue: str, x: Tensor, weight: Tensor, threshold: Tensor, out: Tensor, segments: list[int], *, cut=True,
-    gain=None, lse=None, eps=0.0, head_dim=1, zero=None, tile=None, prefetch=None, pdl=False,
+    gain=None, lse=None, eps=0.0, head_dim=1, zero=None, tile=None, pdl=False,
 ) -> None:  # fmt: skip
     """Adds W^T cut(x) to `out`, with x made by the prologue (see the kernel).
 
@@ -193,6 +193,7 @@ def launch_gemv(
         gain, eps: RMSNorm's, [in] in the model's dtype.
         lse: [splits, in / head_dim], float32.
         zero: a float32 buffer to fill with zeros.
+        tile: in place of `tile_for`'s.
         pdl: programmatic dependent launch.
     """
     n_in, n_out = weight.shape
@@ -206,8 +207,8 @@ def launch_gemv(
     tiles, starts = tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
-    if prefetch is None:  # cut, half of what is prefetched would not be needed: 1.5 % slower at 50 %
-        prefetch = PREFETCH_PROGRAMS if pdl and not cut and n_out % block_out == 0 else 0
+    # cut, half of what is prefetched would not be needed: 1.5 % slower at 50 %; a tile must not reach past its row
+    prefetch = PREFETCH_PROGRAMS if pdl and not cut and all(width % block_out == 0 for width in segments) else 0
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](

@@ -25,7 +25,6 @@ def test_all_contenders_compute_the_same_product(monkeypatch, sparsity, dtype):
 def test_check_notices_a_wrong_row():
     problem = gemv.Problem.make(64, 64, 0.5, torch.float32, DEVICE)
     launch, out = gemv.contenders(problem, pdl=False)["ours"][0]
-    problem.weights[0] = problem.weights[0].clone()
 
     def wrong(weight):
         launch(torch.roll(weight, 1, dims=0).contiguous())
@@ -58,7 +57,7 @@ def test_committed_rows_name_where_they_come_from():
     for path in results.RESULTS.glob("*.csv"):
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f))
-        assert rows and all(all(row[c] for c in ("date", "device", "torch", "triton", "commit")) for row in rows)
+        assert rows and all(all(row[c] for c in ("date", "device", "torch", "commit")) for row in rows)
 
 
 def test_provenance_says_what_ran():
