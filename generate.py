@@ -88,7 +88,7 @@ class Generator:
         compile: one row on a GPU: the fused kernels in a CUDA graph (`FusedDecoder`); else torch.compile of the
             decode step, with CUDA graphs on a GPU.
         compile_prefill: torch.compile of the prompt's pass.
-        cut: False takes the fused kernels without their threshold test: a dense model.
+        sparsity: about the share that the thresholds cut; 0 takes the fused kernels without their test: a dense model.
         static_prompt: prompts keep their length, so that with fused kernels the prompt's pass is a CUDA graph too.
     """
 
@@ -101,7 +101,7 @@ class Generator:
         top_k: int = 200,
         compile: bool = False,
         compile_prefill: bool = False,
-        cut: bool = True,
+        sparsity: float = 0.5,
         static_prompt: bool = True,
     ):
         self.model, self.temperature, self.top_k = model, temperature, top_k
@@ -111,7 +111,7 @@ class Generator:
         self._decode, self._prefill = decode_one_token, prefill
         self._fused: FusedDecoder | None = None
         if compile and can_fuse(self.device, batch_size, top_k):
-            self._fused = FusedDecoder(model, cut, temperature, top_k)
+            self._fused = FusedDecoder(model, sparsity, temperature, top_k)
             if static_prompt:
                 self._prefill = GraphedPrefill()
         elif compile:
@@ -411,18 +411,16 @@ def main(
 
     if interactive:
         generator = Generator(
-            model, 1, length, temperature, top_k, compile, compile_prefill, bool(sparsity), static_prompt=False
+            model, 1, length, temperature, top_k, compile, compile_prefill, sparsity, static_prompt=False
         )
         torch.manual_seed(seed)
         chat(generator, tokenizer, max_new_tokens, length)
         return {}
 
-    generators = [Generator(model, batch_size, length, temperature, top_k, compile, compile_prefill, bool(sparsity))]
+    generators = [Generator(model, batch_size, length, temperature, top_k, compile, compile_prefill, sparsity)]
     if compare_dense and sparsity:
         dense_model = model if fused else source.load(dense_class)
-        generators.append(
-            Generator(dense_model, batch_size, length, temperature, top_k, compile, compile_prefill, False)
-        )
+        generators.append(Generator(dense_model, batch_size, length, temperature, top_k, compile, compile_prefill, 0.0))
     tokens = torch.tensor(ids, device=torch_device).repeat(batch_size, 1)
 
     torch.manual_seed(seed)

@@ -175,15 +175,16 @@ class FusedDecoder:
 
     Args:
         model: with its cache set up for one row.
-        cut: False runs the same kernels with the threshold test compiled out: the dense model.
+        sparsity: about the share that the thresholds cut; 0 runs the same kernels with the test compiled out: the dense
+            model.
         temperature, top_k: of the sampling; temperature 0 is greedy.
     """
 
-    def __init__(self, model: SparseTransformer, cut: bool, temperature: float, top_k: int):
+    def __init__(self, model: SparseTransformer, sparsity: float, temperature: float, top_k: int):
         from kernels import decode, triton_gemv
 
         self.kernels, self.launch_gemv = decode, triton_gemv.launch_gemv
-        self.model, self.cut = model, cut
+        self.model, self.sparsity = model, sparsity
         self.temperature, self.top_k = temperature, min(top_k, model.config.vocab_size)
         config, device = model.config, model.norm.weight.device
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -199,6 +200,7 @@ class FusedDecoder:
         self.gate_up = buffer(2 * config.intermediate_size + scale)
         self.y, self.lse = buffer(splits, config.n_head * config.head_dim), buffer(splits, config.n_head)
         self.logits = buffer(config.vocab_size + scale)
+        self.scales = buffer(2 * config.n_layer, 1)
         self.top = buffer(-(-config.vocab_size // decode.HEAD_ROWS))
         self.groups = buffer(1 << (self.top_k + 31).bit_length(), dtype=torch.int32)
         self.token, self.position, self.seed = (buffer(1, dtype=torch.int64) for _ in range(3))
@@ -242,7 +244,7 @@ class FusedDecoder:
             attention, feed_forward = block.attention, block.feed_forward
             self._product(
                 "norm", self.h, attention.wqkv, self.qkv, gain=block.attention_norm.weight, eps=config.norm_eps,
-                zero=self.gate_up,
+                zero=self.gate_up, last_scale=self.scales[2 * i],
             )  # fmt: skip
             cache = attention.kv_cache
             window = config.sliding_window if i in config.windowed_layers else None
@@ -253,7 +255,7 @@ class FusedDecoder:
             self._product("attention", self.y, attention.wo, self.h, lse=self.lse, head_dim=config.head_dim)
             self._product(
                 "norm", self.h, feed_forward.w13, self.gate_up, gain=block.ffn_norm.weight, eps=config.norm_eps,
-                zero=self.qkv,
+                zero=self.qkv, last_scale=self.scales[2 * i + 1],
             )  # fmt: skip
             self._product("silu", self.gate_up, feed_forward.w2, self.h)
         k.launch_head(self.h, model.norm.weight, model.output_weight, self.logits, self.top, config.norm_eps, pdl)
@@ -264,5 +266,6 @@ class FusedDecoder:
 
     def _product(self, prologue: str, x: Tensor, module: SparseProjection, out: Tensor, **options) -> None:
         self.launch_gemv(
-            prologue, x, module.weight, module.threshold, out, module.widths, cut=self.cut, pdl=self.pdl, **options
-        )
+            prologue, x, module.weight, module.threshold, out, module.widths, sparsity=self.sparsity, pdl=self.pdl,
+            **options,
+        )  # fmt: skip

@@ -135,7 +135,7 @@ def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Te
 
     def ours(weight: Tensor) -> None:
         out, other = next(turns)
-        launch_gemv("given", x[None], weight, thresholds, out, [n_out], cut=problem.sparsity > 0, zero=other, pdl=pdl)
+        launch_gemv("given", x[None], weight, thresholds, out, [n_out], sparsity=problem.sparsity, zero=other, pdl=pdl)
 
     out = torch.empty(n_out, device=device, dtype=torch.float16 if x.dtype == torch.float16 else torch.float32)
     flags = torch.empty(n_in, device=device, dtype=torch.int8)

@@ -1,4 +1,4 @@
-"""The sparse product on a GPU, in Triton: one warp a tile of inputs x outputs, rows of cut inputs masked at the load.
+"""The sparse product on a GPU, in Triton: one warp a tile of inputs x outputs, rows of cut inputs masked or skipped.
 
 On an H100 many small programs that add their sums by atomics beat one program looping down a column strip, index lists
 and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and differ in outputs, so that x stays in L1
@@ -15,7 +15,11 @@ from torch import Tensor
 MAX_SEGMENTS = 3
 SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 float32
 SCALE_BUFFER = SLOTS * SLOT_STRIDE
-PREFETCH_PROGRAMS = 528  # first programs of a dense launch that prefetch their tile to L2 before they wait: 4 an SM
+ROWS_AT_ONCE = tl.constexpr(8)  # kept rows whose loads a program BY_ROW issues together
+# First programs of a launch that prefetch their tile's rows to L2. Dense: before they wait for the launch before. Cut:
+# after it, the rows that the last step's scale would keep, while the new one is computed; before it, half of what is
+# fetched is not needed, even with the last step's kept inputs as the guess, and the launch before is slowed down.
+PREFETCH_DENSE, PREFETCH_GUESSED = 528, 1056
 
 
 @triton.jit
@@ -50,18 +54,14 @@ def shared_norm_scale(
 
 
 @triton.jit
-def _prefetch(pointers, BYTES: tl.constexpr):
-    """Asks for BYTES at each pointer, 16-byte aligned, to be brought into L2."""
-    if BYTES == 256:
-        tl.inline_asm_elementwise(
-            "{ cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0; }",
-            "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        tl.inline_asm_elementwise(
-            "{ cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0; }",
-            "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+def _prefetch(rows_ptr, wanted, BYTES: tl.constexpr):
+    """Asks for the first BYTES at each wanted pointer to be brought into L2, a cache line of 128 at a time."""
+    lines = rows_ptr.to(tl.int64)[:, None] + tl.arange(0, BYTES // 128)[None, :] * 128
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [lines, tl.broadcast_to(wanted.to(tl.int32)[:, None], lines.shape)], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -106,18 +106,28 @@ def _inputs(a, b, scale, PROLOGUE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _lowest_bit(bits):
+    """Index of the lowest bit set of an int32; of 0 something below 0."""
+    low = (bits & -bits).to(tl.uint32).to(tl.float32)
+    return (low.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
 def _gemv_kernel(
-    x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr,
+    x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_scale_ptr,
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_BYTES: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BY_ROW: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr,
     SLOTS: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x), a program for BLOCKS blocks of inputs x one tile of outputs x one row of the batch.
 
     PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up; "attention": the splits' partial
     results joined by their log-sum-exp. tiles_i, start_i: first tile and first output of segment i.
+    BY_ROW (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS_AT_ONCE at a time, each row
+    read by the whole warp; a cut row costs no instruction. Else a tile is loaded at once with its cut rows masked,
+    which costs fewer latencies.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,57 +141,88 @@ def _gemv_kernel(
     first += (tile - tl.where(in_2 > 0, tiles_2, tl.where(in_1 > 0, tiles_1, 0))) * BLOCK_OUT
     threshold_ptr += (in_1 + in_2) * N_IN
     cols = first + tl.arange(0, BLOCK_OUT)
+    in_cols = cols < last
     row = tl.program_id(1) * BLOCKS * BLOCK_IN
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    TILE_BYTES: tl.constexpr = BLOCK_OUT * (DTYPE.primitive_bitwidth // 8)
+    rows = row + tl.arange(0, BLOCK_IN)
+    last_scale = 0.0
     if PREFETCH > 0:
-        if program < PREFETCH:
-            r = tl.minimum(row + tl.arange(0, BLOCKS * BLOCK_IN), N_IN - 1).to(tl.int64)
-            _prefetch(weight_ptr + r * n_out + first, PREFETCH_BYTES)
+        if CUT:
+            last_scale = tl.load(last_scale_ptr)
+        elif program < PREFETCH:
+            _prefetch(weight_ptr + rows.to(tl.int64) * n_out + first, rows < N_IN, TILE_BYTES)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    rows = row + tl.arange(0, BLOCK_IN)
     a, b, threshold = _load_inputs(rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE, CUT, N_IN, SPLITS, HEAD_DIM)
     scale = 1.0
     if PROLOGUE == "norm":
+        if PREFETCH > 0 and CUT:
+            if program < PREFETCH:
+                wanted = (tl.abs(a * last_scale * b) > threshold) & (rows < N_IN)
+                _prefetch(weight_ptr + rows.to(tl.int64) * n_out + first, wanted, TILE_BYTES)
         scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
+        if PREFETCH > 0 and CUT:
+            if program == 0:
+                tl.store(last_scale_ptr, scale)
     acc = tl.zeros((BLOCK_OUT,), tl.float32)
-    for _ in range(0, BLOCKS, UNROLL):
-        for _ in tl.static_range(UNROLL):
+    weight_ptr += row.to(tl.int64) * n_out
+    lane = tl.arange(0, BLOCK_IN)
+    for _group in range(0, BLOCKS, UNROLL):
+        for _block in tl.static_range(UNROLL):
             keep = rows < N_IN
-            x = _inputs(a, b, scale, PROLOGUE, weight_ptr.dtype.element_ty)
+            x = _inputs(a, b, scale, PROLOGUE, DTYPE)
             if CUT:
                 keep = keep & ~(tl.abs(x) <= threshold)
-                x = tl.where(keep, x, 0.0)
-            mask = keep[:, None] & (cols < last)[None, :]
-            offsets = rows[:, None].to(tl.int64) * n_out + cols[None, :]
-            weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-            rows += BLOCK_IN  # the next block's inputs come while this one's weights do
-            a, b, threshold = _load_inputs(
-                rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE, CUT, N_IN, SPLITS, HEAD_DIM
-            )
-            acc += tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
-    tl.atomic_add(out_ptr + cols, acc, mask=cols < last, sem="relaxed")
+            if BLOCKS > 1:
+                rows += BLOCK_IN  # the next block's inputs come while this one's weights do
+                a, b, threshold = _load_inputs(
+                    rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE, CUT, N_IN, SPLITS, HEAD_DIM
+                )
+            if BY_ROW:
+                kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
+                while kept != 0:
+                    for _row in tl.static_range(ROWS_AT_ONCE):
+                        i = _lowest_bit(kept)
+                        x_i = tl.sum(tl.where(lane == i, x.to(tl.int32, bitcast=True), 0), axis=0)
+                        mask = cols < tl.where(kept != 0, last, 0)
+                        weight = tl.load(
+                            weight_ptr + i * n_out + cols, mask=mask, other=0.0, eviction_policy="evict_first"
+                        )
+                        acc += x_i.to(tl.float32, bitcast=True) * weight.to(tl.float32)
+                        kept = kept & (kept - 1)
+            else:
+                if CUT:
+                    x = tl.where(keep, x, 0.0)
+                mask = keep[:, None] & in_cols[None, :]
+                offsets = lane[:, None] * n_out + cols[None, :]
+                weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+                acc += tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
+            weight_ptr += BLOCK_IN * n_out
+    tl.atomic_add(out_ptr + cols, acc, mask=in_cols, sem="relaxed")
 
 
-def tile_for(n_in: int, n_out: int, cut: bool) -> tuple[int, int, int]:
-    """(BLOCK_IN, BLOCKS, BLOCK_OUT) of a product, measured on an H100 at 0 and 50 %, cold L2.
+def tile_for(n_in: int, n_out: int, sparsity: float) -> tuple[int, int, int, bool]:
+    """(BLOCK_IN, BLOCKS, BLOCK_OUT, BY_ROW) of a product, measured on an H100 at 0 to 65 %, cold L2.
 
-    A wide product has programs enough for a block each; a narrow one gains from fewer atomics. Without masks the bytes
-    in flight double, and a wider tile takes fewer programs. Deterministic, a program takes all inputs: one sum, one
-    order.
+    Rows of 512 bytes a program are best where that leaves programs enough for every multiprocessor; else two blocks of
+    half the width, with fewer atomics. Where most inputs are cut, masked rows cost more time than a loop's latencies:
+    4096 -> 28672 at 65 % took 32.6 us in tiles and 31.8 by row, at 25 % 60.2 and 62.0. Deterministic, a program takes
+    all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():
-        return 32, triton.cdiv(n_in, 32), 128
-    if not cut and n_out > 4096:
-        return 32, 1, 256
-    return 32, 1 if n_out > 8192 else 2, 128
+        return 32, triton.cdiv(n_in, 32), 128, False
+    if n_out > 4096:
+        return 32, 1, 256, sparsity > 0.6 and n_out > 8192
+    return 32, 2, 128, False
 
 
 def launch_gemv(
-    prologue: str, x: Tensor, weight: Tensor, threshold: Tensor, out: Tensor, segments: list[int], *, cut=True,
-    gain=None, lse=None, eps=0.0, head_dim=1, zero=None, tile=None, pdl=False,
+    prologue: str, x: Tensor, weight: Tensor, threshold: Tensor, out: Tensor, segments: list[int], *, sparsity=0.5,
+    gain=None, lse=None, eps=0.0, head_dim=1, zero=None, last_scale=None, tile=None, pdl=False,
 ) -> None:  # fmt: skip
     """Adds W^T cut(x) to `out`, with x made by the prologue (see the kernel).
 
@@ -189,16 +230,18 @@ def launch_gemv(
         x: "given" [B, in]; else one row, float32: h [in], gate|up [2 in], or the splits' results [splits, in].
         weight, threshold, segments: as of `kernels.sparse_gemv.sparse_gemv`.
         out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
-        cut: False compiles the threshold test out.
+        sparsity: about the share that the thresholds cut, which chooses the tile; 0 compiles the test out.
         gain, eps: RMSNorm's, [in] in the model's dtype.
         lse: [splits, in / head_dim], float32.
         zero: a float32 buffer to fill with zeros.
+        last_scale: "norm": [1] float32, this norm's scale at the last step, kept from launch to launch. The rows that
+            it would keep are prefetched while the new scale is computed.
         tile: in place of `tile_for`'s.
         pdl: programmatic dependent launch.
     """
     n_in, n_out = weight.shape
     assert len(segments) <= MAX_SEGMENTS and sum(segments) == n_out and weight.is_contiguous()
-    block_in, blocks, block_out = tile or tile_for(n_in, n_out, cut)
+    block_in, blocks, block_out, by_row = tile or tile_for(n_in, n_out, sparsity)
     tiles, starts = [0], [0]
     for width in segments:
         tiles.append(tiles[-1] + triton.cdiv(width, block_out))
@@ -207,17 +250,18 @@ def launch_gemv(
     tiles, starts = tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
-    # cut, half of what is prefetched would not be needed: 1.5 % slower at 50 %; a tile must not reach past its row
-    prefetch = PREFETCH_PROGRAMS if pdl and not cut and all(width % block_out == 0 for width in segments) else 0
+    prefetch = 0
+    if pdl and all(width % block_out == 0 for width in segments):  # a tile must not reach past its row
+        prefetch = PREFETCH_DENSE if not sparsity else 0 if last_scale is None else PREFETCH_GUESSED
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
-        x, gain, lse, weight, threshold, out, zero, n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps,
-        PROLOGUE=prologue, CUT=cut, N_IN=n_in, NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)),
+        x, gain, lse, weight, threshold, out, zero, last_scale,
+        n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps,
+        PROLOGUE=prologue, CUT=sparsity > 0, N_IN=n_in, NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)),
         SPLITS=1 if lse is None else lse.shape[0], HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks,
-        UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, ZERO=zero_block, PREFETCH=prefetch,
-        PREFETCH_BYTES=512 if block_out * weight.itemsize == 512 else 256, SLOTS=SLOTS,
-        STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, BY_ROW=by_row, ZERO=zero_block, PREFETCH=prefetch,
+        SLOTS=SLOTS, STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def test_fused_steps_equal_plain_ones(name, cut):
     ):
         tensor.copy_(old)
 
-    decoder = FusedDecoder(model, cut, temperature=0.0, top_k=1)
+    decoder = FusedDecoder(model, 0.5 if cut else 0.0, temperature=0.0, top_k=1)
     decoder.start(torch.tensor([3], device=DEVICE), prompt, seed=0)
     for expected in logits:
         decoder.step()
@@ -71,7 +71,7 @@ def test_infinite_inputs_end_in_not_a_number_instead_of_a_hang():
     model = build()
     model.setup_caches(1, 8)
     model.tok_embeddings.weight[3] = float("inf")
-    decoder = FusedDecoder(model, True, temperature=0.0, top_k=1)
+    decoder = FusedDecoder(model, 0.5, temperature=0.0, top_k=1)
     decoder.start(torch.tensor([3], device=DEVICE), 0, seed=0)
     decoder.step()
     assert decoder.logits[:101].isnan().all()

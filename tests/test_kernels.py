@@ -102,15 +102,19 @@ def test_deterministic(implementation, n_in, segments, deterministic):
         assert torch.equal(result, product(implementation, *arguments))
 
 
-@interpreted
-@pytest.mark.parametrize("blocks", [1, 2, 3, 6, 7])
-def test_every_input_is_in_one_program(blocks):
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("sparsity", [0.5, 1])
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+def test_every_input_is_in_one_program(blocks, sparsity, by_row, device):
     from kernels.triton_gemv import launch_gemv
 
-    arguments = case(576, [64])
-    out = torch.zeros(1, 64)
-    launch_gemv("given", *arguments[:3], out, [64], tile=(32, blocks, 128))
-    assert_as_precise_as_torch(out, arguments)
+    x, weight, threshold, segments = arguments = case(570, [130, 64], sparsity=sparsity)
+    out = torch.zeros(1, 194, device=device)
+    launch_gemv("given", *(t.to(device) for t in (x, weight, threshold)), out, segments, tile=(32, blocks, 128, by_row))
+    assert_as_precise_as_torch(out.cpu(), arguments)
 
 
 @pytest.mark.gpu
