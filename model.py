@@ -310,8 +310,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, D]
-        q, k, v = qkv.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=2)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        qk, v = qkv.split([self.n_head + self.n_local_heads, self.n_local_heads], dim=2)
+        q, k = apply_rope(qk, *rope).split([self.n_head, self.n_local_heads], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
         if input_pos is not None:
             k, v = self.kv_cache.update(input_pos, k, v)
