@@ -16,10 +16,11 @@ MAX_SEGMENTS = 3
 SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 float32
 SCALE_BUFFER = SLOTS * SLOT_STRIDE
 ROWS_AT_ONCE = tl.constexpr(8)  # kept rows whose loads a program BY_ROW issues together
+MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
 # First programs of a launch that prefetch their tile's rows to L2. Dense: before they wait for the launch before. Cut:
 # after it, the rows that the last step's scale would keep, while the new one is computed; before it, half of what is
 # fetched is not needed, even with the last step's kept inputs as the guess, and the launch before is slowed down.
-PREFETCH_DENSE, PREFETCH_GUESSED = 528, 1056
+PREFETCH_DENSE, PREFETCH_GUESSED, PREFETCH_GUESSED_MOSTLY_CUT = 528, 528, 1056
 
 
 @triton.jit
@@ -55,12 +56,10 @@ def shared_norm_scale(
 
 @triton.jit
 def _prefetch(rows_ptr, wanted, BYTES: tl.constexpr):
-    """Asks for the first BYTES at each wanted pointer to be brought into L2, a cache line of 128 at a time."""
-    lines = rows_ptr.to(tl.int64)[:, None] + tl.arange(0, BYTES // 128)[None, :] * 128
+    """Asks for BYTES (a multiple of 16) at each wanted pointer, 16-byte aligned, to be brought into L2."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r", [lines, tl.broadcast_to(wanted.to(tl.int32)[:, None], lines.shape)], dtype=tl.int32, is_pure=False,
-        pack=1,
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r", [rows_ptr.to(tl.int64), wanted.to(tl.int32), BYTES], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -208,15 +207,14 @@ def _gemv_kernel(
 def tile_for(n_in: int, n_out: int, sparsity: float) -> tuple[int, int, int, bool]:
     """(BLOCK_IN, BLOCKS, BLOCK_OUT, BY_ROW) of a product, measured on an H100 at 0 to 65 %, cold L2.
 
-    Rows of 512 bytes a program are best where that leaves programs enough for every multiprocessor; else two blocks of
-    half the width, with fewer atomics. Where most inputs are cut, masked rows cost more time than a loop's latencies:
-    4096 -> 28672 at 65 % took 32.6 us in tiles and 31.8 by row, at 25 % 60.2 and 62.0. Deterministic, a program takes
-    all inputs: one sum, one order.
+    A wide product has programs enough for 512 bytes of a row each (bfloat16), a narrow one gains from more of them and
+    from fewer atomics. 4096 -> 28672 at 65 % took 38.5 us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at
+    25 % 60.2, 60.2 and 62.0. Deterministic, a program takes all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():
         return 32, triton.cdiv(n_in, 32), 128, False
-    if n_out > 4096:
-        return 32, 1, 256, sparsity > 0.6 and n_out > 8192
+    if n_out > 8192 or (not sparsity and n_out > 4096):
+        return 32, 1, 256, sparsity > MOSTLY_CUT
     return 32, 2, 128, False
 
 
@@ -250,9 +248,14 @@ def launch_gemv(
     tiles, starts = tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
-    prefetch = 0
-    if pdl and all(width % block_out == 0 for width in segments):  # a tile must not reach past its row
-        prefetch = PREFETCH_DENSE if not sparsity else 0 if last_scale is None else PREFETCH_GUESSED
+    if not pdl or any(width % block_out for width in segments):  # a tile must not reach past its row
+        prefetch = 0
+    elif not sparsity:
+        prefetch = PREFETCH_DENSE
+    elif last_scale is None:
+        prefetch = 0
+    else:
+        prefetch = PREFETCH_GUESSED_MOSTLY_CUT if sparsity > MOSTLY_CUT else PREFETCH_GUESSED
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
