@@ -109,16 +109,16 @@ class Generator:
         model.setup_caches(batch_size, max_length)
         self._cache = model.layers[0].attention.kv_cache
         self._decode, self._prefill = decode_one_token, prefill
+        if compile_prefill:
+            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
         self._fused: FusedDecoder | None = None
         if compile and can_fuse(self.device, batch_size, top_k):
             self._fused = FusedDecoder(model, sparsity, temperature, top_k)
             if static_prompt:
-                self._prefill = GraphedPrefill()
+                self._prefill = GraphedPrefill(self._prefill)
         elif compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True)
-        if compile_prefill:
-            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=True)
 
     @torch.inference_mode()
     def __call__(self, prompt: Tensor, max_new_tokens: int, on_token: Callable[[Tensor], bool] | None = None):
@@ -176,17 +176,19 @@ class Generator:
 
 
 class GraphedPrefill:
-    """`prefill` for prompts of one shape, recorded as a CUDA graph on the first call: launching it took longer."""
+    """`prefill`, compiled or not, for prompts of one shape, recorded as a CUDA graph on the first call: launching it
+    took longer."""
 
-    graph: torch.cuda.CUDAGraph | None = None
+    def __init__(self, run: Callable[..., Tensor] = prefill):
+        self.run, self.graph = run, None
 
     def __call__(self, model: Transformer, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
         if self.graph is None:
             self.prompt = prompt.clone()
-            prefill(model, self.prompt, temperature, top_k)  # warms up what must not happen while recording
+            self.run(model, self.prompt, temperature, top_k)  # warms up what must not happen while recording
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.token = prefill(model, self.prompt, temperature, top_k)
+                self.token = self.run(model, self.prompt, temperature, top_k)
         self.prompt.copy_(prompt)
         self.graph.replay()
         return self.token

@@ -29,7 +29,7 @@ KEY = ["device", "model", "weights", "dtype", "quant", "sparsity", "prompt_token
 def measure(options: dict, sparsity: float) -> dict:
     """One row: a run of generate.py with these options, compiled."""
     result = generate(**options, sparsity=sparsity, compile=True)
-    flags = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items() if value]
     rounded = {
         "achieved_sparsity": f"{result['achieved_sparsity']:.4f}",
         "tokens_per_sec": f"{result['tokens_per_sec']:.2f}",
@@ -51,6 +51,7 @@ def main(
     checkpoint_path: list[str],
     sparsities: list[float],
     prompt: str | None,
+    compile_prefill: bool,
     max_new_tokens: int,
     num_samples: int,
     device: str,
@@ -62,6 +63,7 @@ def main(
     for source in sources or [{}]:
         options = {
             **source,
+            "compile_prefill": compile_prefill,
             "prompt": prompt,
             "max_new_tokens": max_new_tokens,
             "num_samples": num_samples,
@@ -95,6 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoint_path", nargs="+", default=[], metavar="DIR", help="default: the default model")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--prompt", help="text, or a number of tokens")
+    parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--num_samples", type=int, default=5)
     add_device_arguments(parser)

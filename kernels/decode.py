@@ -152,12 +152,21 @@ def _ordered(x):
 
 
 @triton.jit
-def _kth_largest(key, k, enough):
-    """A bound that from k to `enough` (if ties allow) of a tensor of int32 reach, by bisection; k: the k-th largest."""
-    low, high = tl.min(key, axis=0).to(tl.int64), tl.max(key, axis=0).to(tl.int64) + 1
+def _value(key):
+    """The float32 that `_ordered` made a key (int64) of."""
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _kth_largest(key, low, k, enough):
+    """A bound that from k to `enough` (if ties allow) of a tensor of int32 reach; k: the k-th largest. At least k reach
+    `low`. By bisection of the values, which finds a bound among logits in fewer steps than one of the keys."""
+    low, high = low.to(tl.int64), tl.max(key, axis=0).to(tl.int64) + 1
     reached = enough + 1
     while (high - low > 1) & (reached > enough):
-        middle = (low + high) >> 1
+        middle = _ordered(0.5 * _value(low) + 0.5 * _value(high - 1)).to(tl.int64)
+        middle = tl.where((middle > low) & (middle < high), middle, (low + high) >> 1)
         count = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), axis=0)
         reached = tl.where(count >= k, count, reached)
         low = tl.where(count >= k, middle, low)
@@ -181,7 +190,7 @@ def _sample_kernel(
         tl.extra.cuda.gdc_wait()
     i = tl.arange(0, BLOCK_GROUPS)
     key = _ordered(tl.load(top_ptr + i, mask=i < n_groups, other=float("-inf")))
-    bound = _kth_largest(key, top_k, CAPACITY)
+    bound = _kth_largest(key, tl.min(key, axis=0), top_k, CAPACITY)
     # groups above the bound first, so that ties with it cannot push one out
     above, at = (key > bound).to(tl.int32), ((key == bound) & (i < n_groups)).to(tl.int32)
     slot = tl.where(above > 0, tl.cumsum(above, 0) - 1, tl.sum(above, 0) + tl.cumsum(at, 0) - 1)
@@ -198,7 +207,7 @@ def _sample_kernel(
         score = logits
     else:
         key = _ordered(logits)
-        kept = key >= _kth_largest(key, top_k, top_k)
+        kept = key >= _kth_largest(key, bound, top_k, top_k)
         uniform = tl.rand(tl.load(seed_ptr) + position * 1000003, token)
         noise = -tl.log(-tl.log(tl.maximum(uniform, 1e-10)))
         score = tl.where(kept & valid, logits / temperature + noise, float("-inf"))

@@ -221,7 +221,8 @@ def test_counts_are_those_of_the_decode_steps(sparse):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_compiled_on_a_gpu_equals_eager(kind, batch, tiny):
+@pytest.mark.parametrize("compile_prefill", [False, True])
+def test_compiled_on_a_gpu_equals_eager(compile_prefill, kind, batch, tiny):
     cls = SparseTransformer if kind == "sparse" or batch == 1 else Transformer
     model = cls.from_checkpoint(tiny, "cuda", torch.float32)
     if kind == "sparse":
@@ -230,7 +231,7 @@ def test_compiled_on_a_gpu_equals_eager(kind, batch, tiny):
                 model.set_threshold(layer, projection, 0.05 if projection in ("o", "down") else 0.6)
     prompt = prompts(batch).cuda()
     eager = Generator(model, batch, 25, temperature=0)(prompt, 20).tokens
-    compiled = Generator(model, batch, 25, temperature=0, compile=True)
+    compiled = Generator(model, batch, 25, temperature=0, compile=True, compile_prefill=compile_prefill)
     for _ in range(2):
         assert torch.equal(compiled(prompt, 20).tokens, eager)
 
