@@ -65,13 +65,13 @@ def _prefetch(rows_ptr, wanted, BYTES: tl.constexpr):
 
 @triton.jit
 def _load_inputs(
-    rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE: tl.constexpr, CUT: tl.constexpr, N_IN: tl.constexpr,
-    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, shift_ptr, PROLOGUE: tl.constexpr, CUT: tl.constexpr,
+    SHIFT: tl.constexpr, N_IN: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """What `_inputs` makes x[rows] from, loaded: two float32 operands and the thresholds."""
+    """What `_inputs` makes x[rows] from, loaded: two float32 operands, the thresholds and the shifts."""
     in_range = rows < N_IN
     a = tl.zeros_like(rows).to(tl.float32)
-    b, threshold = a, a
+    b, threshold, shift = a, a, a
     if PROLOGUE == "attention":
         s = tl.arange(0, SPLITS)[:, None]
         heads = s * (N_IN // HEAD_DIM) + (rows // HEAD_DIM)[None, :]
@@ -87,21 +87,24 @@ def _load_inputs(
             b = tl.load(x_ptr + N_IN + rows, mask=in_range, other=0.0)
     if CUT:
         threshold = tl.load(threshold_ptr + rows, mask=in_range, other=float("inf"))
-    return a, b, threshold
+    if SHIFT:
+        shift = tl.load(shift_ptr + rows, mask=in_range, other=0.0)
+    return a, b, threshold, shift
 
 
 @triton.jit
-def _inputs(a, b, scale, PROLOGUE: tl.constexpr, DTYPE: tl.constexpr):
-    """x from its operands, float32, rounded where the unfused model rounds."""
+def _inputs(a, b, scale, shift, PROLOGUE: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    """x - shift from its operands, float32, rounded where the unfused model rounds."""
     if PROLOGUE == "norm":
-        return rounded(rounded(a * scale, DTYPE) * b, DTYPE)
+        a = rounded(rounded(a * scale, DTYPE) * b, DTYPE)
     elif PROLOGUE == "silu":
         gate = rounded(a, DTYPE)
-        return rounded(rounded(gate * tl.sigmoid(gate), DTYPE) * rounded(b, DTYPE), DTYPE)
+        a = rounded(rounded(gate * tl.sigmoid(gate), DTYPE) * rounded(b, DTYPE), DTYPE)
     elif PROLOGUE == "attention":
-        return rounded(a / b, DTYPE)
-    else:
-        return a
+        a = rounded(a / b, DTYPE)
+    if SHIFT:
+        a = rounded(a - shift, DTYPE)
+    return a
 
 
 @triton.jit
@@ -114,13 +117,14 @@ def _lowest_bit(bits):
 @triton.jit
 def _gemv_kernel(
     x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_scale_ptr,
+    shift_ptr, offset_ptr,
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
-    PROLOGUE: tl.constexpr, CUT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
+    PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BY_ROW: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr,
     SLOTS: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out += W^T cut(x), a program for BLOCKS blocks of inputs x one tile of outputs x one row of the batch.
+    """out += W^T cut(x - shift) + offset: a program for BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
     PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up; "attention": the splits' partial
     results joined by their log-sum-exp. tiles_i, start_i: first tile and first output of segment i.
@@ -156,30 +160,45 @@ def _gemv_kernel(
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    a, b, threshold = _load_inputs(rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE, CUT, N_IN, SPLITS, HEAD_DIM)
+    a, b, threshold, shift = _load_inputs(
+        rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN, SPLITS, HEAD_DIM
+    )
     scale = 1.0
     if PROLOGUE == "norm":
         if PREFETCH > 0 and CUT:
             if program < PREFETCH:
-                wanted = (tl.abs(a * last_scale * b) > threshold) & (rows < N_IN)
+                wanted = (tl.abs(a * last_scale * b - shift) > threshold) & (rows < N_IN)
                 _prefetch(weight_ptr + rows.to(tl.int64) * n_out + first, wanted, TILE_BYTES)
         scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
         if PREFETCH > 0 and CUT:
             if program == 0:
                 tl.store(last_scale_ptr, scale)
     acc = tl.zeros((BLOCK_OUT,), tl.float32)
+    if SHIFT:
+        acc += tl.load(offset_ptr + cols, mask=cols < tl.where(row == 0, last, 0), other=0.0)
     weight_ptr += row.to(tl.int64) * n_out
     lane = tl.arange(0, BLOCK_IN)
     for _group in range(0, BLOCKS, UNROLL):
         for _block in tl.static_range(UNROLL):
             keep = rows < N_IN
-            x = _inputs(a, b, scale, PROLOGUE, DTYPE)
+            x = _inputs(a, b, scale, shift, PROLOGUE, SHIFT, DTYPE)
             if CUT:
                 keep = keep & ~(tl.abs(x) <= threshold)
             if BLOCKS > 1:
                 rows += BLOCK_IN  # the next block's inputs come while this one's weights do
-                a, b, threshold = _load_inputs(
-                    rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, PROLOGUE, CUT, N_IN, SPLITS, HEAD_DIM
+                a, b, threshold, shift = _load_inputs(
+                    rows,
+                    x_ptr,
+                    gain_ptr,
+                    lse_ptr,
+                    threshold_ptr,
+                    shift_ptr,
+                    PROLOGUE,
+                    CUT,
+                    SHIFT,
+                    N_IN,
+                    SPLITS,
+                    HEAD_DIM,
                 )
             if BY_ROW:
                 kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
@@ -220,15 +239,16 @@ def tile_for(n_in: int, n_out: int, sparsity: float) -> tuple[int, int, int, boo
 
 def launch_gemv(
     prologue: str, x: Tensor, weight: Tensor, threshold: Tensor, out: Tensor, segments: list[int], *, sparsity=0.5,
-    gain=None, lse=None, eps=0.0, head_dim=1, zero=None, last_scale=None, tile=None, pdl=False,
+    shift=None, offset=None, gain=None, lse=None, eps=0.0, head_dim=1, zero=None, last_scale=None, tile=None, pdl=False,
 ) -> None:  # fmt: skip
-    """Adds W^T cut(x) to `out`, with x made by the prologue (see the kernel).
+    """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue (see the kernel).
 
     Args:
         x: "given" [B, in]; else one row, float32: h [in], gate|up [2 in], or the splits' results [splits, in].
         weight, threshold, segments: as of `kernels.sparse_gemv.sparse_gemv`.
         out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
         sparsity: about the share that the thresholds cut, which chooses the tile; 0 compiles the test out.
+        shift, offset: [in] and [out], float32, or None for 0.
         gain, eps: RMSNorm's, [in] in the model's dtype.
         lse: [splits, in / head_dim], float32.
         zero: a float32 buffer to fill with zeros.
@@ -259,12 +279,13 @@ def launch_gemv(
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
-        x, gain, lse, weight, threshold, out, zero, last_scale,
+        x, gain, lse, weight, threshold, out, zero, last_scale, shift, offset,
         n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps,
-        PROLOGUE=prologue, CUT=sparsity > 0, N_IN=n_in, NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)),
-        SPLITS=1 if lse is None else lse.shape[0], HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks,
-        UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, BY_ROW=by_row, ZERO=zero_block, PREFETCH=prefetch,
-        SLOTS=SLOTS, STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=shift is not None, N_IN=n_in,
+        NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), SPLITS=1 if lse is None else lse.shape[0],
+        HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out,
+        BY_ROW=by_row, ZERO=zero_block, PREFETCH=prefetch, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, PDL=pdl,
+        num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
 

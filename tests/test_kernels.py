@@ -108,13 +108,18 @@ def test_deterministic(implementation, n_in, segments, deterministic):
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("sparsity", [0.5, 1])
 @pytest.mark.parametrize("blocks", [1, 3, 7])
-def test_every_input_is_in_one_program(blocks, sparsity, by_row, device):
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
     from kernels.triton_gemv import launch_gemv
 
-    x, weight, threshold, segments = arguments = case(570, [130, 64], sparsity=sparsity)
+    x, weight, threshold, segments = case(570, [130, 64], sparsity=sparsity)
+    options = {"tile": (32, blocks, 128, by_row)}
+    if shift:
+        options |= {"shift": torch.full((570,), shift, device=device), "offset": torch.ones(194, device=device)}
     out = torch.zeros(1, 194, device=device)
-    launch_gemv("given", *(t.to(device) for t in (x, weight, threshold)), out, segments, tile=(32, blocks, 128, by_row))
-    assert_as_precise_as_torch(out.cpu(), arguments)
+    launch_gemv("given", *(t.to(device) for t in (x, weight, threshold)), out, segments, **options)
+    out = out.cpu() - 1 if shift else out.cpu()
+    assert_as_precise_as_torch(out, (x - shift, weight, threshold, segments))
 
 
 @pytest.mark.gpu
