@@ -106,6 +106,7 @@ def main(
             bandwidths.append(read_bandwidth(block))
             if llama:
                 seconds["llama.cpp", 0.0].append(llama_step())
+                time.sleep(1)  # its idle threads spin for a while
             for key, (cut, thresholds) in variants.items():
                 for i, module in enumerate(model.projections):
                     module.threshold.copy_(thresholds[i] if thresholds else torch.zeros(()))
