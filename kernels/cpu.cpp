@@ -3,8 +3,8 @@
 //
 // A thread takes a range of a product's outputs: it lists the kept inputs, then adds eight kept rows at a time to
 // float32 sums that stay in the first-level cache, fetching later ones meanwhile. So sums have one order, whatever the
-// number of threads. Values are rounded to the model's dtype where the plain torch path rounds them: both choose the
-// same inputs to cut and, but for the order of sums, the same tokens.
+// number of threads. Values are rounded to the model's dtype where the plain torch path rounds them, but for the
+// attention's inside, which keeps float32.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
