@@ -85,8 +85,8 @@ class Generator:
             takes it from those before.
         batch_size, max_length: rows and positions of the cache.
         temperature, top_k: of the sampling; temperature 0 is greedy.
-        compile: one row on a GPU: the fused kernels in a CUDA graph (`FusedDecoder`); else torch.compile of the
-            decode step, with CUDA graphs on a GPU.
+        compile: one row: the fused kernels, on a GPU in a CUDA graph (`FusedDecoder`), on a CPU in one call
+            (`CpuDecoder`); else torch.compile of the decode step, with CUDA graphs on a GPU.
         compile_prefill: torch.compile of the prompt's pass.
         sparsity: about the share that the thresholds cut; 0 takes the fused kernels without their test: a dense model.
         static_prompt: prompts keep their length, so that with fused kernels the prompt's pass is a CUDA graph too.
@@ -111,10 +111,11 @@ class Generator:
         self._decode, self._prefill = decode_one_token, prefill
         if compile_prefill:
             self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
-        self._fused: FusedDecoder | None = None
-        if compile and can_fuse(self.device, batch_size, top_k):
-            self._fused = FusedDecoder(model, sparsity, temperature, top_k)
-            if static_prompt:
+        self._fused: FusedDecoder | cpu.CpuDecoder | None = None
+        if compile and isinstance(model, SparseTransformer) and can_fuse(self.device, batch_size, top_k):
+            fused_class = cpu.CpuDecoder if self.device.type == "cpu" else FusedDecoder
+            self._fused = fused_class(model, sparsity, temperature, top_k)
+            if static_prompt and self.device.type == "cuda":
                 self._prefill = GraphedPrefill(self._prefill)
         elif compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -155,7 +156,7 @@ class Generator:
         return Generation(torch.cat(tokens, dim=1), end - start, end - prefilled)
 
     def _replay(self, prompt: Tensor, token: Tensor, max_new_tokens: int, on_token: Callable | None) -> Tensor:
-        """The steps after prefill through the CUDA graph: the host only launches them, unless `on_token` looks."""
+        """The steps after prefill through the fused kernels: the host only launches them, unless `on_token` looks."""
         fused, length = self._fused, prompt.shape[1]
         fused.start(token, length, torch.randint(2**31, ()).item())
         last = length + 1
@@ -195,7 +196,9 @@ class GraphedPrefill:
 
 
 def can_fuse(device: torch.device, batch_size: int, top_k: int) -> bool:
-    """Whether the fused kernels serve a run: one row, on a GPU, a top_k that one program sorts, any order of sums."""
+    """Whether the fused kernels serve a run: one row; on a GPU a top_k that one program sorts, any order of sums."""
+    if device.type == "cpu":
+        return has_cpu_kernel(device, batch_size)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return device.type == "cuda" and batch_size == 1 and top_k <= 1024 and not deterministic
 
@@ -203,6 +206,37 @@ def can_fuse(device: torch.device, batch_size: int, top_k: int) -> bool:
 def has_cpu_kernel(device: torch.device, batch_size: int) -> bool:
     """Whether one row on a CPU goes through the compiled kernel, which beats torch's linear, dense too."""
     return device.type == "cpu" and batch_size == 1 and cpu.library() is not None
+
+
+@torch.inference_mode()
+def fastest_dense(model: SparseTransformer, rounds: int = 5) -> str:
+    """The fastest dense product on this CPU: "our kernel", "torch linear, [out, in]" or "torch linear, [in, out]".
+
+    Medians over the model's first projections, as many as fit 256 MB: more than caches hold.
+    """
+    modules, read = [], 0
+    for module in model.projections:
+        read += module.weight.nbytes
+        if modules and read > 256e6:
+            break
+        modules.append(module)
+    weights = [module.weight for module in modules]
+    inputs = [torch.ones(1, len(weight), dtype=weight.dtype) for weight in weights]
+    everything = [torch.full_like(module.threshold, -1.0) for module in modules]
+    transposed = [weight.t().contiguous() for weight in weights]
+    ways = {
+        "our kernel": lambda i: cpu.launch_sparse_gemv(inputs[i], weights[i], everything[i], modules[i].widths),
+        "torch linear, [out, in]": lambda i: torch.nn.functional.linear(inputs[i], transposed[i]),
+        "torch linear, [in, out]": lambda i: torch.nn.functional.linear(inputs[i], weights[i].t()),
+    }
+    seconds = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, product in ways.items():
+            start = time.perf_counter()
+            for i in range(len(modules)):
+                product(i)
+            seconds[way].append(time.perf_counter() - start)
+    return min(ways, key=lambda way: stats.median(seconds[way]))
 
 
 def measure(
@@ -420,14 +454,29 @@ def main(
         return {}
 
     generators = [Generator(model, batch_size, length, temperature, top_k, compile, compile_prefill, sparsity)]
+    backend = "torch linear" + (", compiled" if compile else "")
+    if fused:
+        kernels = "one C++ call" if torch_device.type == "cpu" else "one CUDA graph"
+        backend = f"the sparse kernels without the threshold test, {kernels} a step"
+    elif dense_class is SparseTransformer:
+        backend = "the sparse kernel at threshold 0"
     if compare_dense and sparsity:
-        dense_model = model if fused else source.load(dense_class)
+        dense_model = model if fused else None
+        # on a CPU torch's products may be the faster ones: then they are the rival
+        if has_cpu_kernel(torch_device, rows) and (fastest := fastest_dense(model)) != "our kernel":
+            dense_model = source.load(Transformer)
+            if fastest.endswith("[in, out]"):
+                for module in dense_model.projections:
+                    module.weight.data = module.weight.t().contiguous().t()
+            backend = fastest + (", compiled" if compile else "")
+        elif dense_model is None:
+            dense_model = source.load(dense_class)
         generators.append(Generator(dense_model, batch_size, length, temperature, top_k, compile, compile_prefill, 0.0))
     tokens = torch.tensor(ids, device=torch_device).repeat(batch_size, 1)
 
     torch.manual_seed(seed)
     start = time.perf_counter()
-    if compile:
+    if compile and not (fused and torch_device.type == "cpu"):
         print("compiling (a minute or two on a CPU the first time, cached after)", file=sys.stderr)
     measure(generators, tokens, min(max_new_tokens, 5), 1)  # compiles, records the graphs, warms up
     compile_s = time.perf_counter() - start if compile else None
@@ -469,11 +518,6 @@ def main(
     }
     if compare_dense:
         dense = tokens_per_sec(runs[-1], tokens)
-        backend = "torch linear, compiled" if compile else "torch linear"
-        if fused:
-            backend = "the sparse kernels without the threshold test, one CUDA graph"
-        elif dense_class is SparseTransformer:
-            backend = "the sparse kernel at threshold 0" + (", compiled" if compile else "")
         result |= {
             "dense_tokens_per_sec": dense,
             "speedup": result["tokens_per_sec"] / dense,

@@ -14,10 +14,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def provenance(device: str) -> dict[str, str]:
     """date, device, torch, triton, commit of a measurement made now. A tree with changes is marked -dirty."""
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    found = subprocess.run(git, capture_output=True, text=True)
     # a machine that has the tree without its history can be told the commit
-    commit = found.stdout.strip() if found.returncode == 0 else os.environ.get("GIT_COMMIT", "unknown")
+    if not (commit := os.environ.get("GIT_COMMIT", "")):
+        git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
+        found = subprocess.run(git, capture_output=True, text=True)
+        commit = found.stdout.strip() if found.returncode == 0 else "unknown"
     try:
         triton = version("triton")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Builds sparse_gemv.cpp with the system's compiler on first use, keeps the library, and calls it."""
+"""Builds cpu.cpp with the system's compiler on first use, keeps the library, and calls it: a product, a decode step."""
 
 import ctypes
 import functools
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("sparse_gemv.cpp")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
+GROUP = 64  # logits of which cpu.cpp keeps the largest
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -38,7 +39,7 @@ def build(folder: Path, flags: list[str]) -> Path:
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     cpu = sorted({line for line in lines if line.lower().startswith(("model name", "flags", "features"))})
     key = hashlib.sha256(repr((SOURCE.read_text(), flags, version, cpu or lines, platform.machine())).encode())
-    library = folder / f"sparse_gemv-{key.hexdigest()[:16]}.so"
+    library = folder / f"cpu-{key.hexdigest()[:16]}.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -72,3 +73,105 @@ def launch_sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: l
         ctypes.c_int(torch.get_num_threads()),
     )
     return out
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "wqkv", "qkv_bias", "wo", "ffn_norm", "w13", "w2")),
+        *((name, ctypes.c_void_p) for name in ("threshold_qkv", "threshold_o", "threshold_13", "threshold_2")),
+        *((name, ctypes.c_void_p) for name in ("k_cache", "v_cache")),
+        ("window", ctypes.c_int64),
+    )
+
+
+class _Model(ctypes.Structure):
+    """`Model` of cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_local_heads", "head_dim", "dim", "hidden")),
+        *((name, ctypes.c_int64) for name in ("vocab", "cache_length")),
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "output", "inv_freq")),
+        *((name, ctypes.c_void_p) for name in ("h", "qkv", "y", "act", "logits", "tops")),
+        ("cut", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("eps", "temperature")),
+        ("top_k", ctypes.c_int64),
+    )
+
+
+class CpuDecoder:
+    """Decode steps of a SparseTransformer at batch 1 on a CPU, each one call of the compiled library.
+
+    A step takes a token to the next one, sampling included, with torch's number of threads. It reads the model's
+    tensors where they lie, so they must stay there.
+
+    Args:
+        model: with its cache set up for one row.
+        sparsity: about the share that the thresholds cut; 0 leaves their test out: the dense model.
+        temperature, top_k: of the sampling; temperature 0 is greedy.
+
+    Attributes:
+        tokens: [positions of the cache + 1], int64; those from `start` on are valid.
+        logits: [vocab], float32, of the last step, rounded to the model's dtype.
+    """
+
+    def __init__(self, model, sparsity: float, temperature: float, top_k: int):
+        config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
+        self._decode = getattr(library(), f"decode_{NAMES[cache.dtype]}")
+        self._decode.restype = ctypes.c_int64
+        self._tensors = []  # those that only the structures point to
+
+        def pointer(tensor: Tensor | None) -> int | None:
+            if tensor is None:
+                return None
+            assert tensor.is_contiguous() and tensor.device.type == "cpu"
+            self._tensors.append(tensor)
+            return tensor.data_ptr()
+
+        def room(n: int) -> int:
+            return pointer(torch.zeros(n))
+
+        layers = (_Layer * config.n_layer)()
+        for i, block in enumerate(model.layers):
+            attention, feed_forward = block.attention, block.feed_forward
+            modules = (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)
+            layers[i] = _Layer(
+                *map(pointer, (block.attention_norm.weight, attention.wqkv.weight, attention.wqkv.bias)),
+                *map(pointer, (attention.wo.weight, block.ffn_norm.weight)),
+                *map(pointer, (feed_forward.w13.weight, feed_forward.w2.weight)),
+                *(pointer(module.threshold) for module in modules),
+                *map(pointer, (attention.kv_cache.k_cache, attention.kv_cache.v_cache)),
+                config.sliding_window if i in config.windowed_layers else cache.shape[2],
+            )
+        self.logits = torch.zeros(config.vocab_size)
+        self.tokens = torch.zeros(cache.shape[2] + 1, dtype=torch.int64)
+        self._model = _Model(
+            *(config.n_layer, config.n_head, config.n_local_heads, config.head_dim, config.dim),
+            *(config.intermediate_size, config.vocab_size, cache.shape[2], layers),
+            *map(pointer, (model.tok_embeddings.weight, model.norm.weight, model.output_weight, model.inv_freq)),
+            *(room(config.dim), room((config.n_head + 2 * config.n_local_heads) * config.head_dim)),
+            *(room(config.n_head * config.head_dim), room(config.intermediate_size)),
+            *(pointer(self.logits), room(-(-config.vocab_size // GROUP))),
+            *(sparsity > 0, config.norm_eps, temperature, min(top_k, config.vocab_size)),
+        )
+        for parameter in model.parameters():
+            library().use_huge_pages(ctypes.c_void_p(parameter.data_ptr()), ctypes.c_int64(parameter.nbytes))
+
+    def start(self, token: Tensor, position: int, seed: int) -> None:
+        """Sets the token to feed next, its position, and the seed of the draws."""
+        self.token, self.position, self.seed = token.item(), position, seed
+        self.tokens[position] = self.token
+
+    def replay(self) -> None:
+        """One step."""
+        assert self.position < self._model.cache_length
+        draw = (self.seed * 0x9E3779B97F4A7C15 + self.position * 0xD1B54A32D192ED03) % 2**64
+        self.token = self._decode(
+            ctypes.byref(self._model),
+            *(ctypes.c_int64(self.token), ctypes.c_int64(self.position), ctypes.c_uint64(draw)),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+        self.position += 1
+        self.tokens[self.position] = self.token

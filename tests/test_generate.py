@@ -607,14 +607,25 @@ def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, flag):
     lines = [line for line in captured.err.splitlines() if "compiler" in line]
     assert len(lines) == 1 and "C++ compiler" in lines[0] and "--compile" in lines[0]
     assert result_of(captured.out)["compile_s"] is None
+    generate.cpu.library.cache_clear()  # it remembers that there was none
 
 
-@pytest.mark.parametrize("flag", ["--compile", "--compile_prefill"])
-def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flag):
+@pytest.mark.parametrize("flags", [["--compile", "--batch_size", "2"], ["--compile_prefill"]])
+def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
     monkeypatch.setattr(generate, "can_compile", lambda device: True)
     monkeypatch.setattr(torch, "compile", forbidden)
     with pytest.raises(AssertionError, match=r"torch\.compile was called"):
-        cli("--checkpoint_path", tiny, flag, *BRIEF)
+        cli("--checkpoint_path", tiny, *flags, *BRIEF)
+
+
+@pytest.mark.parametrize("fastest", ["our kernel", "torch linear, [out, in]", "torch linear, [in, out]"])
+def test_the_dense_rival_on_a_cpu_is_the_fastest_product(cli, monkeypatch, calibrated, fastest):
+    if not generate.has_cpu_kernel(torch.device("cpu"), 1):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(generate, "fastest_dense", lambda model: fastest)
+    result = result_of(cli("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compare_dense", "--json", *BRIEF))
+    expected = fastest if fastest.startswith("torch") else "the sparse kernel at threshold 0"
+    assert result["dense_backend"] == expected
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")

@@ -1,0 +1,532 @@
+// Batch-1 decoding on a CPU: the product that reads only the weight rows of kept inputs, and a whole decode step made
+// of it. Built and called by cpu.py.
+//
+// A thread takes a range of a product's outputs: it lists the kept inputs, then adds eight kept rows at a time to
+// float32 sums that stay in the first-level cache, fetching later ones meanwhile. So sums have one order, whatever the
+// number of threads. Values are rounded to the model's dtype where the plain torch path rounds them, but for the
+// attention's inside, which keeps float32.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+// ---- vectors of the widest kind that this build has: 16 floats with AVX-512, 8 with AVX2, 4 with NEON and SSE
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <typename To, typename From>
+To read(const From* from) {
+  To value;
+  std::memcpy(&value, from, sizeof(To));
+  return value;
+}
+
+float sum(Floats v) {
+  float total = 0;
+  for (int64_t lane = 0; lane < LANES; lane++) total += v[lane];
+  return total;
+}
+
+// ---- weight types: `load` widens LANES of them, `float` one; `from` rounds to the nearest, ties to even
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    return read<float>(&wide);
+  }
+  static BFloat16 from(float value) {
+    const uint32_t wide = read<uint32_t>(&value);
+    const uint16_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    return {value == value ? rounded : uint16_t(0x7fc0)};
+  }
+  static Floats load(const BFloat16* from) {
+#if defined(__AVX512F__)  // gcc 12 widens a vector in two halves
+    const Words wide = (Words)_mm512_cvtepu16_epi32(read<__m256i>(from));
+#elif defined(__AVX2__)
+    const Words wide = (Words)_mm256_cvtepu16_epi32(read<__m128i>(from));
+#else
+    const Words wide = __builtin_convertvector(read<Halves>(from), Words);
+#endif
+    return (Floats)(wide << 16);
+  }
+};
+
+struct Float16 {
+  _Float16 value;
+  operator float() const { return value; }
+  static Float16 from(float value) { return {_Float16(value)}; }
+  static Floats load(const Float16* from) {
+#if defined(__AVX512F__)  // gcc 12 converts a vector of _Float16 lane by lane
+    return (Floats)_mm512_cvtph_ps(read<__m256i>(from));
+#elif defined(__F16C__) && defined(__AVX2__)
+    return (Floats)_mm256_cvtph_ps(read<__m128i>(from));
+#else
+    typedef _Float16 Float16s __attribute__((vector_size(2 * LANES)));
+    return __builtin_convertvector(read<Float16s>(from), Floats);
+#endif
+  }
+};
+
+struct Float32 {
+  float value;
+  operator float() const { return value; }
+  static Float32 from(float value) { return {value}; }
+  static Floats load(const Float32* from) { return read<Floats>(from); }
+};
+
+template <typename T>
+float rounded(float value) {
+  return T::from(value);
+}
+
+template <typename T>
+void round_all(const float* from, float* to, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; j++) to[j] = rounded<T>(from[j]);
+}
+
+// exp to 2 ulp for what does not overflow; below -87 the result stays at e^-87, NaN stays NaN. Vectorises.
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // the nearest integer to x / ln 2, in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const uint32_t scale = (read<uint32_t>(&shifted) + 127) << 23;
+  return p * read<float>(&scale);
+}
+
+// ---- products
+
+constexpr int64_t ROWS = 8;        // rows added at a time
+constexpr int64_t COLUMNS = 1024;  // outputs summed at a time: 4 KB
+constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
+constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of W is read twice
+
+// sums[j] += value[k] * row[k][j] over N rows; fetches next[k] into the second-level cache: the first has too few
+// misses in flight (a step of SmolLM2-135M at 50 %, bfloat16, two cores of an EPYC: 8.9 to 9.8 ms, so 7.0 to 7.5).
+template <int N, typename T>
+void add_rows(const T* const* row, const T* const* next, const float* value, float* sums, int64_t width) {
+  int64_t j = 0;
+  for (; j + LANES <= width; j += LANES) {
+    if (j * sizeof(T) % 64 == 0)
+      for (int k = 0; k < N; k++) __builtin_prefetch(next[k] + j, 0, 2);
+    Floats total = read<Floats>(sums + j);
+    for (int k = 0; k < N; k++) total += value[k] * T::load(row[k] + j);
+    std::memcpy(sums + j, &total, sizeof(total));
+  }
+  for (; j < width; j++)
+    for (int k = 0; k < N; k++) sums[j] += value[k] * float(row[k][j]);
+}
+
+// A row's product with x. One row after the other is one stream, which the CPU fetches ahead by itself: 28 to 33 GB/s
+// where four rows at a time made 10 to 15.
+template <typename T>
+float dot(const T* row, const float* x, int64_t width) {
+  Floats total[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * LANES <= width; j += 4 * LANES)
+    for (int64_t k = 0; k < 4; k++) total[k] += read<Floats>(x + j + k * LANES) * T::load(row + j + k * LANES);
+  for (; j + LANES <= width; j += LANES) total[0] += read<Floats>(x + j) * T::load(row + j);
+  float result = sum((total[0] + total[1]) + (total[2] + total[3]));
+  for (; j < width; j++) result += x[j] * float(row[j]);
+  return result;
+}
+
+// The inputs of a product that are kept, with their values.
+struct Kept {
+  std::vector<int32_t> index;
+  std::vector<float> value;
+  int64_t n = 0;
+
+  explicit Kept(int64_t most) : index(most + LANES), value(most + LANES) {}  // room to write behind the last one
+
+  void list(const float* x, const float* threshold, int64_t n_in) {
+    n = 0;
+    int64_t i = 0;
+#if defined(__AVX512F__)  // 16 at a time: the loop below takes a nanosecond for each
+    for (; i + LANES <= n_in; i += LANES) {
+      const __m512 v = _mm512_loadu_ps(x + i);
+      const __mmask16 keep = _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_loadu_ps(threshold + i), _CMP_NLE_UQ);
+      const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(i), lanes);
+      _mm512_storeu_si512(index.data() + n, _mm512_maskz_compress_epi32(keep, at));
+      _mm512_storeu_ps(value.data() + n, _mm512_maskz_compress_ps(keep, v));
+      n += __builtin_popcount(keep);
+    }
+#endif
+    for (; i < n_in; i++) {
+      index[n] = i;
+      value[n] = x[i];
+      n += !(std::fabs(x[i]) <= threshold[i]);  // NaN is kept
+    }
+  }
+  void list_all(const float* x, int64_t n_in) {
+    n = n_in;
+    for (int64_t i = 0; i < n_in; i++) index[i] = i;
+    std::copy(x, x + n_in, value.begin());
+  }
+};
+
+// sums[0 .. end - begin) = the product's outputs begin .. end.
+template <typename T>
+void outputs(const T* weight, int64_t n_out, const Kept& kept, int64_t begin, int64_t end, float* sums) {
+  std::fill(sums, sums + (end - begin), 0.0f);
+  for (int64_t column = begin; column < end; column += COLUMNS) {
+    const int64_t width = std::min(COLUMNS, end - column);
+    const int64_t ahead = std::max<int64_t>(1, AHEAD / (ROWS * width * sizeof(T))) * ROWS;
+    const auto at = [&](int64_t r) {  // behind the last row come the next columns' first ones
+      const bool wraps = r >= kept.n && column + COLUMNS < end;
+      r = wraps ? std::min(r - kept.n, kept.n - 1) : std::min(r, kept.n - 1);
+      return weight + kept.index[r] * n_out + column + (wraps ? COLUMNS : 0);
+    };
+    int64_t r = 0;
+    for (; r + ROWS <= kept.n; r += ROWS) {
+      const T *row[ROWS], *next[ROWS];
+      for (int64_t k = 0; k < ROWS; k++) row[k] = at(r + k), next[k] = at(r + ahead + k);
+      add_rows<ROWS>(row, next, kept.value.data() + r, sums + (column - begin), width);
+    }
+    for (; r < kept.n; r++) {
+      const T *row = at(r), *next = at(r + ahead);
+      add_rows<1>(&row, &next, kept.value.data() + r, sums + (column - begin), width);
+    }
+  }
+}
+
+// The part of n that a thread takes, in multiples of `grain`.
+struct Range {
+  int64_t begin, end;
+  Range(int64_t n, int thread, int threads, int64_t grain) {
+    const int64_t grains = (n + grain - 1) / grain;
+    begin = std::min(n, grains * thread / threads * grain);
+    end = std::min(n, grains * (thread + 1) / threads * grain);
+  }
+};
+
+template <typename T>
+void product(const T* x, const T* weight, const float* threshold, T* out, int64_t batch, int64_t n_in, int64_t n_out,
+             int64_t n_segments, const int64_t* segments, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const Range mine(n_out, omp_get_thread_num(), omp_get_num_threads(), GRAIN);
+    Kept kept(n_in);
+    std::vector<float> input(n_in), sums(mine.end - mine.begin);
+    int64_t start = 0;
+    for (int64_t s = 0; s < n_segments; start += segments[s++]) {
+      const int64_t begin = std::max(mine.begin, start), end = std::min(mine.end, start + segments[s]);
+      if (begin >= end) continue;
+      for (int64_t b = 0; b < batch; b++) {
+        std::copy(x + b * n_in, x + (b + 1) * n_in, input.begin());
+        kept.list(input.data(), threshold + s * n_in, n_in);
+        outputs(weight, n_out, kept, begin, end, sums.data());
+        for (int64_t j = begin; j < end; j++) out[b * n_out + j] = T::from(sums[j - begin]);
+      }
+    }
+  }
+}
+
+// ---- the decode step
+
+// What cpu.py passes; keep both in the same order. Weights are [in, out], but embedding and output [vocab, dim].
+struct Layer {
+  const void *attention_norm, *wqkv, *qkv_bias, *wo, *ffn_norm, *w13, *w2;  // qkv_bias may be null
+  const float *threshold_qkv, *threshold_o, *threshold_13, *threshold_2;    // [segments, in]
+  void *k_cache, *v_cache;                                                  // [n_local_heads, cache_length, head_dim]
+  int64_t window;  // keys that a query sees, itself included
+};
+struct Model {
+  int64_t n_layer, n_head, n_local_heads, head_dim, dim, hidden, vocab, cache_length;
+  const Layer* layers;
+  const void *embedding, *norm, *output;
+  const float* inv_freq;
+  float *h, *qkv, *y, *act, *logits;  // room for the values between the phases of a step
+  float* tops;                        // the largest logit of each GROUP
+  int64_t cut;                        // 0: the threshold test is left out
+  float eps, temperature;
+  int64_t top_k;
+};
+constexpr int64_t GROUP = 64;  // logits
+
+class Barrier {
+  alignas(64) std::atomic<int> waiting{0};
+  alignas(64) std::atomic<int> round{0};
+
+ public:
+  void wait(int threads) {
+    const int now = round.load(std::memory_order_relaxed);
+    if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      waiting.store(0, std::memory_order_relaxed);
+      round.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+      if (spins > 20000) std::this_thread::yield();  // more threads than cores
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+  }
+};
+
+// One thread's part of a step.
+template <typename T>
+class Worker {
+  const Model& m;
+  const int64_t position;
+  const int thread, threads;
+  Barrier& barrier;
+  Kept kept;
+  std::vector<float> x, sums, scores, cos, sin, head;
+
+ public:
+  Worker(const Model& m, int64_t position, int thread, int threads, Barrier& barrier)
+      : m(m), position(position), thread(thread), threads(threads), barrier(barrier),
+        kept(std::max({m.dim, m.hidden, m.n_head * m.head_dim})), x(m.dim),
+        sums(std::max({GROUP, m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim})),
+        scores(position + 1), cos(m.head_dim / 2), sin(m.head_dim / 2), head(2 * m.head_dim) {}
+
+  void step(int64_t token) {
+    const T* embedding = static_cast<const T*>(m.embedding) + token * m.dim;
+    const Range mine(m.dim, thread, threads, GRAIN);
+    for (int64_t i = mine.begin; i < mine.end; i++) m.h[i] = embedding[i];
+    for (int64_t i = 0; i < m.head_dim / 2; i++) {
+      const float angle = float(position) * m.inv_freq[i];
+      cos[i] = std::cos(angle);
+      sin[i] = std::sin(angle);
+    }
+    barrier.wait(threads);
+    for (int64_t l = 0; l < m.n_layer; l++) {
+      const Layer& layer = m.layers[l];
+      project_qkv(layer);
+      barrier.wait(threads);
+      for (int64_t h = m.n_head * thread / threads; h < m.n_head * (thread + 1) / threads; h++) attend(layer, h);
+      barrier.wait(threads);
+      add_product(m.y, m.n_head * m.head_dim, layer.wo, layer.threshold_o);
+      barrier.wait(threads);
+      gate_and_up(layer);
+      barrier.wait(threads);
+      add_product(m.act, m.hidden, layer.w2, layer.threshold_2);
+      barrier.wait(threads);
+    }
+    normalize(m.norm);
+    const Range rows(m.vocab, thread, threads, GROUP);
+    for (int64_t v = rows.begin; v < rows.end; v += GROUP) {
+      const int64_t n = std::min(GROUP, rows.end - v);
+      const T* row = static_cast<const T*>(m.output) + v * m.dim;
+      for (int64_t i = 0; i < n; i++) sums[i] = dot(row + i * m.dim, x.data(), m.dim);
+      round_all<T>(sums.data(), m.logits + v, n);
+      m.tops[v / GROUP] = *std::max_element(m.logits + v, m.logits + v + n);
+    }
+  }
+
+ private:
+  // x = the normalised h, rounded as RMSNorm rounds
+  void normalize(const void* gain) {
+    const T* weight = static_cast<const T*>(gain);
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < m.dim; i++) total += m.h[i] * m.h[i];
+    const float scale = 1.0f / std::sqrt(total / m.dim + m.eps);
+#pragma omp simd
+    for (int64_t i = 0; i < m.dim; i++) x[i] = rounded<T>(rounded<T>(m.h[i] * scale) * float(weight[i]));
+  }
+
+  void list(const float* from, const float* threshold, int64_t n_in) {
+    if (m.cut) kept.list(from, threshold, n_in);
+    else kept.list_all(from, n_in);
+  }
+
+  void project_qkv(const Layer& layer) {
+    normalize(layer.attention_norm);
+    const int64_t widths[3] = {m.n_head * m.head_dim, m.n_local_heads * m.head_dim, m.n_local_heads * m.head_dim};
+    const int64_t n_out = widths[0] + widths[1] + widths[2];
+    const Range mine(n_out, thread, threads, GRAIN);
+    const T* bias = static_cast<const T*>(layer.qkv_bias);
+    int64_t start = 0;
+    for (int64_t s = 0; s < 3; start += widths[s++]) {
+      const int64_t begin = std::max(mine.begin, start), end = std::min(mine.end, start + widths[s]);
+      if (begin >= end) continue;
+      list(x.data(), layer.threshold_qkv + s * m.dim, m.dim);
+      outputs(static_cast<const T*>(layer.wqkv), n_out, kept, begin, end, sums.data());
+      round_all<T>(sums.data(), m.qkv + begin, end - begin);
+      if (bias)
+        for (int64_t j = begin; j < end; j++) m.qkv[j] = rounded<T>(m.qkv[j] + float(bias[j]));
+    }
+  }
+
+  void rotate(const float* from, float* to) {
+    for (int64_t i = 0; i < m.head_dim / 2; i++) {
+      const float even = from[2 * i], odd = from[2 * i + 1];
+      to[2 * i] = rounded<T>(even * cos[i] - odd * sin[i]);
+      to[2 * i + 1] = rounded<T>(odd * cos[i] + even * sin[i]);
+    }
+  }
+
+  // y of one head. Its new key and value are not read from the cache, which another thread may be writing.
+  void attend(const Layer& layer, int64_t h) {
+    const int64_t group = m.n_head / m.n_local_heads, kv = h / group, d = m.head_dim;
+    const int64_t first = std::max<int64_t>(0, position - layer.window + 1), n = position - first;
+    T* keys = static_cast<T*>(layer.k_cache) + kv * m.cache_length * d;
+    T* values = static_cast<T*>(layer.v_cache) + kv * m.cache_length * d;
+    float *q = head.data(), *k = q + d, *y = m.y + h * d;
+    const float* v = m.qkv + (m.n_head + m.n_local_heads + kv) * d;
+    rotate(m.qkv + h * d, q);
+    rotate(m.qkv + (m.n_head + kv) * d, k);
+    if (h % group == 0)
+      for (int64_t i = 0; i < d; i++) {
+        keys[position * d + i] = T::from(k[i]);
+        values[position * d + i] = T::from(v[i]);
+      }
+    for (int64_t j = 0; j < n; j++) scores[j] = dot(keys + (first + j) * d, q, d);
+    scores[n] = 0;
+    for (int64_t i = 0; i < d; i++) scores[n] += q[i] * k[i];
+    const float scale = 1.0f / std::sqrt(float(d)), top = *std::max_element(scores.begin(), scores.begin() + n + 1);
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j <= n; j++) total += scores[j] = exponential((scores[j] - top) * scale);
+    for (int64_t i = 0; i < d; i++) y[i] = scores[n] * v[i];
+    const T* row[ROWS];
+    int64_t j = 0;
+    for (; j + ROWS <= n; j += ROWS) {
+      for (int64_t r = 0; r < ROWS; r++) row[r] = values + (first + j + r) * d;
+      add_rows<ROWS>(row, row, scores.data() + j, y, d);
+    }
+    for (; j < n; j++) {
+      row[0] = values + (first + j) * d;
+      add_rows<1>(row, row, scores.data() + j, y, d);
+    }
+    for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(y[i] / total);
+  }
+
+  // h += W^T cut(from)
+  void add_product(const float* from, int64_t n_in, const void* weight, const float* threshold) {
+    const Range mine(m.dim, thread, threads, GRAIN);
+    list(from, threshold, n_in);
+    outputs(static_cast<const T*>(weight), m.dim, kept, mine.begin, mine.end, sums.data());
+#pragma omp simd
+    for (int64_t j = mine.begin; j < mine.end; j++)
+      m.h[j] = rounded<T>(m.h[j] + rounded<T>(sums[j - mine.begin]));
+  }
+
+  // act = silu(gate) * up, of the same columns of both
+  void gate_and_up(const Layer& layer) {
+    normalize(layer.ffn_norm);
+    const Range mine(m.hidden, thread, threads, GRAIN);
+    float *gate = sums.data(), *up = gate + m.hidden;
+    for (int64_t s = 0; s < 2; s++) {
+      list(x.data(), layer.threshold_13 + s * m.dim, m.dim);
+      outputs(static_cast<const T*>(layer.w13), 2 * m.hidden, kept, s * m.hidden + mine.begin, s * m.hidden + mine.end,
+              s ? up : gate);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < mine.end - mine.begin; j++) {
+      const float g = rounded<T>(gate[j]);
+      m.act[mine.begin + j] = rounded<T>(rounded<T>(g / (1.0f + exponential(-g))) * rounded<T>(up[j]));
+    }
+  }
+};
+
+// A draw from the softmax of the top_k logits over the temperature; those equal to the last of them take part too.
+int64_t sample(const Model& m, uint64_t seed) {
+  if (m.temperature == 0) return std::max_element(m.logits, m.logits + m.vocab) - m.logits;
+  const int64_t groups = (m.vocab + GROUP - 1) / GROUP;
+  float bound = -std::numeric_limits<float>::infinity();
+  if (m.top_k < groups) {  // the top_k-th largest group has as many logits that are at least its largest
+    std::vector<float> tops(m.tops, m.tops + groups);
+    std::nth_element(tops.begin(), tops.begin() + m.top_k - 1, tops.end(), std::greater<float>());
+    bound = tops[m.top_k - 1];
+  }
+  std::vector<std::pair<float, int64_t>> best;
+  for (int64_t g = 0; g < groups; g++) {
+    if (m.tops[g] < bound) continue;
+    for (int64_t v = g * GROUP; v < std::min(m.vocab, (g + 1) * GROUP); v++)
+      if (!(m.logits[v] < bound)) best.emplace_back(m.logits[v], v);
+  }
+  const auto larger = [](const auto& a, const auto& b) { return a.first > b.first; };
+  const int64_t last = std::min<int64_t>(m.top_k, best.size()) - 1;
+  std::nth_element(best.begin(), best.begin() + last, best.end(), larger);
+  const float kth = best[last].first, top = std::max_element(best.begin(), best.end(), [&](auto& a, auto& b) {
+                                              return larger(b, a);
+                                            })->first;
+  std::vector<double> until;
+  double total = 0;
+  for (const auto& [logit, token] : best)
+    until.push_back(total += logit < kth ? 0.0 : std::exp(double(logit - top) / m.temperature));
+  seed ^= seed >> 30, seed *= 0xbf58476d1ce4e5b9, seed ^= seed >> 27, seed *= 0x94d049bb133111eb, seed ^= seed >> 31;
+  const double draw = total * double(seed >> 11) * 0x1p-53;
+  const int64_t drawn = std::upper_bound(until.begin(), until.end(), draw) - until.begin();
+  return best[std::min<int64_t>(drawn, best.size() - 1)].second;
+}
+
+template <typename T>
+int64_t decode(const Model& m, int64_t token, int64_t position, uint64_t seed, int threads) {
+  Barrier barrier;
+#pragma omp parallel num_threads(threads)
+  Worker<T>(m, position, omp_get_thread_num(), omp_get_num_threads(), barrier).step(token);
+  return sample(m, seed);
+}
+
+}  // namespace
+
+#define EXPORT(name, T)                                                                                               \
+  extern "C" void sparse_gemv_##name(const void* x, const void* weight, const float* threshold, void* out,            \
+                                     int64_t batch, int64_t n_in, int64_t n_out, int64_t n_segments,                  \
+                                     const int64_t* segments, int threads) {                                          \
+    product(static_cast<const T*>(x), static_cast<const T*>(weight), threshold, static_cast<T*>(out), batch, n_in,   \
+            n_out, n_segments, segments, threads);                                                                    \
+  }                                                                                                                   \
+  extern "C" int64_t decode_##name(const Model* model, int64_t token, int64_t position, uint64_t seed, int threads) { \
+    return decode<T>(*model, token, position, seed, threads);                                                         \
+  }
+EXPORT(bfloat16, BFloat16)
+EXPORT(float16, Float16)
+EXPORT(float32, Float32)
+
+// Asks for huge pages under a range: rows at random places then miss fewer translations. Where it fails, nothing
+// changes.
+extern "C" void use_huge_pages(void* start, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE of Linux 6.1, which older headers do not name
+  const uintptr_t page = 2 << 20, from = uintptr_t(start) / page * page;
+  for (uintptr_t p = from; p < uintptr_t(start) + bytes; p += page) madvise(reinterpret_cast<void*>(p), page, COLLAPSE);
+#endif
+}
+
+// Reads a range as fast as threads can, for the bandwidth that decoding is compared with. Returns the sum of its words.
+extern "C" uint64_t read_all(const void* start, int64_t bytes, int threads) {
+  const uint64_t* words = static_cast<const uint64_t*>(start);
+  uint64_t total = 0;
+#pragma omp parallel for simd num_threads(threads) reduction(+ : total) schedule(static)
+  for (int64_t i = 0; i < bytes / 8; i++) total += words[i];
+  return total;
+}
