@@ -171,6 +171,8 @@ def start(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> list[tuple
         for window in tokens.split(1):
             with torch.enable_grad():
                 logits = model(window.to(device))[0].float()
+                if not logits.isfinite().all():
+                    raise ValueError("the model's output is not finite; choose another --precision")
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, labels, reduction="sum").backward()
             progress.update(window.numel())
@@ -187,7 +189,7 @@ def start(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> list[tuple
 def settle(model: SparseTransformer, windows: Tensor, level: float, cuts: list[tuple]) -> list[tuple]:
     """The cuts with all thresholds scaled alike, so that the model cuts `level` of its weights on `windows`; set."""
     scale, low, high = 0.0, -math.inf, math.inf  # logarithms
-    for _ in range(60):
+    for _ in range(40):
         scaled = [(threshold * math.exp(scale), shift) for threshold, shift in cuts]
         model.set_cuts(scaled)
         model.reset_counts()
@@ -197,9 +199,8 @@ def settle(model: SparseTransformer, windows: Tensor, level: float, cuts: list[t
         if abs(found - level) < TOLERANCE:
             break
         low, high = (scale, high) if found < level else (low, scale)
-        # sparsity rises about as 1 - exp(-a t); without a bracket no step is larger than a factor e
-        step = math.log(math.log1p(-level) / math.log1p(-min(max(found, 1e-4), 0.9999)))
-        scale += min(max(step, -1), 1)
+        # as if sparsity rose as 1 - exp(-a t)
+        scale += math.log(math.log1p(-level) / math.log1p(-min(max(found, 1e-3), 0.9999)))
         if not low < scale < high:
             scale = (low + high) / 2
     return scaled
@@ -284,11 +285,11 @@ def refine(
     spread = [threshold.amin(0) for threshold, _ in settle(model, few, 0.5, cuts)]
     if table.levels:
         cuts = [(threshold.to(device), shift.to(device)) for threshold, shift in table.row(-1)]
-    done, generator = len(table.levels), torch.Generator().manual_seed(seed)
+    done = len(table.levels)
     with tqdm(total=len(LEVELS) * updates, initial=done * updates, desc="refining", unit="update") as progress:
         for level in LEVELS[done:]:
             state = Refinement(model, settle(model, few, level, cuts), spread)
-            epochs = -(-updates * ROWS // len(tokens))
+            generator, epochs = torch.Generator().manual_seed(seed), -(-updates * ROWS // len(tokens))
             order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(max(1, epochs))])
             for i in range(updates):
                 rate = 0.1 + 0.45 * (1 + math.cos(math.pi * i / updates))
