@@ -149,9 +149,8 @@ class HarnessModel(TemplateLM):
             texts[i] += streams[i].flush()
         for block in self.model.layers:
             block.attention.kv_cache = None
-        return [
-            text[: min(text.find(stop) % (len(text) + 1) for stop in (*until, text[len(text) :]))] for text in texts
-        ]
+        ends = (min((text.find(stop) for stop in until if stop in text), default=len(text)) for text in texts)
+        return [text[:end] for text, end in zip(texts, ends, strict=True)]
 
 
 def load_task(name: str, data: Path | None, manager: TaskManager) -> str | dict:
