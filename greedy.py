@@ -251,7 +251,7 @@ def print_table(allocation: Allocation) -> None:
 
 def make_greedy(
     model: SparseTransformer, statistics: Statistics, tokens: Tensor, step: float, metadata: dict, output: Path
-) -> None:
+) -> Allocation:
     """TEAL's allocation, written to `output`; a layer that is done is kept in a file beside it until then."""
     part = Path(f"{output}.partial.json")
     allocation = Allocation([], metadata)
@@ -267,9 +267,10 @@ def make_greedy(
     allocation.save(output)
     part.unlink(missing_ok=True)
     print_table(allocation)
+    return allocation
 
 
-def make_global(model: SparseTransformer, tokens: Tensor, updates: int, metadata: dict, output: Path) -> None:
+def make_global(model: SparseTransformer, tokens: Tensor, updates: int, metadata: dict, output: Path) -> ThresholdTable:
     """The refined thresholds, written to `output`; a level that is done is kept in a file beside it until then."""
     part = Path(f"{output}.partial.safetensors")
     metadata = {name: str(value) for name, value in metadata.items()}
@@ -284,6 +285,7 @@ def make_global(model: SparseTransformer, tokens: Tensor, updates: int, metadata
         table.save(part)
     table.save(output)
     part.unlink(missing_ok=True)
+    return table
 
 
 def main(
@@ -298,8 +300,8 @@ def main(
     device: str = "cpu",
     precision: str = "bfloat16",
     seed: int = 0,
-) -> None:
-    """Makes an allocation and writes it. Raises ValueError for a user's mistake."""
+) -> Allocation | ThresholdTable:
+    """Makes an allocation, writes and returns it. Raises ValueError for a user's mistake."""
     num_tokens = NUM_TOKENS[method] if num_tokens is None else num_tokens
     if not 0.001 <= step < 1:
         raise ValueError(f"--step {step} is outside [0.001, 1); 0.1 is TEAL's")

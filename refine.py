@@ -41,6 +41,7 @@ UPDATES, ROWS = 48, 8  # updates of a level, and windows each of them looks at
 RATE_SCALE, RATE_SHAPE, RATE_SHIFT = 0.02, 0.005, 0.01  # of Adam: log t a projection, a channel; c in units of spread
 BAND = 0.35
 TOLERANCE = 5e-4  # of a level's sparsity on the calibration text
+MEMORY = 24e9  # bytes of activations and logits on a GPU, by which windows are taken at once; at least one is
 
 Receive = Callable[[int, SparseProjection, Tensor, list[Tensor]], None]
 
@@ -150,6 +151,13 @@ def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[No
             hook.remove()
 
 
+def at_once(model: SparseTransformer, length: int) -> int:
+    """Windows of `length` tokens that a forward and backward pass takes within `MEMORY`; on a CPU one."""
+    config = model.config
+    token = 20 * config.vocab_size + 4 * config.n_layer * (12 * config.dim + 6 * config.intermediate_size)
+    return max(1, int(MEMORY / (token * length))) if model.norm.weight.device.type == "cuda" else 1
+
+
 def dense_prefix(length: int) -> int:
     """Positions of a window that stay dense, at least one: the first token's inputs are like no other's."""
     return max(1, round(length * (1 - SPARSE_FRACTION)))
@@ -193,8 +201,8 @@ def settle(model: SparseTransformer, windows: Tensor, level: float, cuts: list[t
         scaled = [(threshold * math.exp(scale), shift) for threshold, shift in cuts]
         model.set_cuts(scaled)
         model.reset_counts()
-        for window in windows.split(1):
-            model(window.to(model.norm.weight.device), num_logits=1, dense_prefix=dense_prefix(windows.shape[1]))
+        for some in windows.split(at_once(model, windows.shape[1])):
+            model(some.to(model.norm.weight.device), num_logits=1, dense_prefix=dense_prefix(windows.shape[1]))
         found = model.achieved_sparsity()
         if abs(found - level) < TOLERANCE:
             break
@@ -245,15 +253,15 @@ class Refinement:
         model.reset_counts()
         divergence = 0.0
         with segment_gradients(model, receive):
-            for window in windows.split(1):
-                window = window.to(model.norm.weight.device)
+            for some in windows.split(at_once(model, windows.shape[1])):
+                some = some.to(model.norm.weight.device)
                 with torch.no_grad():
-                    dense = torch.log_softmax(model(window).float(), -1)
+                    dense = torch.log_softmax(model(some).float(), -1)
                 with torch.enable_grad():
-                    sparse = torch.log_softmax(model(window, dense_prefix=prefix).float(), -1)
-                    loss = F.kl_div(sparse, dense, log_target=True, reduction="sum") / windows.numel()
+                    sparse = torch.log_softmax(model(some, dense_prefix=prefix).float(), -1)
+                    loss = F.kl_div(sparse, dense, log_target=True, reduction="sum")
                     loss.backward()
-                divergence += loss.item()
+                divergence += loss.item() / windows.numel()
         price = sum(s.sum() for s in slope) / sum(v.sum() for v in volume).clamp_min(1)
         for j, spread in enumerate(self.spread):
             self.shape[j].grad = slope[j] - price * volume[j]
