@@ -111,7 +111,7 @@ class Generator:
         self._cache = model.layers[0].attention.kv_cache
         self._decode, self._prefill = decode_one_token, prefill
         self._fused: FusedDecoder | None = None
-        if compile and can_fuse(self.device, batch_size, top_k):
+        if compile and can_fuse(self.device, batch_size, top_k) and not getattr(model, "shifted", False):
             self._fused = FusedDecoder(model, cut, temperature, top_k)
             if static_prompt:
                 self._prefill = GraphedPrefill()
@@ -409,6 +409,7 @@ def main(
     model = source.load(SparseTransformer if sparsity else dense_class)
     if sparsity:
         source.set_sparsity(model, shares, statistics)
+        fused = fused and not model.shifted
     weights = "random weights (normal, std 0.02)" if folder is None else "trained weights"
 
     if interactive:

@@ -15,6 +15,10 @@ All thresholds of the model, one a channel and projection, are bought at one pri
 
 The weights stay as they are. At the end of each level the thresholds are scaled until the sparse model, running on the
 calibration text, cuts exactly that level's share of the weights.
+
+Cost: an update is two forward passes, a backward one and the segments' gradients once more, 8 P operations a token for
+P weights: Llama-2-7B, 6 levels x 48 updates x 16,384 tokens, 260 Pflop, estimated at 15 minutes on an H100 in bfloat16
+(not measured). Beside the model, memory holds the activations of one window at least, see `at_once`.
 """
 
 import math
