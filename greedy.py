@@ -123,7 +123,7 @@ def resolve_allocation(name: str, folder: Path | None, sparsity: float) -> tuple
     beside = {known: folder / file for known, file in BESIDE.items()} if folder else {}
     if name == "best":
         name = next((known for known, path in beside.items() if path.is_file()), "uniform")
-    if name == "uniform" or not sparsity:
+    if name == "uniform":
         return name, sparsity
     path = beside.get(name, Path(name))
     if not path.is_file():
@@ -328,12 +328,11 @@ def main(
         "inputs": inputs.hexdigest()[:32],  # of the tokens and, where they are used, the statistics
     }
     if method == "teal":
-        make_greedy(model, found, tokens, step, metadata, output)
+        allocation = make_greedy(model, found, tokens, step, metadata, output)
     else:
-        make_global(model, tokens, updates, metadata, output)
-    print(
-        f"{output}: {METHODS[method]} allocation of {model.config.n_layer} layers ({tokens.numel()} tokens of {text})"
-    )
+        allocation = make_global(model, tokens, updates, metadata, output)
+    print(f"{output}: {method} allocation of {model.config.n_layer} layers ({tokens.numel()} tokens of {text})")
+    return allocation
 
 
 if __name__ == "__main__":

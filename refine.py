@@ -292,7 +292,7 @@ def refine(
     """
     cuts = start(model, tokens[: max(1, START_TOKENS // tokens.shape[1])], seed)
     device = model.norm.weight.device
-    few = tokens[: 2 * ROWS]
+    few = tokens[:2]
     # the spread of a channel is measured by its threshold at the start, which is small where the loss is steep
     spread = [threshold.amin(0) for threshold, _ in settle(model, few, 0.5, cuts)]
     if table.levels:
@@ -308,6 +308,6 @@ def refine(
                 divergence = state.update(tokens[order[i * ROWS : (i + 1) * ROWS]], level, rate)
                 progress.set_postfix_str(f"at {level:.0%}: {divergence:.4f} nats a token from dense")
                 progress.update()
-            cuts = settle(model, few, level, state.cuts())
+            cuts = settle(model, tokens[: 2 * ROWS], level, settle(model, few, level, state.cuts()))
             table.append(level, cuts)
             yield
