@@ -1,8 +1,9 @@
-"""Perplexity of a checkpoint, dense or sparse, on the very model class that generate.py runs.
+"""Perplexity and task scores of a checkpoint, dense or sparse, on the very model class that generate.py runs.
 
     python eval.py --tasks wikitext --data wiki.test.raw                   # the default model, dense
     python eval.py --tasks wikitext --data wiki.test.raw --sparsity 0.5    # the last 99 % of every window cut
     python eval.py --data text.txt --sparsity 0.5 --sparse_fraction 0.5    # the paper's protocol: the last half cut
+    python eval.py --tasks arc_challenge,piqa --sparsity 0.5               # the LM evaluation harness, see harness.py
 
 The text is tokenised once, no bos added. Window i of num_windows starts at token int(i * (tokens - context - window) /
 num_windows) and is context + window tokens long; the loss is the mean over the last `window` tokens of every window,
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from calibrate import PRECISIONS, add_device_arguments, command_line, resolve_device, statistics_for
 from convert_hf_checkpoint import resolve_checkpoint
-from greedy import resolve_allocation
+from greedy import resolve_allocation, set_allocation
 from model import Transformer, read_config
 from sparse_model import SparseTransformer
 from tokenizer import load_tokenizer
@@ -52,6 +53,18 @@ def window_starts(num_tokens: int, context: int, window: int, num_windows: int) 
             f"the text has {num_tokens} tokens, a window {context} + {window}; give a longer text, or less --context"
         )
     return [int(i * (num_tokens - context - window) / num_windows) for i in range(num_windows)]
+
+
+def load_harness(tasks: str):
+    """The module `harness`, with which `tasks` are evaluated. Raises ValueError if lm-eval is not installed."""
+    try:
+        import harness
+    except ImportError as error:
+        raise ValueError(
+            f"--tasks {tasks}: perplexity and wikitext need nothing more, others lm-eval "
+            f"(pip install -r requirements-dev.txt): {error}"
+        ) from None
+    return harness
 
 
 @torch.no_grad()
@@ -97,6 +110,9 @@ def main(
     context: int = 2048,
     window: int = 512,
     num_windows: int = 128,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
     device: str = "cpu",
     precision: str = "bfloat16",
     json_line: bool = False,
@@ -107,33 +123,46 @@ def main(
     if not 0 < sparse_fraction <= 1:
         raise ValueError(f"--sparse_fraction {sparse_fraction} is outside (0, 1]")
     torch_device, dtype = resolve_device(device), PRECISIONS[precision]
-    text = task_text(tasks, data)
+    text = task_text(tasks, data) if tasks in TASKS else None
+    harness = None if tasks in TASKS else load_harness(tasks)
     folder = resolve_checkpoint(checkpoint_path)
     allocation, shares = resolve_allocation(allocation, folder, sparsity)
-    tokens = torch.tensor(load_tokenizer(folder, read_config(folder).vocab_size).encode(text))
-    window_starts(len(tokens), context, window, num_windows)  # a text too short is said before anything is made
+    tokenizer = load_tokenizer(folder, read_config(folder).vocab_size)
+    if text is not None:
+        tokens = torch.tensor(tokenizer.encode(text))
+        window_starts(len(tokens), context, window, num_windows)  # a text too short is said before anything is made
     model = (SparseTransformer if sparsity else Transformer).from_checkpoint(folder, torch_device, dtype)
-    dense_prefix = None
     if sparsity:
-        model.set_sparsity(statistics_for(folder, statistics, model), shares)
-        dense_prefix = round((context + window) * (1 - sparse_fraction))
-    value = perplexity(model, tokens, context, window, num_windows, dense_prefix)
-    result = {
-        "task": tasks,
-        "model": model.config.name,
-        "perplexity": value,
-        "tokens": num_windows * window,
+        set_allocation(model, shares, lambda: statistics_for(folder, statistics, model))
+    result = {"task": tasks, "model": model.config.name}
+    if text is not None:
+        dense_prefix = round((context + window) * (1 - sparse_fraction)) if sparsity else None
+        result["perplexity"] = perplexity(model, tokens, context, window, num_windows, dense_prefix)
+        result["tokens"] = num_windows * window
+        dense_part = f"the first {dense_prefix} tokens of every window are dense"
+    else:
+        runner = harness.HarnessModel(model, tokenizer, sparse_fraction if sparsity else None, batch_size)
+        result["results"] = {}
+        for name in tasks.split(","):
+            result["results"] |= harness.evaluate(runner, name, data, num_fewshot, limit)
+        dense_part = f"the first {1 - sparse_fraction:.0%} of every input are dense"
+    result |= {
         "sparsity": sparsity,
         "achieved_sparsity": model.achieved_sparsity() if sparsity else 0.0,
         "allocation": allocation,
         "sparse_fraction": sparse_fraction,
     }
-    print(f"{tasks} of {model.config.name}, {precision} on {torch_device}: perplexity {value:.4f}")
-    print(f"over {result['tokens']} tokens: {num_windows} windows of {context} + {window}")
+    if text is not None:
+        print(f"{tasks} of {model.config.name}, {precision} on {torch_device}: perplexity {result['perplexity']:.4f}")
+        print(f"over {result['tokens']} tokens: {num_windows} windows of {context} + {window}")
+    else:
+        print(f"{model.config.name}, {precision} on {torch_device}")
+        for name, scores in result["results"].items():
+            print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
     if sparsity:
         print(
             f"sparsity {sparsity:.0%} asked for ({allocation} allocation), {result['achieved_sparsity']:.1%} achieved; "
-            f"the first {dense_prefix} tokens of every window are dense, the rest is cut"
+            f"{dense_part}, the rest is cut"
         )
     if json_line:
         print(json.dumps(result))
@@ -141,17 +170,22 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure a checkpoint's perplexity, dense or sparse.")
+    parser = argparse.ArgumentParser(description="Measure a checkpoint, dense or sparse: perplexity or tasks.")
     parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
     parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
     parser.add_argument("--allocation", default="best", help="best, uniform, greedy, global or a file")
     parser.add_argument("--statistics", type=Path, help="default: calibration.safetensors beside the checkpoint")
     parser.add_argument("--sparse_fraction", type=float, default=0.99, help="share of a window that is cut, its end")
-    parser.add_argument("--tasks", choices=TASKS, default="perplexity")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="the text")
+    parser.add_argument(
+        "--tasks", default="perplexity", help="perplexity, wikitext, or lm-eval's names or task files (comma between)"
+    )
+    parser.add_argument("--data", type=Path, metavar="FILE", help="the text; of a task file, the .jsonl to read")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window without loss")
     parser.add_argument("--window", type=int, default=512, help="tokens of a window with loss")
     parser.add_argument("--num_windows", type=int, default=128)
+    parser.add_argument("--num_fewshot", type=int, help="examples before a task's question (default: as in the paper)")
+    parser.add_argument("--limit", type=int, help="only so many documents of a task")
+    parser.add_argument("--batch_size", type=int, default=8, help="requests of a task at once")
     parser.add_argument("--json", dest="json_line", action="store_true", help="a last line of JSON")
     add_device_arguments(parser)
     command_line(main, parser.parse_args())

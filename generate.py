@@ -22,6 +22,7 @@ from torch import Tensor
 
 from calibrate import (
     PRECISIONS,
+    Statistics,
     add_device_arguments,
     calibrate_random,
     command_line,
@@ -29,7 +30,7 @@ from calibrate import (
     statistics_for,
 )
 from convert_hf_checkpoint import atomic_write, resolve_checkpoint
-from greedy import resolve_allocation
+from greedy import resolve_allocation, set_allocation
 from kernels import cpu
 from model import ModelArgs, Transformer, read_config
 from sparse_model import FusedDecoder, SparseTransformer
@@ -112,7 +113,8 @@ class Generator:
         if compile_prefill:
             self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
         self._fused: FusedDecoder | cpu.CpuDecoder | None = None
-        if compile and isinstance(model, SparseTransformer) and can_fuse(self.device, batch_size, top_k):
+        unfit = self.device.type == "cpu" and getattr(model, "shifted", False)
+        if compile and isinstance(model, SparseTransformer) and can_fuse(self.device, batch_size, top_k) and not unfit:
             fused_class = cpu.CpuDecoder if self.device.type == "cpu" else FusedDecoder
             self._fused = fused_class(model, sparsity, temperature, top_k)
             if static_prompt and self.device.type == "cuda":
@@ -289,11 +291,12 @@ class Source:
         return cls.from_checkpoint(self.folder, self.device, self.dtype)
 
     def set_sparsity(self, model: SparseTransformer, sparsity: float | list, statistics_path: str | None) -> None:
-        if self.folder is None:
-            statistics = calibrate_random(model)
-        else:
-            statistics = statistics_for(self.folder, statistics_path, model)
-        model.set_sparsity(statistics, sparsity)
+        def statistics() -> Statistics:
+            if self.folder is None:
+                return calibrate_random(model)
+            return statistics_for(self.folder, statistics_path, model)
+
+        set_allocation(model, sparsity, statistics)
 
 
 def encode_prompt(prompt: str | None, tokenizer, vocab_size: int, seed: int) -> list[int]:

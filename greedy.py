@@ -1,7 +1,7 @@
-"""Sparsity allocation: checkpoint + statistics + text -> allocation_greedy.json, one file for every level of sparsity.
+"""Sparsity allocation: checkpoint + statistics + text -> one file for every level of sparsity.
 
-    python greedy.py --data c4                                             # the default model
-    python greedy.py --checkpoint_path DIR --data a.txt b.jsonl --num_tokens 8192 --step 0.05
+    python greedy.py --data c4 --method global                             # the default model, thresholds of refine.py
+    python greedy.py --checkpoint_path DIR --data a.txt b.jsonl --num_tokens 8192 --step 0.05     # TEAL's
 
 TEAL's block-wise greedy (arXiv 2408.14690, Algorithm 1): a block starts dense; each of its seven projections is tried
 one step sparser, the one that costs the least error of the block's output keeps its step, and so on until all are cut
@@ -42,10 +42,12 @@ from calibrate import (
 )
 from convert_hf_checkpoint import command_line, resolve_checkpoint
 from model import KVCache, TransformerBlock, fingerprint
+from refine import UPDATES, ThresholdTable, load_table, refine
 from sparse_model import PROJECTIONS, SparseTransformer
 
-METHODS = {"teal": "greedy"}  # of --method: the name of its --allocation
-BEST_FIRST = ("global", "greedy")  # allocations with a file beside the checkpoint, for --allocation best
+METHODS = {"teal": "greedy", "global": "global"}  # of --method: the name of its --allocation
+BESIDE = {"global": "allocation_global.safetensors", "greedy": "allocation_greedy.json"}  # the best first
+NUM_TOKENS = {"teal": 4096, "global": 131072}
 FORMAT = "sparsity allocation 1"
 MOST = 0.99  # no projection is cut further
 LEVELS = (0.25, 0.4, 0.5, 0.65)  # of the table that is printed
@@ -109,28 +111,40 @@ def _is_path(rows: dict[str, list]) -> bool:
     return bool(columns.size and rising and ((columns >= 0) & (columns < 1)).all())
 
 
-def resolve_allocation(name: str, folder: Path | None, sparsity: float) -> tuple[str, float | list[dict[str, float]]]:
+def resolve_allocation(name: str, folder: Path | None, sparsity: float) -> tuple[str, float | list]:
     """What `--allocation` means for the checkpoint in `folder` (None: random weights).
 
     Returns:
-        its name as it is reported, and what `SparseTransformer.set_sparsity` takes for it.
+        its name as it is reported, and what `set_allocation` takes for it.
 
     Raises:
         ValueError: an unknown name, a file that is missing, of another checkpoint, or without that sparsity.
     """
-    beside = {known: folder / f"allocation_{known}.json" for known in BEST_FIRST} if folder else {}
+    beside = {known: folder / file for known, file in BESIDE.items()} if folder else {}
     if name == "best":
         name = next((known for known, path in beside.items() if path.is_file()), "uniform")
     if name == "uniform":
         return name, sparsity
     path = beside.get(name, Path(name))
     if not path.is_file():
-        make = f", greedy (make it: python greedy.py --checkpoint_path {folder})" if folder else ""
-        raise ValueError(f"--allocation {name}: no file {path}; what does: best, uniform{make}, or a file's path")
-    allocation = load_allocation(path)
+        make = ", ".join(f"{known} (make it: python greedy.py --method {method})" for method, known in METHODS.items())
+        raise ValueError(f"--allocation {name}: no file {path}; what does: best, uniform, {make}, or a file's path")
+    allocation = load_table(path) if path.suffix == ".safetensors" else load_allocation(path)
     if folder:
         allocation.check_fingerprint(folder)
     return name, allocation.at(sparsity)
+
+
+def set_allocation(model: SparseTransformer, found: float | list, statistics: Callable[[], Statistics]) -> None:
+    """Sets what `resolve_allocation` found; `statistics` is called where thresholds are to be read from them.
+
+    Raises:
+        ValueError: as `SparseTransformer.set_sparsity` and `SparseTransformer.set_cuts` do.
+    """
+    if isinstance(found, list) and isinstance(found[0], tuple):
+        model.set_cuts(found)
+    else:
+        model.set_sparsity(statistics(), found)
 
 
 def output_error(block: TransformerBlock, inputs: tuple, dense: Tensor) -> Tensor:
@@ -235,41 +249,10 @@ def print_table(allocation: Allocation) -> None:
         print(f"{level:8.0%}" + "".join(f"{mean:7.1%}" for mean in means))
 
 
-def main(
-    checkpoint_path: Path | None = None,
-    statistics: Path | None = None,
-    data: list[str] | None = None,
-    num_tokens: int = 4096,
-    step: float = 0.1,
-    method: str = "teal",
-    output: Path | None = None,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-    seed: int = 0,
+def make_greedy(
+    model: SparseTransformer, statistics: Statistics, tokens: Tensor, step: float, metadata: dict, output: Path
 ) -> Allocation:
-    """Makes an allocation and writes it. Raises ValueError for a user's mistake."""
-    if not 0.001 <= step < 1:
-        raise ValueError(f"--step {step} is outside [0.001, 1); 0.1 is TEAL's")
-    if num_tokens < 2:
-        raise ValueError(f"--num_tokens {num_tokens} is too few; 4096 is usual")
-    folder = resolve_checkpoint(checkpoint_path)
-    output = output or folder / f"allocation_{METHODS[method]}.json"
-    model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
-    found = statistics_for(folder, statistics, model)
-    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
-    inputs = hashlib.sha256(tokens.cpu().numpy().tobytes())
-    for name in sorted(found.tensors):
-        inputs.update(found.tensors[name].numpy().tobytes())
-    metadata = {
-        "method": method,
-        "fingerprint": fingerprint(folder),
-        "text": text,
-        "tokens": tokens.numel(),
-        "window": tokens.shape[1],
-        "step": step,
-        "dtype": precision,
-        "inputs": inputs.hexdigest()[:32],  # of the tokens and the statistics
-    }
+    """TEAL's allocation, written to `output`; a layer that is done is kept in a file beside it until then."""
     part = Path(f"{output}.partial.json")
     allocation = Allocation([], metadata)
     if part.is_file():
@@ -278,13 +261,77 @@ def main(
             allocation = begun if begun.metadata == metadata else allocation
         except ValueError:  # not ours: begin anew
             pass
-    for path in teal_paths(model, found, tokens, step, skip=len(allocation.layers)):
+    for path in teal_paths(model, statistics, tokens, step, skip=len(allocation.layers)):
         allocation.layers.append(path)
         allocation.save(part)
     allocation.save(output)
     part.unlink(missing_ok=True)
     print_table(allocation)
-    print(f"{output}: {method} allocation of {len(allocation.layers)} layers ({tokens.numel()} tokens of {text})")
+    return allocation
+
+
+def make_global(model: SparseTransformer, tokens: Tensor, updates: int, metadata: dict, output: Path) -> ThresholdTable:
+    """The refined thresholds, written to `output`; a level that is done is kept in a file beside it until then."""
+    part = Path(f"{output}.partial.safetensors")
+    metadata = {name: str(value) for name, value in metadata.items()}
+    table = ThresholdTable([], {}, metadata)
+    if part.is_file():
+        try:
+            begun = load_table(part)
+            table = begun if begun.metadata == metadata else table
+        except ValueError:  # not ours: begin anew
+            pass
+    for _ in refine(model, tokens, table, updates):
+        table.save(part)
+    table.save(output)
+    part.unlink(missing_ok=True)
+    return table
+
+
+def main(
+    checkpoint_path: Path | None = None,
+    statistics: Path | None = None,
+    data: list[str] | None = None,
+    num_tokens: int | None = None,
+    step: float = 0.1,
+    updates: int = UPDATES,
+    method: str = "teal",
+    output: Path | None = None,
+    device: str = "cpu",
+    precision: str = "bfloat16",
+    seed: int = 0,
+) -> Allocation | ThresholdTable:
+    """Makes an allocation, writes and returns it. Raises ValueError for a user's mistake."""
+    num_tokens = NUM_TOKENS[method] if num_tokens is None else num_tokens
+    if not 0.001 <= step < 1:
+        raise ValueError(f"--step {step} is outside [0.001, 1); 0.1 is TEAL's")
+    if updates < 0:
+        raise ValueError(f"--updates {updates} is below 0; {UPDATES} is usual")
+    if num_tokens < 2:
+        raise ValueError(f"--num_tokens {num_tokens} is too few; {NUM_TOKENS[method]} is usual")
+    folder = resolve_checkpoint(checkpoint_path)
+    output = output or folder / BESIDE[METHODS[method]]
+    model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
+    found = statistics_for(folder, statistics, model) if method == "teal" else None
+    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
+    inputs = hashlib.sha256(tokens.cpu().numpy().tobytes())
+    for name in sorted(found.tensors) if found else ():
+        inputs.update(found.tensors[name].numpy().tobytes())
+    metadata = {
+        "method": method,
+        "fingerprint": fingerprint(folder),
+        "text": text,
+        "tokens": tokens.numel(),
+        "window": tokens.shape[1],
+        **({"step": step} if method == "teal" else {"updates": updates}),
+        "dtype": precision,
+        "inputs": inputs.hexdigest()[:32],  # of the tokens and, where they are used, the statistics
+    }
+    if method == "teal":
+        allocation = make_greedy(model, found, tokens, step, metadata, output)
+    else:
+        allocation = make_global(model, tokens, updates, metadata, output)
+    print(f"{output}: {method} allocation of {model.config.n_layer} layers ({tokens.numel()} tokens of {text})")
     return allocation
 
 
@@ -293,10 +340,12 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
     parser.add_argument("--statistics", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
     parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=4096, help="length of the text (default: %(default)s)")
-    parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity (default: %(default)s)")
+    default = ", ".join(f"{method} {number}" for method, number in NUM_TOKENS.items())
+    parser.add_argument("--num_tokens", type=int, help=f"length of the text (default: {default})")
     parser.add_argument("--method", choices=METHODS, default="teal")
-    parser.add_argument("--output", type=Path, help="default: allocation_greedy.json beside the checkpoint")
+    parser.add_argument("--step", type=float, default=0.1, help="teal: of q's sparsity (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="global: of each level (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help=f"default: {' or '.join(BESIDE.values())} beside the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
     add_device_arguments(parser)
     command_line(main, parser.parse_args())

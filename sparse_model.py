@@ -4,7 +4,7 @@ One token at a time goes through the kernels of `kernels/`, which read only the 
 a time (prefill) are dense, unless `dense_prefix` says from which position on they are cut: evaluation and counting.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,8 @@ class SparseProjection(Float32Buffers):
     Attributes:
         weight: [in, out], contiguous: a kept input reads one row.
         segments: name and width of each of the S projections fused along out.
-        threshold: [S, in], float32; input i counts for segment s where not (|x_i| <= threshold[s, i]).
+        threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
+        shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
         kept: kept inputs of each segment since `reset_counts` [S], int64, on the device.
         read: the same, but an input that several rows of a batch keep at one step counts once, as its weights do.
         seen, steps: positions that were cut, of all rows and of one row.
@@ -38,6 +39,8 @@ class SparseProjection(Float32Buffers):
         self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
         threshold = torch.zeros(len(segments), in_features, device=device, dtype=torch.float32)
         self.register_buffer("threshold", threshold)
+        self.register_buffer("shift", None)
+        self.register_buffer("offset", None)
         for counter in ("kept", "read"):
             zeros = torch.zeros(len(segments), device=device, dtype=torch.int64)
             self.register_buffer(counter, zeros, persistent=False)
@@ -49,20 +52,32 @@ class SparseProjection(Float32Buffers):
         if self.dense_prefix is not None:
             y = self._cut_from(x, self.dense_prefix)
         elif x.shape[1] == 1:
-            y = sparse_gemv(x[:, 0], self.weight, self.threshold, self.widths)[:, None]
+            y = self._cut(sparse_gemv, x[:, 0])[:, None]
         else:
             y = x @ self.weight
         return y if self.bias is None else y + self.bias
+
+    def _cut(self, product: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if self.shift is None:
+            return product(x, self.weight, self.threshold, self.widths)
+        y = product((x - self.shift).to(x.dtype), self.weight, self.threshold, self.widths)
+        return (y + self.offset).to(x.dtype)
 
     def _cut_from(self, x: Tensor, prefix: int) -> Tensor:
         head, tail = x[:, :prefix] @ self.weight, x[:, prefix:]
         self.seen += tail.shape[0] * tail.shape[1]
         self.steps += tail.shape[1]
         for s, threshold in enumerate(self.threshold):
-            keep = keep_mask(tail, threshold)
+            keep = keep_mask(tail if self.shift is None else (tail - self.shift).to(tail.dtype), threshold)
             self.kept[s] += keep.sum()
             self.read[s] += keep.any(dim=0).sum()
-        return torch.cat((head, sparse_gemv_ref(tail, self.weight, self.threshold, self.widths)), dim=1)
+        return torch.cat((head, self._cut(sparse_gemv_ref, tail)), dim=1)
+
+    def set_shift(self, shift: Tensor | None) -> None:
+        """Cuts x around `shift` [in] from now on, W x = W (x - shift) + W shift; None: around 0."""
+        weight = self.weight
+        self.shift = None if shift is None else shift.to(weight.device, torch.float32)
+        self.offset = None if shift is None else self.shift @ weight.float()
 
     def column_norms(self) -> Tensor:
         """2-norm of each input's weights (a column of the usual [out, in] matrix), [S, in], float32."""
@@ -74,6 +89,9 @@ def _transpose_on_load(module, state_dict, prefix, *_):
 
     This class's own state, which has thresholds, is taken as it is.
     """
+    for name in ("shift", "offset"):
+        if prefix + name in state_dict:
+            setattr(module, name, torch.empty_like(state_dict[prefix + name], device=module.weight.device))
     key = prefix + "weight"
     if key in state_dict and prefix + "threshold" not in state_dict:
         state_dict[key] = state_dict[key].to(module.weight.device).t()
@@ -119,6 +137,24 @@ class SparseTransformer(Transformer):
                 return
         raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
 
+    @property
+    def shifted(self) -> bool:
+        """Whether any projection cuts around something else than 0."""
+        return any(module.shift is not None for module in self.projections)
+
+    def set_cuts(self, cuts: list[tuple[Tensor, Tensor | None]]) -> None:
+        """Sets (threshold [S, in], shift [in] or None) of each of `projections`.
+
+        Raises:
+            ValueError: they are of another model; nothing was set then.
+        """
+        shapes = [tuple(module.threshold.shape) for module in self.projections]
+        if shapes != [tuple(threshold.shape) for threshold, _ in cuts]:
+            raise ValueError(f"the thresholds are of another model: {len(cuts)} inputs, the model has {len(shapes)}")
+        for module, (threshold, shift) in zip(self.projections, cuts, strict=True):
+            module.threshold.copy_(threshold)
+            module.set_shift(shift)
+
     def set_sparsity(self, statistics, sparsity: float | list[dict[str, float]]) -> None:
         """Sets all thresholds from `calibrate.Statistics`: one sparsity, or one for each layer and projection.
 
@@ -135,6 +171,8 @@ class SparseTransformer(Transformer):
         for i, shares in enumerate(layers):
             if missing := [projection for projection in PROJECTIONS if projection not in shares]:
                 raise ValueError(f"the allocation's layer {i} says no sparsity for {', '.join(missing)}")
+        for module in self.projections:
+            module.set_shift(None)
         for i, shares in enumerate(layers):
             for projection, share in shares.items():
                 self.set_threshold(i, projection, statistics.threshold(i, projection, share))
@@ -152,6 +190,7 @@ class SparseTransformer(Transformer):
         """
         unread = 0.0
         for module in self.projections:
+            unread -= 0 if module.offset is None else module.offset.nbytes
             for read, width in zip(module.read.tolist(), module.widths, strict=True):
                 rows = read / module.steps if module.steps else module.weight.shape[0]
                 unread += (module.weight.shape[0] - rows) * width * module.weight.itemsize
@@ -266,6 +305,6 @@ class FusedDecoder:
 
     def _product(self, prologue: str, x: Tensor, module: SparseProjection, out: Tensor, **options) -> None:
         self.launch_gemv(
-            prologue, x, module.weight, module.threshold, out, module.widths, sparsity=self.sparsity, pdl=self.pdl,
-            **options,
+            prologue, x, module.weight, module.threshold, out, module.widths, sparsity=self.sparsity,
+            shift=module.shift if self.sparsity else None, offset=module.offset, pdl=self.pdl, **options,
         )  # fmt: skip

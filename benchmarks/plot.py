@@ -1,6 +1,6 @@
-"""Draws benchmarks/results/decode.csv: milliseconds a token against sparsity, with the floor that the bytes set.
+"""Draws benchmarks/results/: milliseconds a token, with the floor that the bytes set, and perplexity, against sparsity.
 
-python -m benchmarks.plot            # writes benchmarks/results/decode.png
+python -m benchmarks.plot            # decode.csv -> decode.png, quality.csv -> quality.png
 """
 
 from collections import defaultdict
@@ -12,17 +12,10 @@ from convert_hf_checkpoint import atomic_write
 PEAK_BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3350, "NVIDIA H200": 4800}
 
 
-def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def plot_decode(plt) -> None:
     lines = defaultdict(list)
     for row in read_rows("decode.csv"):
         lines[row["device"], row["model"], row["dtype"], row["quant"], row["prompt_tokens"]].append(row)
-    if not lines:
-        raise SystemExit("benchmarks/results/decode.csv has no rows; run benchmarks/run.sh first")
     devices = sorted({key[0] for key in lines})
     figure, axes = plt.subplots(1, len(devices), figsize=(6 * len(devices), 4.2), squeeze=False)
     for axis, device in zip(axes[0], devices, strict=True):
@@ -41,10 +34,53 @@ def main() -> None:
         axis.set_ylim(0, 1.2 * axis.get_ylim()[1])  # room for the legend
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
+    save(figure, "decode.png")
+
+
+def plot_quality(plt) -> None:
+    """The rules of the full protocol on WikiText-2, a line each; dense is a line across."""
+    rows = [row for row in read_rows("quality.csv") if row["text"] == "wikitext" and row["sparse_fraction"] == "0.99"]
+    models = sorted({row["model"] for row in rows})
+    figure, axes = plt.subplots(1, len(models), figsize=(7 * len(models), 4.6), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        lines = defaultdict(list)
+        for row in (row for row in rows if row["model"] == model):
+            name = row["allocation"] if row["rule"] in ("teal", "greedy", "global") else row["rule"]
+            lines[name].append((100 * float(row["achieved_sparsity"]), float(row["perplexity"])))
+        for name, points in lines.items():
+            if name == "dense":
+                axis.axhline(points[0][1], color="grey", linestyle=":", label=name)
+            else:
+                axis.plot(*zip(*sorted(points), strict=True), "o-", label=name, markersize=4)
+        axis.set_title(f"{model}, WikiText-2")
+        axis.set_xlabel("achieved sparsity, %")
+        axis.set_ylabel("perplexity")
+        axis.set_yscale("log")
+        axis.set_ylim(top=min(axis.get_ylim()[1], 300))
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    save(figure, "quality.png")
+
+
+def save(figure, name: str) -> None:
     figure.tight_layout()
-    with atomic_write(RESULTS / "decode.png") as temporary:
+    with atomic_write(RESULTS / name) as temporary:
         figure.savefig(temporary, dpi=150)
-    print(RESULTS / "decode.png")
+    print(RESULTS / name)
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = {"decode.csv": plot_decode, "quality.csv": plot_quality}
+    found = [draw for name, draw in drawn.items() if read_rows(name)]
+    if not found:
+        raise SystemExit(f"{RESULTS} has no rows; run benchmarks/run.sh or benchmarks/quality.sh first")
+    for draw in found:
+        draw(plt)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ MODELS = {
     "grouped heads": {},
     "window": {"sliding_window": 5},
     "biases, one head a group": {"qkv_bias": True, "n_local_heads": 4},
+    "shifted": {"shifted": True},
     "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
 }
 
 
-def build(**options) -> SparseTransformer:
+def build(shifted: bool = False, **options) -> SparseTransformer:
     model = SparseTransformer(ModelArgs(**{**BASE, "intermediate_size": 172, **options}), DEVICE, torch.float32)
     model.init_weights(0, std=0.3)
     generator = torch.Generator(DEVICE).manual_seed(1)
@@ -24,6 +25,8 @@ def build(**options) -> SparseTransformer:
         module.threshold.uniform_(0, 0.3, generator=generator)
         if module.bias is not None:
             torch.nn.init.normal_(module.bias, generator=generator)
+        if shifted:
+            module.set_shift(torch.rand(module.weight.shape[0], generator=generator, device=DEVICE) - 0.5)
     return model.requires_grad_(False).eval()
 
 

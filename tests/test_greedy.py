@@ -15,6 +15,7 @@ import greedy
 from calibrate import Statistics, collect, load_statistics
 from greedy import Allocation, load_allocation, resolve_allocation, teal_paths
 from model import ModelArgs, Transformer
+from refine import ThresholdTable
 from sparse_model import PROJECTIONS, SparseTransformer
 
 SMALL = {"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "dim": 32, "intermediate_size": 48}
@@ -341,12 +342,19 @@ def test_names(copy):
     assert resolve_allocation("best", copy, 0.5) == resolve_allocation("greedy", copy, 0.5) == ("greedy", shares)
     assert resolve_allocation("uniform", copy, 0.5) == ("uniform", 0.5)
     assert resolve_allocation(elsewhere, copy, 0.5) == (elsewhere, shares)
-    simple_allocation().save(copy / "allocation_global.json")
-    assert resolve_allocation("best", copy, 0.5) == ("global", simple_allocation().at(0.5))
+    refined = copy / "allocation_global.safetensors"
+    fingerprint = load_allocation(copy / "allocation_greedy.json").metadata["fingerprint"]
+    table = ThresholdTable([], {}, {"fingerprint": fingerprint})
+    model = SparseTransformer.from_checkpoint(copy, dtype=torch.float32)
+    table.append(0.8, [(module.threshold + 1, module.threshold[0]) for module in model.projections])
+    table.save(refined)
+    for name in ("best", "global", str(refined)):
+        found, cuts = resolve_allocation(name, copy, 0.4)
+        assert found == name.replace("best", "global") and len(cuts) == 8 and cuts[0][0].unique().tolist() == [0.5]
     assert resolve_allocation("greedy", copy, 0.5) == ("greedy", shares)
-    for name in ("global", "greedy"):
-        (copy / f"allocation_{name}.json").unlink()
-        with pytest.raises(ValueError, match=rf"--allocation {name}: .*allocation_{name}\.json.*best, uniform, greedy"):
+    for name, path in (("global", refined), ("greedy", copy / "allocation_greedy.json")):
+        path.unlink()
+        with pytest.raises(ValueError, match=rf"--allocation {name}: .*{path.name}.*best, uniform, greedy"):
             resolve_allocation(name, copy, 0.5)
     assert resolve_allocation("best", copy, 0.5) == ("uniform", 0.5)
 
@@ -354,7 +362,9 @@ def test_names(copy):
 def test_names_for_random_weights(made):
     assert resolve_allocation("best", None, 0.5) == ("uniform", 0.5)
     for name in ("greedy", "absent.json"):
-        with pytest.raises(ValueError, match=rf"--allocation {name}: no file {name}.*best, uniform, or a file's path"):
+        with pytest.raises(
+            ValueError, match=rf"--allocation {name}: no file {name}.*best, uniform, .*or a file's path"
+        ):
             resolve_allocation(name, None, 0.5)
     path = str(made / "allocation_greedy.json")  # its checkpoint cannot be told from random weights
     assert resolve_allocation(path, None, 0.5) == (path, load_allocation(path).at(0.5))

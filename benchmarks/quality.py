@@ -1,0 +1,219 @@
+"""Perplexity against sparsity for each rule: a table, rows of benchmarks/results/quality.csv (benchmarks/quality.sh).
+
+    python -m benchmarks.quality --data wiki.test.raw --rules dense teal greedy global       # files made before
+    python -m benchmarks.quality --data wiki.test.raw --calibration c4.jsonl                 # the rivals as well
+
+Rules: dense; teal (one sparsity everywhere); greedy and global (files of greedy.py beside the checkpoint); norms
+(R-Sparse, WINA: |x_i| times the norm of its weights); cats (|SiLU(gate)| decides about the outputs of up and the inputs
+of down, all else dense); relu (ReLUfication: SiLU replaced, no threshold); up-input and up-output (only `up` is cut, by
+its inputs as in TEAL, or its outputs where |SiLU(gate)| is small). The sparsity is that of the whole model.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.results import provenance, write_rows
+from calibrate import (
+    PRECISIONS,
+    Statistics,
+    add_device_arguments,
+    calibration_tokens,
+    command_line,
+    resolve_device,
+    statistics_for,
+)
+from convert_hf_checkpoint import resolve_checkpoint
+from eval import perplexity, task_text
+from greedy import resolve_allocation, set_allocation
+from model import FeedForward
+from sparse_model import PROJECTIONS, SparseTransformer
+from tokenizer import load_tokenizer
+
+RULES = ("dense", "teal", "greedy", "global", "norms", "cats", "relu", "up-input", "up-output")
+GATED = ("cats", "up-output")
+COLUMNS = (
+    "date,device,torch,commit,model,text,rule,allocation,sparsity,achieved_sparsity,sparse_fraction,context,window,"
+    "num_windows,perplexity,command"
+).split(",")
+KEY = "device,model,text,rule,allocation,sparsity,sparse_fraction,context,window,num_windows".split(",")
+CALIBRATION_TOKENS = 8192  # for CATS's thresholds
+
+
+class GatedFeedForward(nn.Module):
+    """A FeedForward whose product SiLU(gate) x up is cut where |SiLU(gate)| <= threshold, from `w2.dense_prefix` on."""
+
+    def __init__(self, feed_forward: FeedForward, activation=F.silu):
+        super().__init__()
+        self.w13, self.w2, self.activation = feed_forward.w13, feed_forward.w2, activation
+        self.threshold = -1.0
+        self.sizes: list[Tensor] | None = None  # |activation| of each pass, where wanted
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        gate = self.activation(gate)
+        if self.sizes is not None:
+            self.sizes.append(gate.abs().flatten().float().cpu())
+        keep = gate.abs() > self.threshold
+        keep[:, : self.w2.dense_prefix or 0] = True
+        return self.w2(gate * keep * up)
+
+
+def share_of(model: SparseTransformer, *projections: str) -> float:
+    """These projections' share of the weights of all."""
+    sizes = {p: m.weight.shape[0] * width for m in model.projections[:4] for p, width in m.segments.items()}
+    return sum(sizes[p] for p in projections) / sum(sizes.values())
+
+
+def only(sparsity: float, *projections: str) -> dict[str, float]:
+    return {p: sparsity if p in projections else 0.0 for p in PROJECTIONS}
+
+
+@torch.no_grad()
+def set_gates(model: SparseTransformer, tokens: Tensor, share: float) -> None:
+    """Gate thresholds below which a share of |SiLU(gate)| lies on `tokens` [N, T], in a model of GatedFeedForwards."""
+    gated = [block.feed_forward for block in model.layers]
+    for feed_forward in gated:
+        feed_forward.sizes, feed_forward.threshold = [], -1.0
+    for window in tokens.split(1):
+        model(window.to(model.norm.weight.device), num_logits=1)
+    for feed_forward in gated:
+        sizes = torch.cat(feed_forward.sizes)
+        feed_forward.threshold = sizes.kthvalue(max(1, round(share * len(sizes)))).values.item()
+        feed_forward.sizes = None
+
+
+def gate(model: SparseTransformer, activation=F.silu) -> None:
+    for block in model.layers:
+        block.feed_forward = GatedFeedForward(block.feed_forward, activation)
+
+
+def set_norms(model: SparseTransformer, statistics: Statistics, sparsity: float) -> None:
+    for layer in range(len(model.layers)):
+        for projection in PROJECTIONS:
+            t = statistics.weighted_threshold(layer, projection, sparsity)
+            norms = statistics.get(layer, projection, "column_norms").to(model.norm.weight.device)
+            model.set_threshold(layer, projection, torch.where(norms > 0, t / norms, math.inf))
+
+
+def prepare(
+    model: SparseTransformer, rule: str, sparsity: float, folder: Path, statistics: Statistics, tokens: Tensor | None
+) -> tuple[str, float]:
+    """Sets a fresh model's cuts by `rule`.
+
+    Returns:
+        the allocation's name for the row, and by what the counted sparsity is multiplied, since of what a gated rule
+        cuts only the inputs of down are counted.
+
+    Raises:
+        ValueError: a sparsity that the rule cannot reach, or an allocation's file that is missing.
+    """
+    if rule in ("teal", "greedy", "global"):
+        name = "uniform" if rule == "teal" else rule
+        set_allocation(model, resolve_allocation(name, folder, sparsity)[1], lambda: statistics)
+        return name, 1.0
+    if rule == "norms":
+        set_norms(model, statistics, sparsity)
+        return "uniform", 1.0
+    if rule == "relu":
+        gate(model, F.relu)
+        return "", share_of(model, "up", "down") / share_of(model, "down")
+    cut = ("up", "down") if rule == "cats" else ("up",)
+    share = sparsity / share_of(model, *cut)
+    if not share < 1:
+        raise ValueError(f"{rule} cuts at most {share_of(model, *cut):.1%} of the weights, not {sparsity:.0%}")
+    if rule == "up-input":
+        model.set_sparsity(statistics, [only(share, "up")] * len(model.layers))
+        return "", 1.0
+    gate(model)
+    set_gates(model, tokens, share)
+    return "", share_of(model, *cut) / share_of(model, "down")
+
+
+def main(
+    checkpoint_path: Path | None = None,
+    statistics: Path | None = None,
+    calibration: list[str] | None = None,
+    data: Path | None = None,
+    text: str = "wikitext",
+    rules: tuple[str, ...] = RULES,
+    sparsities: tuple[float, ...] = (0.25, 0.4, 0.5, 0.65),
+    sparse_fraction: float = 0.99,
+    context: int = 2048,
+    window: int = 512,
+    num_windows: int = 128,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> list[dict]:
+    """Measures, writes the rows and prints them as a table. Raises ValueError for a user's mistake."""
+    task = "wikitext" if text == "wikitext" else "perplexity"
+    content = task_text(task, data)
+    folder, torch_device = resolve_checkpoint(checkpoint_path), resolve_device(device)
+
+    def load() -> SparseTransformer:
+        return SparseTransformer.from_checkpoint(folder, torch_device, PRECISIONS[precision])
+
+    model = load()
+    tokens = torch.tensor(load_tokenizer(folder, model.config.vocab_size).encode(content))
+    found = statistics_for(folder, statistics, model)
+    gates = None
+    if set(rules) & set(GATED):
+        gates, _ = calibration_tokens(folder, model, calibration, CALIBRATION_TOKENS, seed=0)
+    device_name = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "CPU"
+    made = provenance(device_name)
+    rows = []
+    for rule in rules:
+        for sparsity in (0.0,) if rule in ("dense", "relu") else sparsities:
+            model = load()
+            try:
+                allocation, factor = (
+                    ("", 1.0) if rule == "dense" else prepare(model, rule, sparsity, folder, found, gates)
+                )
+            except ValueError as error:
+                print(f"{rule} at {sparsity:.0%}: {error}", file=sys.stderr)
+                continue
+            prefix = None if rule == "dense" else round((context + window) * (1 - sparse_fraction))
+            value = perplexity(model, tokens, context, window, num_windows, prefix)
+            achieved = 0.0 if rule == "dense" else model.achieved_sparsity() * factor
+            row = made | {
+                "model": model.config.name, "text": text, "rule": rule, "allocation": allocation,
+                "sparsity": sparsity, "achieved_sparsity": f"{achieved:.4f}", "sparse_fraction": sparse_fraction,
+                "context": context, "window": window, "num_windows": num_windows, "perplexity": f"{value:.4f}",
+                "command": shlex.join(["python", "-m", "benchmarks.quality", *map(short, sys.argv[1:])]),
+            }  # fmt: skip
+            print(f"{rule:>10} {sparsity:5.0%} achieved {achieved:6.2%}  perplexity {value:.4f}", flush=True)
+            rows.append(row)
+            write_rows("quality.csv", [row], COLUMNS, KEY)
+    return rows
+
+
+def short(argument: str) -> str:
+    """An argument without the folders of a path, which are this machine's."""
+    return Path(argument).name if "/" in argument else argument
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Measure perplexity against sparsity for each rule.")
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--statistics", type=Path, help="default: calibration.safetensors beside the checkpoint")
+    parser.add_argument(
+        "--calibration", nargs="+", metavar="DATA", help="as calibrate.py's --data, for cats' thresholds"
+    )
+    parser.add_argument("--data", type=Path, help="the text to measure on")
+    parser.add_argument("--text", choices=("wikitext", "c4", "alpaca", "code"), default="wikitext", help="what it is")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
+    parser.add_argument("--sparsities", nargs="+", type=float, default=(0.25, 0.4, 0.5, 0.65))
+    parser.add_argument("--sparse_fraction", type=float, default=0.99)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--num_windows", type=int, default=128)
+    add_device_arguments(parser)
+    parser.set_defaults(precision="float32")
+    command_line(main, parser.parse_args())

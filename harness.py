@@ -1,0 +1,212 @@
+"""The LM evaluation harness (lm-eval) on this repository's models: what `eval.py --tasks` runs beside perplexity.
+
+    python eval.py --tasks arc_challenge,piqa --sparsity 0.5                       # by the harness's names, fetched
+    python eval.py --tasks benchmarks/tasks/piqa.yaml --data piqa.jsonl --limit 100    # a task file, a local text
+
+Requests of equal length share a forward pass, so nothing is padded: a batch computes what single requests would, and
+the sparsity counted is that of real tokens. Of every input the last `sparse_fraction` is cut, as in perplexity; in
+generation all new tokens are cut as well.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Transformer, one_line
+from tokenizer import Tokenizer
+
+# Examples before the question in TEAL's evaluation (arXiv 2408.14690, section 5.1); other tasks: as the harness has it.
+NUM_FEWSHOT = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "gsm8k": 5, "piqa": 0, "winogrande": 5}
+MAX_NEW_TOKENS = 256  # of a generation request that does not say, as in the harness's own model classes
+
+
+def batches(keys: Iterable[tuple[Hashable, tuple[int, ...]]], size: int) -> Iterator[list]:
+    """Keys (kind, token ids) of one kind and one length, up to `size` at a time, the longest first."""
+    alike = defaultdict(list)
+    for key in keys:
+        alike[key[0], len(key[1])].append(key)
+    for _, group in sorted(alike.items(), key=lambda item: -item[0][1]):
+        yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+class HarnessModel(TemplateLM):
+    """lm-eval's model interface over a Transformer or, if `sparse_fraction` is given, a SparseTransformer."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, sparse_fraction: float | None, batch_size: int):
+        super().__init__()
+        self.model, self.text_tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.sparse_fraction = sparse_fraction
+        self._device = model.norm.weight.device
+        self.max_length = model.config.block_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return next(iter(self.text_tokenizer.eos_ids), 0)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.text_tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        wanted = self.text_tokenizer.adds_bos if add_special_tokens is None else add_special_tokens
+        return self.text_tokenizer.encode(string, bos=wanted)
+
+    def _logits(self, idx: Tensor, num_logits: int, dense_prefix: int, input_pos: Tensor | None = None) -> Tensor:
+        cut = {} if self.sparse_fraction is None else {"dense_prefix": dense_prefix}
+        return self.model(idx, input_pos, num_logits=num_logits, **cut).float()
+
+    def _dense_prefix(self, length: int) -> int:
+        return 0 if self.sparse_fraction is None else round(length * (1 - self.sparse_fraction))
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs) -> list[tuple]:
+        """(log-probability, whether greedy) of each request's continuation; requests of one input share its pass."""
+        found: list[tuple] = [()] * len(requests)
+        same_input = defaultdict(list)
+        for i, (_, context, continuation) in enumerate(requests):
+            tokens = (context + continuation)[-self.max_length - 1 :]
+            same_input[None, tuple(tokens[:-1])].append((i, torch.tensor(continuation[-self.max_length :])))
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="evaluating", unit="request") as progress:
+            for batch in batches(same_input, self.batch_size):
+                idx = torch.tensor([tokens for _, tokens in batch], device=self._device)
+                most = max(len(continuation) for key in batch for _, continuation in same_input[key])
+                logits = self._logits(idx, most, self._dense_prefix(idx.shape[1]))
+                for row, key in zip(torch.log_softmax(logits, -1).cpu(), batch, strict=True):
+                    for i, continuation in same_input[key]:
+                        tail = row[-len(continuation) :]
+                        value = tail.gather(-1, continuation[:, None]).sum().item()
+                        found[i] = (value, bool((tail.argmax(-1) == continuation).all()))
+                        progress.update()
+        return found
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[i] += value
+        return totals
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations up to the first stop string or end-of-text token, without it."""
+        same_input = defaultdict(list)
+        for i, request in enumerate(requests):
+            context, options = request.args
+            if options.get("do_sample") or options.get("temperature"):
+                raise ValueError(f"a task asks for sampled text ({options}); only greedy generation is supported")
+            until = options.get("until") or []
+            until = (until,) if isinstance(until, str) else tuple(until)
+            limit = options.get("max_gen_toks", MAX_NEW_TOKENS)
+            if not 0 < limit < self.max_length:
+                raise ValueError(f"a task asks for {limit} new tokens; the model's context is {self.max_length}")
+            tokens = self.tok_encode(context)[limit - self.max_length :] or [self.prefix_token_id]
+            same_input[(until, limit), tuple(tokens)].append(i)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generating", unit="request") as progress:
+            for batch in batches(same_input, self.batch_size):
+                until, limit = batch[0][0]
+                for key, text in zip(batch, self._generate([key[1] for key in batch], until, limit), strict=True):
+                    for i in same_input[key]:
+                        texts[i] = text
+                        progress.update()
+        return texts
+
+    @torch.no_grad()
+    def _generate(self, contexts: list[tuple[int, ...]], until: tuple[str, ...], limit: int) -> list[str]:
+        idx = torch.tensor(contexts, device=self._device)
+        length = idx.shape[1]
+        self.model.setup_caches(len(contexts), length + limit)
+        positions = torch.arange(length + limit, device=self._device)
+        streams = [self.text_tokenizer.stream(after=context) for context in contexts]
+        texts, going = [""] * len(contexts), set(range(len(contexts)))
+        logits = self._logits(idx, 1, self._dense_prefix(length), positions[:length])
+        for position in range(length, length + limit):
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            for i in list(going):
+                ended = int(token[i]) in self.text_tokenizer.eos_ids
+                texts[i] += streams[i].flush() if ended else streams[i].push(int(token[i]))
+                if ended or any(stop in texts[i] for stop in until):
+                    going.remove(i)
+            if not going or position == length + limit - 1:
+                break
+            logits = self._logits(token, 1, 0, positions[position : position + 1])
+        for i in going:
+            texts[i] += streams[i].flush()
+        for block in self.model.layers:
+            block.attention.kv_cache = None
+        ends = (min((text.find(stop) for stop in until if stop in text), default=len(text)) for text in texts)
+        return [text[:end] for text, end in zip(texts, ends, strict=True)]
+
+
+def load_task(name: str, data: Path | None, manager: TaskManager) -> str | dict:
+    """What `simple_evaluate` takes for a name or a task file; `data` replaces the file's own data.
+
+    Raises:
+        ValueError: no such task, or a task file that cannot be read.
+    """
+    if not name.endswith((".yaml", ".yml")):
+        if not manager.match_tasks([name]):
+            raise ValueError(
+                f"unknown task {name!r}: neither perplexity, wikitext nor one of lm-eval's ({len(manager.all_tasks)} "
+                "names: lm-eval ls tasks); a local one is given as a task file, NAME.yaml"
+            )
+        return name
+    try:
+        config = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        config["task"]  # a file without it is no task
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{name} is not a task file of lm-eval ({one_line(error)})") from None
+    if data is None:
+        return config
+    if not data.is_file():
+        raise ValueError(f"no file {data}, the --data of task {name}")
+    return config | {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
+
+
+def evaluate(
+    model: HarnessModel, name: str, data: Path | None = None, num_fewshot: int | None = None, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Scores by task and metric of one task, group of tasks or task file.
+
+    Args:
+        num_fewshot: examples before each question; None: `NUM_FEWSHOT`, else the task's own.
+        limit: only the first so many documents of each task.
+
+    Raises:
+        ValueError: an unknown task, or one whose data cannot be fetched or read.
+    """
+    manager = TaskManager()
+    task = load_task(name, data, manager)
+    if num_fewshot is None:
+        num_fewshot = NUM_FEWSHOT.get(name)
+    try:
+        found = simple_evaluate(
+            model, tasks=[task], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
+            bootstrap_iters=0,
+        )["results"]  # fmt: skip
+    except (OSError, KeyError) as error:  # the hub's and the reader's errors; a field that the data do not have
+        raise ValueError(f"task {name} cannot be evaluated ({type(error).__name__}: {one_line(error)})") from None
+    wanted = {name: found[name]} if name in found else found
+    return {
+        task: {
+            metric.removesuffix(",none"): value
+            for metric, value in scores.items()
+            if isinstance(value, float) and "stderr" not in metric and math.isfinite(value)
+        }
+        for task, scores in wanted.items()
+    }

@@ -1,0 +1,172 @@
+"""Tasks of the LM evaluation harness: our model against the harness's own Hugging Face class on the same weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+from lm_eval.api.instance import Instance
+
+import eval as evaluation
+import harness
+from calibrate import collect
+from convert_hf_checkpoint import main as convert
+from harness import HarnessModel
+from model import Transformer
+from sparse_model import SparseTransformer
+from tokenizer import load_tokenizer
+
+TASKS = Path(__file__).parents[1] / "benchmarks" / "tasks"
+PAIRS = [
+    ("Hello, my name", " is Ann"),
+    ("Hello, my name", " is"),
+    ("Hello, my name", " was"),
+    ("", "A story of rivers"),
+]
+PAIRS += [("this is ", "a story"), ("x " * 90, "and so on"), ("rivers", " rivers")]
+
+
+@pytest.fixture(scope="module")
+def both(tiny, tmp_path_factory) -> tuple[Path, Path]:
+    """The same random weights as a Hugging Face folder and converted."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("harness")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=160, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "hf")
+    content = json.loads((tiny / "tokenizer.json").read_text())
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] = [{"id": i, "content": s, **special} for i, s in ((1, "<s>"), (2, "</s>"))]
+    vocabulary = content["model"]["vocab"]
+    for i, name in ((1, "<s>"), (2, "</s>")):
+        vocabulary.pop(next(token for token, token_id in vocabulary.items() if token_id == i))
+        vocabulary[name] = i
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder / "hf")
+    convert(checkpoint_dir=folder / "hf", output_dir=folder / "tiny")
+    return folder / "hf", folder / "tiny"
+
+
+def ours(folder: Path, sparse_fraction: float | None = None, batch_size: int = 4) -> HarnessModel:
+    cls = Transformer if sparse_fraction is None else SparseTransformer
+    model = cls.from_checkpoint(folder, dtype=torch.float32)
+    return HarnessModel(model, load_tokenizer(folder), sparse_fraction, batch_size)
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+
+
+def test_numbers_are_those_of_the_harnesss_own_class(both):
+    pytest.importorskip("accelerate", reason="lm-eval's Hugging Face class needs accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(pretrained=str(both[0]), device="cpu", dtype="float32", batch_size=2)
+    mine = ours(both[1])
+    assert (mine.max_length, mine.prefix_token_id, mine.eot_token_id) == (160, 1, 2)
+    requests = instances("loglikelihood", PAIRS)
+    for (a, same), (b, also) in zip(mine.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
+        assert a == pytest.approx(b, abs=1e-3) and same == also
+
+    texts = instances("loglikelihood_rolling", [("Hello, my name is Ann.",), ("a story of rivers. " * 60,)])
+    assert mine.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-4)
+
+    options = {"until": ["r", "zz"], "max_gen_toks": 12, "do_sample": False}
+    prompts = ["Hello, my name", "Hello, my", "this is a story of", "y " * 100]
+    continuations = instances("generate_until", [(prompt, options) for prompt in prompts])
+    found = mine.generate_until(continuations)
+    assert found == theirs.generate_until(continuations) and any(found)
+    unlimited = instances("generate_until", [(prompt, {"max_gen_toks": 12}) for prompt in prompts])
+    assert mine.generate_until(unlimited) == theirs.generate_until(unlimited)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.99])
+def test_sparse_requests_are_cut_as_windows_are_and_batches_change_nothing(both, fraction):
+    runs = []
+    for batch_size in (1, 4):
+        mine = ours(both[1], fraction, batch_size)
+        tokens = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(1))
+        mine.model.set_sparsity(collect(mine.model, tokens), 0.5)
+        mine.model.reset_counts()
+        found = mine.loglikelihood(instances("loglikelihood", PAIRS))
+        runs.append((found, mine.model.achieved_sparsity()))
+    for (a, _), (b, _) in zip(*(found for found, _ in runs), strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+    assert runs[0][1] == pytest.approx(runs[1][1], abs=1e-6) and 0.3 < runs[0][1] < 0.7
+    context, continuation = (mine.tok_encode(part) for part in ("this is a story of", " rivers and"))
+    idx = torch.tensor([context + continuation])
+    logits = mine.model(idx[:, :-1], dense_prefix=round((idx.shape[1] - 1) * (1 - fraction)))[0]
+    expected = torch.log_softmax(logits, -1)[len(context) - 1 :].gather(1, torch.tensor(continuation)[:, None]).sum()
+    ((value, _),) = mine._loglikelihood_tokens([(None, context, continuation)], disable_tqdm=True)
+    assert value == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_new_tokens_are_cut_too(both):
+    mine = ours(both[1], 0.5)
+    tokens = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(1))
+    mine.model.set_sparsity(collect(mine.model, tokens), 0.6)
+    mine.model.reset_counts()
+    mine.generate_until(instances("generate_until", [("Hello, my name is", {"max_gen_toks": 9})]))
+    prompt = len(mine.tok_encode("Hello, my name is"))
+    assert mine.model.projections[0].steps <= prompt - round(prompt * 0.5) + 8
+    assert mine.model.projections[0].steps > prompt - round(prompt * 0.5)
+    with pytest.raises(ValueError, match="only greedy generation"):
+        mine.generate_until(instances("generate_until", [("a", {"do_sample": True})]))
+
+
+DOCUMENTS = {
+    "multiple_choice": [{"query": "Question: Who?\n", "choices": ["Ann", "a river", "this"], "gold": 1}] * 3,
+    "winogrande": [{"context_options": ["this is Ann", "this is a river"], "continuation": "of rivers.", "gold": 0}]
+    * 3,
+    "cloze": [{"context": "Hello, my name is", "continuation": "Ann"}] * 3,
+    "gsm8k": [{"context": "One and one?", "chain_of_thought": "1 + 1 = 2", "answer": "2"}] * 3,
+}
+
+
+@pytest.mark.parametrize("task", DOCUMENTS)
+def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS[task]))
+    task_file = tmp_path / f"{task}.yaml"  # the context of this model is short
+    task_file.write_text((TASKS / task_file.name).read_text().replace("do_sample:", "max_gen_toks: 20\n  do_sample:"))
+    options = {"checkpoint_path": both[1], "tasks": str(task_file), "data": path, "limit": 2}
+    result = evaluation.main(**options, precision="float32", json_line=True)
+    (scores,) = result["results"].values()
+    assert scores and all(isinstance(value, float) for value in scores.values())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["sparsity"] == 0 and set(result) >= {"task", "model", "achieved_sparsity", "allocation"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": "no_such_task"}, "unknown task 'no_such_task'"),
+        ({"tasks": "absent.yaml"}, r"absent.yaml is not a task file"),
+        ({"tasks": str(TASKS / "cloze.yaml"), "data": Path("absent.jsonl")}, r"no file absent.jsonl"),
+    ],
+)
+def test_mistakes(both, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.main(checkpoint_path=both[1], precision="float32", **options)
+
+
+def test_without_lm_eval(both, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "harness", None)
+    with pytest.raises(ValueError, match="need"):
+        evaluation.main(checkpoint_path=both[1], tasks="piqa")
+
+
+def test_shots_are_the_papers():
+    assert harness.NUM_FEWSHOT == {
+        **{"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "gsm8k": 5, "piqa": 0, "winogrande": 5}
+    }
