@@ -4,12 +4,13 @@
 #   benchmarks/run.sh llama-3-8b mistral-7b  these named configs, random weights
 set -euo pipefail
 cd "$(dirname "$0")/.."
+prefill=() # compiling the prompt's pass takes a CPU longer than the sweep
+gpu=$(python -c 'import torch; print(torch.cuda.is_available())')
+if [ "$gpu" = True ]; then prefill=(--compile_prefill); fi
 if [ $# -gt 0 ]; then
-  python -m benchmarks.decode --random_init "$@"
+  python -m benchmarks.decode "${prefill[@]}" --random_init "$@"
 else
-  python -m benchmarks.decode
-  if python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    python -m benchmarks.decode --random_init llama-3-8b
-  fi
+  python -m benchmarks.decode "${prefill[@]}"
+  if [ "$gpu" = True ]; then python -m benchmarks.decode "${prefill[@]}" --random_init llama-3-8b; fi
 fi
 python -m benchmarks.plot
