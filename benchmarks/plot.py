@@ -1,6 +1,6 @@
-"""Draws benchmarks/results/: milliseconds a token, with the floor that the bytes set, and perplexity, against sparsity.
+"""Draws benchmarks/results/ against sparsity: a token's and a product's time, with the floor of the bytes; perplexity.
 
-python -m benchmarks.plot            # decode.csv -> decode.png, quality.csv -> quality.png
+python -m benchmarks.plot            # decode.csv -> decode.png, gemv.csv -> gemv.png, quality.csv -> quality.png
 """
 
 from collections import defaultdict
@@ -35,6 +35,29 @@ def plot_decode(plt) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     save(figure, "decode.png")
+
+
+def plot_gemv(plt) -> None:
+    """One product, a panel a shape and device, a line a kernel; the floor is that of the kept rows."""
+    panels = defaultdict(lambda: defaultdict(list))
+    for row in read_rows("gemv.csv"):
+        shape = row["device"], int(row["in_features"]), int(row["out_features"]), row["dtype"]
+        panels[shape][row["kernel"]].append((100 * float(row["sparsity"]), float(row["us"]), float(row["bytes"])))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (shape, kernels) in zip(axes[0], sorted(panels.items()), strict=True):
+        for name in sorted(kernels):
+            x, us, _ = zip(*sorted(kernels[name]), strict=True)
+            axis.plot(x, us, "o-", label=name, markersize=4)
+        if (peak := PEAK_BANDWIDTH.get(shape[0])) and "ours" in kernels:
+            x, _, read = zip(*sorted(kernels["ours"]), strict=True)
+            axis.plot(x, [n / peak / 1e3 for n in read], "k:", label=f"bytes / {peak:,} GB/s")
+        axis.set_title(f"{shape[1]} -> {shape[2]}, {shape[3]}\n{shape[0]}", fontsize=9)
+        axis.set_xlabel("sparsity, %")
+        axis.set_ylabel("us")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    save(figure, "gemv.png")
 
 
 def plot_quality(plt) -> None:
@@ -75,7 +98,7 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = {"decode.csv": plot_decode, "quality.csv": plot_quality}
+    drawn = {"decode.csv": plot_decode, "gemv.csv": plot_gemv, "quality.csv": plot_quality}
     found = [draw for name, draw in drawn.items() if read_rows(name)]
     if not found:
         raise SystemExit(f"{RESULTS} has no rows; run benchmarks/run.sh or benchmarks/quality.sh first")
