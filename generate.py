@@ -114,7 +114,8 @@ class Generator:
             self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
         self._fused: FusedDecoder | cpu.CpuDecoder | None = None
         unfit = self.device.type == "cpu" and getattr(model, "shifted", False)
-        if compile and isinstance(model, SparseTransformer) and can_fuse(self.device, batch_size, top_k) and not unfit:
+        fits = can_fuse(self.device, batch_size, top_k, model.config.quant) and not unfit
+        if compile and isinstance(model, SparseTransformer) and fits:
             fused_class = cpu.CpuDecoder if self.device.type == "cpu" else FusedDecoder
             self._fused = fused_class(model, sparsity, temperature, top_k)
             if static_prompt and self.device.type == "cuda":
@@ -197,17 +198,17 @@ class GraphedPrefill:
         return self.token
 
 
-def can_fuse(device: torch.device, batch_size: int, top_k: int) -> bool:
+def can_fuse(device: torch.device, batch_size: int, top_k: int, quant: str) -> bool:
     """Whether the fused kernels serve a run: one row; on a GPU a top_k that one program sorts, any order of sums."""
     if device.type == "cpu":
-        return has_cpu_kernel(device, batch_size)
+        return has_cpu_kernel(device, batch_size, quant)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return device.type == "cuda" and batch_size == 1 and top_k <= 1024 and not deterministic
 
 
-def has_cpu_kernel(device: torch.device, batch_size: int) -> bool:
-    """Whether one row on a CPU goes through the compiled kernel, which beats torch's linear, dense too."""
-    return device.type == "cpu" and batch_size == 1 and cpu.library() is not None
+def has_cpu_kernel(device: torch.device, batch_size: int, quant: str) -> bool:
+    """Whether one row on a CPU goes through the compiled kernel, which beats torch's linear, dense too; no int8 yet."""
+    return device.type == "cpu" and batch_size == 1 and quant == "none" and cpu.library() is not None
 
 
 @torch.inference_mode()
@@ -437,12 +438,14 @@ def main(
             f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit {config.name}'s context of "
             f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
         )
+    if config.quant != "none" and torch_device.type == "cpu":
+        print("int8 weights have no CPU kernel yet: plain torch takes its place, slower than bfloat16", file=sys.stderr)
     source = Source(folder, random_init, seed, torch_device, PRECISIONS[precision])
     allocation, shares = resolve_allocation(allocation, folder, sparsity)
     rows = 1 if interactive else batch_size
-    fused = compile and can_fuse(torch_device, rows, top_k)
+    fused = compile and can_fuse(torch_device, rows, top_k, config.quant)
     # dense too goes through our kernels where they are the faster ones: a speed-up then comes from sparsity alone
-    dense_class = SparseTransformer if fused or has_cpu_kernel(torch_device, rows) else Transformer
+    dense_class = SparseTransformer if fused or has_cpu_kernel(torch_device, rows, config.quant) else Transformer
     model = source.load(SparseTransformer if sparsity else dense_class)
     if sparsity:
         source.set_sparsity(model, shares, statistics)
@@ -466,7 +469,7 @@ def main(
     if compare_dense and sparsity:
         dense_model = model if fused else None
         # on a CPU torch's products may be the faster ones: then they are the rival
-        if has_cpu_kernel(torch_device, rows) and (fastest := fastest_dense(model)) != "our kernel":
+        if has_cpu_kernel(torch_device, rows, config.quant) and (fastest := fastest_dense(model)) != "our kernel":
             dense_model = source.load(Transformer)
             if fastest.endswith("[in, out]"):
                 for module in dense_model.projections:

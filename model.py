@@ -37,6 +37,7 @@ class ModelArgs:
     `rope_scaling` is None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
     config.json ("factors": a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them).
     `sliding_window` w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers`.
+    `quant` "int8": projections and lm_head are int8 with a scale an output; a tied lm_head is then a tensor of its own.
     """
 
     block_size: int = 2048
@@ -54,9 +55,11 @@ class ModelArgs:
     qkv_bias: bool = False
     sliding_window: int | None = None
     windowed_layers: list[int] = field(default_factory=list)
+    quant: str = "none"
     name: str = ""
 
     def __post_init__(self):
+        self.tie_embeddings = self.tie_embeddings and self.quant == "none"
         self.n_local_heads = self.n_local_heads or self.n_head
         self.head_dim = self.head_dim or self.dim // self.n_head
         if not self.intermediate_size:  # Llama 1's rule: two thirds of 4 dim, rounded up to 256
@@ -92,6 +95,7 @@ class ModelArgs:
             rope_scaling=rope_scaling,
             tie_embeddings=config.get("tie_word_embeddings", False),
             qkv_bias=family == "qwen2",
+            quant=_quantization(config),
             name=name,
         )
         args.sliding_window, args.windowed_layers = _windows(config, family, args.n_layer)
@@ -106,13 +110,16 @@ class ModelArgs:
     def from_name(cls, name: str) -> "ModelArgs":
         """The named config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
 
+        A name that ends in "-int8" is that model with int8 weights.
+
         Raises:
             ValueError: no key fits; the known names are listed.
         """
         matches = [key for key in transformer_configs if key.lower() in name.lower()]
         if not matches:
             raise ValueError(f"no config is named like {name!r}; known: {', '.join(sorted(transformer_configs))}")
-        return cls(**transformer_configs[max(matches, key=len)], name=name)
+        quant = "int8" if name.lower().endswith("-int8") else "none"
+        return cls(**transformer_configs[max(matches, key=len)], quant=quant, name=name)
 
 
 def _architecture(config: dict) -> str:
@@ -130,6 +137,15 @@ def _number(config: dict, key: str, default: float | None = None) -> float:
     if not isinstance(value, int | float):
         raise ValueError(f"config.json needs a number as {key!r}, not {value!r}")
     return value
+
+
+def _quantization(config: dict) -> str:
+    """What quantize.py wrote into config.json. Raises ValueError for the quantisation of another program."""
+    mode = (config.get("quantization") or {}).get("mode", "none")
+    if "quantization_config" in config or mode not in ("none", "int8"):
+        found = config.get("quantization_config") or mode
+        raise ValueError(f"config.json says the weights are quantised ({found}); only quantize.py's int8 is supported")
+    return mode
 
 
 def _rope(config: dict) -> tuple[float, dict | None]:
@@ -221,15 +237,35 @@ class Float32Buffers(nn.Module):
         return self
 
 
-class Projection(nn.Linear):
-    """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width."""
+class Projection(Float32Buffers, nn.Linear):
+    """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width.
 
-    def __init__(self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None):
+    With `quant` "int8" the weight is int8, and `scale` [out], float32, makes it what it stands for; else scale is None.
+    """
+
+    def __init__(
+        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none"
+    ):
         super().__init__(in_features, sum(segments.values()), bias, device, dtype)
         self.segments = segments
+        quantize_weight(self, self.out_features, quant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return super().forward(x)
+        y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
+        return y if self.bias is None else y + self.bias
 
     def reset_parameters(self):
         """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
+
+
+def quantize_weight(module: nn.Module, n_out: int, quant: str) -> None:
+    """Gives a new linear layer its `scale`: None, or for int8 weights [n_out] float32."""
+    module.register_buffer("scale", None)
+    if quant == "int8":
+        module.weight = nn.Parameter(torch.empty_like(module.weight, dtype=torch.int8), requires_grad=False)
+        module.scale = torch.empty(n_out, device=module.weight.device, dtype=torch.float32)
 
 
 class Embedding(nn.Embedding):
@@ -241,7 +277,7 @@ def _fuse_on_load(fused: str, parts: list[str]):
     """A load_state_dict pre-hook that stacks the tensors of `parts` into `fused`, where they come apart."""
 
     def hook(module, state_dict, prefix, *_):
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "bias", "scale"):
             keys = [f"{prefix}{part}.{kind}" for part in parts]
             if all(key in state_dict for key in keys):
                 state_dict[f"{prefix}{fused}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
@@ -303,8 +339,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_local_heads, self.head_dim = config.n_head, config.n_local_heads, config.head_dim
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        self.wqkv = projection(config.dim, {"q": q, "k": kv, "v": kv}, config.qkv_bias, device, dtype)
-        self.wo = projection(q, {"o": config.dim}, False, device, dtype)
+        self.wqkv = projection(config.dim, {"q": q, "k": kv, "v": kv}, config.qkv_bias, device, dtype, config.quant)
+        self.wo = projection(q, {"o": config.dim}, False, device, dtype, config.quant)
         self.kv_cache: KVCache | None = None
         self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv", ["wq", "wk", "wv"]))
 
@@ -324,8 +360,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
         hidden = config.intermediate_size
-        self.w13 = projection(config.dim, {"gate": hidden, "up": hidden}, False, device, dtype)
-        self.w2 = projection(hidden, {"down": config.dim}, False, device, dtype)
+        self.w13 = projection(config.dim, {"gate": hidden, "up": hidden}, False, device, dtype, config.quant)
+        self.w2 = projection(hidden, {"down": config.dim}, False, device, dtype, config.quant)
         self.register_load_state_dict_pre_hook(_fuse_on_load("w13", ["w1", "w3"]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -361,7 +397,7 @@ class Transformer(Float32Buffers):
         self.norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
         self.output = None
         if not config.tie_embeddings:
-            self.output = Projection(config.dim, {"output": config.vocab_size}, False, device, dtype)
+            self.output = Projection(config.dim, {"output": config.vocab_size}, False, device, dtype, config.quant)
         self.register_buffer("inv_freq", rope_inverse_frequencies(config).to(device), persistent=False)
 
     @property
@@ -376,8 +412,9 @@ class Transformer(Float32Buffers):
         return [projection for block in blocks for projection in block]
 
     def bytes_per_step(self) -> int:
-        """Bytes of weights that one decode step reads: projections, lm_head, norms and biases (no KV cache)."""
+        """Bytes of weights that one decode step reads: projections, lm_head, scales, norms, biases (no KV cache)."""
         small = sum(p.nbytes for p in self.parameters() if p.dim() == 1)
+        small += sum(buffer.nbytes for name, buffer in self.named_buffers() if name.endswith(".scale"))
         return sum(p.weight.nbytes for p in self.projections) + self.output_weight.nbytes + small
 
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
@@ -413,7 +450,8 @@ class Transformer(Float32Buffers):
         x = self.tok_embeddings(idx)
         for i, block in enumerate(self.layers):
             x = block(x, rope, masks[i], input_pos)
-        return F.linear(self.norm(x[:, -num_logits:]), self.output_weight)
+        x = self.norm(x[:, -num_logits:])
+        return F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
 
     def rope_and_masks(
         self, positions: Tensor, cache_length: int | None = None
@@ -441,10 +479,15 @@ class Transformer(Float32Buffers):
         """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0."""
         generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dtype == torch.int8:
+                parameter.random_(-127, 128, generator=generator)
+            elif parameter.dim() == 2:
                 parameter.normal_(0.0, std, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for name, buffer in self.named_buffers():
+            if name.endswith(".scale"):
+                buffer.fill_(std / 73.3)  # of the integers from -127 to 127
 
     @classmethod
     def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":
@@ -463,7 +506,7 @@ class Transformer(Float32Buffers):
             ValueError: nothing there, a missing, truncated or foreign file, or weights that do not fit config.json.
         """
         folder = checkpoint_folder(path)
-        state_dict = _read_weights(folder)
+        state_dict = load_weights(folder)
         model = cls(read_config(folder), device=device, dtype=dtype)
         if "model.embed_tokens.weight" in state_dict:
             raise ValueError(
@@ -541,7 +584,7 @@ def indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors by name, memory-mapped."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

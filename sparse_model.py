@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
-from model import Float32Buffers, Transformer
+from model import Float32Buffers, Transformer, quantize_weight
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -22,6 +22,7 @@ class SparseProjection(Float32Buffers):
 
     Attributes:
         weight: [in, out], contiguous: a kept input reads one row.
+        scale: [out], float32, of an int8 weight, else None.
         segments: name and width of each of the S projections fused along out.
         threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
         shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
@@ -30,12 +31,15 @@ class SparseProjection(Float32Buffers):
         seen, steps: positions that were cut, of all rows and of one row.
     """
 
-    def __init__(self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None):
+    def __init__(
+        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none"
+    ):
         super().__init__()
         self.segments = segments
         self.widths = list(segments.values())
         n_out = sum(self.widths)
         self.weight = nn.Parameter(torch.empty(in_features, n_out, device=device, dtype=dtype))
+        quantize_weight(self, n_out, quant)
         self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
         threshold = torch.zeros(len(segments), in_features, device=device, dtype=torch.float32)
         self.register_buffer("threshold", threshold)
@@ -54,17 +58,21 @@ class SparseProjection(Float32Buffers):
         elif x.shape[1] == 1:
             y = self._cut(sparse_gemv, x[:, 0])[:, None]
         else:
-            y = x @ self.weight
+            y = self._dense(x)
         return y if self.bias is None else y + self.bias
+
+    def _dense(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        y = x @ self.weight.to(x.dtype)
+        return y if self.scale is None else (y * self.scale).to(x.dtype)
 
     def _cut(self, product: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if self.shift is None:
-            return product(x, self.weight, self.threshold, self.widths)
-        y = product((x - self.shift).to(x.dtype), self.weight, self.threshold, self.widths)
+            return product(x, self.weight, self.threshold, self.widths, self.scale)
+        y = product((x - self.shift).to(x.dtype), self.weight, self.threshold, self.widths, self.scale)
         return (y + self.offset).to(x.dtype)
 
     def _cut_from(self, x: Tensor, prefix: int) -> Tensor:
-        head, tail = x[:, :prefix] @ self.weight, x[:, prefix:]
+        head, tail = self._dense(x[:, :prefix]), x[:, prefix:]
         self.seen += tail.shape[0] * tail.shape[1]
         self.steps += tail.shape[1]
         for s, threshold in enumerate(self.threshold):
@@ -75,13 +83,16 @@ class SparseProjection(Float32Buffers):
 
     def set_shift(self, shift: Tensor | None) -> None:
         """Cuts x around `shift` [in] from now on, W x = W (x - shift) + W shift; None: around 0."""
-        weight = self.weight
-        self.shift = None if shift is None else shift.to(weight.device, torch.float32)
-        self.offset = None if shift is None else self.shift @ weight.float()
+        self.shift = None if shift is None else shift.to(self.weight.device, torch.float32)
+        self.offset = None if shift is None else self.shift @ self.dequantized()
+
+    def dequantized(self) -> Tensor:
+        """The weight, [in, out], float32."""
+        return self.weight.float() if self.scale is None else self.weight.float() * self.scale
 
     def column_norms(self) -> Tensor:
         """2-norm of each input's weights (a column of the usual [out, in] matrix), [S, in], float32."""
-        return torch.stack([w.float().norm(dim=1) for w in self.weight.split(self.widths, dim=1)])
+        return torch.stack([w.norm(dim=1) for w in self.dequantized().split(self.widths, dim=1)])
 
 
 def _transpose_on_load(module, state_dict, prefix, *_):
@@ -297,7 +308,10 @@ class FusedDecoder:
                 zero=self.qkv, last_scale=self.scales[2 * i + 1],
             )  # fmt: skip
             self._product("silu", self.gate_up, feed_forward.w2, self.h)
-        k.launch_head(self.h, model.norm.weight, model.output_weight, self.logits, self.top, config.norm_eps, pdl)
+        head_scale = None if model.output is None else model.output.scale
+        k.launch_head(
+            self.h, model.norm.weight, model.output_weight, head_scale, self.logits, self.top, config.norm_eps, pdl
+        )  # fmt: skip
         k.launch_sample(
             self.logits, self.top, self.groups, self.seed, self.position, self.token, self.tokens,
             self.temperature, self.top_k, pdl,
@@ -306,5 +320,6 @@ class FusedDecoder:
     def _product(self, prologue: str, x: Tensor, module: SparseProjection, out: Tensor, **options) -> None:
         self.launch_gemv(
             prologue, x, module.weight, module.threshold, out, module.widths, sparsity=self.sparsity,
+            dtype=self.model.norm.weight.dtype, weight_scale=module.scale,
             shift=module.shift if self.sparsity else None, offset=module.offset, pdl=self.pdl, **options,
         )  # fmt: skip

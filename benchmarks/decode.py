@@ -1,7 +1,7 @@
 """The latency sweep: tokens/s of single-batch decoding over models and sparsities, beside our own dense model.
 
 python -m benchmarks.decode                                          # the default model
-python -m benchmarks.decode --random_init llama-3-8b mistral-7b      # latency of a shape, random weights
+python -m benchmarks.decode --random_init llama-3-8b llama-3-8b-int8 # latency of a shape, random weights
 python -m benchmarks.decode --random_init llama-3-8b --prompt 4096   # at a longer context
 
 Every row is what `generate.py` prints for the command in it: sampling included, prefill included in tokens_per_sec and
@@ -16,7 +16,9 @@ import torch
 
 from benchmarks.results import provenance, write_rows
 from calibrate import add_device_arguments, command_line
+from convert_hf_checkpoint import resolve_checkpoint
 from generate import main as generate
+from model import ModelArgs, read_config
 
 SPARSITIES = [0.0, 0.25, 0.4, 0.5, 0.65]
 COLUMNS = (
@@ -28,6 +30,8 @@ KEY = ["device", "model", "weights", "dtype", "quant", "sparsity", "prompt_token
 
 def measure(options: dict, sparsity: float) -> dict:
     """One row: a run of generate.py with these options, compiled."""
+    name, path = options.get("random_init"), options.get("checkpoint_path")
+    config = ModelArgs.from_name(name) if name else read_config(resolve_checkpoint(path))
     result = generate(**options, sparsity=sparsity, compile=True)
     flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items() if value]
     rounded = {
@@ -41,7 +45,7 @@ def measure(options: dict, sparsity: float) -> dict:
         **provenance(result["device"]),
         **rounded,
         "weights": "random" if options.get("random_init") else "trained",
-        "quant": "none",
+        "quant": config.quant,
         "command": " ".join(["python generate.py --compile", f"--sparsity {sparsity}", *flags]),
     }
 

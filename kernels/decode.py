@@ -117,14 +117,14 @@ def _attention_kernel(
 
 @triton.jit
 def _head_kernel(
-    h_ptr, gain_ptr, weight_ptr, logits_ptr, top_ptr, n_vocab, eps,
+    h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, eps,
     DIM: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLOTS: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits of BLOCK_V tokens, W RMSNorm(h) with W [vocab, DIM], and the largest of them, for the sampling."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = gain_ptr.dtype.element_ty
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -140,6 +140,8 @@ def _head_kernel(
         x = rounded(rounded(h * scale, DTYPE) * gain, DTYPE)
         acc += weight.to(tl.float32) * x[None, :]
     logits = tl.sum(acc, axis=1)
+    if SCALED:
+        logits *= tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
     tl.store(logits_ptr + v, logits, mask=v < n_vocab)
     tl.store(top_ptr + tl.program_id(0), tl.max(tl.where(v < n_vocab, logits, float("-inf")), axis=0))
 
@@ -255,12 +257,16 @@ def launch_attention(qkv, bias, k_cache, v_cache, position, inv_freq, y, lse, wi
 HEAD_ROWS = 8  # tokens a program of the lm_head, and a group of the sampling
 
 
-def launch_head(h, gain, weight, logits, top, eps, pdl) -> None:
-    """logits [vocab] float32 = W RMSNorm(h), with SCALE_BUFFER behind them; top: the largest of every HEAD_ROWS."""
+def launch_head(h, gain, weight, weight_scale, logits, top, eps, pdl) -> None:
+    """logits [vocab] float32 = W RMSNorm(h), with SCALE_BUFFER behind them; top: the largest of every HEAD_ROWS.
+
+    weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, else None.
+    """
     n_vocab, dim = weight.shape
     _head_kernel[(top.numel(),)](
-        h, gain, weight, logits, top, n_vocab, eps, DIM=dim, NORM_BLOCK=min(4096, triton.next_power_of_2(dim)),
-        BLOCK_V=HEAD_ROWS, BLOCK_K=1024, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        h, gain, weight, weight_scale, logits, top, n_vocab, eps,
+        DIM=dim, NORM_BLOCK=min(4096, triton.next_power_of_2(dim)), BLOCK_V=HEAD_ROWS, BLOCK_K=1024, SLOTS=SLOTS,
+        STRIDE=SLOT_STRIDE, SCALED=weight_scale is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
 

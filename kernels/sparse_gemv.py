@@ -16,39 +16,45 @@ def keep_mask(x: Tensor, threshold: Tensor) -> Tensor:
     return ~(x.float().abs() <= threshold)
 
 
-def sparse_gemv_ref(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+def sparse_gemv_ref(
+    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
+) -> Tensor:
     """The op's meaning in plain torch, for x [..., in]; accumulates as torch's matmul does. See `sparse_gemv`."""
-    parts = zip(threshold, weight.split(segments, dim=1), strict=True)
-    return torch.cat([torch.where(keep_mask(x, t), x, 0) @ w for t, w in parts], dim=-1)
+    parts = zip(threshold, weight.to(x.dtype).split(segments, dim=1), strict=True)
+    y = torch.cat([torch.where(keep_mask(x, t), x, 0) @ w for t, w in parts], dim=-1)
+    return y if scale is None else (y * scale).to(x.dtype)
 
 
 @torch.library.custom_op("teal_fast::sparse_gemv", mutates_args=(), device_types="cpu")
-def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+def sparse_gemv(
+    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
+) -> Tensor:
     """Product of each row of x, cut by its threshold, with the weight; rows of cut inputs are not read.
 
     Args:
         x: [B, in], bfloat16, float16 or float32. Every row cuts its own inputs.
-        weight: [in, out], contiguous, the dtype of x.
+        weight: [in, out], contiguous, the dtype of x, or int8.
         threshold: [S, in], float32, a row for each output segment.
         segments: widths of the S output segments, which add up to out.
+        scale: [out], float32, of an int8 weight; None is 1.
 
     Returns:
         [B, out], the dtype of x, accumulated in float32.
     """
-    if cpu.library() is None:
-        return sparse_gemv_ref(x, weight, threshold, segments)
+    if weight.dtype != x.dtype or cpu.library() is None:
+        return sparse_gemv_ref(x, weight, threshold, segments, scale)
     return cpu.launch_sparse_gemv(x, weight, threshold, segments)
 
 
 @sparse_gemv.register_fake
-def _(x, weight, threshold, segments):
+def _(x, weight, threshold, segments, scale=None):
     torch._check(x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[0])
     torch._check(threshold.shape[0] == len(segments) and threshold.shape[1] == x.shape[1])
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @sparse_gemv.register_kernel("cuda")
-def _(x, weight, threshold, segments):
+def _(x, weight, threshold, segments, scale=None):
     from kernels.triton_gemv import launch_sparse_gemv
 
-    return launch_sparse_gemv(x, weight, threshold, segments)
+    return launch_sparse_gemv(x, weight, threshold, segments, scale)

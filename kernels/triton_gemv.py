@@ -117,12 +117,12 @@ def _lowest_bit(bits):
 @triton.jit
 def _gemv_kernel(
     x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_scale_ptr,
-    shift_ptr, offset_ptr,
+    shift_ptr, offset_ptr, weight_scale_ptr,
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BY_ROW: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr,
-    SLOTS: tl.constexpr, STRIDE: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x - shift) + offset: a program for BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
@@ -146,8 +146,7 @@ def _gemv_kernel(
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
     row = tl.program_id(1) * BLOCKS * BLOCK_IN
-    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
-    TILE_BYTES: tl.constexpr = BLOCK_OUT * (DTYPE.primitive_bitwidth // 8)
+    TILE_BYTES: tl.constexpr = BLOCK_OUT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
     rows = row + tl.arange(0, BLOCK_IN)
     last_scale = 0.0
     if PREFETCH > 0:
@@ -174,8 +173,6 @@ def _gemv_kernel(
             if program == 0:
                 tl.store(last_scale_ptr, scale)
     acc = tl.zeros((BLOCK_OUT,), tl.float32)
-    if SHIFT:
-        acc += tl.load(offset_ptr + cols, mask=cols < tl.where(row == 0, last, 0), other=0.0)
     weight_ptr += row.to(tl.int64) * n_out
     lane = tl.arange(0, BLOCK_IN)
     for _group in range(0, BLOCKS, UNROLL):
@@ -220,18 +217,25 @@ def _gemv_kernel(
                 weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
                 acc += tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
             weight_ptr += BLOCK_IN * n_out
+    if SCALED:
+        acc *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
+    if SHIFT:
+        acc += tl.load(offset_ptr + cols, mask=cols < tl.where(tl.program_id(1) == 0, last, 0), other=0.0)
     tl.atomic_add(out_ptr + cols, acc, mask=in_cols, sem="relaxed")
 
 
-def tile_for(n_in: int, n_out: int, sparsity: float) -> tuple[int, int, int, bool]:
+def tile_for(n_in: int, n_out: int, sparsity: float, int8: bool) -> tuple[int, int, int, bool]:
     """(BLOCK_IN, BLOCKS, BLOCK_OUT, BY_ROW) of a product, measured on an H100 at 0 to 65 %, cold L2.
 
     A wide product has programs enough for 512 bytes of a row each (bfloat16), a narrow one gains from more of them and
     from fewer atomics. 4096 -> 28672 at 65 % took 38.5 us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at
-    25 % 60.2, 60.2 and 62.0. Deterministic, a program takes all inputs: one sum, one order.
+    25 % 60.2, 60.2 and 62.0. int8 goes by row: converting rows that are not needed costs what skipping them saves.
+    Deterministic, a program takes all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():
         return 32, triton.cdiv(n_in, 32), 128, False
+    if int8:
+        return 32, 1, 256, True
     if n_out > 8192 or (not sparsity and n_out > 4096):
         return 32, 1, 256, sparsity > MOSTLY_CUT
     return 32, 2, 128, False
@@ -239,7 +243,8 @@ def tile_for(n_in: int, n_out: int, sparsity: float) -> tuple[int, int, int, boo
 
 def launch_gemv(
     prologue: str, x: Tensor, weight: Tensor, threshold: Tensor, out: Tensor, segments: list[int], *, sparsity=0.5,
-    shift=None, offset=None, gain=None, lse=None, eps=0.0, head_dim=1, zero=None, last_scale=None, tile=None, pdl=False,
+    dtype=None, weight_scale=None, shift=None, offset=None, gain=None, lse=None, eps=0.0, head_dim=1, zero=None,
+    last_scale=None, tile=None, pdl=False,
 ) -> None:  # fmt: skip
     """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue (see the kernel).
 
@@ -248,6 +253,8 @@ def launch_gemv(
         weight, threshold, segments: as of `kernels.sparse_gemv.sparse_gemv`.
         out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
         sparsity: about the share that the thresholds cut, which chooses the tile; 0 compiles the test out.
+        dtype: in which the inputs are rounded and compared; the weight's, if that is no int8.
+        weight_scale: [out], float32, of an int8 weight; None is 1.
         shift, offset: [in] and [out], float32, or None for 0.
         gain, eps: RMSNorm's, [in] in the model's dtype.
         lse: [splits, in / head_dim], float32.
@@ -259,7 +266,7 @@ def launch_gemv(
     """
     n_in, n_out = weight.shape
     assert len(segments) <= MAX_SEGMENTS and sum(segments) == n_out and weight.is_contiguous()
-    block_in, blocks, block_out, by_row = tile or tile_for(n_in, n_out, sparsity)
+    block_in, blocks, block_out, by_row = tile or tile_for(n_in, n_out, sparsity, weight.dtype == torch.int8)
     tiles, starts = [0], [0]
     for width in segments:
         tiles.append(tiles[-1] + triton.cdiv(width, block_out))
@@ -279,18 +286,22 @@ def launch_gemv(
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
-        x, gain, lse, weight, threshold, out, zero, last_scale, shift, offset,
+        x, gain, lse, weight, threshold, out, zero, last_scale, shift, offset, weight_scale,
         n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps,
         PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=shift is not None, N_IN=n_in,
         NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), SPLITS=1 if lse is None else lse.shape[0],
         HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out,
-        BY_ROW=by_row, ZERO=zero_block, PREFETCH=prefetch, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, PDL=pdl,
+        BY_ROW=by_row, ZERO=zero_block, PREFETCH=prefetch, SLOTS=SLOTS, STRIDE=SLOT_STRIDE,
+        SCALED=weight_scale is not None, DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
+        PDL=pdl,
         num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
 
-def launch_sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+def launch_sparse_gemv(
+    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
+) -> Tensor:
     """The launcher behind `kernels.sparse_gemv.sparse_gemv`; same arguments and result."""
     out = torch.zeros(x.shape[0], weight.shape[1], device=x.device, dtype=torch.float32)
-    launch_gemv("given", x.contiguous(), weight, threshold, out, segments)
+    launch_gemv("given", x.contiguous(), weight, threshold, out, segments, dtype=x.dtype, weight_scale=scale)
     return out.to(x.dtype)

@@ -13,6 +13,7 @@ MODELS = {
     "window": {"sliding_window": 5},
     "biases, one head a group": {"qkv_bias": True, "n_local_heads": 4},
     "shifted": {"shifted": True},
+    "int8, shifted": {"quant": "int8", "shifted": True},
     "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
 }
 
