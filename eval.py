@@ -122,6 +122,15 @@ def main(
         raise ValueError(f"--sparsity {sparsity} is outside [0, 1)")
     if not 0 < sparse_fraction <= 1:
         raise ValueError(f"--sparse_fraction {sparse_fraction} is outside (0, 1]")
+    for flag, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} {value} must be at least 1")
+    if tasks not in TASKS:
+        named = tasks.split(",")
+        if mixed := [name for name in named if name in TASKS]:
+            raise ValueError(f"--tasks {tasks}: {mixed[0]} is a run of its own; leave out the others")
+        if data is not None and not all(name.endswith((".yaml", ".yml")) for name in named):
+            raise ValueError(f"--data is the text of perplexity and of task files; {tasks} has data of its own")
     torch_device, dtype = resolve_device(device), PRECISIONS[precision]
     text = task_text(tasks, data) if tasks in TASKS else None
     harness = None if tasks in TASKS else load_harness(tasks)

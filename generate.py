@@ -549,7 +549,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint_path", help="a checkpoint's folder or a file in it; default: SmolLM2-135M-Instruct"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decode step (CUDA graphs on a GPU)")
+    parser.add_argument("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
     parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prefill too")
     parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one generation")
     parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")

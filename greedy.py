@@ -65,13 +65,18 @@ class Allocation:
     def __init__(self, layers: list[dict[str, list]], metadata: dict):
         self.layers, self.metadata = layers, metadata
 
+    @property
+    def covered(self) -> tuple[float, float]:
+        """The first and the last sparsity that every layer has rows for."""
+        return max(rows["level"][0] for rows in self.layers), min(rows["level"][-1] for rows in self.layers)
+
     def at(self, sparsity: float) -> list[dict[str, float]]:
         """Sparsity of each projection in each layer where the model's is `sparsity`, linear between two rows.
 
         Raises:
             ValueError: a sparsity beyond the rows.
         """
-        first, last = max(rows["level"][0] for rows in self.layers), min(rows["level"][-1] for rows in self.layers)
+        first, last = self.covered
         if not first <= sparsity <= last:
             raise ValueError(
                 f"sparsity {sparsity} is outside what the allocation covers, {first:.3f} to {last:.3f}; "
@@ -111,8 +116,14 @@ def _is_path(rows: dict[str, list]) -> bool:
     return bool(columns.size and rising and ((columns >= 0) & (columns < 1)).all())
 
 
+def _load(path: Path) -> Allocation | ThresholdTable:
+    return load_table(path) if path.suffix == ".safetensors" else load_allocation(path)
+
+
 def resolve_allocation(name: str, folder: Path | None, sparsity: float) -> tuple[str, float | list]:
     """What `--allocation` means for the checkpoint in `folder` (None: random weights).
+
+    "best" is the first of global, greedy and uniform that is there and covers the sparsity; 0 is dense whatever is.
 
     Returns:
         its name as it is reported, and what `set_allocation` takes for it.
@@ -122,14 +133,15 @@ def resolve_allocation(name: str, folder: Path | None, sparsity: float) -> tuple
     """
     beside = {known: folder / file for known, file in BESIDE.items()} if folder else {}
     if name == "best":
-        name = next((known for known, path in beside.items() if path.is_file()), "uniform")
+        there = (known for known, path in beside.items() if sparsity and path.is_file())
+        name = next((known for known in there if sparsity <= _load(beside[known]).covered[1]), "uniform")
     if name == "uniform":
         return name, sparsity
     path = beside.get(name, Path(name))
     if not path.is_file():
         make = ", ".join(f"{known} (make it: python greedy.py --method {method})" for method, known in METHODS.items())
         raise ValueError(f"--allocation {name}: no file {path}; what does: best, uniform, {make}, or a file's path")
-    allocation = load_table(path) if path.suffix == ".safetensors" else load_allocation(path)
+    allocation = _load(path)
     if folder:
         allocation.check_fingerprint(folder)
     return name, allocation.at(sparsity)

@@ -1,11 +1,12 @@
 """The LM evaluation harness (lm-eval) on this repository's models: what `eval.py --tasks` runs beside perplexity.
 
     python eval.py --tasks arc_challenge,piqa --sparsity 0.5                       # by the harness's names, fetched
-    python eval.py --tasks benchmarks/tasks/piqa.yaml --data piqa.jsonl --limit 100    # a task file, a local text
+    python eval.py --tasks benchmarks/tasks/multiple_choice.yaml --data piqa.jsonl --limit 100
 
-Requests of equal length share a forward pass, so nothing is padded: a batch computes what single requests would, and
-the sparsity counted is that of real tokens. Of every input the last `sparse_fraction` is cut, as in perplexity; in
-generation all new tokens are cut as well.
+The second takes a task file and a local text. Requests of equal length share a forward pass, so nothing is padded: a
+batch computes what single requests would. Of every input the last `sparse_fraction` is cut, as in perplexity; in
+generation all new tokens are cut as well. A row that has stopped stays in its batch until all have: the sparsity counts
+what it is fed then.
 """
 
 import math
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -172,6 +175,8 @@ def load_task(name: str, data: Path | None, manager: TaskManager) -> str | dict:
     except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{name} is not a task file of lm-eval ({one_line(error)})") from None
     if data is None:
+        if config.get("dataset_path") == "json" and not (config.get("dataset_kwargs") or {}).get("data_files"):
+            raise ValueError(f"the task file {name} names no data; give it --data FILE.jsonl")
         return config
     if not data.is_file():
         raise ValueError(f"no file {data}, the --data of task {name}")
@@ -199,7 +204,7 @@ def evaluate(
             model, tasks=[task], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
             bootstrap_iters=0,
         )["results"]  # fmt: skip
-    except (OSError, KeyError) as error:  # the hub's and the reader's errors; a field that the data do not have
+    except (OSError, KeyError, DatasetsError, TemplateError) as error:  # the hub's, the reader's; a field not there
         raise ValueError(f"task {name} cannot be evaluated ({type(error).__name__}: {one_line(error)})") from None
     wanted = {name: found[name]} if name in found else found
     return {

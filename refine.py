@@ -70,15 +70,20 @@ class ThresholdTable:
         names = [f"{layer}.{site}" for layer in range(len(self.tensors) // (2 * len(SITES))) for site in SITES]
         return [(self.tensors[f"{name}.threshold"][i], self.tensors[f"{name}.shift"][i]) for name in names]
 
+    @property
+    def covered(self) -> tuple[float, float]:
+        """The first and the last sparsity."""
+        return 0.0, self.levels[-1]
+
     def at(self, sparsity: float) -> list[tuple[Tensor, Tensor]]:
         """What `SparseTransformer.set_cuts` takes for a sparsity: linear between two levels, 0 thresholds at 0.
 
         Raises:
             ValueError: a sparsity beyond the last level.
         """
-        if not 0 <= sparsity <= self.levels[-1]:
+        if not 0 <= sparsity <= self.covered[1]:
             raise ValueError(
-                f"sparsity {sparsity} is outside what the allocation covers, 0 to {self.levels[-1]:.3f}; "
+                f"sparsity {sparsity} is outside what the allocation covers, 0 to {self.covered[1]:.3f}; "
                 "choose one inside or --allocation uniform"
             )
         above = int(np.searchsorted(self.levels, sparsity))
@@ -122,7 +127,13 @@ def load_table(path: str | Path) -> ThresholdTable:
         raise ValueError(f"no allocation file at {path}; {again}") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a file of thresholds ({error}); {again}") from None
-    return ThresholdTable(tensors.pop("levels").tolist(), tensors, metadata)
+    levels = tensors.pop("levels", torch.zeros(0)).flatten().tolist()
+    layers = len(tensors) // (2 * len(SITES))
+    names = {f"{layer}.{site}.{kind}" for layer in range(layers) for site in SITES for kind in ("threshold", "shift")}
+    whole = set(tensors) == names and all(len(tensor) == len(levels) for tensor in tensors.values())
+    if not levels or not layers or not whole or sorted(set(levels)) != levels:
+        raise ValueError(f"{path} is damaged: levels or tensors are missing; {again}")
+    return ThresholdTable(levels, tensors, metadata)
 
 
 @contextmanager

@@ -160,8 +160,12 @@ class SparseTransformer(Transformer):
             ValueError: they are of another model; nothing was set then.
         """
         shapes = [tuple(module.threshold.shape) for module in self.projections]
-        if shapes != [tuple(threshold.shape) for threshold, _ in cuts]:
-            raise ValueError(f"the thresholds are of another model: {len(cuts)} inputs, the model has {len(shapes)}")
+        found = [tuple(threshold.shape) for threshold, _ in cuts]
+        if shapes != found or any(c is not None and len(c) != n for (_, c), (_, n) in zip(cuts, shapes, strict=True)):
+            raise ValueError(
+                f"the thresholds are of another model: {len(cuts)} inputs, the first {found[:1]}; "
+                f"the model has {len(shapes)}, the first {shapes[0]}"
+            )
         for module, (threshold, shift) in zip(self.projections, cuts, strict=True):
             module.threshold.copy_(threshold)
             module.set_shift(shift)

@@ -37,6 +37,7 @@ from llama_cpp import Llama
 threads = int(sys.argv[2])
 model = Llama(sys.argv[1], n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
 token = (llama_cpp.llama_token * 1)(5)
+print("ready", flush=True)
 for line in sys.stdin:
     model.reset()
     model.eval([1, 2, 3, 4, 5])
@@ -65,7 +66,15 @@ def main(
     rounds: int,
     precision: str,
 ) -> None:
-    """Measures, prints a table and writes the rows. Raises ValueError as generate.py does."""
+    """Measures, prints a table and writes the rows.
+
+    Raises:
+        ValueError: no compiled kernel, counts out of range, a llama.cpp that does not start; and as generate.py does.
+    """
+    if cpu.library() is None:
+        raise ValueError("the compiled CPU kernel is what is measured here; it needs a C++ compiler (g++, or CXX)")
+    if not 1 <= steps <= CACHE - PROMPT or rounds < 2:
+        raise ValueError(f"--steps {steps} is outside 1 to {CACHE - PROMPT}, or --rounds {rounds} under 2")
     folder = None if random_init else resolve_checkpoint(None)
     source = Source(folder, random_init, 1234, torch.device("cpu"), PRECISIONS[precision])
     model = source.load(SparseTransformer)
@@ -79,6 +88,8 @@ def main(
         llama = subprocess.Popen(
             [llama_python, "-c", LLAMA, gguf, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        if llama.stdout.readline() != "ready\n":
+            raise ValueError(f"{llama_python} does not run llama.cpp on {gguf}; pip install llama-cpp-python there")
 
     def llama_step() -> float:
         llama.stdin.write(f"{steps}\n")

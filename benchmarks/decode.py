@@ -56,6 +56,7 @@ def main(
     sparsities: list[float],
     prompt: str | None,
     compile_prefill: bool,
+    allocation: str,
     max_new_tokens: int,
     num_samples: int,
     device: str,
@@ -68,6 +69,7 @@ def main(
         options = {
             **source,
             "compile_prefill": compile_prefill,
+            "allocation": allocation,
             "prompt": prompt,
             "max_new_tokens": max_new_tokens,
             "num_samples": num_samples,
@@ -102,6 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--prompt", help="text, or a number of tokens")
     parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
+    parser.add_argument("--allocation", default="uniform", help="as generate.py's; rows of another replace each other")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--num_samples", type=int, default=5)
     add_device_arguments(parser)

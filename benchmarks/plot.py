@@ -79,6 +79,9 @@ def plot_quality(plt) -> None:
         axis.set_xlabel("achieved sparsity, %")
         axis.set_ylabel("perplexity")
         axis.set_yscale("log")
+        ticks = [18, 20, 25, 30, 40, 60, 100, 200]
+        axis.set_yticks(ticks, [str(tick) for tick in ticks])
+        axis.set_yticks([], minor=True)
         axis.set_ylim(top=min(axis.get_ylim()[1], 300))
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
@@ -93,8 +96,10 @@ def save(figure, name: str) -> None:
 
 
 def main() -> None:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("the plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

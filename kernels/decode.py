@@ -3,7 +3,8 @@
     norm + qkv | rope + cache + attention | o + residual | norm + gate, up | SiLU x up + down + residual
 
 then norm + lm_head, and the sampling. Products accumulate in float32 by atomics: many programs of one warp keep the
-most loads in flight, and none waits for another. A buffer that a product adds to is zeroed by an earlier launch.
+most loads in flight, and none waits for another but for a norm's scale. A buffer that a product adds to is zeroed by an
+earlier launch.
 
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
 at `gdc_wait`. What comes before that line may read only what no launch of this step writes: weights, thresholds, the

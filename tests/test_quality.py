@@ -38,19 +38,16 @@ def tokens() -> torch.Tensor:
 @pytest.mark.parametrize("rule", ["cats", "up-output"])
 def test_gates_cut_the_share_of_the_weights(folder, tokens, rule):
     model = load(folder)
-    sizes = {"q": 32, "k": 16, "v": 16, "o": 32, "gate": 48, "up": 48, "down": 48}
-    share = sum(sizes[p] for p in ("up", "down")[: 2 if rule == "cats" else 1]) / sum(sizes.values())
     assert quality.share_of(model, "up", "down") == pytest.approx(96 / 240)
     _, factor = quality.prepare(model, rule, 0.15, folder, load_statistics(folder / "calibration.safetensors"), tokens)
     model(tokens, dense_prefix=5)
     assert model.achieved_sparsity() * factor == pytest.approx(0.15, abs=0.02)
-    below = 0.15 / share  # of the gates
     feed_forward = model.layers[0].feed_forward
     x = model.layers[0].ffn_norm(torch.randn(1, 9, 32))
     gate, up = feed_forward.w13(x).chunk(2, -1)
     product = F.silu(gate)
     keep = product.abs() > feed_forward.threshold
-    assert 0 < keep.float().mean() < 1 and 0 < below < 1
+    assert 0 < keep.float().mean() < 1
     torch.testing.assert_close(feed_forward(x)[:, 3:], feed_forward.w2(product * keep * up)[:, 3:])
     with pytest.raises(ValueError, match=rf"{rule} cuts at most"):
         quality.prepare(load(folder), rule, 0.45, folder, None, tokens)

@@ -1,6 +1,5 @@
 """Cuts around a shift, the thresholds that refine.py makes of gradients, their file, what --allocation makes of it."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -101,8 +100,10 @@ def test_the_offset_is_counted_as_read():
 def test_cuts_of_another_model():
     model = build(SparseTransformer)
     cuts = [(module.threshold + 1, None) for module in model.projections]
-    with pytest.raises(ValueError, match="of another model: 7 inputs, the model has 8"):
-        model.set_cuts(cuts[:-1])
+    wide = [(threshold, torch.zeros(threshold.shape[1] + 1)) for threshold, _ in cuts]
+    for wrong in (cuts[:-1], [(cuts[0][0][:, :-1], None), *cuts[1:]], wide):
+        with pytest.raises(ValueError, match=rf"of another model: {len(wrong)} inputs.*the model has 8"):
+            model.set_cuts(wrong)
     assert not any(module.threshold.any() for module in model.projections)
 
 
@@ -261,7 +262,9 @@ def test_programs_use_and_name_it(made, capsys):
 def test_tables_that_do_not_do(made, tmp_path):
     copy = shutil.copytree(made, tmp_path / "copy")
     with pytest.raises(ValueError, match=r"sparsity 0\.7 is outside"):
-        resolve_allocation("best", copy, 0.7)
+        resolve_allocation("global", copy, 0.7)
+    assert resolve_allocation("best", copy, 0.7) == ("uniform", 0.7)
+    assert resolve_allocation("best", copy, 0.0) == ("uniform", 0.0)
     path = copy / "allocation_global.safetensors"
     table = load_table(path)
     table.metadata["fingerprint"] = "0" * 32
@@ -299,4 +302,15 @@ def test_mistakes(made):
     for options, message in (({"updates": -1}, "--updates -1"), ({"num_tokens": 1}, "--num_tokens 1 is too few")):
         with pytest.raises(ValueError, match=message):
             greedy.main(made, method="global", **options)
-    assert json.loads((made / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("missing", ["levels", "0.o.shift", "all"])
+def test_damaged_tables(missing, made, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(made / "allocation_global.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if missing != "all" and name != missing}
+    path = tmp_path / "table.safetensors"
+    save_file(kept or {"levels": torch.ones(1)}, path, {"format": "thresholds 1"})
+    with pytest.raises(ValueError, match="is damaged"):
+        load_table(path)
