@@ -12,6 +12,7 @@ what it is fed then.
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -156,6 +157,12 @@ class HarnessModel(TemplateLM):
         return [text[:end] for text, end in zip(texts, ends, strict=True)]
 
 
+@cache
+def task_manager() -> TaskManager:
+    """lm-eval's tasks by name; finding them all takes ten seconds."""
+    return TaskManager()
+
+
 def load_task(name: str, data: Path | None, manager: TaskManager) -> str | dict:
     """What `simple_evaluate` takes for a name or a task file; `data` replaces the file's own data.
 
@@ -195,7 +202,7 @@ def evaluate(
     Raises:
         ValueError: an unknown task, or one whose data cannot be fetched or read.
     """
-    manager = TaskManager()
+    manager = task_manager()
     task = load_task(name, data, manager)
     if num_fewshot is None:
         num_fewshot = NUM_FEWSHOT.get(name)

@@ -156,6 +156,9 @@ def test_main(checkpoint, text, capsys):  # noqa: F811
         ({"context": 300_000}, r"a window 300000 \+ 512"),
         ({"sparsity": 0.5, "statistics": Path("absent.safetensors"), "context": 10, "window": 5}, "no statistics file"),
         ({"checkpoint_path": Path("absent")}, "absent"),
+        ({"tasks": "perplexity,piqa"}, "perplexity is a run of its own"),
+        ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
+        ({"limit": 0}, "--limit 0 must be at least 1"),
     ],
 )
 def test_mistakes(checkpoint, text, options, message):  # noqa: F811

@@ -153,11 +153,23 @@ def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task
         ({"tasks": "no_such_task"}, "unknown task 'no_such_task'"),
         ({"tasks": "absent.yaml"}, r"absent.yaml is not a task file"),
         ({"tasks": str(TASKS / "cloze.yaml"), "data": Path("absent.jsonl")}, r"no file absent.jsonl"),
+        ({"tasks": str(TASKS / "cloze.yaml")}, r"cloze.yaml names no data; give it --data"),
+        ({"tasks": "piqa", "data": Path("a.jsonl")}, r"--data is the text of perplexity and of task files; piqa"),
     ],
 )
 def test_mistakes(both, options, message):
     with pytest.raises(ValueError, match=message):
         evaluation.main(checkpoint_path=both[1], precision="float32", **options)
+
+
+@pytest.mark.parametrize("content", ["{not json", json.dumps({"other": 1}) + "\n"])
+def test_data_that_are_no_documents(both, tmp_path, monkeypatch, content):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "broken.jsonl"
+    path.write_text(content)
+    options = {"tasks": str(TASKS / "multiple_choice.yaml"), "data": path, "precision": "float32"}
+    with pytest.raises(ValueError, match="cannot be evaluated"):
+        evaluation.main(checkpoint_path=both[1], **options)
 
 
 def test_without_lm_eval(both, monkeypatch):
