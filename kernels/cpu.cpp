@@ -257,12 +257,18 @@ void product(const T* x, const T* weight, const float* threshold, T* out, int64_
 
 // ---- the decode step
 
-// What cpu.py passes; keep both in the same order. Weights are [in, out], but embedding and output [vocab, dim].
+// What cpu.py passes; keep both in the same order. The embedding and the output are [vocab, dim].
+struct Projection {
+  const void *weight, *bias;  // [in, out], [out] or null
+  const float* threshold;     // [segments, in]
+  const float* shift;         // [in] or null: what a cut input is taken to be
+  const float* offset;        // [out] or null: the product of the shift
+};
 struct Layer {
-  const void *attention_norm, *wqkv, *qkv_bias, *wo, *ffn_norm, *w13, *w2;  // qkv_bias may be null
-  const float *threshold_qkv, *threshold_o, *threshold_13, *threshold_2;    // [segments, in]
-  void *k_cache, *v_cache;                                                  // [n_local_heads, cache_length, head_dim]
-  int64_t window;  // keys that a query sees, itself included
+  const void *attention_norm, *ffn_norm;
+  Projection wqkv, wo, w13, w2;
+  void *k_cache, *v_cache;  // [n_local_heads, cache_length, head_dim]
+  int64_t window;           // keys that a query sees, itself included
 };
 struct Model {
   int64_t n_layer, n_head, n_local_heads, head_dim, dim, hidden, vocab, cache_length;
@@ -271,7 +277,7 @@ struct Model {
   const float* inv_freq;
   float *h, *qkv, *y, *act, *logits;  // room for the values between the phases of a step
   float* tops;                        // the largest logit of each GROUP
-  int64_t cut;                        // 0: the threshold test is left out
+  int64_t cut;                        // 0: thresholds, shifts and offsets are left out
   float eps, temperature;
   int64_t top_k;
 };
@@ -306,13 +312,13 @@ class Worker {
   const int thread, threads;
   Barrier& barrier;
   Kept kept;
-  std::vector<float> x, sums, scores, cos, sin, head;
+  std::vector<float> x, shifted, sums, scores, cos, sin, head;
 
  public:
   Worker(const Model& m, int64_t position, int thread, int threads, Barrier& barrier)
       : m(m), position(position), thread(thread), threads(threads), barrier(barrier),
-        kept(std::max({m.dim, m.hidden, m.n_head * m.head_dim})), x(m.dim),
-        sums(std::max({GROUP, m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim})),
+        kept(std::max({m.dim, m.hidden, m.n_head * m.head_dim})), x(m.dim), shifted(kept.value.size()),
+        sums(std::max({GROUP, m.dim, 2 * m.hidden})),
         scores(position + 1), cos(m.head_dim / 2), sin(m.head_dim / 2), head(2 * m.head_dim) {}
 
   void step(int64_t token) {
@@ -331,11 +337,11 @@ class Worker {
       barrier.wait(threads);
       for (int64_t h = m.n_head * thread / threads; h < m.n_head * (thread + 1) / threads; h++) attend(layer, h);
       barrier.wait(threads);
-      add_product(m.y, m.n_head * m.head_dim, layer.wo, layer.threshold_o);
+      add_product(m.y, m.n_head * m.head_dim, layer.wo);
       barrier.wait(threads);
       gate_and_up(layer);
       barrier.wait(threads);
-      add_product(m.act, m.hidden, layer.w2, layer.threshold_2);
+      add_product(m.act, m.hidden, layer.w2);
       barrier.wait(threads);
     }
     normalize(m.norm);
@@ -361,9 +367,25 @@ class Worker {
     for (int64_t i = 0; i < m.dim; i++) x[i] = rounded<T>(rounded<T>(m.h[i] * scale) * float(weight[i]));
   }
 
-  void list(const float* from, const float* threshold, int64_t n_in) {
-    if (m.cut) kept.list(from, threshold, n_in);
+  // The inputs that the thresholds test: x - shift.
+  const float* shift(const float* from, const Projection& projection, int64_t n_in) {
+    if (!m.cut || !projection.shift) return from;
+#pragma omp simd
+    for (int64_t i = 0; i < n_in; i++) shifted[i] = rounded<T>(from[i] - projection.shift[i]);
+    return shifted.data();
+  }
+
+  // sums[0 .. end - begin) = outputs begin .. end of segment s, rounded.
+  void multiply(const float* from, const Projection& projection, int64_t n_in, int64_t n_out, int64_t s, int64_t begin,
+                int64_t end, float* sums) {
+    if (m.cut) kept.list(from, projection.threshold + s * n_in, n_in);
     else kept.list_all(from, n_in);
+    outputs(static_cast<const T*>(projection.weight), n_out, kept, begin, end, sums);
+    round_all<T>(sums, sums, end - begin);
+    if (m.cut && projection.offset)
+      for (int64_t j = begin; j < end; j++) sums[j - begin] = rounded<T>(sums[j - begin] + projection.offset[j]);
+    if (const T* bias = static_cast<const T*>(projection.bias))
+      for (int64_t j = begin; j < end; j++) sums[j - begin] = rounded<T>(sums[j - begin] + float(bias[j]));
   }
 
   void project_qkv(const Layer& layer) {
@@ -371,16 +393,12 @@ class Worker {
     const int64_t widths[3] = {m.n_head * m.head_dim, m.n_local_heads * m.head_dim, m.n_local_heads * m.head_dim};
     const int64_t n_out = widths[0] + widths[1] + widths[2];
     const Range mine(n_out, thread, threads, GRAIN);
-    const T* bias = static_cast<const T*>(layer.qkv_bias);
+    const float* from = shift(x.data(), layer.wqkv, m.dim);
     int64_t start = 0;
     for (int64_t s = 0; s < 3; start += widths[s++]) {
       const int64_t begin = std::max(mine.begin, start), end = std::min(mine.end, start + widths[s]);
       if (begin >= end) continue;
-      list(x.data(), layer.threshold_qkv + s * m.dim, m.dim);
-      outputs(static_cast<const T*>(layer.wqkv), n_out, kept, begin, end, sums.data());
-      round_all<T>(sums.data(), m.qkv + begin, end - begin);
-      if (bias)
-        for (int64_t j = begin; j < end; j++) m.qkv[j] = rounded<T>(m.qkv[j] + float(bias[j]));
+      multiply(from, layer.wqkv, m.dim, n_out, s, begin, end, m.qkv + begin);
     }
   }
 
@@ -428,31 +446,27 @@ class Worker {
     for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(y[i] / total);
   }
 
-  // h += W^T cut(from)
-  void add_product(const float* from, int64_t n_in, const void* weight, const float* threshold) {
+  // h += the product
+  void add_product(const float* from, int64_t n_in, const Projection& projection) {
     const Range mine(m.dim, thread, threads, GRAIN);
-    list(from, threshold, n_in);
-    outputs(static_cast<const T*>(weight), m.dim, kept, mine.begin, mine.end, sums.data());
+    multiply(shift(from, projection, n_in), projection, n_in, m.dim, 0, mine.begin, mine.end, sums.data());
 #pragma omp simd
-    for (int64_t j = mine.begin; j < mine.end; j++)
-      m.h[j] = rounded<T>(m.h[j] + rounded<T>(sums[j - mine.begin]));
+    for (int64_t j = mine.begin; j < mine.end; j++) m.h[j] = rounded<T>(m.h[j] + sums[j - mine.begin]);
   }
 
   // act = silu(gate) * up, of the same columns of both
   void gate_and_up(const Layer& layer) {
     normalize(layer.ffn_norm);
     const Range mine(m.hidden, thread, threads, GRAIN);
+    const float* from = shift(x.data(), layer.w13, m.dim);
     float *gate = sums.data(), *up = gate + m.hidden;
     for (int64_t s = 0; s < 2; s++) {
-      list(x.data(), layer.threshold_13 + s * m.dim, m.dim);
-      outputs(static_cast<const T*>(layer.w13), 2 * m.hidden, kept, s * m.hidden + mine.begin, s * m.hidden + mine.end,
-              s ? up : gate);
+      const int64_t start = s * m.hidden;
+      multiply(from, layer.w13, m.dim, 2 * m.hidden, s, start + mine.begin, start + mine.end, s ? up : gate);
     }
 #pragma omp simd
-    for (int64_t j = 0; j < mine.end - mine.begin; j++) {
-      const float g = rounded<T>(gate[j]);
-      m.act[mine.begin + j] = rounded<T>(rounded<T>(g / (1.0f + exponential(-g))) * rounded<T>(up[j]));
-    }
+    for (int64_t j = 0; j < mine.end - mine.begin; j++)
+      m.act[mine.begin + j] = rounded<T>(rounded<T>(gate[j] / (1.0f + exponential(-gate[j]))) * up[j]);
   }
 };
 
