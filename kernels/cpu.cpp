@@ -1,15 +1,17 @@
 // Batch-1 decoding on a CPU: the product that reads only the weight rows of kept inputs, and a whole decode step made
 // of it. Built and called by cpu.py.
 //
-// A thread takes a range of a product's outputs: it lists the kept inputs, then adds eight kept rows at a time to
-// float32 sums that stay in the first-level cache, fetching later ones meanwhile. So sums have one order, whatever the
-// number of threads. Values are rounded to the model's dtype where the plain torch path rounds them, but for the
-// attention's inside, which keeps float32.
+// The product alone: a thread takes a range of the outputs, so sums have one order, whatever the number of threads. In a
+// step: a thread takes a part of the kept inputs at full width, so its rows are long streams, and the sums are added when
+// the threads have met. Either way a thread lists the kept inputs, then adds eight kept rows at a time to float32 sums
+// that stay in the first-level cache, fetching later ones meanwhile. Values are rounded to the model's dtype where the
+// plain torch path rounds them, but for the attention's inside, which keeps float32.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -129,7 +131,7 @@ inline float exponential(float x) {
 // ---- products
 
 constexpr int64_t ROWS = 8;        // rows added at a time
-constexpr int64_t COLUMNS = 1024;  // outputs summed at a time: 4 KB
+constexpr int64_t COLUMNS = 4096;  // outputs summed at a time: 16 KB
 constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of W is read twice
 
@@ -171,6 +173,13 @@ struct Kept {
 
   explicit Kept(int64_t most) : index(most + LANES), value(most + LANES) {}  // room to write behind the last one
 
+  // Leaves the part of them that a thread takes.
+  void take(int thread, int threads) {
+    const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
+    std::copy(index.begin() + begin, index.begin() + end, index.begin());
+    std::copy(value.begin() + begin, value.begin() + end, value.begin());
+    n = end - begin;
+  }
   void list(const float* x, const float* threshold, int64_t n_in) {
     n = 0;
     int64_t i = 0;
@@ -311,12 +320,15 @@ class Worker {
   const int64_t position;
   const int thread, threads;
   Barrier& barrier;
+  float* const partials;  // [2, threads, most]: of two products in turn, as others may still read the last one's
+  const int64_t most;     // outputs of a product
+  bool second = false;
   Kept kept;
   std::vector<float> x, shifted, sums, scores, cos, sin, head;
 
  public:
-  Worker(const Model& m, int64_t position, int thread, int threads, Barrier& barrier)
-      : m(m), position(position), thread(thread), threads(threads), barrier(barrier),
+  Worker(const Model& m, int64_t position, int thread, int threads, Barrier& barrier, float* partials, int64_t most)
+      : m(m), position(position), thread(thread), threads(threads), barrier(barrier), partials(partials), most(most),
         kept(std::max({m.dim, m.hidden, m.n_head * m.head_dim})), x(m.dim), shifted(kept.value.size()),
         sums(std::max({GROUP, m.dim, 2 * m.hidden})),
         scores(position + 1), cos(m.head_dim / 2), sin(m.head_dim / 2), head(2 * m.head_dim) {}
@@ -375,31 +387,46 @@ class Worker {
     return shifted.data();
   }
 
-  // sums[0 .. end - begin) = outputs begin .. end of segment s, rounded.
-  void multiply(const float* from, const Projection& projection, int64_t n_in, int64_t n_out, int64_t s, int64_t begin,
-                int64_t end, float* sums) {
-    if (m.cut) kept.list(from, projection.threshold + s * n_in, n_in);
-    else kept.list_all(from, n_in);
-    outputs(static_cast<const T*>(projection.weight), n_out, kept, begin, end, sums);
-    round_all<T>(sums, sums, end - begin);
+  // The product's sums over this thread's share of the kept inputs, then a meeting.
+  void multiply(const float* from, const Projection& projection, int64_t n_in, std::initializer_list<int64_t> widths) {
+    int64_t n_out = 0, start = 0, segment = 0;
+    for (const int64_t width : widths) n_out += width;
+    second = !second;
+    float* sums = partials + (second * threads + thread) * most;
+    if (!m.cut) {
+      kept.list_all(from, n_in);
+      kept.take(thread, threads);
+      outputs(static_cast<const T*>(projection.weight), n_out, kept, 0, n_out, sums);
+    } else {
+      for (const int64_t width : widths) {
+        kept.list(from, projection.threshold + segment++ * n_in, n_in);
+        kept.take(thread, threads);
+        outputs(static_cast<const T*>(projection.weight), n_out, kept, start, start + width, sums + start);
+        start += width;
+      }
+    }
+    barrier.wait(threads);
+  }
+
+  // to[0 .. end - begin) = the last product's outputs begin .. end, rounded.
+  void gather(const Projection& projection, int64_t begin, int64_t end, float* to) {
+    const float* from = partials + second * threads * most;
+    std::copy(from + begin, from + end, to);
+    for (int t = 1; t < threads; t++)
+      for (int64_t j = begin; j < end; j++) to[j - begin] += from[t * most + j];
+    round_all<T>(to, to, end - begin);
     if (m.cut && projection.offset)
-      for (int64_t j = begin; j < end; j++) sums[j - begin] = rounded<T>(sums[j - begin] + projection.offset[j]);
+      for (int64_t j = begin; j < end; j++) to[j - begin] = rounded<T>(to[j - begin] + projection.offset[j]);
     if (const T* bias = static_cast<const T*>(projection.bias))
-      for (int64_t j = begin; j < end; j++) sums[j - begin] = rounded<T>(sums[j - begin] + float(bias[j]));
+      for (int64_t j = begin; j < end; j++) to[j - begin] = rounded<T>(to[j - begin] + float(bias[j]));
   }
 
   void project_qkv(const Layer& layer) {
     normalize(layer.attention_norm);
-    const int64_t widths[3] = {m.n_head * m.head_dim, m.n_local_heads * m.head_dim, m.n_local_heads * m.head_dim};
-    const int64_t n_out = widths[0] + widths[1] + widths[2];
-    const Range mine(n_out, thread, threads, GRAIN);
-    const float* from = shift(x.data(), layer.wqkv, m.dim);
-    int64_t start = 0;
-    for (int64_t s = 0; s < 3; start += widths[s++]) {
-      const int64_t begin = std::max(mine.begin, start), end = std::min(mine.end, start + widths[s]);
-      if (begin >= end) continue;
-      multiply(from, layer.wqkv, m.dim, n_out, s, begin, end, m.qkv + begin);
-    }
+    const int64_t q = m.n_head * m.head_dim, kv = m.n_local_heads * m.head_dim;
+    multiply(shift(x.data(), layer.wqkv, m.dim), layer.wqkv, m.dim, {q, kv, kv});
+    const Range mine(q + 2 * kv, thread, threads, GRAIN);
+    gather(layer.wqkv, mine.begin, mine.end, m.qkv + mine.begin);
   }
 
   void rotate(const float* from, float* to) {
@@ -449,7 +476,8 @@ class Worker {
   // h += the product
   void add_product(const float* from, int64_t n_in, const Projection& projection) {
     const Range mine(m.dim, thread, threads, GRAIN);
-    multiply(shift(from, projection, n_in), projection, n_in, m.dim, 0, mine.begin, mine.end, sums.data());
+    multiply(shift(from, projection, n_in), projection, n_in, {m.dim});
+    gather(projection, mine.begin, mine.end, sums.data());
 #pragma omp simd
     for (int64_t j = mine.begin; j < mine.end; j++) m.h[j] = rounded<T>(m.h[j] + sums[j - mine.begin]);
   }
@@ -458,12 +486,10 @@ class Worker {
   void gate_and_up(const Layer& layer) {
     normalize(layer.ffn_norm);
     const Range mine(m.hidden, thread, threads, GRAIN);
-    const float* from = shift(x.data(), layer.w13, m.dim);
     float *gate = sums.data(), *up = gate + m.hidden;
-    for (int64_t s = 0; s < 2; s++) {
-      const int64_t start = s * m.hidden;
-      multiply(from, layer.w13, m.dim, 2 * m.hidden, s, start + mine.begin, start + mine.end, s ? up : gate);
-    }
+    multiply(shift(x.data(), layer.w13, m.dim), layer.w13, m.dim, {m.hidden, m.hidden});
+    gather(layer.w13, mine.begin, mine.end, gate);
+    gather(layer.w13, m.hidden + mine.begin, m.hidden + mine.end, up);
 #pragma omp simd
     for (int64_t j = 0; j < mine.end - mine.begin; j++)
       m.act[mine.begin + j] = rounded<T>(rounded<T>(gate[j] / (1.0f + exponential(-gate[j]))) * up[j]);
@@ -505,8 +531,10 @@ int64_t sample(const Model& m, uint64_t seed) {
 template <typename T>
 int64_t decode(const Model& m, int64_t token, int64_t position, uint64_t seed, int threads) {
   Barrier barrier;
+  const int64_t most = std::max({m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim});
+  std::vector<float> partials(2 * threads * most);
 #pragma omp parallel num_threads(threads)
-  Worker<T>(m, position, omp_get_thread_num(), omp_get_num_threads(), barrier).step(token);
+  Worker<T>(m, position, omp_get_thread_num(), omp_get_num_threads(), barrier, partials.data(), most).step(token);
   return sample(m, seed);
 }
 

@@ -110,8 +110,8 @@ class _Model(ctypes.Structure):
 class CpuDecoder:
     """Decode steps of a SparseTransformer at batch 1 on a CPU, each one call of the compiled library.
 
-    A step takes a token to the next one, sampling included, with torch's number of threads. It reads the model's
-    tensors where they lie, so they must stay there.
+    A step takes a token to the next one, sampling included, with torch's number of threads, which sets the order of
+    sums. It reads the model's tensors where they lie, so they must stay there.
 
     Args:
         model: with its cache set up for one row.
