@@ -113,8 +113,7 @@ class Generator:
         if compile_prefill:
             self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
         self._fused: FusedDecoder | cpu.CpuDecoder | None = None
-        unfit = self.device.type == "cpu" and getattr(model, "shifted", False)
-        fits = can_fuse(self.device, batch_size, top_k, model.config.quant) and not unfit
+        fits = can_fuse(self.device, batch_size, top_k, model.config.quant)
         if compile and isinstance(model, SparseTransformer) and fits:
             fused_class = cpu.CpuDecoder if self.device.type == "cpu" else FusedDecoder
             self._fused = fused_class(model, sparsity, temperature, top_k)

@@ -148,11 +148,6 @@ class SparseTransformer(Transformer):
                 return
         raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
 
-    @property
-    def shifted(self) -> bool:
-        """Whether any projection cuts around something else than 0."""
-        return any(module.shift is not None for module in self.projections)
-
     def set_cuts(self, cuts: list[tuple[Tensor, Tensor | None]]) -> None:
         """Sets (threshold [S, in], shift [in] or None) of each of `projections`.
 

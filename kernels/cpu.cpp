@@ -1,15 +1,17 @@
 // Batch-1 decoding on a CPU: the product that reads only the weight rows of kept inputs, and a whole decode step made
 // of it. Built and called by cpu.py.
 //
-// A thread takes a range of a product's outputs: it lists the kept inputs, then adds eight kept rows at a time to
-// float32 sums that stay in the first-level cache, fetching later ones meanwhile. So sums have one order, whatever the
-// number of threads. Values are rounded to the model's dtype where the plain torch path rounds them, but for the
-// attention's inside, which keeps float32.
+// The product alone: a thread takes a range of the outputs, so sums have one order, whatever the number of threads. In a
+// step: a thread takes a part of the kept inputs at full width, so its rows are long streams, and the sums are added when
+// the threads have met. Either way a thread lists the kept inputs, then adds eight kept rows at a time to float32 sums
+// that stay in the first-level cache, fetching later ones meanwhile. Values are rounded to the model's dtype where the
+// plain torch path rounds them, but for the attention's inside, which keeps float32.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -129,7 +131,7 @@ inline float exponential(float x) {
 // ---- products
 
 constexpr int64_t ROWS = 8;        // rows added at a time
-constexpr int64_t COLUMNS = 1024;  // outputs summed at a time: 4 KB
+constexpr int64_t COLUMNS = 4096;  // outputs summed at a time: 16 KB
 constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of W is read twice
 
@@ -171,6 +173,13 @@ struct Kept {
 
   explicit Kept(int64_t most) : index(most + LANES), value(most + LANES) {}  // room to write behind the last one
 
+  // Leaves the part of them that a thread takes.
+  void take(int thread, int threads) {
+    const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
+    std::copy(index.begin() + begin, index.begin() + end, index.begin());
+    std::copy(value.begin() + begin, value.begin() + end, value.begin());
+    n = end - begin;
+  }
   void list(const float* x, const float* threshold, int64_t n_in) {
     n = 0;
     int64_t i = 0;
@@ -257,12 +266,18 @@ void product(const T* x, const T* weight, const float* threshold, T* out, int64_
 
 // ---- the decode step
 
-// What cpu.py passes; keep both in the same order. Weights are [in, out], but embedding and output [vocab, dim].
+// What cpu.py passes; keep both in the same order. The embedding and the output are [vocab, dim].
+struct Projection {
+  const void *weight, *bias;  // [in, out], [out] or null
+  const float* threshold;     // [segments, in]
+  const float* shift;         // [in] or null: what a cut input is taken to be
+  const float* offset;        // [out] or null: the product of the shift
+};
 struct Layer {
-  const void *attention_norm, *wqkv, *qkv_bias, *wo, *ffn_norm, *w13, *w2;  // qkv_bias may be null
-  const float *threshold_qkv, *threshold_o, *threshold_13, *threshold_2;    // [segments, in]
-  void *k_cache, *v_cache;                                                  // [n_local_heads, cache_length, head_dim]
-  int64_t window;  // keys that a query sees, itself included
+  const void *attention_norm, *ffn_norm;
+  Projection wqkv, wo, w13, w2;
+  void *k_cache, *v_cache;  // [n_local_heads, cache_length, head_dim]
+  int64_t window;           // keys that a query sees, itself included
 };
 struct Model {
   int64_t n_layer, n_head, n_local_heads, head_dim, dim, hidden, vocab, cache_length;
@@ -271,7 +286,7 @@ struct Model {
   const float* inv_freq;
   float *h, *qkv, *y, *act, *logits;  // room for the values between the phases of a step
   float* tops;                        // the largest logit of each GROUP
-  int64_t cut;                        // 0: the threshold test is left out
+  int64_t cut;                        // 0: thresholds, shifts and offsets are left out
   float eps, temperature;
   int64_t top_k;
 };
@@ -305,14 +320,17 @@ class Worker {
   const int64_t position;
   const int thread, threads;
   Barrier& barrier;
+  float* const partials;  // [2, threads, most]: of two products in turn, as others may still read the last one's
+  const int64_t most;     // outputs of a product
+  bool second = false;
   Kept kept;
-  std::vector<float> x, sums, scores, cos, sin, head;
+  std::vector<float> x, shifted, sums, scores, cos, sin, head;
 
  public:
-  Worker(const Model& m, int64_t position, int thread, int threads, Barrier& barrier)
-      : m(m), position(position), thread(thread), threads(threads), barrier(barrier),
-        kept(std::max({m.dim, m.hidden, m.n_head * m.head_dim})), x(m.dim),
-        sums(std::max({GROUP, m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim})),
+  Worker(const Model& m, int64_t position, int thread, int threads, Barrier& barrier, float* partials, int64_t most)
+      : m(m), position(position), thread(thread), threads(threads), barrier(barrier), partials(partials), most(most),
+        kept(std::max({m.dim, m.hidden, m.n_head * m.head_dim})), x(m.dim), shifted(kept.value.size()),
+        sums(std::max({GROUP, m.dim, 2 * m.hidden})),
         scores(position + 1), cos(m.head_dim / 2), sin(m.head_dim / 2), head(2 * m.head_dim) {}
 
   void step(int64_t token) {
@@ -331,11 +349,11 @@ class Worker {
       barrier.wait(threads);
       for (int64_t h = m.n_head * thread / threads; h < m.n_head * (thread + 1) / threads; h++) attend(layer, h);
       barrier.wait(threads);
-      add_product(m.y, m.n_head * m.head_dim, layer.wo, layer.threshold_o);
+      add_product(m.y, m.n_head * m.head_dim, layer.wo);
       barrier.wait(threads);
       gate_and_up(layer);
       barrier.wait(threads);
-      add_product(m.act, m.hidden, layer.w2, layer.threshold_2);
+      add_product(m.act, m.hidden, layer.w2);
       barrier.wait(threads);
     }
     normalize(m.norm);
@@ -361,27 +379,54 @@ class Worker {
     for (int64_t i = 0; i < m.dim; i++) x[i] = rounded<T>(rounded<T>(m.h[i] * scale) * float(weight[i]));
   }
 
-  void list(const float* from, const float* threshold, int64_t n_in) {
-    if (m.cut) kept.list(from, threshold, n_in);
-    else kept.list_all(from, n_in);
+  // The inputs that the thresholds test: x - shift.
+  const float* shift(const float* from, const Projection& projection, int64_t n_in) {
+    if (!m.cut || !projection.shift) return from;
+#pragma omp simd
+    for (int64_t i = 0; i < n_in; i++) shifted[i] = rounded<T>(from[i] - projection.shift[i]);
+    return shifted.data();
+  }
+
+  // The product's sums over this thread's share of the kept inputs, then a meeting.
+  void multiply(const float* from, const Projection& projection, int64_t n_in, std::initializer_list<int64_t> widths) {
+    int64_t n_out = 0, start = 0, segment = 0;
+    for (const int64_t width : widths) n_out += width;
+    second = !second;
+    float* sums = partials + (second * threads + thread) * most;
+    if (!m.cut) {
+      kept.list_all(from, n_in);
+      kept.take(thread, threads);
+      outputs(static_cast<const T*>(projection.weight), n_out, kept, 0, n_out, sums);
+    } else {
+      for (const int64_t width : widths) {
+        kept.list(from, projection.threshold + segment++ * n_in, n_in);
+        kept.take(thread, threads);
+        outputs(static_cast<const T*>(projection.weight), n_out, kept, start, start + width, sums + start);
+        start += width;
+      }
+    }
+    barrier.wait(threads);
+  }
+
+  // to[0 .. end - begin) = the last product's outputs begin .. end, rounded.
+  void gather(const Projection& projection, int64_t begin, int64_t end, float* to) {
+    const float* from = partials + second * threads * most;
+    std::copy(from + begin, from + end, to);
+    for (int t = 1; t < threads; t++)
+      for (int64_t j = begin; j < end; j++) to[j - begin] += from[t * most + j];
+    round_all<T>(to, to, end - begin);
+    if (m.cut && projection.offset)
+      for (int64_t j = begin; j < end; j++) to[j - begin] = rounded<T>(to[j - begin] + projection.offset[j]);
+    if (const T* bias = static_cast<const T*>(projection.bias))
+      for (int64_t j = begin; j < end; j++) to[j - begin] = rounded<T>(to[j - begin] + float(bias[j]));
   }
 
   void project_qkv(const Layer& layer) {
     normalize(layer.attention_norm);
-    const int64_t widths[3] = {m.n_head * m.head_dim, m.n_local_heads * m.head_dim, m.n_local_heads * m.head_dim};
-    const int64_t n_out = widths[0] + widths[1] + widths[2];
-    const Range mine(n_out, thread, threads, GRAIN);
-    const T* bias = static_cast<const T*>(layer.qkv_bias);
-    int64_t start = 0;
-    for (int64_t s = 0; s < 3; start += widths[s++]) {
-      const int64_t begin = std::max(mine.begin, start), end = std::min(mine.end, start + widths[s]);
-      if (begin >= end) continue;
-      list(x.data(), layer.threshold_qkv + s * m.dim, m.dim);
-      outputs(static_cast<const T*>(layer.wqkv), n_out, kept, begin, end, sums.data());
-      round_all<T>(sums.data(), m.qkv + begin, end - begin);
-      if (bias)
-        for (int64_t j = begin; j < end; j++) m.qkv[j] = rounded<T>(m.qkv[j] + float(bias[j]));
-    }
+    const int64_t q = m.n_head * m.head_dim, kv = m.n_local_heads * m.head_dim;
+    multiply(shift(x.data(), layer.wqkv, m.dim), layer.wqkv, m.dim, {q, kv, kv});
+    const Range mine(q + 2 * kv, thread, threads, GRAIN);
+    gather(layer.wqkv, mine.begin, mine.end, m.qkv + mine.begin);
   }
 
   void rotate(const float* from, float* to) {
@@ -428,14 +473,13 @@ class Worker {
     for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(y[i] / total);
   }
 
-  // h += W^T cut(from)
-  void add_product(const float* from, int64_t n_in, const void* weight, const float* threshold) {
+  // h += the product
+  void add_product(const float* from, int64_t n_in, const Projection& projection) {
     const Range mine(m.dim, thread, threads, GRAIN);
-    list(from, threshold, n_in);
-    outputs(static_cast<const T*>(weight), m.dim, kept, mine.begin, mine.end, sums.data());
+    multiply(shift(from, projection, n_in), projection, n_in, {m.dim});
+    gather(projection, mine.begin, mine.end, sums.data());
 #pragma omp simd
-    for (int64_t j = mine.begin; j < mine.end; j++)
-      m.h[j] = rounded<T>(m.h[j] + rounded<T>(sums[j - mine.begin]));
+    for (int64_t j = mine.begin; j < mine.end; j++) m.h[j] = rounded<T>(m.h[j] + sums[j - mine.begin]);
   }
 
   // act = silu(gate) * up, of the same columns of both
@@ -443,16 +487,12 @@ class Worker {
     normalize(layer.ffn_norm);
     const Range mine(m.hidden, thread, threads, GRAIN);
     float *gate = sums.data(), *up = gate + m.hidden;
-    for (int64_t s = 0; s < 2; s++) {
-      list(x.data(), layer.threshold_13 + s * m.dim, m.dim);
-      outputs(static_cast<const T*>(layer.w13), 2 * m.hidden, kept, s * m.hidden + mine.begin, s * m.hidden + mine.end,
-              s ? up : gate);
-    }
+    multiply(shift(x.data(), layer.w13, m.dim), layer.w13, m.dim, {m.hidden, m.hidden});
+    gather(layer.w13, mine.begin, mine.end, gate);
+    gather(layer.w13, m.hidden + mine.begin, m.hidden + mine.end, up);
 #pragma omp simd
-    for (int64_t j = 0; j < mine.end - mine.begin; j++) {
-      const float g = rounded<T>(gate[j]);
-      m.act[mine.begin + j] = rounded<T>(rounded<T>(g / (1.0f + exponential(-g))) * rounded<T>(up[j]));
-    }
+    for (int64_t j = 0; j < mine.end - mine.begin; j++)
+      m.act[mine.begin + j] = rounded<T>(rounded<T>(gate[j] / (1.0f + exponential(-gate[j]))) * up[j]);
   }
 };
 
@@ -491,8 +531,10 @@ int64_t sample(const Model& m, uint64_t seed) {
 template <typename T>
 int64_t decode(const Model& m, int64_t token, int64_t position, uint64_t seed, int threads) {
   Barrier barrier;
+  const int64_t most = std::max({m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim});
+  std::vector<float> partials(2 * threads * most);
 #pragma omp parallel num_threads(threads)
-  Worker<T>(m, position, omp_get_thread_num(), omp_get_num_threads(), barrier).step(token);
+  Worker<T>(m, position, omp_get_thread_num(), omp_get_num_threads(), barrier, partials.data(), most).step(token);
   return sample(m, seed);
 }
 

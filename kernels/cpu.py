@@ -75,12 +75,18 @@ def launch_sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: l
     return out
 
 
+class _Projection(ctypes.Structure):
+    """`Projection` of cpu.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("weight", "bias", "threshold", "shift", "offset"))
+
+
 class _Layer(ctypes.Structure):
     """`Layer` of cpu.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "wqkv", "qkv_bias", "wo", "ffn_norm", "w13", "w2")),
-        *((name, ctypes.c_void_p) for name in ("threshold_qkv", "threshold_o", "threshold_13", "threshold_2")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm")),
+        *((name, _Projection) for name in ("wqkv", "wo", "w13", "w2")),
         *((name, ctypes.c_void_p) for name in ("k_cache", "v_cache")),
         ("window", ctypes.c_int64),
     )
@@ -104,12 +110,12 @@ class _Model(ctypes.Structure):
 class CpuDecoder:
     """Decode steps of a SparseTransformer at batch 1 on a CPU, each one call of the compiled library.
 
-    A step takes a token to the next one, sampling included, with torch's number of threads. It reads the model's
-    tensors where they lie, so they must stay there.
+    A step takes a token to the next one, sampling included, with torch's number of threads, which sets the order of
+    sums. It reads the model's tensors where they lie, so they must stay there.
 
     Args:
         model: with its cache set up for one row.
-        sparsity: about the share that the thresholds cut; 0 leaves their test out: the dense model.
+        sparsity: about the share that the thresholds cut; 0 leaves them and the shifts out: the dense model.
         temperature, top_k: of the sampling; temperature 0 is greedy.
 
     Attributes:
@@ -133,15 +139,15 @@ class CpuDecoder:
         def room(n: int) -> int:
             return pointer(torch.zeros(n))
 
+        def projection(module) -> _Projection:
+            return _Projection(*(pointer(getattr(module, name)) for name, _ in _Projection._fields_))
+
         layers = (_Layer * config.n_layer)()
         for i, block in enumerate(model.layers):
             attention, feed_forward = block.attention, block.feed_forward
-            modules = (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)
             layers[i] = _Layer(
-                *map(pointer, (block.attention_norm.weight, attention.wqkv.weight, attention.wqkv.bias)),
-                *map(pointer, (attention.wo.weight, block.ffn_norm.weight)),
-                *map(pointer, (feed_forward.w13.weight, feed_forward.w2.weight)),
-                *(pointer(module.threshold) for module in modules),
+                *map(pointer, (block.attention_norm.weight, block.ffn_norm.weight)),
+                *map(projection, (attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2)),
                 *map(pointer, (attention.kv_cache.k_cache, attention.kv_cache.v_cache)),
                 config.sliding_window if i in config.windowed_layers else cache.shape[2],
             )
