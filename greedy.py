@@ -261,18 +261,21 @@ def print_table(allocation: Allocation) -> None:
         print(f"{level:8.0%}" + "".join(f"{mean:7.1%}" for mean in means))
 
 
+def _begun(part: Path, new: Allocation | ThresholdTable) -> Allocation | ThresholdTable:
+    """What `part` holds, if that was made as `new` is to be; else `new`."""
+    try:
+        found = _load(part) if part.is_file() else new
+    except ValueError:  # not ours: begin anew
+        return new
+    return found if found.metadata == new.metadata else new
+
+
 def make_greedy(
     model: SparseTransformer, statistics: Statistics, tokens: Tensor, step: float, metadata: dict, output: Path
 ) -> Allocation:
     """TEAL's allocation, written to `output`; a layer that is done is kept in a file beside it until then."""
     part = Path(f"{output}.partial.json")
-    allocation = Allocation([], metadata)
-    if part.is_file():
-        try:
-            begun = load_allocation(part)
-            allocation = begun if begun.metadata == metadata else allocation
-        except ValueError:  # not ours: begin anew
-            pass
+    allocation = _begun(part, Allocation([], metadata))
     for path in teal_paths(model, statistics, tokens, step, skip=len(allocation.layers)):
         allocation.layers.append(path)
         allocation.save(part)
@@ -286,13 +289,7 @@ def make_global(model: SparseTransformer, tokens: Tensor, updates: int, metadata
     """The refined thresholds, written to `output`; a level that is done is kept in a file beside it until then."""
     part = Path(f"{output}.partial.safetensors")
     metadata = {name: str(value) for name, value in metadata.items()}
-    table = ThresholdTable([], {}, metadata)
-    if part.is_file():
-        try:
-            begun = load_table(part)
-            table = begun if begun.metadata == metadata else table
-        except ValueError:  # not ours: begin anew
-            pass
+    table = _begun(part, ThresholdTable([], {}, metadata))
     for _ in refine(model, tokens, table, updates):
         table.save(part)
     table.save(output)
