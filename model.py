@@ -251,10 +251,8 @@ class Projection(Float32Buffers, nn.Linear):
         quantize_weight(self, self.out_features, quant)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return super().forward(x)
-        y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        weight = self.weight if self.scale is None else (self.weight * self.scale[:, None]).to(x.dtype)
+        return F.linear(x, weight, self.bias)
 
     def reset_parameters(self):
         """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""

@@ -147,7 +147,7 @@ def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[No
     def watch(j: int) -> Callable:
         def forward_hook(module: SparseProjection, args: tuple[Tensor], y: Tensor) -> None:
             def backward_hook(grad: Tensor) -> None:
-                weight = module.weight if module.scale is None else module.dequantized().to(grad.dtype)
+                weight = module.dequantized(grad.dtype)
                 parts = zip(grad.split(module.widths, -1), weight.split(module.widths, 1), strict=True)
                 receive(j, module, args[0].detach(), [part @ weight.t() for part, weight in parts])
 

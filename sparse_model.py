@@ -58,12 +58,8 @@ class SparseProjection(Float32Buffers):
         elif x.shape[1] == 1:
             y = self._cut(sparse_gemv, x[:, 0])[:, None]
         else:
-            y = self._dense(x)
+            y = x @ self.dequantized(x.dtype)
         return y if self.bias is None else y + self.bias
-
-    def _dense(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        y = x @ self.weight.to(x.dtype)
-        return y if self.scale is None else (y * self.scale).to(x.dtype)
 
     def _cut(self, product: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if self.shift is None:
@@ -72,7 +68,7 @@ class SparseProjection(Float32Buffers):
         return (y + self.offset).to(x.dtype)
 
     def _cut_from(self, x: Tensor, prefix: int) -> Tensor:
-        head, tail = self._dense(x[:, :prefix]), x[:, prefix:]
+        head, tail = x[:, :prefix] @ self.dequantized(x.dtype), x[:, prefix:]
         self.seen += tail.shape[0] * tail.shape[1]
         self.steps += tail.shape[1]
         for s, threshold in enumerate(self.threshold):
@@ -84,15 +80,15 @@ class SparseProjection(Float32Buffers):
     def set_shift(self, shift: Tensor | None) -> None:
         """Cuts x around `shift` [in] from now on, W x = W (x - shift) + W shift; None: around 0."""
         self.shift = None if shift is None else shift.to(self.weight.device, torch.float32)
-        self.offset = None if shift is None else self.shift @ self.dequantized()
+        self.offset = None if shift is None else self.shift @ self.dequantized(torch.float32)
 
-    def dequantized(self) -> Tensor:
-        """The weight, [in, out], float32."""
-        return self.weight.float() if self.scale is None else self.weight.float() * self.scale
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """What the weight stands for, [in, out]. The scale comes before the product: float16 does not hold its sums."""
+        return (self.weight if self.scale is None else self.weight * self.scale).to(dtype)
 
     def column_norms(self) -> Tensor:
         """2-norm of each input's weights (a column of the usual [out, in] matrix), [S, in], float32."""
-        return torch.stack([w.norm(dim=1) for w in self.dequantized().split(self.widths, dim=1)])
+        return torch.stack([w.norm(dim=1) for w in self.dequantized(torch.float32).split(self.widths, dim=1)])
 
 
 def _transpose_on_load(module, state_dict, prefix, *_):

@@ -20,9 +20,9 @@ def sparse_gemv_ref(
     x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
 ) -> Tensor:
     """The op's meaning in plain torch, for x [..., in]; accumulates as torch's matmul does. See `sparse_gemv`."""
-    parts = zip(threshold, weight.to(x.dtype).split(segments, dim=1), strict=True)
-    y = torch.cat([torch.where(keep_mask(x, t), x, 0) @ w for t, w in parts], dim=-1)
-    return y if scale is None else (y * scale).to(x.dtype)
+    weight = (weight if scale is None else weight * scale).to(x.dtype)
+    parts = zip(threshold, weight.split(segments, dim=1), strict=True)
+    return torch.cat([torch.where(keep_mask(x, t), x, 0) @ w for t, w in parts], dim=-1)
 
 
 @torch.library.custom_op("teal_fast::sparse_gemv", mutates_args=(), device_types="cpu")

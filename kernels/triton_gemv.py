@@ -293,8 +293,7 @@ def launch_gemv(
         HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out,
         BY_ROW=by_row, ZERO=zero_block, PREFETCH=prefetch, SLOTS=SLOTS, STRIDE=SLOT_STRIDE,
         SCALED=weight_scale is not None, DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
-        PDL=pdl,
-        num_warps=1, launch_pdl=pdl,
+        PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
 

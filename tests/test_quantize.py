@@ -69,7 +69,7 @@ def test_every_class_computes_with_the_same_weights(checkpoint):
     logits = by_hand.norm(torch.randn(1, 1, 64))
     torch.testing.assert_close(dense.output(logits), logits @ (dense.output.weight * dense.output.scale[:, None]).t())
     for module, source in zip(sparse.projections, by_hand.projections, strict=True):
-        torch.testing.assert_close(module.dequantized(), source.weight.t())
+        torch.testing.assert_close(module.dequantized(torch.float32), source.weight.t())
 
 
 def test_decoding_equals_the_whole_pass(checkpoint):
@@ -88,6 +88,18 @@ def test_bytes_of_a_step_are_those_of_the_int8_weights(checkpoint):
     assert model.bytes_per_step() == matrices + scales + 2 * 5 * 64  # and the norms
     assert sum(m.scale.nbytes for m in model.projections) + model.output.scale.nbytes == scales
     assert model.to(torch.float16).layers[0].attention.wo.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [Transformer, SparseTransformer])
+def test_sums_of_integers_do_not_overflow_in_float16(cls):
+    model = cls(ModelArgs(dim=64, n_head=4, intermediate_size=172, n_layer=1, quant="int8"), dtype=torch.float16)
+    module = model.projections[1]
+    module.weight.data.fill_(127)
+    module.scale.fill_(1e-3)
+    expected = torch.full((1, 2, 64), 64 * 100 * 0.127, dtype=torch.float16)
+    x = torch.full((1, 2, 64), 100.0, dtype=torch.float16)  # 64 * 100 * 127 is beyond float16
+    torch.testing.assert_close(module(x), expected, rtol=2e-3, atol=0)
+    torch.testing.assert_close(module(x[:, :1]), expected[:, :1], rtol=2e-3, atol=0)
 
 
 def test_random_weights_by_name():
