@@ -47,7 +47,7 @@ from sparse_model import PROJECTIONS, SparseTransformer
 
 METHODS = {"teal": "greedy", "global": "global"}  # of --method: the name of its --allocation
 BESIDE = {"global": "allocation_global.safetensors", "greedy": "allocation_greedy.json"}  # the best first
-NUM_TOKENS = {"teal": 4096, "global": 131072}
+NUM_TOKENS = {"teal": 4096, "global": 262144}
 FORMAT = "sparsity allocation 1"
 MOST = 0.99  # no projection is cut further
 LEVELS = (0.25, 0.4, 0.5, 0.65)  # of the table that is printed

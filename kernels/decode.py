@@ -14,7 +14,7 @@ position, and the cache up to it. A step's first launch is an ordinary one, so s
 import triton
 import triton.language as tl
 
-from kernels.triton_gemv import SCALE_BUFFER, SLOT_STRIDE, SLOTS, rounded, shared_norm_scale
+from kernels.triton_gemv import ONE, SCALE_BUFFER, SLOT_STRIDE, SLOTS, fraction, rounded, shared_norm_scale
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _attention_kernel(
 
 @triton.jit
 def _head_kernel(
-    h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, eps,
+    h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, eps, one,
     DIM: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
     SLOTS: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -139,10 +139,12 @@ def _head_kernel(
         h = tl.load(h_ptr + k, mask=k < DIM, other=0.0)
         gain = tl.load(gain_ptr + k, mask=k < DIM, other=0.0).to(tl.float32)
         x = rounded(rounded(h * scale, DTYPE) * gain, DTYPE)
+        if SCALED:
+            weight = fraction(weight.to(tl.int32) ^ 0x80, one, 0, 8) - 1.5  # a 256th of it
         acc += weight.to(tl.float32) * x[None, :]
     logits = tl.sum(acc, axis=1)
     if SCALED:
-        logits *= tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
+        logits *= 256 * tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
     tl.store(logits_ptr + v, logits, mask=v < n_vocab)
     tl.store(top_ptr + tl.program_id(0), tl.max(tl.where(v < n_vocab, logits, float("-inf")), axis=0))
 
@@ -265,7 +267,7 @@ def launch_head(h, gain, weight, weight_scale, logits, top, eps, pdl) -> None:
     """
     n_vocab, dim = weight.shape
     _head_kernel[(top.numel(),)](
-        h, gain, weight, weight_scale, logits, top, n_vocab, eps,
+        h, gain, weight, weight_scale, logits, top, n_vocab, eps, ONE,
         DIM=dim, NORM_BLOCK=min(4096, triton.next_power_of_2(dim)), BLOCK_V=HEAD_ROWS, BLOCK_K=1024, SLOTS=SLOTS,
         STRIDE=SLOT_STRIDE, SCALED=weight_scale is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

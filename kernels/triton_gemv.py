@@ -15,7 +15,7 @@ from torch import Tensor
 MAX_SEGMENTS = 3
 SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 float32
 SCALE_BUFFER = SLOTS * SLOT_STRIDE
-ROWS_AT_ONCE = tl.constexpr(8)  # kept rows whose loads a program BY_ROW issues together
+ONE = 0x3F800000  # bits of 1.0, see `fraction`
 MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
 # First programs of a launch that prefetch their tile's rows to L2. Dense: before they wait for the launch before. Cut:
 # after it, the rows that the last step's scale would keep, while the new one is computed; before it, half of what is
@@ -108,6 +108,52 @@ def _inputs(a, b, scale, shift, PROLOGUE: tl.constexpr, SHIFT: tl.constexpr, DTY
 
 
 @triton.jit
+def fraction(word, one, k: tl.constexpr, BITS: tl.constexpr):
+    """1 + n / 2^(23 - PLACE) as float32, n the k-th integer of BITS 4 or 8 in int32 words: it becomes the mantissa.
+
+    A shift (for every two integers of 4 bits) and one operation at the full rate (LOP3), where a conversion instruction
+    runs at a quarter of it. At lower places float32 sums of 1 + n / 2^(23 - PLACE) would lose too much of n. `one` is
+    the bit pattern of 1.0, no constant for the compiler, which makes two operations of it then.
+    """
+    PLACE: tl.constexpr = 15 + BITS % 8 * (k % 2)
+    SHIFT: tl.constexpr = k * BITS - PLACE
+    word = word >> SHIFT if SHIFT > 0 else word << -SHIFT
+    return ((word & (((1 << BITS) - 1) << PLACE)) | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add_products(acc, x, word, one, BITS: tl.constexpr):
+    """acc[k] + x times the `fraction` of the k-th integer of each word, for all k."""
+    out = ()
+    for k in tl.static_range(32 // BITS):
+        out = out + (acc[k] + x * fraction(word, one, k, BITS),)  # noqa: RUF005 (Triton knows no stars)
+    return out
+
+
+@triton.jit
+def _sum_of(acc, ones, low, k: tl.constexpr, BITS: tl.constexpr):
+    return (acc[k] - ones) * 2.0 ** (8 - BITS % 8 * (k % 2)) + low
+
+
+@triton.jit
+def _joined(acc, ones, low, BITS: tl.constexpr):
+    """The sums of x times integer, `low` added, of all integers of the words in their order; `ones`: the sum of x."""
+    if BITS == 8:
+        even = tl.interleave(_sum_of(acc, ones, low, 0, BITS), _sum_of(acc, ones, low, 2, BITS))
+        odd = tl.interleave(_sum_of(acc, ones, low, 1, BITS), _sum_of(acc, ones, low, 3, BITS))
+    else:
+        even = tl.interleave(
+            tl.interleave(_sum_of(acc, ones, low, 0, BITS), _sum_of(acc, ones, low, 4, BITS)),
+            tl.interleave(_sum_of(acc, ones, low, 2, BITS), _sum_of(acc, ones, low, 6, BITS)),
+        )
+        odd = tl.interleave(
+            tl.interleave(_sum_of(acc, ones, low, 1, BITS), _sum_of(acc, ones, low, 5, BITS)),
+            tl.interleave(_sum_of(acc, ones, low, 3, BITS), _sum_of(acc, ones, low, 7, BITS)),
+        )
+    return tl.interleave(even, odd)
+
+
+@triton.jit
 def _lowest_bit(bits):
     """Index of the lowest bit set of an int32; of 0 something below 0."""
     low = (bits & -bits).to(tl.uint32).to(tl.float32)
@@ -118,19 +164,20 @@ def _lowest_bit(bits):
 def _gemv_kernel(
     x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_scale_ptr,
     shift_ptr, offset_ptr, weight_scale_ptr,
-    n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
+    n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BY_ROW: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr,
-    SLOTS: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr,
+    SLOTS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x - shift) + offset: a program for BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
     PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up; "attention": the splits' partial
     results joined by their log-sum-exp. tiles_i, start_i: first tile and first output of segment i.
-    BY_ROW (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS_AT_ONCE at a time, each row
-    read by the whole warp; a cut row costs no instruction. Else a tile is loaded at once with its cut rows masked,
-    which costs fewer latencies.
+    ROWS > 0 (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS at a time, each row read by
+    the whole warp; a cut row costs no instruction. ROWS 0: a tile is loaded at once with its cut rows masked, which
+    costs fewer latencies. Weights of BITS 8 or 4 come as int32 words of four or eight outputs, by row only.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -146,14 +193,17 @@ def _gemv_kernel(
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
     row = tl.program_id(1) * BLOCKS * BLOCK_IN
-    TILE_BYTES: tl.constexpr = BLOCK_OUT * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    PACK: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // BITS
+    TILE_BYTES: tl.constexpr = BLOCK_OUT * BITS // 8
+    n_words = n_out // PACK  # a word is PACK outputs
+    tl.static_assert(PACK == 1 or ROWS > 0)
     rows = row + tl.arange(0, BLOCK_IN)
     last_scale = 0.0
     if PREFETCH > 0:
         if CUT:
             last_scale = tl.load(last_scale_ptr)
         elif program < PREFETCH:
-            _prefetch(weight_ptr + rows.to(tl.int64) * n_out + first, rows < N_IN, TILE_BYTES)
+            _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, rows < N_IN, TILE_BYTES)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
@@ -167,13 +217,21 @@ def _gemv_kernel(
         if PREFETCH > 0 and CUT:
             if program < PREFETCH:
                 wanted = (tl.abs(a * last_scale * b - shift) > threshold) & (rows < N_IN)
-                _prefetch(weight_ptr + rows.to(tl.int64) * n_out + first, wanted, TILE_BYTES)
+                _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
         scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
         if PREFETCH > 0 and CUT:
             if program == 0:
                 tl.store(last_scale_ptr, scale)
-    acc = tl.zeros((BLOCK_OUT,), tl.float32)
-    weight_ptr += row.to(tl.int64) * n_out
+    words = first // PACK + tl.arange(0, BLOCK_OUT // PACK)
+    acc = (tl.zeros((BLOCK_OUT // PACK,), tl.float32),) * PACK
+    weight_ptr += row.to(tl.int64) * n_words
+    ones = 0.0
+    if BITS == 4:
+        pairs = first // (2 * PACK) + tl.arange(0, BLOCK_OUT // (2 * PACK))
+        ones = tl.zeros((BLOCK_OUT // (2 * PACK),), tl.float32)
+        low = ones
+        n_groups = n_out // GROUP
+        weight_scale_ptr += row.to(tl.int64) * n_groups
     lane = tl.arange(0, BLOCK_IN)
     for _group in range(0, BLOCKS, UNROLL):
         for _block in tl.static_range(UNROLL):
@@ -197,17 +255,30 @@ def _gemv_kernel(
                     SPLITS,
                     HEAD_DIM,
                 )
-            if BY_ROW:
+            if ROWS > 0:
                 kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
                 while kept != 0:
-                    for _row in tl.static_range(ROWS_AT_ONCE):
+                    for _row in tl.static_range(ROWS):
                         i = _lowest_bit(kept)
                         x_i = tl.sum(tl.where(lane == i, x.to(tl.int32, bitcast=True), 0), axis=0)
-                        mask = cols < tl.where(kept != 0, last, 0)
-                        weight = tl.load(
-                            weight_ptr + i * n_out + cols, mask=mask, other=0.0, eviction_policy="evict_first"
+                        x_i = x_i.to(tl.float32, bitcast=True)
+                        mask = words < tl.where(kept != 0, last // PACK, 0)
+                        word = tl.load(
+                            weight_ptr + i * n_words + words, mask=mask, other=0, eviction_policy="evict_first"
                         )
-                        acc += x_i.to(tl.float32, bitcast=True) * weight.to(tl.float32)
+                        if BITS >= 16:
+                            acc = (acc[0] + x_i * word.to(tl.float32),)
+                        elif BITS == 8:  # the sign's bit flipped: 128 too large
+                            ones += x_i
+                            acc = _add_products(acc, x_i, word ^ -0x7F7F7F80, one, BITS)
+                        else:  # two bfloat16, a scale and a minimum, for two words
+                            mask = pairs < tl.where(kept != 0, last // (2 * PACK), 0)
+                            pair = weight_scale_ptr + i * n_groups + pairs * (2 * PACK) // GROUP
+                            pair = tl.load(pair, mask=mask, other=0)
+                            low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
+                            x_i *= (pair << 16).to(tl.float32, bitcast=True)
+                            ones += x_i
+                            acc = _add_products(acc, tl.interleave(x_i, x_i), word, one, BITS)
                         kept = kept & (kept - 1)
             else:
                 if CUT:
@@ -215,30 +286,41 @@ def _gemv_kernel(
                 mask = keep[:, None] & in_cols[None, :]
                 offsets = lane[:, None] * n_out + cols[None, :]
                 weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-                acc += tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
-            weight_ptr += BLOCK_IN * n_out
-    if SCALED:
-        acc *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
+                acc = (acc[0] + tl.sum(x[:, None] * weight.to(tl.float32), axis=0),)
+            weight_ptr += BLOCK_IN * n_words
+            if BITS == 4:
+                weight_scale_ptr += BLOCK_IN * n_groups
+    if BITS == 4:
+        total = _joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), BITS)
+    elif BITS == 8:
+        total = _joined(acc, ones, -128 * ones, BITS)
+        total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
+    else:
+        total = acc[0]
     if SHIFT:
-        acc += tl.load(offset_ptr + cols, mask=cols < tl.where(tl.program_id(1) == 0, last, 0), other=0.0)
-    tl.atomic_add(out_ptr + cols, acc, mask=in_cols, sem="relaxed")
+        total += tl.load(offset_ptr + cols, mask=cols < tl.where(tl.program_id(1) == 0, last, 0), other=0.0)
+    tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
-def tile_for(n_in: int, n_out: int, sparsity: float, int8: bool) -> tuple[int, int, int, bool]:
-    """(BLOCK_IN, BLOCKS, BLOCK_OUT, BY_ROW) of a product, measured on an H100 at 0 to 65 %, cold L2.
+def tile_for(n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int, int]:
+    """(BLOCK_IN, BLOCKS, BLOCK_OUT, ROWS) of a product, measured on an H100 at 0 to 65 %, cold L2.
 
     A wide product has programs enough for 512 bytes of a row each (bfloat16), a narrow one gains from more of them and
     from fewer atomics. 4096 -> 28672 at 65 % took 38.5 us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at
-    25 % 60.2, 60.2 and 62.0. int8 goes by row: converting rows that are not needed costs what skipping them saves.
+    25 % 60.2, 60.2 and 62.0. int8 and int4 go by row: converting rows that are not needed costs what skipping saves.
     Deterministic, a program takes all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():
-        return 32, triton.cdiv(n_in, 32), 128, False
-    if int8:
-        return 32, 1, 256, True
-    if n_out > 8192 or (not sparsity and n_out > 4096):
-        return 32, 1, 256, sparsity > MOSTLY_CUT
-    return 32, 2, 128, False
+        return 32, triton.cdiv(n_in, 32), 128, 4 if bits < 16 else 0
+    if bits < 16 and not sparsity:
+        return 32, 1, 256 if bits == 8 else 512, 16
+    if bits == 4:
+        return 32, 1, 512, 4
+    if bits == 8:
+        return (32, 2, 512, 8) if n_out > 8192 else (32, 2 if n_in > 8192 else 1, 256, 4)
+    if n_out > (5120 if sparsity else 4096):
+        return 32, 1, 256, 8 if sparsity > MOSTLY_CUT and n_out > 8192 else 0
+    return 32, 2, 128, 0
 
 
 def launch_gemv(
@@ -253,8 +335,8 @@ def launch_gemv(
         weight, threshold, segments: as of `kernels.sparse_gemv.sparse_gemv`.
         out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
         sparsity: about the share that the thresholds cut, which chooses the tile; 0 compiles the test out.
-        dtype: in which the inputs are rounded and compared; the weight's, if that is no int8.
-        weight_scale: [out], float32, of an int8 weight; None is 1.
+        dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
+        weight_scale: of an int8 weight [out] float32, of an int4 one [in, groups, 2] bfloat16; see `sparse_gemv`.
         shift, offset: [in] and [out], float32, or None for 0.
         gain, eps: RMSNorm's, [in] in the model's dtype.
         lse: [splits, in / head_dim], float32.
@@ -264,9 +346,18 @@ def launch_gemv(
         tile: in place of `tile_for`'s.
         pdl: programmatic dependent launch.
     """
-    n_in, n_out = weight.shape
-    assert len(segments) <= MAX_SEGMENTS and sum(segments) == n_out and weight.is_contiguous()
-    block_in, blocks, block_out, by_row = tile or tile_for(n_in, n_out, sparsity, weight.dtype == torch.int8)
+    n_in, n_out = weight.shape[0], sum(segments)
+    bits = 8 * weight.nbytes // (n_in * n_out)
+    if bits < 16:
+        weight = weight.view(torch.int32)
+        assert weight.shape[1] * 32 == n_out * bits and all(width * bits % 32 == 0 for width in segments)
+    group = 0
+    if bits == 4:
+        group = n_out // weight_scale.shape[1]
+        assert group % 16 == 0 and all(width % group == 0 for width in segments)
+        weight_scale = weight_scale.view(torch.int32)
+    assert len(segments) <= MAX_SEGMENTS and weight.is_contiguous()
+    block_in, blocks, block_out, rows = tile or tile_for(n_in, n_out, sparsity, bits)
     tiles, starts = [0], [0]
     for width in segments:
         tiles.append(tiles[-1] + triton.cdiv(width, block_out))
@@ -287,12 +378,12 @@ def launch_gemv(
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
         x, gain, lse, weight, threshold, out, zero, last_scale, shift, offset, weight_scale,
-        n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps,
+        n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps, ONE,
         PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=shift is not None, N_IN=n_in,
         NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), SPLITS=1 if lse is None else lse.shape[0],
         HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out,
-        BY_ROW=by_row, ZERO=zero_block, PREFETCH=prefetch, SLOTS=SLOTS, STRIDE=SLOT_STRIDE,
-        SCALED=weight_scale is not None, DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
+        ROWS=rows, ZERO=zero_block, PREFETCH=prefetch, SLOTS=SLOTS, STRIDE=SLOT_STRIDE,
+        BITS=bits, GROUP=group, DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
         PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
@@ -301,6 +392,6 @@ def launch_sparse_gemv(
     x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
 ) -> Tensor:
     """The launcher behind `kernels.sparse_gemv.sparse_gemv`; same arguments and result."""
-    out = torch.zeros(x.shape[0], weight.shape[1], device=x.device, dtype=torch.float32)
+    out = torch.zeros(x.shape[0], sum(segments), device=x.device, dtype=torch.float32)
     launch_gemv("given", x.contiguous(), weight, threshold, out, segments, dtype=x.dtype, weight_scale=scale)
     return out.to(x.dtype)

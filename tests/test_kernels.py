@@ -113,7 +113,7 @@ def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
     from kernels.triton_gemv import launch_gemv
 
     x, weight, threshold, segments = case(570, [130, 64], sparsity=sparsity)
-    options = {"tile": (32, blocks, 128, by_row)}
+    options = {"tile": (32, blocks, 128, 8 * by_row)}
     if shift:
         options |= {"shift": torch.full((570,), shift, device=device), "offset": torch.ones(194, device=device)}
     out = torch.zeros(1, 194, device=device)
