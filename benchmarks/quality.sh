@@ -15,6 +15,6 @@ for ((i = 1; i < $#; i++)); do
 done
 python "$root/calibrate.py" --data "$calibration" --precision float32 "${device[@]}"
 python "$root/greedy.py" --method teal --data "$calibration" --precision float32 "${device[@]}"
-python "$root/greedy.py" --method global --data "$calibration" --precision float32 "${device[@]}"
+python "$root/greedy.py" --method global --data "$calibration" "${device[@]}"
 python -m benchmarks.quality --calibration "$calibration" --data "$data" "$@"
 python -m benchmarks.plot
