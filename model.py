@@ -39,8 +39,9 @@ class ModelArgs:
     `rope_scaling` is None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
     config.json ("factors": a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them).
     `sliding_window` w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers`.
-    `quant` "int8": projections and lm_head are int8 with a scale an output; "int4": projections have 4 bits and a scale
-    and a minimum for `groupsize` outputs of an input, lm_head is int8. A tied lm_head is then a tensor of its own.
+    `quant` "int8": projections and lm_head are int8 with a scale an output; "int4": o, gate, up and down have 4 bits
+    and a scale and a minimum for `groupsize` outputs of an input, q, k, v and lm_head are int8. A tied lm_head is then
+    a tensor of its own.
     """
 
     block_size: int = 2048
@@ -70,6 +71,11 @@ class ModelArgs:
             self.intermediate_size = -(-(8 * self.dim // 3) // 256) * 256
         if self.sliding_window and not self.windowed_layers:
             self.windowed_layers = list(range(self.n_layer))
+
+    @property
+    def sensitive_quant(self) -> str:
+        """`quant` of wqkv and lm_head: where 4 bits cost most, int4 has int8."""
+        return "int8" if self.quant == "int4" else self.quant
 
     @classmethod
     def from_config(cls, config: dict, name: str = "") -> "ModelArgs":
@@ -366,9 +372,10 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_local_heads, self.head_dim = config.n_head, config.n_local_heads, config.head_dim
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        form = (device, dtype, config.quant, config.groupsize)
-        self.wqkv = projection(config.dim, {"q": q, "k": kv, "v": kv}, config.qkv_bias, *form)
-        self.wo = projection(q, {"o": config.dim}, False, *form)
+        self.wqkv = projection(
+            config.dim, {"q": q, "k": kv, "v": kv}, config.qkv_bias, device, dtype, config.sensitive_quant
+        )
+        self.wo = projection(q, {"o": config.dim}, False, device, dtype, config.quant, config.groupsize)
         self.kv_cache: KVCache | None = None
         self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv", ["wq", "wk", "wv"]))
 
@@ -426,8 +433,8 @@ class Transformer(Float32Buffers):
         self.norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
         self.output = None
         if not config.tie_embeddings:
-            quant = "none" if config.quant == "none" else "int8"
-            self.output = Projection(config.dim, {"output": config.vocab_size}, False, device, dtype, quant)
+            segments = {"output": config.vocab_size}
+            self.output = Projection(config.dim, segments, False, device, dtype, config.sensitive_quant)
         self.register_buffer("inv_freq", rope_inverse_frequencies(config).to(device), persistent=False)
 
     @property

@@ -8,7 +8,8 @@ python quantize.py --mode int8 --num_tokens 0                           # to nea
 generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. An input's row is a row of the
 [in, out] weight as before, so a cut input skips its bytes. int8 is symmetric with a scale an output, applied once to
 its sum. int4 is s * n + m with s and m (bfloat16) for every group of outputs of one input, which a cut input skips too.
-lm_head is int8 in both; the embedding and the norms keep their dtype, a tied lm_head becomes a tensor of its own.
+q, k, v and lm_head are int8 in both. The embedding and the norms keep their dtype, a tied lm_head becomes a tensor of
+its own.
 
 Weights are rounded input by input, and what that does to the outputs on the text is made up for by the inputs not yet
 rounded. Memory: the model in --precision, the text's hidden states, four matrices [in, in] in float32 for the layer at
@@ -170,7 +171,8 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
         for hook in hooks:
             hook.remove()
         for name, module, hessian in zip(MODULES, modules, hessians, strict=True):
-            tensors |= quantize_weight(f"layers.{i}.{name}", module.weight, hessian, mode, groupsize)
+            bits = "int8" if name == "attention.wqkv" else mode
+            tensors |= quantize_weight(f"layers.{i}.{name}", module.weight, hessian, bits, groupsize)
     hessian = zeros(model.config.dim)
     for x in states:
         watch(hessian)(None, (model.norm(x),))

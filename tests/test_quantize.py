@@ -134,7 +134,7 @@ def test_every_class_computes_with_the_same_weights(checkpoint, mode):
 
 
 def test_fused_projections_are_those_of_the_single_ones():
-    """GPT-Fast's parts in a checkpoint: q, k, v stacked along out, each with whole groups."""
+    """Parts stacked along out, each with whole groups."""
     model = SparseTransformer(
         ModelArgs(dim=64, n_head=4, n_local_heads=2, intermediate_size=96, n_layer=1), dtype=torch.float32
     )
@@ -195,8 +195,9 @@ def test_bytes_of_a_step_are_those_of_the_quantised_weights(checkpoint, mode):
     outputs = 2 * (128 + 64 + 2 * 176 + 64)
     weights = 2 * (64 * 128 + 64 * 64 + 3 * 64 * 176)
     rest = 300 * 64 + 4 * 300 + 2 * 5 * 64  # lm_head, its scales, and the norms
-    in_rows = weights if mode == "int8" else weights // 2 + weights // 16 * 4
-    scales = 4 * outputs if mode == "int8" else 0
+    wqkv = 2 * 64 * 128  # int8 in both
+    in_rows = weights if mode == "int8" else wqkv + (weights - wqkv) // 2 + (weights - wqkv) // 16 * 4
+    scales = 4 * outputs if mode == "int8" else 4 * 2 * 128
     assert model.bytes_per_step() == in_rows + scales + rest
     model.set_cuts([(torch.full_like(m.threshold, float("inf")), None) for m in model.projections])
     model(torch.zeros(1, 9, dtype=torch.int64), dense_prefix=2)
@@ -222,9 +223,9 @@ def test_sums_of_integers_do_not_overflow_in_float16(cls):
 def test_random_weights_by_name(mode):
     model = SparseTransformer(ModelArgs.from_name(f"stories110M-{mode}"), dtype=torch.float32)
     model.init_weights(0)
-    module = model.projections[0]
+    module = model.projections[1]
     assert module.weight.dtype == {"int8": torch.int8, "int4": torch.uint8}[mode]
-    assert model.output.weight.dtype == torch.int8
+    assert model.output.weight.dtype == model.projections[0].weight.dtype == torch.int8
     weight = module.dequantized(torch.float32)
     assert weight.std().item() == pytest.approx(0.02, rel=0.02) and abs(weight.mean()) < 1e-3
 
@@ -254,8 +255,8 @@ def test_errors(checkpoint, tmp_path):
         quantize(folder, "int4", tmp_path / "again")
     with pytest.raises(ValueError, match="out is there already"):
         quantize(checkpoint, "int8", folder)
-    with pytest.raises(ValueError, match="group size 64: int4 needs an even one that divides k's 32 outputs"):
-        quantize(checkpoint, "int4", tmp_path / "again", groupsize=64)
+    with pytest.raises(ValueError, match="group size 32: int4 needs an even one that divides gate's 176 outputs"):
+        quantize(checkpoint, "int4", tmp_path / "again", groupsize=32)
     with pytest.raises(ValueError, match="group size 1: int4"):
         quantize(checkpoint, "int4", tmp_path / "again", groupsize=1)
     assert not (tmp_path / "again").exists()
