@@ -111,7 +111,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_safetensors(path: Path, tensors: dict[str, Source], progress: tqdm) -> None:
     """The safetensors format (header length, JSON header, bytes), one tensor in memory at a time."""
-    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8"}
+    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that every tensor is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

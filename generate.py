@@ -202,11 +202,11 @@ def can_fuse(device: torch.device, batch_size: int, top_k: int, quant: str) -> b
     if device.type == "cpu":
         return has_cpu_kernel(device, batch_size, quant)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return device.type == "cuda" and batch_size == 1 and top_k <= 1024 and not deterministic
+    return device.type == "cuda" and batch_size == 1 and top_k <= 1024 and quant != "int4" and not deterministic
 
 
 def has_cpu_kernel(device: torch.device, batch_size: int, quant: str) -> bool:
-    """Whether one row on a CPU goes through the compiled kernel, which beats torch's linear, dense too; no int8 yet."""
+    """Whether one row on a CPU goes through the compiled kernel, which beats torch's linear, dense too; no int8/4."""
     return device.type == "cpu" and batch_size == 1 and quant == "none" and cpu.library() is not None
 
 
@@ -438,7 +438,8 @@ def main(
             f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
         )
     if config.quant != "none" and torch_device.type == "cpu":
-        print("int8 weights have no CPU kernel yet: plain torch takes its place, slower than bfloat16", file=sys.stderr)
+        slow = f"{config.quant} weights have no CPU kernel yet: plain torch takes its place, slower than bfloat16"
+        print(slow, file=sys.stderr)
     source = Source(folder, random_init, seed, torch_device, PRECISIONS[precision])
     allocation, shares = resolve_allocation(allocation, folder, sparsity)
     rows = 1 if interactive else batch_size

@@ -17,6 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.int4 import dequantize
+
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -37,7 +39,9 @@ class ModelArgs:
     `rope_scaling` is None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
     config.json ("factors": a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them).
     `sliding_window` w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers`.
-    `quant` "int8": projections and lm_head are int8 with a scale an output; a tied lm_head is then a tensor of its own.
+    `quant` "int8": projections and lm_head are int8 with a scale an output; "int4": o, gate, up and down have 4 bits
+    and a scale and a minimum for `groupsize` outputs of an input, q, k, v and lm_head are int8. A tied lm_head is then
+    a tensor of its own.
     """
 
     block_size: int = 2048
@@ -56,6 +60,7 @@ class ModelArgs:
     sliding_window: int | None = None
     windowed_layers: list[int] = field(default_factory=list)
     quant: str = "none"
+    groupsize: int = 64
     name: str = ""
 
     def __post_init__(self):
@@ -66,6 +71,11 @@ class ModelArgs:
             self.intermediate_size = -(-(8 * self.dim // 3) // 256) * 256
         if self.sliding_window and not self.windowed_layers:
             self.windowed_layers = list(range(self.n_layer))
+
+    @property
+    def sensitive_quant(self) -> str:
+        """`quant` of wqkv and lm_head: where 4 bits cost most, int4 has int8."""
+        return "int8" if self.quant == "int4" else self.quant
 
     @classmethod
     def from_config(cls, config: dict, name: str = "") -> "ModelArgs":
@@ -95,7 +105,7 @@ class ModelArgs:
             rope_scaling=rope_scaling,
             tie_embeddings=config.get("tie_word_embeddings", False),
             qkv_bias=family == "qwen2",
-            quant=_quantization(config),
+            **_quantization(config),
             name=name,
         )
         args.sliding_window, args.windowed_layers = _windows(config, family, args.n_layer)
@@ -110,7 +120,7 @@ class ModelArgs:
     def from_name(cls, name: str) -> "ModelArgs":
         """The named config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
 
-        A name that ends in "-int8" is that model with int8 weights.
+        A name that ends in "-int8" or "-int4" is that model with such weights.
 
         Raises:
             ValueError: no key fits; the known names are listed.
@@ -118,7 +128,7 @@ class ModelArgs:
         matches = [key for key in transformer_configs if key.lower() in name.lower()]
         if not matches:
             raise ValueError(f"no config is named like {name!r}; known: {', '.join(sorted(transformer_configs))}")
-        quant = "int8" if name.lower().endswith("-int8") else "none"
+        quant = name[-4:].lower() if name.lower().endswith(("-int8", "-int4")) else "none"
         return cls(**transformer_configs[max(matches, key=len)], quant=quant, name=name)
 
 
@@ -139,13 +149,16 @@ def _number(config: dict, key: str, default: float | None = None) -> float:
     return value
 
 
-def _quantization(config: dict) -> str:
+def _quantization(config: dict) -> dict:
     """What quantize.py wrote into config.json. Raises ValueError for the quantisation of another program."""
-    mode = (config.get("quantization") or {}).get("mode", "none")
-    if "quantization_config" in config or mode not in ("none", "int8"):
+    found = config.get("quantization") or {}
+    mode = found.get("mode", "none")
+    if "quantization_config" in config or mode not in ("none", "int8", "int4"):
         found = config.get("quantization_config") or mode
-        raise ValueError(f"config.json says the weights are quantised ({found}); only quantize.py's int8 is supported")
-    return mode
+        raise ValueError(
+            f"config.json says the weights are quantised ({found}); only quantize.py's int8 and int4 are supported"
+        )
+    return {"quant": mode, "groupsize": found.get("groupsize", ModelArgs.groupsize)}
 
 
 def _rope(config: dict) -> tuple[float, dict | None]:
@@ -240,30 +253,52 @@ class Float32Buffers(nn.Module):
 class Projection(Float32Buffers, nn.Linear):
     """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width.
 
-    With `quant` "int8" the weight is int8, and `scale` [out], float32, makes it what it stands for; else scale is None.
+    A quantised one holds `weight` and `scale` of `kernels.int4.dequantize` with inputs and outputs swapped: int8
+    [out, in] and [out], or uint8 [out / 2, in] and [groups, in, 2]. Else scale is None.
     """
 
     def __init__(
-        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none"
-    ):
+        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none",
+        groupsize: int = 0,
+    ):  # fmt: skip
         super().__init__(in_features, sum(segments.values()), bias, device, dtype)
         self.segments = segments
-        quantize_weight(self, self.out_features, quant)
+        quantize_weight(self, quant, groupsize, out_dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.scale is None else (self.weight * self.scale[:, None]).to(x.dtype)
+        weight = self.weight
+        if self.scale is not None:
+            scale = self.scale.transpose(0, 1) if self.scale.dim() == 3 else self.scale
+            weight = dequantize(weight.t(), scale, x.dtype).t()
         return F.linear(x, weight, self.bias)
 
     def reset_parameters(self):
         """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
 
 
-def quantize_weight(module: nn.Module, n_out: int, quant: str) -> None:
-    """Gives a new linear layer its `scale`: None, or for int8 weights [n_out] float32."""
+def quantize_weight(module: nn.Module, quant: str, groupsize: int, out_dim: int) -> None:
+    """Gives a new linear layer its `scale`, and the weight that goes with it; `out_dim` is the weight's of outputs.
+
+    Raises:
+        ValueError: groups of int4 that do not divide a segment.
+    """
     module.register_buffer("scale", None)
+    if quant == "none":
+        return
+    shape, device = list(module.weight.shape), module.weight.device
     if quant == "int8":
-        module.weight = nn.Parameter(torch.empty_like(module.weight, dtype=torch.int8), requires_grad=False)
-        module.scale = torch.empty(n_out, device=module.weight.device, dtype=torch.float32)
+        dtype, module.scale = torch.int8, torch.empty(shape[out_dim], device=device, dtype=torch.float32)
+    else:
+        for name, width in module.segments.items():
+            if width % groupsize or groupsize % 2:
+                raise ValueError(
+                    f"group size {groupsize}: int4 needs an even one that divides {name}'s {width} outputs"
+                )
+        groups = list(shape)
+        groups[out_dim] //= groupsize
+        shape[out_dim] //= 2
+        dtype, module.scale = torch.uint8, torch.empty(*groups, 2, device=device, dtype=torch.bfloat16)
+    module.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
 class Embedding(nn.Embedding):
@@ -337,8 +372,10 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_local_heads, self.head_dim = config.n_head, config.n_local_heads, config.head_dim
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        self.wqkv = projection(config.dim, {"q": q, "k": kv, "v": kv}, config.qkv_bias, device, dtype, config.quant)
-        self.wo = projection(q, {"o": config.dim}, False, device, dtype, config.quant)
+        self.wqkv = projection(
+            config.dim, {"q": q, "k": kv, "v": kv}, config.qkv_bias, device, dtype, config.sensitive_quant
+        )
+        self.wo = projection(q, {"o": config.dim}, False, device, dtype, config.quant, config.groupsize)
         self.kv_cache: KVCache | None = None
         self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv", ["wq", "wk", "wv"]))
 
@@ -358,8 +395,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
         hidden = config.intermediate_size
-        self.w13 = projection(config.dim, {"gate": hidden, "up": hidden}, False, device, dtype, config.quant)
-        self.w2 = projection(hidden, {"down": config.dim}, False, device, dtype, config.quant)
+        form = (device, dtype, config.quant, config.groupsize)
+        self.w13 = projection(config.dim, {"gate": hidden, "up": hidden}, False, *form)
+        self.w2 = projection(hidden, {"down": config.dim}, False, *form)
         self.register_load_state_dict_pre_hook(_fuse_on_load("w13", ["w1", "w3"]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -395,7 +433,8 @@ class Transformer(Float32Buffers):
         self.norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
         self.output = None
         if not config.tie_embeddings:
-            self.output = Projection(config.dim, {"output": config.vocab_size}, False, device, dtype, config.quant)
+            segments = {"output": config.vocab_size}
+            self.output = Projection(config.dim, segments, False, device, dtype, config.sensitive_quant)
         self.register_buffer("inv_freq", rope_inverse_frequencies(config).to(device), persistent=False)
 
     @property
@@ -479,13 +518,17 @@ class Transformer(Float32Buffers):
         for name, parameter in self.named_parameters():
             if parameter.dtype == torch.int8:
                 parameter.random_(-127, 128, generator=generator)
+            elif parameter.dtype == torch.uint8:
+                parameter.random_(0, 256, generator=generator)
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, std, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         for name, buffer in self.named_buffers():
-            if name.endswith(".scale"):
+            if name.endswith(".scale") and buffer.dim() == 1:
                 buffer.fill_(std / 73.3)  # of the integers from -127 to 127
+            elif name.endswith(".scale"):
+                buffer.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # of those from 0 to 15
 
     @classmethod
     def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":

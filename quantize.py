@@ -1,20 +1,32 @@
-"""A checkpoint with int8 weights: projections and lm_head symmetric, rounded to nearest, one scale an output.
+"""A checkpoint with int8 or int4 weights, rounded by GPTQ (arXiv 2210.17323) on a text, on a GPU if there is one.
 
-python quantize.py --mode int8                                          # the default model
+python quantize.py --mode int8                                          # the default model, on text that it writes
+python quantize.py --mode int4 --data c4.jsonl --groupsize 32           # error made up for on inputs of your text
 python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # default OUT: DIR-int8
+python quantize.py --mode int8 --num_tokens 0                           # to nearest, no text
 
 generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. An input's row is a row of the
-[in, out] weight as before, so a cut input skips its bytes; the scale is the output's, applied once to its sum. The
-embedding and the norms keep their dtype; a tied lm_head becomes an int8 tensor of its own.
+[in, out] weight as before, so a cut input skips its bytes. int8 is symmetric with a scale an output, applied once to
+its sum. int4 is s * n + m with s and m (bfloat16) for every group of outputs of one input, which a cut input skips too.
+q, k, v and lm_head are int8 in both. The embedding and the norms keep their dtype, a tied lm_head becomes a tensor of
+its own.
+
+Weights are rounded input by input, and what that does to the outputs on the text is made up for by the inputs not yet
+rounded. Memory: the model in --precision, the text's hidden states, four matrices [in, in] in float32 for the layer at
+hand, and the rounded weights in the host's. A run that ends early leaves nothing; start it again.
 """
 
 import argparse
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from calibrate import PRECISIONS, WINDOW, add_device_arguments, calibration_tokens, resolve_device
 from convert_hf_checkpoint import (
     COPIED_FILES,
     Source,
@@ -26,72 +38,203 @@ from convert_hf_checkpoint import (
     write_json,
     write_weights,
 )
-from model import load_weights, read_config, read_json
+from kernels.int4 import pack_int4
+from model import ModelArgs, load_weights, read_config, read_json
+from sparse_model import SparseTransformer
 
+MODULES = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1", "w3", "w13", "w2", "output")}
+DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
+SPANS = (0.8, 1.0, 5)  # of a group's range, from which int4's least squares start: first, last, how many
+
+Rounding = Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 [out, in], scale [out] float32) of a weight [out, in]; weight is about int8 * scale[:, None].
+def int8_scale(weight: Tensor) -> Tensor:
+    """Scales [out] of a weight [in, out], by which the largest of an output's weights is 127."""
+    peak = weight.abs().amax(dim=0)
+    return torch.where(peak > 0, peak / 127, 1.0)
+
+
+def round_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """What weights [..., out], float32, become, and their codes: int8, -127 to 127."""
+    codes = (weight / scale).round_().clamp_(-127, 127)
+    return codes * scale, codes.to(torch.int8)
+
+
+def round_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What weights [..., out], float32, become; their codes, uint8, 0 to 15; scale [..., out / groupsize, 2], bfloat16.
+
+    Of each group s and m are those of least squared error among fits that start from `SPANS` of its range.
+    """
+    group = weight.unflatten(-1, (-1, groupsize))
+    low, high = group.aminmax(dim=-1, keepdim=True)
+    spans = torch.linspace(*SPANS, device=weight.device).view(-1, *[1] * group.dim())
+    s = (high - low) * (spans / 15)
+    codes = _codes(group, s, (low + high) / 2 - 7.5 * s)
+    centered = codes - codes.mean(-1, keepdim=True)
+    s = (centered * group).sum(-1, keepdim=True) / centered.square().sum(-1, keepdim=True).clamp_min(1e-9)
+    s = s.bfloat16().float()
+    m = (group - s * codes).mean(-1, keepdim=True).bfloat16().float()
+    codes = _codes(group, s, m)
+    best = (s * codes + m - group).square().sum(-1, keepdim=True).argmin(0, keepdim=True)
+    s, m, codes = (torch.take_along_dim(found, best, 0)[0] for found in (s, m, codes))
+    value, scale = s * codes + m, torch.cat((s, m), -1)
+    return value.flatten(-2), codes.flatten(-2).to(torch.uint8), scale.bfloat16()
+
+
+def _codes(group: Tensor, s: Tensor, m: Tensor) -> Tensor:
+    return ((group - m) / torch.where(s == 0, 1.0, s)).round_().clamp_(0, 15)
+
+
+def gptq(weight: Tensor, hessian: Tensor, rounding: Rounding) -> list[Tensor]:
+    """Rounds a weight's rows by falling diagonal; those that follow make up for each row's error, by least squares.
+
+    Args:
+        weight: [in, out], float32.
+        hessian: [in, in], float32, the sum of x x^T over inputs x; zeros: every row is rounded alone. It is changed.
+        rounding: of a row [out], to what the row becomes and whatever is stored of it.
+
+    Returns:
+        What is stored, each [in, ...].
+    """
+    diagonal = hessian.diagonal()
+    diagonal += DAMPING * diagonal.mean()
+    diagonal[diagonal == 0] = 1
+    order = diagonal.argsort(descending=True)
+    weight = weight[order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    stored = []
+    for rows, factors in zip(weight.split(BLOCK), upper.split(BLOCK), strict=True):
+        first = len(stored)
+        errors = torch.empty_like(rows)
+        for i, (row, factor) in enumerate(zip(rows, factors[:, first : first + len(rows)], strict=True)):
+            value, *codes = rounding(row)
+            stored.append(codes)
+            errors[i] = (row - value) / factor[i]
+            rows[i + 1 :].addr_(factor[i + 1 :], errors[i], alpha=-1)
+        end = first + len(rows)
+        weight[end:].addmm_(factors[:, end:].t(), errors, alpha=-1)
+    back = order.argsort()
+    return [torch.stack(part)[back] for part in zip(*stored, strict=True)]
+
+
+def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
+    """A projection's tensors as the checkpoint holds them, of its weight [in, out]; `hessian` is that of `gptq`.
 
     Raises:
-        ValueError: the weight is not finite.
+        ValueError: weights or inputs that are not finite.
     """
     weight = weight.float()
-    peak = weight.abs().amax(dim=1)
-    if not peak.isfinite().all():
-        raise ValueError("it has weights that are not finite")
-    scale = torch.where(peak > 0, peak / 127, 1.0)
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} cannot be quantised, it has weights that are not finite")
+    if not hessian.isfinite().all():
+        raise ValueError(f"the inputs of {name} are not finite; choose another --precision")
+    if mode == "int8":
+        scale = int8_scale(weight)
+        (codes,) = gptq(weight, hessian, lambda row: round_int8(row, scale))
+    else:
+        codes, scale = gptq(weight, hessian, lambda row: round_int4(row, groupsize))
+        codes, scale = pack_int4(codes), scale.transpose(0, 1)
+    return {f"{name}.weight": codes.t().contiguous().cpu(), f"{name}.scale": scale.contiguous().cpu()}
 
 
-def quantize_checkpoint(folder: Path, partial: Path) -> None:
-    """Writes the int8 checkpoint of `folder` into `partial`, one tensor in memory at a time."""
-    config = read_json(folder / "config.json")
-    weights = load_weights(folder)
-    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+@torch.no_grad()
+def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
+    """Quantised tensors of all projections and lm_head, by name, for inputs that windows [N, T] (int64) give densely.
+
+    Raises:
+        ValueError: see `quantize_weight`.
+    """
+    device = model.norm.weight.device
+    rope, masks = model.rope_and_masks(torch.arange(windows.shape[1], device=device))
+    batches = windows.to(device).split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
+    states = [model.tok_embeddings(batch) for batch in batches]
     tensors = {}
-    for name, weight in weights.items():
-        shape = tuple(weight.shape)
-        if ".".join(name.split(".")[-2:]) not in QUANTIZED:
-            tensors[name] = Source(shape, weight.dtype, lambda w=weight: w)
-            continue
 
-        def part(i: int, name: str = name, weight: Tensor = weight) -> Tensor:
-            try:
-                return quantize_int8(weight)[i]
-            except ValueError as error:
-                raise ValueError(f"{folder}: {name} cannot be quantised, {error}") from None
+    def watch(hessian: Tensor) -> Callable:
+        def hook(module, args: tuple[Tensor]) -> None:
+            x = args[0].flatten(0, -2).float()
+            hessian.addmm_(x.t(), x)
 
-        tensors[name] = Source(shape, torch.int8, lambda part=part: part(0))
-        tensors[name.removesuffix("weight") + "scale"] = Source(shape[:1], torch.float32, lambda part=part: part(1))
-    for name in COPIED_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, partial / name)
-    write_json(partial / "config.json", {**config, "quantization": {"mode": "int8"}})
-    write_weights(partial, tensors)
+        return hook
+
+    def zeros(n_in: int) -> Tensor:
+        return torch.zeros(n_in, n_in, device=device)
+
+    for i, block in enumerate(tqdm(model.layers, desc="quantising", unit="layer")):
+        modules = [block.get_submodule(name) for name in MODULES]
+        hessians = [zeros(len(module.weight)) for module in modules]
+        hooks = [m.register_forward_pre_hook(watch(hessian)) for m, hessian in zip(modules, hessians, strict=True)]
+        states = [block(x, rope, masks[i], None) for x in states]
+        for hook in hooks:
+            hook.remove()
+        for name, module, hessian in zip(MODULES, modules, hessians, strict=True):
+            bits = "int8" if name == "attention.wqkv" else mode
+            tensors |= quantize_weight(f"layers.{i}.{name}", module.weight, hessian, bits, groupsize)
+    hessian = zeros(model.config.dim)
+    for x in states:
+        watch(hessian)(None, (model.norm(x),))
+    return tensors | quantize_weight("output", model.output_weight.t(), hessian, "int8", groupsize)
 
 
-def main(checkpoint_path: str | None, mode: str, output_dir: str | None) -> Path:
+def main(
+    checkpoint_path: Path | None,
+    mode: str,
+    groupsize: int = ModelArgs.groupsize,
+    data: list[str] | None = None,
+    num_tokens: int = 10 * WINDOW,
+    output_dir: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: str = "bfloat16",
+) -> Path:
     """Quantises a checkpoint and returns the new one's folder.
 
     Raises:
-        ValueError: the checkpoint is quantised already or cannot be read, or the output is there.
+        ValueError: the checkpoint is quantised already or cannot be read, the group size does not fit, the output is
+            there, a text that cannot be read or is too short.
     """
     folder = resolve_checkpoint(checkpoint_path)
-    if read_config(folder).quant != "none":
+    config = read_config(folder)
+    if config.quant != "none":
         raise ValueError(f"{folder} is quantised already; give the checkpoint that it was made from")
+    SparseTransformer(replace(config, quant=mode, groupsize=groupsize), device="meta")  # says if groups do not fit
     output = Path(output_dir) if output_dir else folder.with_name(f"{folder.name}-{mode}")
+
+    def write(folder: Path, partial: Path) -> None:
+        model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
+        windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, to nearest"
+        if num_tokens:
+            windows, text = calibration_tokens(folder, model, data, num_tokens, seed)
+        found = quantize_model(model, windows, mode, groupsize)
+        weights = {n: w for n, w in load_weights(folder).items() if ".".join(n.split(".")[-2:]) not in QUANTIZED}
+        for name in COPIED_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, partial / name)
+        made = {"mode": mode, "text": text, "tokens": windows.numel()} | (
+            {"groupsize": groupsize} if mode == "int4" else {}
+        )
+        write_json(partial / "config.json", {**read_json(folder / "config.json"), "quantization": made})
+        tensors = (weights | found).items()
+        write_weights(partial, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
+
     with lock(output):
         check_absent(output)
-        convert(quantize_checkpoint, folder, output)
+        convert(write, folder, output)
     print(f"{output}: use it as --checkpoint_path")
     return output
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", help="a checkpoint's folder or a file in it; default: the default model")
-    parser.add_argument("--mode", choices=["int8"], required=True)
-    parser.add_argument("--output_dir", help="default: the checkpoint's folder with -int8 behind its name")
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--mode", choices=["int8", "int4"], required=True)
+    parser.add_argument("--groupsize", type=int, default=ModelArgs.groupsize, help="of int4 (default: %(default)s)")
+    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
+    parser.add_argument("--num_tokens", type=int, default=10 * WINDOW, help="of the text; 0: to nearest, without one")
+    parser.add_argument("--output_dir", type=Path, help="default: the checkpoint's folder with -int8 or -int4 behind")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
+    add_device_arguments(parser)
     command_line(main, parser.parse_args())

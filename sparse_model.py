@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from kernels.int4 import dequantize
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 from model import Float32Buffers, Transformer, quantize_weight
 
@@ -21,8 +22,8 @@ class SparseProjection(Float32Buffers):
     """A linear layer whose cut inputs' weights are not read.
 
     Attributes:
-        weight: [in, out], contiguous: a kept input reads one row.
-        scale: [out], float32, of an int8 weight, else None.
+        weight: [in, out], contiguous: a kept input reads one row. int4 is packed to [in, out / 2], uint8.
+        scale: [out], float32, of an int8 weight; [in, groups, 2], bfloat16, of int4 (see `kernels.int4`); else None.
         segments: name and width of each of the S projections fused along out.
         threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
         shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
@@ -32,14 +33,15 @@ class SparseProjection(Float32Buffers):
     """
 
     def __init__(
-        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none"
-    ):
+        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none",
+        groupsize: int = 0,
+    ):  # fmt: skip
         super().__init__()
         self.segments = segments
         self.widths = list(segments.values())
         n_out = sum(self.widths)
         self.weight = nn.Parameter(torch.empty(in_features, n_out, device=device, dtype=dtype))
-        quantize_weight(self, n_out, quant)
+        quantize_weight(self, quant, groupsize, out_dim=1)
         self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
         threshold = torch.zeros(len(segments), in_features, device=device, dtype=torch.float32)
         self.register_buffer("threshold", threshold)
@@ -84,7 +86,13 @@ class SparseProjection(Float32Buffers):
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """What the weight stands for, [in, out]. The scale comes before the product: float16 does not hold its sums."""
-        return (self.weight if self.scale is None else self.weight * self.scale).to(dtype)
+        return dequantize(self.weight, self.scale, dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one input's weights, with the scales of its own that int4 has."""
+        own = self.scale[0].nbytes if self.scale is not None and self.scale.dim() == 3 else 0
+        return self.weight[0].nbytes + own
 
     def column_norms(self) -> Tensor:
         """2-norm of each input's weights (a column of the usual [out, in] matrix), [S, in], float32."""
@@ -99,9 +107,9 @@ def _transpose_on_load(module, state_dict, prefix, *_):
     for name in ("shift", "offset"):
         if prefix + name in state_dict:
             setattr(module, name, torch.empty_like(state_dict[prefix + name], device=module.weight.device))
-    key = prefix + "weight"
-    if key in state_dict and prefix + "threshold" not in state_dict:
-        state_dict[key] = state_dict[key].to(module.weight.device).t()
+    for key in (prefix + "weight", prefix + "scale"):
+        if key in state_dict and state_dict[key].dim() > 1 and prefix + "threshold" not in state_dict:
+            state_dict[key] = state_dict[key].to(module.weight.device).transpose(0, 1)
     state_dict.setdefault(prefix + "threshold", module.threshold)
 
 
@@ -199,7 +207,7 @@ class SparseTransformer(Transformer):
             unread -= 0 if module.offset is None else module.offset.nbytes
             for read, width in zip(module.read.tolist(), module.widths, strict=True):
                 rows = read / module.steps if module.steps else module.weight.shape[0]
-                unread += (module.weight.shape[0] - rows) * width * module.weight.itemsize
+                unread += (module.weight.shape[0] - rows) * module.row_bytes * width / sum(module.widths)
         return super().bytes_per_step() - round(unread)
 
     def achieved_sparsity(self) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.int4 import dequantize
 
 
 def keep_mask(x: Tensor, threshold: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def sparse_gemv_ref(
     x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
 ) -> Tensor:
     """The op's meaning in plain torch, for x [..., in]; accumulates as torch's matmul does. See `sparse_gemv`."""
-    weight = (weight if scale is None else weight * scale).to(x.dtype)
+    weight = dequantize(weight, scale, x.dtype)
     parts = zip(threshold, weight.split(segments, dim=1), strict=True)
     return torch.cat([torch.where(keep_mask(x, t), x, 0) @ w for t, w in parts], dim=-1)
 
@@ -33,10 +34,10 @@ def sparse_gemv(
 
     Args:
         x: [B, in], bfloat16, float16 or float32. Every row cuts its own inputs.
-        weight: [in, out], contiguous, the dtype of x, or int8.
+        weight: [in, out], contiguous, the dtype of x, or int8; [in, out / 2], uint8, of int4.
         threshold: [S, in], float32, a row for each output segment.
         segments: widths of the S output segments, which add up to out.
-        scale: [out], float32, of an int8 weight; None is 1.
+        scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; see `kernels.int4.dequantize`. None is 1.
 
     Returns:
         [B, out], the dtype of x, accumulated in float32.
@@ -50,11 +51,13 @@ def sparse_gemv(
 def _(x, weight, threshold, segments, scale=None):
     torch._check(x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[0])
     torch._check(threshold.shape[0] == len(segments) and threshold.shape[1] == x.shape[1])
-    return x.new_empty(x.shape[0], weight.shape[1])
+    return x.new_empty(x.shape[0], sum(segments))
 
 
 @sparse_gemv.register_kernel("cuda")
 def _(x, weight, threshold, segments, scale=None):
     from kernels.triton_gemv import launch_sparse_gemv
 
+    if weight.dtype == torch.uint8:  # no kernel yet
+        return sparse_gemv_ref(x, weight, threshold, segments, scale)
     return launch_sparse_gemv(x, weight, threshold, segments, scale)
