@@ -202,7 +202,7 @@ def can_fuse(device: torch.device, batch_size: int, top_k: int, quant: str) -> b
     if device.type == "cpu":
         return has_cpu_kernel(device, batch_size, quant)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return device.type == "cuda" and batch_size == 1 and top_k <= 1024 and quant != "int4" and not deterministic
+    return device.type == "cuda" and batch_size == 1 and top_k <= 1024 and not deterministic
 
 
 def has_cpu_kernel(device: torch.device, batch_size: int, quant: str) -> bool:

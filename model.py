@@ -290,9 +290,9 @@ def quantize_weight(module: nn.Module, quant: str, groupsize: int, out_dim: int)
         dtype, module.scale = torch.int8, torch.empty(shape[out_dim], device=device, dtype=torch.float32)
     else:
         for name, width in module.segments.items():
-            if width % groupsize or groupsize % 2:
+            if groupsize < 16 or groupsize % 16 or width % groupsize:
                 raise ValueError(
-                    f"group size {groupsize}: int4 needs an even one that divides {name}'s {width} outputs"
+                    f"group size {groupsize}: int4 needs a multiple of 16 that divides {name}'s {width} outputs"
                 )
         groups = list(shape)
         groups[out_dim] //= groupsize

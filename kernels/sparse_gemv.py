@@ -58,6 +58,4 @@ def _(x, weight, threshold, segments, scale=None):
 def _(x, weight, threshold, segments, scale=None):
     from kernels.triton_gemv import launch_sparse_gemv
 
-    if weight.dtype == torch.uint8:  # no kernel yet
-        return sparse_gemv_ref(x, weight, threshold, segments, scale)
     return launch_sparse_gemv(x, weight, threshold, segments, scale)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.int4 import dequantize, pack_int4
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 
 pytest.importorskip("triton")
@@ -16,14 +17,15 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel r
 KERNELS = [pytest.param("interpreter", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def product(implementation: str, x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+def product(implementation: str, x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale=None):
     """Runs one of the implementations; the result is on the CPU."""
     if implementation == "interpreter":
         from kernels.triton_gemv import launch_sparse_gemv
 
-        return launch_sparse_gemv(x, weight, threshold, segments)
+        return launch_sparse_gemv(x, weight, threshold, segments, scale)
     device = implementation
-    return sparse_gemv(x.to(device), weight.to(device), threshold.to(device), segments).cpu()
+    scale = None if scale is None else scale.to(device)
+    return sparse_gemv(x.to(device), weight.to(device), threshold.to(device), segments, scale).cpu()
 
 
 @pytest.fixture
@@ -129,6 +131,28 @@ def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
 def test_shapes_of_large_models(dtype, sparsity, n_in, segments):
     arguments = case(n_in, segments, dtype, 2, sparsity)
     assert_as_precise_as_torch(product("cuda", *arguments), arguments)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsity", [0, 0.5, 1])
+@pytest.mark.parametrize(("bits", "n_in", "segments", "groupsize"), [
+    (8, 172, [64, 20, 20], 0), (8, 1030, [516], 0), (4, 172, [64, 32, 16], 16), (4, 70, [576, 192], 64),
+])  # fmt: skip
+def test_integer_weights(implementation, dtype, bits, n_in, segments, groupsize, sparsity):
+    generator, n_out = torch.Generator().manual_seed(0), sum(segments)
+    x, _, threshold, _ = case(n_in, segments, dtype, 2, sparsity)
+    if bits == 8:
+        weight = torch.randint(-128, 128, (n_in, n_out), generator=generator, dtype=torch.int8)
+        scale = 1e-2 * torch.rand(n_out, generator=generator)
+    else:
+        weight = pack_int4(torch.randint(16, (n_in, n_out), generator=generator, dtype=torch.uint8))
+        scale = torch.randn(n_in, n_out // groupsize, 2, generator=generator).bfloat16()
+    exact = reference(x, dequantize(weight, scale, torch.float64), threshold, segments)
+    result = product(implementation, x, weight, threshold, segments, scale)
+    assert result.dtype == x.dtype
+    allowed = max(1e-5, 2 * torch.finfo(dtype).eps)  # of float32: the integers' place in the mantissa
+    assert (result.double() - exact).abs().max() <= allowed * exact.abs().max().clamp(min=1e-9)
 
 
 @pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])

@@ -242,9 +242,9 @@ def test_the_command_line_generates_with_it(checkpoint):
 
 
 def test_a_checkpoint_with_a_tokenizer_is_quantised_on_its_own_text(tiny, tmp_path):
-    folder = quantize(tiny, "int4", tmp_path / "out", num_tokens=64, groupsize=8)
+    folder = quantize(tiny, "int4", tmp_path / "out", num_tokens=64, groupsize=16)
     config = json.loads((folder / "config.json").read_text())
-    assert config["quantization"] == {"mode": "int4", "text": "the model's own, seed 0", "tokens": 64, "groupsize": 8}
+    assert config["quantization"] == {"mode": "int4", "text": "the model's own, seed 0", "tokens": 64, "groupsize": 16}
     result = generate(checkpoint_path=folder, sparsity=0.5, max_new_tokens=4, num_samples=1, device="cpu")
     assert 0.2 < result["achieved_sparsity"] < 0.8
 
@@ -255,7 +255,7 @@ def test_errors(checkpoint, tmp_path):
         quantize(folder, "int4", tmp_path / "again")
     with pytest.raises(ValueError, match="out is there already"):
         quantize(checkpoint, "int8", folder)
-    with pytest.raises(ValueError, match="group size 32: int4 needs an even one that divides gate's 176 outputs"):
+    with pytest.raises(ValueError, match="group size 32: int4 needs a multiple of 16 that divides gate's 176 outputs"):
         quantize(checkpoint, "int4", tmp_path / "again", groupsize=32)
     with pytest.raises(ValueError, match="group size 1: int4"):
         quantize(checkpoint, "int4", tmp_path / "again", groupsize=1)
