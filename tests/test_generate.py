@@ -489,6 +489,8 @@ def test_prompt_mistakes_come_before_the_model(refused, monkeypatch, tiny, argum
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB\nin all. See docs."),
      "pytest: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB in all: take a smaller model or "
      "fewer tokens at once, or --device cpu"),
+    (RuntimeError("[enforce fail at x.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 8 bytes."),
+     "pytest: can't allocate memory: you tried 8 bytes.: take a smaller model or fewer tokens at once"),
 ])  # fmt: skip
 def test_other_ends(monkeypatch, error, code):
     def main():
@@ -620,7 +622,7 @@ def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
 
 @pytest.mark.parametrize("fastest", ["our kernel", "torch linear, [out, in]", "torch linear, [in, out]"])
 def test_the_dense_rival_on_a_cpu_is_the_fastest_product(cli, monkeypatch, calibrated, fastest):
-    if not generate.has_cpu_kernel(torch.device("cpu"), 1, "none"):
+    if not generate.has_cpu_kernel(torch.device("cpu"), 1):
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(generate, "fastest_dense", lambda model: fastest)
     result = result_of(cli("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compare_dense", "--json", *BRIEF))
