@@ -121,7 +121,8 @@ def main(
             if llama:
                 seconds["llama.cpp", 0.0].append(llama_step())
                 time.sleep(1)  # its idle threads spin for a while
-            for key, (cut, thresholds) in variants.items():
+            first = len(bandwidths) % len(variants)  # they take turns at what comes first, and behind llama.cpp
+            for key, (cut, thresholds) in [*variants.items()][first:] + [*variants.items()][:first]:
                 for i, module in enumerate(model.projections):
                     module.threshold.copy_(thresholds[i] if thresholds else torch.zeros(()))
                 model(prompt, torch.arange(PROMPT))
