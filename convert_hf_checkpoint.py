@@ -579,9 +579,12 @@ def command_line(main: Callable, arguments: argparse.Namespace) -> None:
         main(**vars(arguments))
     except (ValueError, OSError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(" ".join(str(error).split()).split(". ")[:3])
-        advice = "take a smaller model or fewer tokens at once, or --device cpu"
+    except RuntimeError as error:
+        _, on_cpu, message = str(error).rpartition("DefaultCPUAllocator: ")  # torch has no class for it
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = ". ".join(" ".join(message.split()).split(". ")[:3])
+        advice = "take a smaller model or fewer tokens at once" + ("" if on_cpu else ", or --device cpu")
         raise SystemExit(f"{Path(sys.argv[0]).name}: {reason}: {advice}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -100,6 +100,21 @@ struct Float32 {
   static Floats load(const Float32* from) { return read<Floats>(from); }
 };
 
+struct Int8 {  // of a weight alone; the scale of its output makes it what it stands for
+  int8_t value;
+  operator float() const { return value; }
+  static Floats load(const Int8* from) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(from)));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(read<Bytes>(from), Floats);
+#endif
+  }
+};
+
 template <typename T>
 float rounded(float value) {
   return T::from(value);
@@ -133,7 +148,7 @@ inline float exponential(float x) {
 constexpr int64_t ROWS = 8;        // rows added at a time
 constexpr int64_t COLUMNS = 4096;  // outputs summed at a time: 16 KB
 constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
-constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of W is read twice
+constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of a 2-byte W is read twice
 
 // sums[j] += value[k] * row[k][j] over N rows; fetches next[k] into the second-level cache: the first has too few
 // misses in flight (a step of SmolLM2-135M at 50 %, bfloat16, two cores of an EPYC: 8.9 to 9.8 ms, so 7.0 to 7.5).
@@ -219,6 +234,8 @@ void outputs(const T* weight, int64_t n_out, const Kept& kept, int64_t begin, in
       r = wraps ? std::min(r - kept.n, kept.n - 1) : std::min(r, kept.n - 1);
       return weight + kept.index[r] * n_out + column + (wraps ? COLUMNS : 0);
     };
+    for (int64_t r = 0; column == begin && r < std::min(ahead, kept.n); r++)  // whose fetching no earlier rows cover
+      for (int64_t j = 0; j < width; j += 64 / sizeof(T)) __builtin_prefetch(at(r) + j, 0, 2);
     int64_t r = 0;
     for (; r + ROWS <= kept.n; r += ROWS) {
       const T *row[ROWS], *next[ROWS];
@@ -242,9 +259,9 @@ struct Range {
   }
 };
 
-template <typename T>
-void product(const T* x, const T* weight, const float* threshold, T* out, int64_t batch, int64_t n_in, int64_t n_out,
-             int64_t n_segments, const int64_t* segments, int threads) {
+template <typename T, typename W>
+void product(const T* x, const W* weight, const float* scale, const float* threshold, T* out, int64_t batch,
+             int64_t n_in, int64_t n_out, int64_t n_segments, const int64_t* segments, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const Range mine(n_out, omp_get_thread_num(), omp_get_num_threads(), GRAIN);
@@ -258,6 +275,8 @@ void product(const T* x, const T* weight, const float* threshold, T* out, int64_
         std::copy(x + b * n_in, x + (b + 1) * n_in, input.begin());
         kept.list(input.data(), threshold + s * n_in, n_in);
         outputs(weight, n_out, kept, begin, end, sums.data());
+        if (scale)
+          for (int64_t j = begin; j < end; j++) sums[j - begin] *= scale[j];
         for (int64_t j = begin; j < end; j++) out[b * n_out + j] = T::from(sums[j - begin]);
       }
     }
@@ -269,6 +288,7 @@ void product(const T* x, const T* weight, const float* threshold, T* out, int64_
 // What cpu.py passes; keep both in the same order. The embedding and the output are [vocab, dim].
 struct Projection {
   const void *weight, *bias;  // [in, out], [out] or null
+  const float* scale;         // [out] of an int8 weight, else null
   const float* threshold;     // [segments, in]
   const float* shift;         // [in] or null: what a cut input is taken to be
   const float* offset;        // [out] or null: the product of the shift
@@ -283,9 +303,11 @@ struct Model {
   int64_t n_layer, n_head, n_local_heads, head_dim, dim, hidden, vocab, cache_length;
   const Layer* layers;
   const void *embedding, *norm, *output;
+  const float* output_scale;  // [vocab] of an int8 output, else null
   const float* inv_freq;
   float *h, *qkv, *y, *act, *logits;  // room for the values between the phases of a step
   float* tops;                        // the largest logit of each GROUP
+  int64_t* tokens;                    // [cache_length + 1]: a step reads its position's and writes the next one
   int64_t cut;                        // 0: thresholds, shifts and offsets are left out
   float eps, temperature;
   int64_t top_k;
@@ -313,8 +335,8 @@ class Barrier {
   }
 };
 
-// One thread's part of a step.
-template <typename T>
+// One thread's part of a step: T holds all but the weights of projections and output, which are W.
+template <typename T, typename W>
 class Worker {
   const Model& m;
   const int64_t position;
@@ -360,8 +382,9 @@ class Worker {
     const Range rows(m.vocab, thread, threads, GROUP);
     for (int64_t v = rows.begin; v < rows.end; v += GROUP) {
       const int64_t n = std::min(GROUP, rows.end - v);
-      const T* row = static_cast<const T*>(m.output) + v * m.dim;
-      for (int64_t i = 0; i < n; i++) sums[i] = dot(row + i * m.dim, x.data(), m.dim);
+      const W* row = static_cast<const W*>(m.output) + v * m.dim;
+      for (int64_t i = 0; i < n; i++)
+        sums[i] = dot(row + i * m.dim, x.data(), m.dim) * (m.output_scale ? m.output_scale[v + i] : 1.0f);
       round_all<T>(sums.data(), m.logits + v, n);
       m.tops[v / GROUP] = *std::max_element(m.logits + v, m.logits + v + n);
     }
@@ -387,22 +410,28 @@ class Worker {
     return shifted.data();
   }
 
-  // The product's sums over this thread's share of the kept inputs, then a meeting.
+  // The product's sums over this thread's share of the kept inputs, then a meeting. Segments with the same thresholds
+  // are one: at threshold 0 the rows are as long as the dense product's.
   void multiply(const float* from, const Projection& projection, int64_t n_in, std::initializer_list<int64_t> widths) {
-    int64_t n_out = 0, start = 0, segment = 0;
+    int64_t n_out = 0, begin = 0, end = 0;
     for (const int64_t width : widths) n_out += width;
     second = !second;
     float* sums = partials + (second * threads + thread) * most;
     if (!m.cut) {
       kept.list_all(from, n_in);
       kept.take(thread, threads);
-      outputs(static_cast<const T*>(projection.weight), n_out, kept, 0, n_out, sums);
+      outputs(static_cast<const W*>(projection.weight), n_out, kept, 0, n_out, sums);
     } else {
+      const float* next = projection.threshold;
       for (const int64_t width : widths) {
-        kept.list(from, projection.threshold + segment++ * n_in, n_in);
+        const float* threshold = next;
+        next += n_in;
+        end += width;
+        if (end < n_out && !std::memcmp(threshold, next, n_in * sizeof(float))) continue;
+        kept.list(from, threshold, n_in);
         kept.take(thread, threads);
-        outputs(static_cast<const T*>(projection.weight), n_out, kept, start, start + width, sums + start);
-        start += width;
+        outputs(static_cast<const W*>(projection.weight), n_out, kept, begin, end, sums + begin);
+        begin = end;
       }
     }
     barrier.wait(threads);
@@ -414,6 +443,8 @@ class Worker {
     std::copy(from + begin, from + end, to);
     for (int t = 1; t < threads; t++)
       for (int64_t j = begin; j < end; j++) to[j - begin] += from[t * most + j];
+    if (projection.scale)
+      for (int64_t j = begin; j < end; j++) to[j - begin] *= projection.scale[j];
     round_all<T>(to, to, end - begin);
     if (m.cut && projection.offset)
       for (int64_t j = begin; j < end; j++) to[j - begin] = rounded<T>(to[j - begin] + projection.offset[j]);
@@ -507,11 +538,16 @@ int64_t sample(const Model& m, uint64_t seed) {
     bound = tops[m.top_k - 1];
   }
   std::vector<std::pair<float, int64_t>> best;
+  size_t n = 0;
   for (int64_t g = 0; g < groups; g++) {
     if (m.tops[g] < bound) continue;
-    for (int64_t v = g * GROUP; v < std::min(m.vocab, (g + 1) * GROUP); v++)
-      if (!(m.logits[v] < bound)) best.emplace_back(m.logits[v], v);
+    best.resize(n + GROUP);
+    for (int64_t v = g * GROUP; v < std::min(m.vocab, (g + 1) * GROUP); v++) {  // without branches
+      best[n] = {m.logits[v], v};
+      n += !(m.logits[v] < bound);
+    }
   }
+  best.resize(n);
   const auto larger = [](const auto& a, const auto& b) { return a.first > b.first; };
   const int64_t last = std::min<int64_t>(m.top_k, best.size()) - 1;
   std::nth_element(best.begin(), best.begin() + last, best.end(), larger);
@@ -528,31 +564,35 @@ int64_t sample(const Model& m, uint64_t seed) {
   return best[std::min<int64_t>(drawn, best.size() - 1)].second;
 }
 
-template <typename T>
-int64_t decode(const Model& m, int64_t token, int64_t position, uint64_t seed, int threads) {
+template <typename T, typename W>
+void decode(const Model& m, int64_t position, uint64_t seed, int threads) {
   Barrier barrier;
   const int64_t most = std::max({m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim});
   std::vector<float> partials(2 * threads * most);
 #pragma omp parallel num_threads(threads)
-  Worker<T>(m, position, omp_get_thread_num(), omp_get_num_threads(), barrier, partials.data(), most).step(token);
-  return sample(m, seed);
+  Worker<T, W>(m, position, omp_get_thread_num(), omp_get_num_threads(), barrier, partials.data(), most)
+      .step(m.tokens[position]);
+  m.tokens[position + 1] = sample(m, seed * 0x9e3779b97f4a7c15 + position * 0xd1b54a32d192ed03);
 }
 
 }  // namespace
 
-#define EXPORT(name, T)                                                                                               \
-  extern "C" void sparse_gemv_##name(const void* x, const void* weight, const float* threshold, void* out,            \
-                                     int64_t batch, int64_t n_in, int64_t n_out, int64_t n_segments,                  \
-                                     const int64_t* segments, int threads) {                                          \
-    product(static_cast<const T*>(x), static_cast<const T*>(weight), threshold, static_cast<T*>(out), batch, n_in,   \
-            n_out, n_segments, segments, threads);                                                                    \
-  }                                                                                                                   \
-  extern "C" int64_t decode_##name(const Model* model, int64_t token, int64_t position, uint64_t seed, int threads) { \
-    return decode<T>(*model, token, position, seed, threads);                                                         \
+#define EXPORT(name, T, W)                                                                                           \
+  extern "C" void sparse_gemv_##name(const void* x, const void* weight, const float* scale, const float* threshold,  \
+                                     void* out, int64_t batch, int64_t n_in, int64_t n_out, int64_t n_segments,      \
+                                     const int64_t* segments, int threads) {                                         \
+    product(static_cast<const T*>(x), static_cast<const W*>(weight), scale, threshold, static_cast<T*>(out), batch,  \
+            n_in, n_out, n_segments, segments, threads);                                                             \
+  }                                                                                                                  \
+  extern "C" void decode_##name(const Model* model, int64_t position, uint64_t seed, int threads) {                  \
+    decode<T, W>(*model, position, seed, threads);                                                                   \
   }
-EXPORT(bfloat16, BFloat16)
-EXPORT(float16, Float16)
-EXPORT(float32, Float32)
+EXPORT(bfloat16, BFloat16, BFloat16)
+EXPORT(float16, Float16, Float16)
+EXPORT(float32, Float32, Float32)
+EXPORT(bfloat16_int8, BFloat16, Int8)
+EXPORT(float16_int8, Float16, Int8)
+EXPORT(float32_int8, Float32, Int8)
 
 // Asks for huge pages under a range: rows at random places then miss fewer translations. Where it fails, nothing
 // changes.

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,18 +57,29 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(build(cache_folder(), FLAGS)))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0])
         warnings.warn(f"the CPU kernel is not built, plain torch takes its place: {reason}", stacklevel=2)
         return None
 
 
-def launch_sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int]) -> Tensor:
+def kernel(name: str, dtype: torch.dtype, weight: torch.dtype) -> Callable:
+    """The library's function for values and for weights of these dtypes."""
+    assert weight in (dtype, torch.int8)
+    return getattr(library(), f"{name}_{NAMES[dtype]}" + ("_int8" if weight == torch.int8 else ""))
+
+
+def launch_sparse_gemv(
+    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
+) -> Tensor:
     """`kernels.sparse_gemv.sparse_gemv` on a CPU, with torch's number of threads; the library must be there."""
     assert weight.is_contiguous() and threshold.is_contiguous() and sum(segments) == weight.shape[1]
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[1])
-    getattr(library(), f"sparse_gemv_{NAMES[x.dtype]}")(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, weight, threshold, out)),
+    assert scale is None or scale.is_contiguous()
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, weight, scale, threshold, out))
+    kernel("sparse_gemv", x.dtype, weight.dtype)(
+        *map(ctypes.c_void_p, pointers),
         *(ctypes.c_int64(n) for n in (*x.shape, weight.shape[1], len(segments))),
         (ctypes.c_int64 * len(segments))(*segments),
         ctypes.c_int(torch.get_num_threads()),
@@ -78,7 +90,7 @@ def launch_sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: l
 class _Projection(ctypes.Structure):
     """`Projection` of cpu.cpp."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("weight", "bias", "threshold", "shift", "offset"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("weight", "bias", "scale", "threshold", "shift", "offset"))
 
 
 class _Layer(ctypes.Structure):
@@ -99,8 +111,8 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_layer", "n_head", "n_local_heads", "head_dim", "dim", "hidden")),
         *((name, ctypes.c_int64) for name in ("vocab", "cache_length")),
         ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "output", "inv_freq")),
-        *((name, ctypes.c_void_p) for name in ("h", "qkv", "y", "act", "logits", "tops")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "output", "output_scale", "inv_freq")),
+        *((name, ctypes.c_void_p) for name in ("h", "qkv", "y", "act", "logits", "tops", "tokens")),
         ("cut", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("eps", "temperature")),
         ("top_k", ctypes.c_int64),
@@ -125,8 +137,8 @@ class CpuDecoder:
 
     def __init__(self, model, sparsity: float, temperature: float, top_k: int):
         config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
-        self._decode = getattr(library(), f"decode_{NAMES[cache.dtype]}")
-        self._decode.restype = ctypes.c_int64
+        self._decode = kernel("decode", cache.dtype, model.output_weight.dtype)
+        self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int]
         self._tensors = []  # those that only the structures point to
 
         def pointer(tensor: Tensor | None) -> int | None:
@@ -156,10 +168,11 @@ class CpuDecoder:
         self._model = _Model(
             *(config.n_layer, config.n_head, config.n_local_heads, config.head_dim, config.dim),
             *(config.intermediate_size, config.vocab_size, cache.shape[2], layers),
-            *map(pointer, (model.tok_embeddings.weight, model.norm.weight, model.output_weight, model.inv_freq)),
+            *map(pointer, (model.tok_embeddings.weight, model.norm.weight, model.output_weight)),
+            *map(pointer, (None if model.output is None else model.output.scale, model.inv_freq)),
             *(room(config.dim), room((config.n_head + 2 * config.n_local_heads) * config.head_dim)),
             *(room(config.n_head * config.head_dim), room(config.intermediate_size)),
-            *(pointer(self.logits), room(-(-config.vocab_size // GROUP))),
+            *(pointer(self.logits), room(-(-config.vocab_size // GROUP)), pointer(self.tokens)),
             *(sparsity > 0, config.norm_eps, temperature, min(top_k, config.vocab_size)),
         )
         for parameter in model.parameters():
@@ -167,17 +180,11 @@ class CpuDecoder:
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
         """Sets the token to feed next, its position, and the seed of the draws."""
-        self.token, self.position, self.seed = token.item(), position, seed
-        self.tokens[position] = self.token
+        self.position, self.seed, self._threads = position, seed, torch.get_num_threads()
+        self.tokens[position] = token.item()
 
     def replay(self) -> None:
-        """One step."""
+        """One step. Little happens here: what a step read has swept Python's own data out of the caches."""
         assert self.position < self._model.cache_length
-        draw = (self.seed * 0x9E3779B97F4A7C15 + self.position * 0xD1B54A32D192ED03) % 2**64
-        self.token = self._decode(
-            ctypes.byref(self._model),
-            *(ctypes.c_int64(self.token), ctypes.c_int64(self.position), ctypes.c_uint64(draw)),
-            ctypes.c_int(torch.get_num_threads()),
-        )
+        self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads)
         self.position += 1
-        self.tokens[self.position] = self.token

@@ -42,9 +42,9 @@ def sparse_gemv(
     Returns:
         [B, out], the dtype of x, accumulated in float32.
     """
-    if weight.dtype != x.dtype or cpu.library() is None:
+    if weight.dtype not in (x.dtype, torch.int8) or cpu.library() is None:
         return sparse_gemv_ref(x, weight, threshold, segments, scale)
-    return cpu.launch_sparse_gemv(x, weight, threshold, segments)
+    return cpu.launch_sparse_gemv(x, weight, threshold, segments, scale)
 
 
 @sparse_gemv.register_fake

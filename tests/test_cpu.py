@@ -33,15 +33,20 @@ def threads_of(n):
 
 
 @needs_library
+@pytest.mark.parametrize("quant", ["none", "int8"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("n_in, segments", [(172, [50, 30, 20]), (576, [576, 192, 192]), (11008, [33]), (7, [1])])
-def test_kernel_equals_float64(n_in, segments, dtype, threads):
+def test_kernel_equals_float64(n_in, segments, dtype, threads, quant):
     x, weight, threshold = problem(n_in, segments, 3, dtype)
+    scale = None
+    if quant == "int8":
+        weight, scale = (40 * weight).round().clamp(-127, 127).to(torch.int8), torch.rand(sum(segments))
     with threads_of(threads):
-        result = cpu.launch_sparse_gemv(x, weight, threshold, segments)
-    truth = sparse_gemv_ref(x.double(), weight.double(), threshold, segments)
-    plain = sparse_gemv_ref(x, weight, threshold, segments)
+        result = cpu.launch_sparse_gemv(x, weight, threshold, segments, scale)
+    stands_for = weight.double() if scale is None else weight * scale.double()
+    truth = sparse_gemv_ref(x.double(), stands_for, threshold, segments)
+    plain = sparse_gemv_ref(x, weight, threshold, segments, scale)
     assert (result - truth).norm() <= 2 * (plain - truth).norm() + 1e-6 * truth.norm()
 
 
@@ -50,9 +55,11 @@ def test_the_op_runs_the_kernel(monkeypatch):
     calls = []
     launch = cpu.launch_sparse_gemv
     monkeypatch.setattr(cpu, "launch_sparse_gemv", lambda *args: calls.append(1) or launch(*args))
-    arguments = *problem(64, [64], 1, torch.float32), [64]
-    torch.testing.assert_close(sparse_gemv(*arguments), sparse_gemv_ref(*arguments), rtol=1e-4, atol=1e-4)
-    assert calls
+    x, weight, threshold = problem(64, [64], 1, torch.float32)
+    for arguments in ((x, weight), (x, weight.to(torch.int8))):
+        arguments = *arguments, threshold, [64], torch.rand(64)
+        torch.testing.assert_close(sparse_gemv(*arguments), sparse_gemv_ref(*arguments), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
 
 
 @needs_library
@@ -107,6 +114,7 @@ MODELS = {
     "window in one layer, llama3 rope": {"sliding_window": 5, "windowed_layers": [1], "rope_scaling": LLAMA3_ROPE},
     "biases, one head a group": {"qkv_bias": True, "n_local_heads": 4},
     "shifts": {"shifted": True},
+    "int8, biases, shifts": {"quant": "int8", "qkv_bias": True, "shifted": True},
     "odd widths, tied": {"dim": 42, "head_dim": 14, "n_head": 3, "n_local_heads": 1, "tie_embeddings": True},
 }
 
@@ -191,7 +199,7 @@ def test_what_is_not_finite_in_a_step_ends_in_not_a_number(value):
     decoder = cpu.CpuDecoder(model, 0.5, temperature=0.8, top_k=3)
     decoder.start(torch.tensor(3), 0, seed=0)
     decoder.replay()
-    assert decoder.logits.isnan().all() and 0 <= decoder.token < 101
+    assert decoder.logits.isnan().all() and 0 <= decoder.tokens[1] < 101
 
 
 def draws(logits, temperature, top_k, n):
@@ -241,43 +249,51 @@ template <typename T> T* values(int64_t n, float scale) {  // of its own allocat
   for (int64_t i = 0; i < n; i++) p[i] = T::from(scale * float(i * 7919 % 201 - 100) / 100);
   return p;
 }
+template <> Int8* values(int64_t n, float) {
+  Int8* p = static_cast<Int8*>(std::malloc(n));
+  for (int64_t i = 0; i < n; i++) p[i] = {int8_t(i * 7919 % 201 - 100)};
+  return p;
+}
 float* floats(int64_t n) { return &values<Float32>(n, 0.3f)->value; }
-template <typename T>
+template <typename T, typename W>
 double run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, int64_t vocab, int threads) {
   const int64_t qkv = (heads + 2 * kv) * d, length = 11;
   const auto projection = [](int64_t segments, int64_t n_in, int64_t n_out) {
-    return Projection{values<T>(n_in * n_out, 1), values<T>(n_out, 1), floats(segments * n_in), floats(n_in),
-                      floats(n_out)};
+    return Projection{values<W>(n_in * n_out, 1), values<T>(n_out, 1), floats(n_out), floats(segments * n_in),
+                      floats(n_in), floats(n_out)};
   };
   Layer layer{values<T>(dim, 1), values<T>(dim, 1), projection(3, dim, qkv), projection(1, heads * d, dim),
               projection(2, dim, 2 * hidden), projection(1, hidden, dim), values<T>(kv * length * d, 1),
               values<T>(kv * length * d, 1), 5};
   Model m{1, heads, kv, d, dim, hidden, vocab, length, &layer, values<T>(vocab * dim, 1), values<T>(dim, 1),
-          values<T>(vocab * dim, 1), floats(d / 2), floats(dim), floats(qkv), floats(heads * d), floats(hidden),
-          floats(vocab), floats((vocab + GROUP - 1) / GROUP), 1, 1e-5f, 0.8f, 7};
+          values<W>(vocab * dim, 1), floats(vocab), floats(d / 2), floats(dim), floats(qkv), floats(heads * d),
+          floats(hidden), floats(vocab), floats((vocab + GROUP - 1) / GROUP),
+          static_cast<int64_t*>(std::calloc(length + 1, 8)), 1, 1e-5f, 0.8f, 7};
   double total = 0;
-  for (int64_t i = 0, token = 0; i < length; i++) {
-    token = decode<T>(m, token, i, i, threads);
+  for (int64_t i = 0; i < length; i++) {
+    decode<T, W>(m, i, 1, threads);
+    const int64_t token = m.tokens[i + 1];
     if (token < 0 || token >= vocab) std::exit(1);
     total += m.logits[token];
   }
   return total;
 }
-template <typename T> void all() {
+template <typename T, typename W> void all() {
   for (int threads : {1, 2, 8}) {
-    run<T>(3, 1, 14, 42, 173, 101, threads);
-    run<T>(4, 2, 16, 65, 33, 1001, threads);
-    run<T>(1, 1, 2, 1, 1, 1, threads);
+    run<T, W>(3, 1, 14, 42, 173, 101, threads);
+    run<T, W>(4, 2, 16, 65, 33, 1001, threads);
+    run<T, W>(1, 1, 2, 1, 1, 1, threads);
   }
 }
 int main() {
   for (int64_t n_in : {1, 7, 9, 64, 172}) for (int64_t n_out : {1, 63, 65, 1030}) for (int t : {1, 2, 5}) {
     std::vector<float> x(2 * n_in, 1), w(n_in * n_out, 1), y(2 * n_out, -1), threshold(2 * n_in, 0.5);
     int64_t segments[2] = {n_out / 2, n_out - n_out / 2};
-    sparse_gemv_float32(x.data(), w.data(), threshold.data(), y.data(), 2, n_in, n_out, 2, segments, t);
+    sparse_gemv_float32(x.data(), w.data(), nullptr, threshold.data(), y.data(), 2, n_in, n_out, 2, segments, t);
     for (float v : y) if (v != float(n_in)) return 1;
   }
-  all<BFloat16>(), all<Float16>(), all<Float32>();
+  all<BFloat16, BFloat16>(), all<Float16, Float16>(), all<Float32, Float32>();
+  all<BFloat16, Int8>(), all<Float32, Int8>();
 }
 """
 
