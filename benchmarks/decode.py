@@ -45,6 +45,7 @@ def measure(options: dict, sparsity: float) -> dict:
         **provenance(result["device"]),
         **rounded,
         "weights": "random" if options.get("random_init") else "trained",
+        "model": config.name.removesuffix(f"-{config.quant}"),
         "quant": config.quant,
         "command": " ".join(["python generate.py --compile", f"--sparsity {sparsity}", *flags]),
     }

@@ -318,8 +318,8 @@ def tile_for(n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, in
         return 32, 1, 512, 4
     if bits == 8:
         return (32, 2, 512, 8) if n_out > 8192 else (32, 2 if n_in > 8192 else 1, 256, 4)
-    if n_out > (5120 if sparsity else 4096):
-        return 32, 1, 256, 8 if sparsity > MOSTLY_CUT and n_out > 8192 else 0
+    if n_out > 8192 or (not sparsity and n_out > 4096):
+        return 32, 1, 256, 8 if sparsity > MOSTLY_CUT else 0
     return 32, 2, 128, 0
 
 
