@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from benchmarks.results import provenance, write_rows
+from benchmarks.results import provenance, short, write_rows
 from calibrate import add_device_arguments, command_line
 from convert_hf_checkpoint import resolve_checkpoint
 from generate import main as generate
@@ -33,7 +33,9 @@ def measure(options: dict, sparsity: float) -> dict:
     name, path = options.get("random_init"), options.get("checkpoint_path")
     config = ModelArgs.from_name(name) if name else read_config(resolve_checkpoint(path))
     result = generate(**options, sparsity=sparsity, compile=True)
-    flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items() if value]
+    flags = [
+        f"--{name}" if value is True else f"--{name} {short(str(value))}" for name, value in options.items() if value
+    ]
     rounded = {
         "achieved_sparsity": f"{result['achieved_sparsity']:.4f}",
         "tokens_per_sec": f"{result['tokens_per_sec']:.2f}",
@@ -88,7 +90,8 @@ def main(
     for rows in tables:
         first = rows[0]
         dense = next((float(row["tokens_per_sec"]) for row in rows if row["sparsity"] == 0), None)
-        print(f"\n{first['model']}, {first['weights']} weights, {first['dtype']}, {first['device']}")
+        form = first["dtype"] if first["quant"] == "none" else first["quant"]
+        print(f"\n{first['model']}, {first['weights']} weights, {form}, {first['device']}")
         print(f"{'sparsity':>9}{'achieved':>10}{'tokens/s':>10}{'speed-up':>10}{'ms/token':>10}{'GB/s':>8}")
         for row in rows:
             speedup = f"{float(row['tokens_per_sec']) / dense:.2f}x" if dense else ""

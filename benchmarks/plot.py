@@ -15,6 +15,8 @@ PEAK_BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3350, "NVIDIA H200": 4800}
 def plot_decode(plt) -> None:
     lines = defaultdict(list)
     for row in read_rows("decode.csv"):
+        if int(row["new_tokens"]) < 200:  # too short for the sweep
+            continue
         lines[row["device"], row["model"], row["dtype"], row["quant"], row["prompt_tokens"]].append(row)
     devices = sorted({key[0] for key in lines})
     figure, axes = plt.subplots(1, len(devices), figsize=(6 * len(devices), 4.2), squeeze=False)
@@ -27,7 +29,7 @@ def plot_decode(plt) -> None:
             axis.plot(x, [float(row["ms_per_token"]) for row in rows], "o-", color=f"C{i}", label=label)
             if peak:
                 floor = [float(row["bytes_per_token"]) / peak / 1e6 for row in rows]
-                axis.plot(x, floor, ":", color=f"C{i}", label=f"{key[1]}: bytes / {peak:,} GB/s")
+                axis.plot(x, floor, ":", color=f"C{i}", label=f"its bytes / {peak:,} GB/s")
         axis.set_title(device)
         axis.set_xlabel("achieved sparsity, %")
         axis.set_ylabel("ms a token")
@@ -43,8 +45,12 @@ def plot_gemv(plt) -> None:
     for row in read_rows("gemv.csv"):
         shape = row["device"], int(row["in_features"]), int(row["out_features"]), row["dtype"]
         panels[shape][row["kernel"]].append((100 * float(row["sparsity"]), float(row["us"]), float(row["bytes"])))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for axis, (shape, kernels) in zip(axes[0], sorted(panels.items()), strict=True):
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (shape, kernels) in zip(axes.flat, sorted(panels.items()), strict=False):
         for name in sorted(kernels):
             x, us, _ = zip(*sorted(kernels[name]), strict=True)
             axis.plot(x, us, "o-", label=name, markersize=4)
@@ -60,32 +66,68 @@ def plot_gemv(plt) -> None:
     save(figure, "gemv.png")
 
 
+LABELS = {"none": "16-bit weights", "int8": "int8", "int4": "int4"}
+
+
+def split_model(row: dict[str, str]) -> tuple[str, str]:
+    """The model's name without its weights' form, and that form, of a row of quality.csv."""
+    name, _, quant = row["model"].rpartition("-")
+    return (name, quant) if quant in LABELS else (row["model"], "none")
+
+
 def plot_quality(plt) -> None:
-    """The rules of the full protocol on WikiText-2, a line each; dense is a line across."""
+    """The rules of the full protocol on WikiText-2, a line each; dense is a line across. Beside them, for weights of 16,
+    8 and 4 bits, perplexity against the bytes that a token reads, which are those of decode.csv at that sparsity."""
     rows = [row for row in read_rows("quality.csv") if row["text"] == "wikitext" and row["sparse_fraction"] == "0.99"]
-    models = sorted({row["model"] for row in rows})
-    figure, axes = plt.subplots(1, len(models), figsize=(7 * len(models), 4.6), squeeze=False)
-    for axis, model in zip(axes[0], models, strict=True):
-        lines = defaultdict(list)
-        for row in (row for row in rows if row["model"] == model):
+    models = sorted({split_model(row)[0] for row in rows})
+    figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.6 * len(models)), squeeze=False)
+    for (by_sparsity, by_bytes), model in zip(axes, models, strict=True):
+        lines, fronts = defaultdict(list), defaultdict(list)
+        for row in (row for row in rows if split_model(row)[0] == model):
             name = row["allocation"] if row["rule"] in ("teal", "greedy", "global") else row["rule"]
-            lines[name].append((100 * float(row["achieved_sparsity"]), float(row["perplexity"])))
+            point = 100 * float(row["achieved_sparsity"]), float(row["perplexity"])
+            quant = split_model(row)[1]
+            if quant == "none":
+                lines[name].append(point)
+            if name in ("dense", "uniform", "global"):
+                fronts[quant, "global" if name == "global" else "uniform"].append(point)
+                if name == "dense" and quant == "none":
+                    fronts[quant, "global"].append(point)
         for name, points in lines.items():
             if name == "dense":
-                axis.axhline(points[0][1], color="grey", linestyle=":", label=name)
+                by_sparsity.axhline(points[0][1], color="grey", linestyle=":", label=name)
             else:
-                axis.plot(*zip(*sorted(points), strict=True), "o-", label=name, markersize=4)
-        axis.set_title(f"{model}, WikiText-2")
-        axis.set_xlabel("achieved sparsity, %")
-        axis.set_ylabel("perplexity")
-        axis.set_yscale("log")
-        ticks = [18, 20, 25, 30, 40, 60, 100, 200]
-        axis.set_yticks(ticks, [str(tick) for tick in ticks])
-        axis.set_yticks([], minor=True)
-        axis.set_ylim(top=min(axis.get_ylim()[1], 300))
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
+                by_sparsity.plot(*zip(*sorted(points), strict=True), "o-", label=name, markersize=4)
+        by_sparsity.set_xlabel("achieved sparsity, %")
+        for (quant, rule), points in sorted(fronts.items()):
+            if line := bytes_line(model, quant):
+                x, y = zip(*((line(sparsity) / 1e6, value) for sparsity, value in sorted(points)), strict=True)
+                by_bytes.plot(x, y, "o-", label=f"{LABELS[quant]}, {rule}", markersize=4)
+        by_bytes.set_xlabel("MB of weights read a token")
+        for axis in (by_sparsity, by_bytes):
+            axis.set_title(f"{model}, WikiText-2")
+            axis.set_ylabel("perplexity")
+            axis.set_yscale("log")
+            ticks = [18, 20, 25, 30, 40, 60, 100, 200]
+            axis.set_yticks(ticks, [str(tick) for tick in ticks])
+            axis.set_yticks([], minor=True)
+            axis.set_ylim(top=min(axis.get_ylim()[1], 300))
+            axis.grid(alpha=0.3, which="both")
+            axis.legend(fontsize=8)
     save(figure, "quality.png")
+
+
+def bytes_line(model: str, quant: str):
+    """Bytes a token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two."""
+    found = {
+        100 * float(row["achieved_sparsity"]): float(row["bytes_per_token"])
+        for row in read_rows("decode.csv")
+        if row["model"] == model and row["quant"] == quant and row["dtype"] != "float32"
+    }
+    if len(found) < 2:
+        return None
+    low, high = min(found), max(found)
+    return lambda sparsity: found[low] + (found[high] - found[low]) * (sparsity - low) / (high - low)
 
 
 def save(figure, name: str) -> None:

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.results import provenance, write_rows
+from benchmarks.results import provenance, short, write_rows
 from calibrate import (
     PRECISIONS,
     Statistics,
@@ -192,11 +192,6 @@ def main(
             rows.append(row)
             write_rows("quality.csv", [row], COLUMNS, KEY)
     return rows
-
-
-def short(argument: str) -> str:
-    """An argument without the folders of a path, which are this machine's."""
-    return Path(argument).name if "/" in argument else argument
 
 
 if __name__ == "__main__":

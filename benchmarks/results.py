@@ -48,3 +48,8 @@ def write_rows(name: str, rows: list[dict], columns: list[str], key: list[str]) 
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *new.values()])
+
+
+def short(argument: str) -> str:
+    """A command's argument without the folders of a path, which are this machine's."""
+    return Path(argument).name if "/" in argument else argument
