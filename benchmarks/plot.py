@@ -76,8 +76,8 @@ def split_model(row: dict[str, str]) -> tuple[str, str]:
 
 
 def plot_quality(plt) -> None:
-    """The rules of the full protocol on WikiText-2, a line each; dense is a line across. Beside them, for weights of 16,
-    8 and 4 bits, perplexity against the bytes that a token reads, which are those of decode.csv at that sparsity."""
+    """The rules of the full protocol on WikiText-2, a line each; dense is a line across. Beside them, for 16, 8 and 4
+    bits, perplexity against the bytes that a token reads, which are those of decode.csv at that sparsity."""
     rows = [row for row in read_rows("quality.csv") if row["text"] == "wikitext" and row["sparse_fraction"] == "0.99"]
     models = sorted({split_model(row)[0] for row in rows})
     figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.6 * len(models)), squeeze=False)
