@@ -152,13 +152,15 @@ def _number(config: dict, key: str, default: float | None = None) -> float:
 def _quantization(config: dict) -> dict:
     """What quantize.py wrote into config.json. Raises ValueError for the quantisation of another program."""
     found = config.get("quantization") or {}
-    mode = found.get("mode", "none")
-    if "quantization_config" in config or mode not in ("none", "int8", "int4"):
-        found = config.get("quantization_config") or mode
+    mode, groupsize = "", 0
+    if isinstance(found, dict):
+        mode, groupsize = found.get("mode", "none"), found.get("groupsize", ModelArgs.groupsize)
+    if "quantization_config" in config or mode not in ("none", "int8", "int4") or not isinstance(groupsize, int):
+        found = config.get("quantization_config") or mode or found
         raise ValueError(
             f"config.json says the weights are quantised ({found}); only quantize.py's int8 and int4 are supported"
         )
-    return {"quant": mode, "groupsize": found.get("groupsize", ModelArgs.groupsize)}
+    return {"quant": mode, "groupsize": groupsize}
 
 
 def _rope(config: dict) -> tuple[float, dict | None]:
@@ -650,6 +652,8 @@ def one_line(error: Exception) -> str:
 def read_config(folder: Path) -> ModelArgs:
     """The config of a checkpoint: its config.json, or the named one that its folder is called like.
 
+    The name of a model with int8 or int4 weights ends in "-int8" or "-int4".
+
     Raises:
         ValueError: see `ModelArgs.from_config` and `ModelArgs.from_name`.
     """
@@ -657,7 +661,8 @@ def read_config(folder: Path) -> ModelArgs:
     if not path.is_file():
         return ModelArgs.from_name(folder.name)
     config = read_json(path)
-    return ModelArgs.from_config(config, name=config.get("_name_or_path") or folder.name)
+    name, quant = config.get("_name_or_path") or folder.name, _quantization(config)["quant"]
+    return ModelArgs.from_config(config, name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}")
 
 
 def read_json(path: Path) -> dict:

@@ -12,8 +12,9 @@ q, k, v and lm_head are int8 in both. The embedding and the norms keep their dty
 its own.
 
 Weights are rounded input by input, and what that does to the outputs on the text is made up for by the inputs not yet
-rounded. Memory: the model in --precision, the text's hidden states, four matrices [in, in] in float32 for the layer at
-hand, and the rounded weights in the host's. A run that ends early leaves nothing; start it again.
+rounded, starting from the weights in --precision. Memory: the model, the text's hidden states, eight matrices [in, in]
+in float32 for the layer at hand, lm_head twice in float32, and the rounded weights in the host's. A run that ends early
+leaves nothing; start it again.
 """
 
 import argparse
@@ -151,6 +152,7 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
     rope, masks = model.rope_and_masks(torch.arange(windows.shape[1], device=device))
     batches = windows.to(device).split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
     states = [model.tok_embeddings(batch) for batch in batches]
+    sensitive = replace(model.config, quant=mode).sensitive_quant
     tensors = {}
 
     def watch(hessian: Tensor) -> Callable:
@@ -171,12 +173,12 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
         for hook in hooks:
             hook.remove()
         for name, module, hessian in zip(MODULES, modules, hessians, strict=True):
-            bits = "int8" if name == "attention.wqkv" else mode
+            bits = sensitive if name == "attention.wqkv" else mode
             tensors |= quantize_weight(f"layers.{i}.{name}", module.weight, hessian, bits, groupsize)
     hessian = zeros(model.config.dim)
     for x in states:
         watch(hessian)(None, (model.norm(x),))
-    return tensors | quantize_weight("output", model.output_weight.t(), hessian, "int8", groupsize)
+    return tensors | quantize_weight("output", model.output_weight.t(), hessian, sensitive, groupsize)
 
 
 def main(
@@ -198,6 +200,8 @@ def main(
     """
     folder = resolve_checkpoint(checkpoint_path)
     config = read_config(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json to go with the new weights; convert_hf_checkpoint.py writes one")
     if config.quant != "none":
         raise ValueError(f"{folder} is quantised already; give the checkpoint that it was made from")
     SparseTransformer(replace(config, quant=mode, groupsize=groupsize), device="meta")  # says if groups do not fit

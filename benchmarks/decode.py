@@ -34,7 +34,7 @@ def measure(options: dict, sparsity: float) -> dict:
     config = ModelArgs.from_name(name) if name else read_config(resolve_checkpoint(path))
     result = generate(**options, sparsity=sparsity, compile=True)
     flags = [
-        f"--{name}" if value is True else f"--{name} {short(str(value))}" for name, value in options.items() if value
+        f"--{flag}" if value is True else f"--{flag} {short(str(value))}" for flag, value in options.items() if value
     ]
     rounded = {
         "achieved_sparsity": f"{result['achieved_sparsity']:.4f}",

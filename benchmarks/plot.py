@@ -77,9 +77,12 @@ def split_model(row: dict[str, str]) -> tuple[str, str]:
 
 def plot_quality(plt) -> None:
     """The rules of the full protocol on WikiText-2, a line each; dense is a line across. Beside them, for 16, 8 and 4
-    bits, perplexity against the bytes that a token reads, which are those of decode.csv at that sparsity."""
+    bits, perplexity against the bytes that a token reads, which are those of decode.csv (one
+    sparsity everywhere) at the achieved one."""
     rows = [row for row in read_rows("quality.csv") if row["text"] == "wikitext" and row["sparse_fraction"] == "0.99"]
     models = sorted({split_model(row)[0] for row in rows})
+    if not models:
+        return
     figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.6 * len(models)), squeeze=False)
     for (by_sparsity, by_bytes), model in zip(axes, models, strict=True):
         lines, fronts = defaultdict(list), defaultdict(list)

@@ -137,6 +137,7 @@ class CpuDecoder:
 
     def __init__(self, model, sparsity: float, temperature: float, top_k: int):
         config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
+        assert all(module.weight.dtype == model.output_weight.dtype for module in model.projections), "no int4"
         self._decode = kernel("decode", cache.dtype, model.output_weight.dtype)
         self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int]
         self._tensors = []  # those that only the structures point to

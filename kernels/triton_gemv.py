@@ -348,15 +348,15 @@ def launch_gemv(
     """
     n_in, n_out = weight.shape[0], sum(segments)
     bits = 8 * weight.nbytes // (n_in * n_out)
-    if bits < 16:
-        weight = weight.view(torch.int32)
-        assert weight.shape[1] * 32 == n_out * bits and all(width * bits % 32 == 0 for width in segments)
+    assert len(segments) <= MAX_SEGMENTS and weight.is_contiguous() and 8 * weight.nbytes == bits * n_in * n_out
     group = 0
+    if bits < 16:
+        assert all(width * bits % 32 == 0 for width in segments) and weight_scale.is_contiguous()
+        weight = weight.view(torch.int32)
     if bits == 4:
         group = n_out // weight_scale.shape[1]
         assert group % 16 == 0 and all(width % group == 0 for width in segments)
         weight_scale = weight_scale.view(torch.int32)
-    assert len(segments) <= MAX_SEGMENTS and weight.is_contiguous()
     block_in, blocks, block_out, rows = tile or tile_for(n_in, n_out, sparsity, bits)
     tiles, starts = [0], [0]
     for width in segments:

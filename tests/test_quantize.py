@@ -263,3 +263,14 @@ def test_errors(checkpoint, tmp_path):
     (checkpoint / "config.json").write_text(json.dumps({**TINY, "quantization": {"mode": "int3"}}))
     with pytest.raises(ValueError, match=r"quantised \(int3\)"):
         read_config(checkpoint)
+    for found in ("int8", {"mode": "int4", "groupsize": "64"}):
+        (checkpoint / "config.json").write_text(json.dumps({**TINY, "quantization": found}))
+        with pytest.raises(ValueError, match=r"quantised \(int"):
+            read_config(checkpoint)
+    (checkpoint / "config.json").write_text(
+        json.dumps({**TINY, "_name_or_path": "org/m", "quantization": {"mode": "int8"}})
+    )
+    assert read_config(checkpoint).name == "org/m-int8"
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        quantize(checkpoint.rename(checkpoint.with_name("stories15M")), "int8", tmp_path / "again")
