@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int4 import dequantize
+from kernels.quantized import dequantize
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -255,7 +255,7 @@ class Float32Buffers(nn.Module):
 class Projection(Float32Buffers, nn.Linear):
     """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width.
 
-    A quantised one holds `weight` and `scale` of `kernels.int4.dequantize` with inputs and outputs swapped: int8
+    A quantised one holds `weight` and `scale` of `kernels.quantized.dequantize` with inputs and outputs swapped: int8
     [out, in] and [out], or uint8 [out / 2, in] and [groups, in, 2]. Else scale is None.
     """
 
@@ -265,7 +265,7 @@ class Projection(Float32Buffers, nn.Linear):
     ):  # fmt: skip
         super().__init__(in_features, sum(segments.values()), bias, device, dtype)
         self.segments = segments
-        quantize_weight(self, quant, groupsize, out_dim=0)
+        hold_quantized(self, quant, groupsize, out_dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -278,7 +278,7 @@ class Projection(Float32Buffers, nn.Linear):
         """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
 
 
-def quantize_weight(module: nn.Module, quant: str, groupsize: int, out_dim: int) -> None:
+def hold_quantized(module: nn.Module, quant: str, groupsize: int, out_dim: int) -> None:
     """Gives a new linear layer its `scale`, and the weight that goes with it; `out_dim` is the weight's of outputs.
 
     Raises:

@@ -39,7 +39,7 @@ from convert_hf_checkpoint import (
     write_json,
     write_weights,
 )
-from kernels.int4 import pack_int4
+from kernels.quantized import pack_int4
 from model import ModelArgs, load_weights, read_config, read_json
 from sparse_model import SparseTransformer
 

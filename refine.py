@@ -220,9 +220,8 @@ def settle(model: SparseTransformer, windows: Tensor, level: float, cuts: list[t
         scaled = [(threshold * math.exp(scale), shift) for threshold, shift in cuts]
         model.set_cuts(scaled)
         reached = []
-        model.reset_counts()
         for some in windows.split(1 if every else at_once(model, windows.shape[1])):
-            if every:
+            if every or not reached:
                 model.reset_counts()
             model(some.to(model.norm.weight.device), num_logits=1, dense_prefix=dense_prefix(windows.shape[1]))
             reached.append(model.achieved_sparsity())

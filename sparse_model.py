@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kernels.int4 import dequantize
+from kernels.quantized import dequantize
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
-from model import Float32Buffers, Transformer, quantize_weight
+from model import Float32Buffers, Transformer, hold_quantized
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -23,7 +23,7 @@ class SparseProjection(Float32Buffers):
 
     Attributes:
         weight: [in, out], contiguous: a kept input reads one row. int4 is packed to [in, out / 2], uint8.
-        scale: [out], float32, of an int8 weight; [in, groups, 2], bfloat16, of int4 (see `kernels.int4`); else None.
+        scale: [out], float32, of int8; [in, groups, 2], bfloat16, of int4; else None. See `kernels.quantized`.
         segments: name and width of each of the S projections fused along out.
         threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
         shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
@@ -41,7 +41,7 @@ class SparseProjection(Float32Buffers):
         self.widths = list(segments.values())
         n_out = sum(self.widths)
         self.weight = nn.Parameter(torch.empty(in_features, n_out, device=device, dtype=dtype))
-        quantize_weight(self, quant, groupsize, out_dim=1)
+        hold_quantized(self, quant, groupsize, out_dim=1)
         self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
         threshold = torch.zeros(len(segments), in_features, device=device, dtype=torch.float32)
         self.register_buffer("threshold", threshold)

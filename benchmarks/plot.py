@@ -76,9 +76,10 @@ def split_model(row: dict[str, str]) -> tuple[str, str]:
 
 
 def plot_quality(plt) -> None:
-    """The rules of the full protocol on WikiText-2, a line each; dense is a line across. Beside them, for 16, 8 and 4
-    bits, perplexity against the bytes that a token reads, which are those of decode.csv (one
-    sparsity everywhere) at the achieved one."""
+    """The rules of the full protocol on WikiText-2, a line each; dense is a line across.
+
+    Beside them, for 16, 8 and 4 bits, perplexity against the bytes that a token reads: see `bytes_line`.
+    """
     rows = [row for row in read_rows("quality.csv") if row["text"] == "wikitext" and row["sparse_fraction"] == "0.99"]
     models = sorted({split_model(row)[0] for row in rows})
     if not models:
@@ -121,7 +122,10 @@ def plot_quality(plt) -> None:
 
 
 def bytes_line(model: str, quant: str):
-    """Bytes a token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two."""
+    """Bytes a token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two.
+
+    An allocation's own shifts, some 1 % of the bytes, are not in it where those rows have one sparsity everywhere.
+    """
     found = {
         100 * float(row["achieved_sparsity"]): float(row["bytes_per_token"])
         for row in read_rows("decode.csv")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
-from kernels.int4 import dequantize
+from kernels.quantized import dequantize
 
 
 def keep_mask(x: Tensor, threshold: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def sparse_gemv(
         weight: [in, out], contiguous, the dtype of x, or int8; [in, out / 2], uint8, of int4.
         threshold: [S, in], float32, a row for each output segment.
         segments: widths of the S output segments, which add up to out.
-        scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; see `kernels.int4.dequantize`. Else None. The
-            GPU's kernel wants groups of a multiple of 16 outputs and, of int8, segments of a multiple of 4.
+        scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized`. The GPU's
+            kernel wants groups of a multiple of 16 outputs and, of int8, segments of a multiple of 4.
 
     Returns:
         [B, out], the dtype of x, accumulated in float32.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import benchmarks.results as results
-from benchmarks import gemv
+from benchmarks import decode, gemv, plot
 from benchmarks.results import provenance, read_rows, write_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,3 +64,21 @@ def test_committed_rows_name_where_they_come_from():
 def test_provenance_says_what_ran():
     row = provenance("some device")
     assert row["device"] == "some device" and row["torch"] and row["commit"]
+
+
+def test_rows_of_integer_weights_have_the_model_and_its_form_apart():
+    row = decode.measure(
+        {"random_init": "stories15M-int8", "max_new_tokens": 2, "num_samples": 1, "device": "cpu"}, 0.5
+    )
+    assert (row["model"], row["quant"]) == ("stories15M", "int8")
+    assert plot.split_model({"model": "org/m-int4"}) == ("org/m", "int4")
+    assert plot.split_model({"model": "Smol-135M"}) == ("Smol-135M", "none")
+
+
+def test_bytes_between_two_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    columns = ["model", "quant", "dtype", "achieved_sparsity", "bytes_per_token"]
+    rows = [dict(zip(columns, ("m", "int8", "bfloat16", *end), strict=True)) for end in ((0.0, 100), (0.5, 60))]
+    write_rows("decode.csv", rows, columns, columns)
+    assert plot.bytes_line("m", "int8")(25.0) == pytest.approx(80)
+    assert plot.bytes_line("m", "none") is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.int4 import dequantize, pack_int4
+from kernels.quantized import dequantize, pack_int4
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 
 pytest.importorskip("triton")

@@ -8,7 +8,7 @@ import torch
 from generate import Generator, has_cpu_kernel
 from generate import main as generate
 from kernels import cpu
-from kernels.int4 import dequantize, pack_int4
+from kernels.quantized import dequantize, pack_int4
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
 from model import ModelArgs, Transformer, read_config
 from quantize import gptq, int8_scale, quantize_model, quantize_weight, round_int4, round_int8

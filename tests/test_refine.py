@@ -170,20 +170,19 @@ def test_refinement_lowers_the_divergence_at_equal_sparsity(tokens, quick):
         assert values[1] < 0.97 * values[0]
 
 
-def test_every_unseen_window_is_cut_by_the_level(tokens, quick):
+def test_every_unseen_window_is_cut_by_the_level(quick):
+    tokens = torch.randint(SMALL["vocab_size"], (24, 40), generator=torch.Generator().manual_seed(5))
     model, table = build(SparseTransformer), ThresholdTable([], {}, {})
     for _ in refine.refine(model, tokens, table, 2):
         pass
-    unseen = tokens[-(len(tokens) // 8) :]
-    assert len(unseen) > 1
     for i, level in enumerate(table.levels):
         model.set_cuts(table.row(i))
         reached = []
-        for window in unseen.split(1):
+        for window in tokens[-3:].split(1):  # an eighth
             model.reset_counts()
             model(window, dense_prefix=refine.dense_prefix(tokens.shape[1]))
             reached.append(model.achieved_sparsity())
-        assert min(reached) == pytest.approx(level, abs=0.003) and max(reached) > level + 0.003
+        assert min(reached) == pytest.approx(level, abs=0.001) and max(reached) > level + 0.003
 
 
 def test_a_begun_table_is_continued(tokens, quick):
