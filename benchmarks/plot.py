@@ -124,7 +124,7 @@ def plot_quality(plt) -> None:
 def bytes_line(model: str, quant: str):
     """Bytes a token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two.
 
-    An allocation's own shifts, some 1 % of the bytes, are not in it where those rows have one sparsity everywhere.
+    An allocation's own shifts, under 1 % of the bytes, are not in it where those rows have one sparsity everywhere.
     """
     found = {
         100 * float(row["achieved_sparsity"]): float(row["bytes_per_token"])
