@@ -2,8 +2,9 @@
 
 python -m benchmarks.gemv                                    # the shapes of llama-3-8b, 0 to 95 %
 python -m benchmarks.gemv --models llama-2-7b --sparsities 0 0.5
+python -m benchmarks.gemv --dtype int4                       # ours alone, with int4 weights (or int8), x bfloat16
 
-Every kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times; the time is
+Each kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times; the time is
 the median of replays over the number of matrices, all launches that a product needs included (zeroed outputs, masks).
 Inputs are uniform in [-0.5, 0.5]. Each result is checked against float64 in the same run. Rows go to results/gemv.csv.
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.results import provenance, write_rows
 from calibrate import command_line
+from kernels.quantized import dequantize
 from kernels.triton_gemv import launch_gemv
 from model import ModelArgs
 
@@ -37,6 +39,8 @@ TILES = [(m, n, w) for m in (16, 32, 64, 128) for n in (64, 128, 256) for w in (
 COLD_BYTES = 400e6  # of matrices in one graph: eight times an H100's L2
 MIN_COPIES = 8  # so that a graph's own start, some 20 us, is shared by enough launches
 WARM_UP, REPLAYS = 3, 20
+
+Matrix = tuple[Tensor, Tensor | None]  # a weight and its scale, None of a floating dtype
 
 
 @triton.jit
@@ -80,40 +84,62 @@ def launch_rival(x: Tensor, weight: Tensor, threshold: float, out: Tensor, flags
     )  # fmt: skip
 
 
+def random_matrix(n_in: int, n_out: int, dtype: str, device: str) -> Matrix:
+    """A weight [in, out] of variance 1 / in: of a floating dtype, or int8 or int4 (`kernels.quantized`)."""
+    std = n_in**-0.5
+    if dtype == "int8":
+        codes = torch.randint(-127, 128, (n_in, n_out), device=device, dtype=torch.int8)
+        return codes, torch.full((n_out,), std / 73.3, device=device)
+    if dtype == "int4":
+        codes = torch.randint(256, (n_in, n_out // 2), device=device, dtype=torch.uint8)
+        scale = torch.tensor([1.0, -7.5], device=device, dtype=torch.bfloat16) * std / 4.6
+        return codes, scale.repeat(n_in, n_out // ModelArgs.groupsize, 1)
+    return (torch.randn(n_in, n_out, device=device) * std).to(getattr(torch, dtype)), None
+
+
 @dataclass
 class Problem:
     """One product: x [in], matrices [in, out] enough to overflow the L2, and a threshold that cuts the wanted share."""
 
     x: Tensor
-    weights: list[Tensor]
+    matrices: list[Matrix]
+    n_out: int
     threshold: float
     sparsity: float
 
     @classmethod
-    def make(cls, n_in: int, n_out: int, sparsity: float, dtype: torch.dtype, device="cuda") -> "Problem":
-        copies = max(MIN_COPIES, round(COLD_BYTES / (n_in * n_out * dtype.itemsize)))
-        x = (torch.rand(n_in, device=device) - 0.5).to(dtype)
-        weights = [(torch.randn(n_in, n_out, device=device) * n_in**-0.5).to(dtype) for _ in range(copies)]
+    def make(cls, n_in: int, n_out: int, sparsity: float, dtype: str, device="cuda") -> "Problem":
+        first = random_matrix(n_in, n_out, dtype, device)
+        copies = max(MIN_COPIES, round(COLD_BYTES / first[0].nbytes))
+        matrices = [first] + [random_matrix(n_in, n_out, dtype, device) for _ in range(copies - 1)]
+        x = (torch.rand(n_in, device=device) - 0.5).to(torch.bfloat16 if first[1] is not None else first[0].dtype)
         magnitudes = x.float().abs().sort().values
         cut = round(sparsity * n_in)
-        return cls(x, weights, magnitudes[cut - 1].item() if cut else 0.0, sparsity)
+        return cls(x, matrices, n_out, magnitudes[cut - 1].item() if cut else 0.0, sparsity)
 
-    def expected(self) -> Tensor:
-        kept = torch.where(self.x.float().abs() > self.threshold, self.x, 0).double()
-        return kept @ self.weights[0].double()
+    def expected(self, threshold: float) -> Tensor:
+        kept = torch.where(self.x.float().abs() > threshold, self.x, 0).double()
+        return kept @ dequantize(*self.matrices[0], torch.float32).double()
+
+    def bytes_read(self, kept: int) -> int:
+        """Of the weight's `kept` rows, with its scales."""
+        weight, scale = self.matrices[0]
+        if scale is None:
+            return kept * weight[0].nbytes
+        return kept * weight[0].nbytes + (scale.nbytes if scale.dim() == 1 else kept * scale[0].nbytes)
 
 
-def graph_us(launch: Callable[[Tensor], None], weights: list[Tensor]) -> float:
-    """Median microseconds of one product in a graph over all `weights`."""
+def graph_us(launch: Callable[[Matrix], None], matrices: list[Matrix]) -> float:
+    """Median microseconds of one product in a graph over all `matrices`."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        launch(weights[0])
+        launch(matrices[0])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for weight in weights:
-            launch(weight)
+        for matrix in matrices:
+            launch(matrix)
     times = []
     for i in range(WARM_UP + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -123,44 +149,50 @@ def graph_us(launch: Callable[[Tensor], None], weights: list[Tensor]) -> float:
         torch.cuda.synchronize()
         if i >= WARM_UP:
             times.append(start.elapsed_time(end))
-    return 1e3 * sorted(times)[REPLAYS // 2] / len(weights)
+    return 1e3 * sorted(times)[REPLAYS // 2] / len(matrices)
 
 
-def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Tensor], None], Tensor]]]:
+def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Matrix], None], Tensor]]]:
     """For each kernel the launches to try (the best counts), each with the buffer of its result."""
     x, threshold, device = problem.x, problem.threshold, problem.x.device
-    n_in, n_out = problem.weights[0].shape
+    n_in, n_out = len(x), problem.n_out
     sums = torch.zeros(2, n_out, device=device)  # ours: one is added to while the launch zeroes the other
     turns = itertools.cycle(((sums[0], sums[1]), (sums[1], sums[0])))
     thresholds = torch.full((1, n_in), threshold, device=device)
 
-    def ours(weight: Tensor) -> None:
-        out, other = next(turns)
-        launch_gemv("given", x[None], weight, thresholds, out, [n_out], sparsity=problem.sparsity, zero=other, pdl=pdl)
+    def ours(matrix: Matrix) -> None:
+        (weight, scale), (out, other) = matrix, next(turns)
+        launch_gemv(
+            "given", x[None], weight, thresholds, out, [n_out], sparsity=problem.sparsity, dtype=x.dtype,
+            weight_scale=scale, zero=other, pdl=pdl,
+        )  # fmt: skip
+
+    if problem.matrices[0][1] is not None:
+        return {"ours": [(ours, sums)]}
 
     out = torch.empty(n_out, device=device, dtype=torch.float16 if x.dtype == torch.float16 else torch.float32)
     flags = torch.empty(n_in, device=device, dtype=torch.int8)
     dense = torch.empty(n_out, device=device, dtype=x.dtype)
     return {
         "ours": [(ours, sums)],
-        "teal": [(lambda w, t=t: launch_rival(x, w, threshold, out, None, t), out) for t in TILES],
-        "dejavu": [(lambda w, t=t: launch_rival(x, w, threshold, out, flags, t), out) for t in TILES],
-        "dense_t": [(lambda w: torch.mv(w.t(), x, out=dense), dense)],
+        "teal": [(lambda m, t=t: launch_rival(x, m[0], threshold, out, None, t), out) for t in TILES],
+        "dejavu": [(lambda m, t=t: launch_rival(x, m[0], threshold, out, flags, t), out) for t in TILES],
+        "dense_t": [(lambda m: torch.mv(m[0].t(), x, out=dense), dense)],
     }
 
 
-def check(launch: Callable[[Tensor], None], out: Tensor, problem: Problem, name: str) -> None:
+def check(launch: Callable[[Matrix], None], out: Tensor, problem: Problem, name: str) -> None:
     """Raises ValueError if a launch's result is off by 1 % (a wrong row or column is; float16 sums are not)."""
     out.zero_()
-    launch(problem.weights[0])
-    result = out.view(-1, problem.weights[0].shape[1]).sum(0).double()  # ours: the other buffer is zero
-    expected = problem.x.double() @ problem.weights[0].double() if name == "dense_t" else problem.expected()
+    launch(problem.matrices[0])
+    result = out.view(-1, problem.n_out).sum(0).double()  # ours: the other buffer is zero
+    expected = problem.expected(-1.0 if name == "dense_t" else problem.threshold)
     error = (result - expected).norm() / expected.norm().clamp(min=1e-6)
     if not error < 1e-2:
         raise ValueError(f"{name} is wrong: relative error {error:.1e}")
 
 
-def measure(n_in: int, n_out: int, sparsity: float, dtype: torch.dtype) -> list[dict]:
+def measure(n_in: int, n_out: int, sparsity: float, dtype: str) -> list[dict]:
     """Rows of all kernels for one shape, dtype and sparsity."""
     problem = Problem.make(n_in, n_out, sparsity, dtype)
     pdl = torch.cuda.get_device_capability() >= (9, 0)
@@ -168,18 +200,19 @@ def measure(n_in: int, n_out: int, sparsity: float, dtype: torch.dtype) -> list[
     for name, launches in contenders(problem, pdl).items():
         for launch, out in launches:
             check(launch, out, problem, name)
-        times[name] = min(graph_us(launch, problem.weights) for launch, _ in launches)
-    rowwise = [w.t().contiguous() for w in problem.weights]
-    times["dense"] = graph_us(lambda w: torch.mv(w, problem.x), rowwise)
+        times[name] = min(graph_us(launch, problem.matrices) for launch, _ in launches)
+    if "dense_t" in times:
+        rowwise = [(weight.t().contiguous(), None) for weight, _ in problem.matrices]
+        times["dense"] = graph_us(lambda m: torch.mv(m[0], problem.x), rowwise)
     kept = (problem.x.float().abs() > problem.threshold).sum().item()
     rows = []
     for name, us in times.items():
-        read = (n_in if name.startswith("dense") else kept) * n_out * dtype.itemsize
+        read = problem.bytes_read(n_in if name.startswith("dense") else kept)
         rows.append(
             {
                 **provenance(torch.cuda.get_device_name()),
                 **{"kernel": name, "in_features": n_in, "out_features": n_out, "sparsity": sparsity},
-                **{"dtype": str(dtype).removeprefix("torch."), "us": f"{us:.2f}", "bytes": read},
+                **{"dtype": dtype, "us": f"{us:.2f}", "bytes": read},
                 "bandwidth_gbps": f"{read / us / 1e3:.1f}",
             }
         )
@@ -209,7 +242,7 @@ def main(models: list[str], sparsities: list[float], dtype: str) -> None:
     for n_in, n_out in dict.fromkeys(shape for name in models for shape in shapes(name)):
         print(f"\n{n_in} -> {n_out}, {dtype}, us ({torch.cuda.get_device_name()})")
         for i, sparsity in enumerate(sparsities):
-            rows = measure(n_in, n_out, sparsity, getattr(torch, dtype))
+            rows = measure(n_in, n_out, sparsity, dtype)
             if i == 0:
                 print(f"{'sparsity':>9}" + "".join(f"{row['kernel']:>10}" for row in rows))
             print(f"{sparsity:>9.0%}" + "".join(f"{row['us']:>10}" for row in rows))
@@ -220,5 +253,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-3-8b"], help="named configs whose shapes to measure")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "int8", "int4"), default="bfloat16")
     command_line(main, parser.parse_args())

@@ -17,10 +17,11 @@ SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 
 SCALE_BUFFER = SLOTS * SLOT_STRIDE
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
 MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
-# First programs of a launch that prefetch their tile's rows to L2. Dense: before they wait for the launch before. Cut:
-# after it, the rows that the last step's scale would keep, while the new one is computed; before it, half of what is
-# fetched is not needed, even with the last step's kept inputs as the guess, and the launch before is slowed down.
-PREFETCH_DENSE, PREFETCH_GUESSED, PREFETCH_GUESSED_MOSTLY_CUT = 528, 528, 1056
+# First programs of a launch that prefetch their tile's rows to L2. After a norm: the rows that the last step's scale
+# would keep, while the new one is computed. Else all rows, needed or not, while the launch before ends and leaves the
+# memory idle; fewer where fewer of the bytes are needed.
+PREFETCH_GUESSED, PREFETCH_GUESSED_MOSTLY_CUT = 528, 1056
+PREFETCH_ALL, PREFETCH_ALL_FEW = 528, 264
 
 
 @triton.jit
@@ -64,14 +65,31 @@ def _prefetch(rows_ptr, wanted, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _load_inputs(
-    rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, shift_ptr, PROLOGUE: tl.constexpr, CUT: tl.constexpr,
-    SHIFT: tl.constexpr, N_IN: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _load_constants(
+    rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr,
+    N_IN: tl.constexpr,
 ):  # fmt: skip
-    """What `_inputs` makes x[rows] from, loaded: two float32 operands, the thresholds and the shifts."""
+    """Of inputs `rows` what no launch writes, loaded: the norm's gain, the thresholds and the shifts, float32."""
+    in_range = rows < N_IN
+    gain = tl.zeros_like(rows).to(tl.float32)
+    threshold, shift = gain, gain
+    if PROLOGUE == "norm":
+        gain = tl.load(gain_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
+    if CUT:
+        threshold = tl.load(threshold_ptr + rows, mask=in_range, other=float("inf"))
+    if SHIFT:
+        shift = tl.load(shift_ptr + rows, mask=in_range, other=0.0)
+    return gain, threshold, shift
+
+
+@triton.jit
+def _load_inputs(
+    rows, x_ptr, lse_ptr, PROLOGUE: tl.constexpr, N_IN: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """What else `_inputs` makes x[rows] from, loaded: two float32 operands."""
     in_range = rows < N_IN
     a = tl.zeros_like(rows).to(tl.float32)
-    b, threshold, shift = a, a, a
+    b = a
     if PROLOGUE == "attention":
         s = tl.arange(0, SPLITS)[:, None]
         heads = s * (N_IN // HEAD_DIM) + (rows // HEAD_DIM)[None, :]
@@ -81,22 +99,16 @@ def _load_inputs(
         a, b = tl.sum(share * y, axis=0), tl.sum(share, axis=0)
     else:
         a = tl.load(x_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
-        if PROLOGUE == "norm":
-            b = tl.load(gain_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
-        elif PROLOGUE == "silu":
+        if PROLOGUE == "silu":
             b = tl.load(x_ptr + N_IN + rows, mask=in_range, other=0.0)
-    if CUT:
-        threshold = tl.load(threshold_ptr + rows, mask=in_range, other=float("inf"))
-    if SHIFT:
-        shift = tl.load(shift_ptr + rows, mask=in_range, other=0.0)
-    return a, b, threshold, shift
+    return a, b
 
 
 @triton.jit
-def _inputs(a, b, scale, shift, PROLOGUE: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+def _inputs(a, b, gain, scale, shift, PROLOGUE: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     """x - shift from its operands, float32, rounded where the unfused model rounds."""
     if PROLOGUE == "norm":
-        a = rounded(rounded(a * scale, DTYPE) * b, DTYPE)
+        a = rounded(rounded(a * scale, DTYPE) * gain, DTYPE)
     elif PROLOGUE == "silu":
         gate = rounded(a, DTYPE)
         a = rounded(rounded(gate * tl.sigmoid(gate), DTYPE) * rounded(b, DTYPE), DTYPE)
@@ -198,28 +210,32 @@ def _gemv_kernel(
     n_words = n_out // PACK  # a word is PACK outputs
     tl.static_assert(PACK == 1 or ROWS > 0)
     rows = row + tl.arange(0, BLOCK_IN)
+    GUESS: tl.constexpr = PREFETCH > 0 and PROLOGUE == "norm" and CUT
     last_scale = 0.0
-    if PREFETCH > 0:
-        if CUT:
-            last_scale = tl.load(last_scale_ptr)
-        elif program < PREFETCH:
+    if GUESS:
+        last_scale = tl.load(last_scale_ptr)
+    elif PREFETCH > 0:
+        if program < PREFETCH:
             _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, rows < N_IN, TILE_BYTES)
+    EARLY: tl.constexpr = PROLOGUE != "attention"  # whose own loads are many
+    if EARLY:
+        gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    a, b, threshold, shift = _load_inputs(
-        rows, x_ptr, gain_ptr, lse_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN, SPLITS, HEAD_DIM
-    )
+    a, b = _load_inputs(rows, x_ptr, lse_ptr, PROLOGUE, N_IN, SPLITS, HEAD_DIM)
+    if not EARLY:
+        gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN)
     scale = 1.0
     if PROLOGUE == "norm":
-        if PREFETCH > 0 and CUT:
+        if GUESS:
             if program < PREFETCH:
-                wanted = (tl.abs(a * last_scale * b - shift) > threshold) & (rows < N_IN)
+                wanted = (tl.abs(a * last_scale * gain - shift) > threshold) & (rows < N_IN)
                 _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
         scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
-        if PREFETCH > 0 and CUT:
+        if GUESS:
             if program == 0:
                 tl.store(last_scale_ptr, scale)
     words = first // PACK + tl.arange(0, BLOCK_OUT // PACK)
@@ -236,24 +252,14 @@ def _gemv_kernel(
     for _group in range(0, BLOCKS, UNROLL):
         for _block in tl.static_range(UNROLL):
             keep = rows < N_IN
-            x = _inputs(a, b, scale, shift, PROLOGUE, SHIFT, DTYPE)
+            x = _inputs(a, b, gain, scale, shift, PROLOGUE, SHIFT, DTYPE)
             if CUT:
                 keep = keep & ~(tl.abs(x) <= threshold)
             if BLOCKS > 1:
                 rows += BLOCK_IN  # the next block's inputs come while this one's weights do
-                a, b, threshold, shift = _load_inputs(
-                    rows,
-                    x_ptr,
-                    gain_ptr,
-                    lse_ptr,
-                    threshold_ptr,
-                    shift_ptr,
-                    PROLOGUE,
-                    CUT,
-                    SHIFT,
-                    N_IN,
-                    SPLITS,
-                    HEAD_DIM,
+                a, b = _load_inputs(rows, x_ptr, lse_ptr, PROLOGUE, N_IN, SPLITS, HEAD_DIM)
+                gain, threshold, shift = _load_constants(
+                    rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN
                 )
             if ROWS > 0:
                 kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
@@ -302,12 +308,13 @@ def _gemv_kernel(
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
-def tile_for(n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int, int]:
+def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int, int]:
     """(BLOCK_IN, BLOCKS, BLOCK_OUT, ROWS) of a product, measured on an H100 at 0 to 65 %, cold L2.
 
     A wide product has programs enough for 512 bytes of a row each (bfloat16), a narrow one gains from more of them and
     from fewer atomics. 4096 -> 28672 at 65 % took 38.5 us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at
     25 % 60.2, 60.2 and 62.0. int8 and int4 go by row: converting rows that are not needed costs what skipping saves.
+    With x given, nothing guessed, smaller programs are better: 39.4 instead of 40.1 at 50 %.
     Deterministic, a program takes all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():
@@ -316,8 +323,11 @@ def tile_for(n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, in
         return 32, 1, 256 if bits == 8 else 512, 16
     if bits == 4:
         return 32, 1, 512, 4
+    given = prologue == "given"
     if bits == 8:
-        return (32, 2, 512, 8) if n_out > 8192 else (32, 2 if n_in > 8192 else 1, 256, 4)
+        return (32, 2, 512, 8) if n_out > 8192 and not given else (32, 2 if n_in > 8192 else 1, 256, 4)
+    if given and n_out > 8192 and 0 < sparsity <= MOSTLY_CUT:
+        return 32, 1, 128, 0
     if n_out > 8192 or (not sparsity and n_out > 4096):
         return 32, 1, 256, 8 if sparsity > MOSTLY_CUT else 0
     return 32, 2, 128, 0
@@ -357,7 +367,7 @@ def launch_gemv(
         group = n_out // weight_scale.shape[1]
         assert group % 16 == 0 and all(width % group == 0 for width in segments)
         weight_scale = weight_scale.view(torch.int32)
-    block_in, blocks, block_out, rows = tile or tile_for(n_in, n_out, sparsity, bits)
+    block_in, blocks, block_out, rows = tile or tile_for(prologue, n_in, n_out, sparsity, bits)
     tiles, starts = [0], [0]
     for width in segments:
         tiles.append(tiles[-1] + triton.cdiv(width, block_out))
@@ -368,8 +378,8 @@ def launch_gemv(
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
     if not pdl or any(width % block_out for width in segments):  # a tile must not reach past its row
         prefetch = 0
-    elif not sparsity:
-        prefetch = PREFETCH_DENSE
+    elif prologue != "norm" or not sparsity:
+        prefetch = PREFETCH_ALL_FEW if sparsity > MOSTLY_CUT or (sparsity and bits < 16) else PREFETCH_ALL
     elif last_scale is None:
         prefetch = 0
     else:

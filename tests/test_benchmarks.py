@@ -10,13 +10,13 @@ from benchmarks.results import provenance, read_rows, write_rows
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int4"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
 def test_all_contenders_compute_the_same_product(monkeypatch, sparsity, dtype):
     monkeypatch.setattr(gemv, "TILES", [(16, 64, 1), (32, 128, 2)])
     monkeypatch.setattr(gemv, "COLD_BYTES", 1)
     monkeypatch.setattr(gemv, "MIN_COPIES", 2)
-    problem = gemv.Problem.make(172, 200, sparsity, dtype, DEVICE)
+    problem = gemv.Problem.make(172, 192, sparsity, dtype, DEVICE)
     assert (problem.x.float().abs() > problem.threshold).sum() == round(172 * (1 - sparsity))
     for name, launches in gemv.contenders(problem, pdl=False).items():
         for launch, out in launches:
@@ -24,14 +24,20 @@ def test_all_contenders_compute_the_same_product(monkeypatch, sparsity, dtype):
 
 
 def test_check_notices_a_wrong_row():
-    problem = gemv.Problem.make(64, 64, 0.5, torch.float32, DEVICE)
+    problem = gemv.Problem.make(64, 64, 0.5, "float32", DEVICE)
     launch, out = gemv.contenders(problem, pdl=False)["ours"][0]
 
-    def wrong(weight):
-        launch(torch.roll(weight, 1, dims=0).contiguous())
+    def wrong(matrix):
+        launch((torch.roll(matrix[0], 1, dims=0).contiguous(), None))
 
     with pytest.raises(ValueError, match="wrong"):
         gemv.check(wrong, out, problem, "ours")
+
+
+def test_bytes_read_count_the_scales():
+    for dtype, row, rest in (("float16", 400, 0), ("int8", 192, 4 * 192), ("int4", 96 + 3 * 4, 0)):
+        n_out = 200 if dtype == "float16" else 192
+        assert gemv.Problem.make(64, n_out, 0.5, dtype, DEVICE).bytes_read(10) == 10 * row + rest
 
 
 def test_shapes_come_from_the_config():
