@@ -42,6 +42,8 @@ def snapshot(model: SparseTransformer) -> list[torch.Tensor]:
 def test_fused_steps_equal_plain_ones(name, cut):
     prompt, steps, cache = 62, 4, 140  # crosses the border between two chunks and between two blocks of the cache
     model = build(**MODELS[name])
+    if model.config.quant != "none" and DEVICE == "cpu":
+        steps = 1  # of integers the interpreter makes long work
     model.setup_caches(1, cache)
     tolerance = 1e-3 if model.config.quant == "int4" else 1e-4  # the integers' place in the mantissa
     idx = torch.randint(101, (1, prompt), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -120,7 +122,7 @@ def test_draws_repeat_with_the_seed():
 @pytest.mark.parametrize("top_k", [1, 7, 300])
 def test_top_k_is_exact_with_ties_and_more_tokens_than_there_are(top_k):
     logits = torch.tensor([0.0, 4.0, -1.0, 4.0, 3.0] + [-9.0] * 40, device=DEVICE)
-    drawn = set(draw(logits, 3.0, top_k, 60).tolist())
+    drawn = set(draw(logits, 3.0, top_k, 30).tolist())
     if top_k == 1:
         assert drawn <= {1, 3}  # equal logits are both first
     elif top_k == 7:
