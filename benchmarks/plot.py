@@ -13,56 +13,64 @@ PEAK_BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3350, "NVIDIA H200": 4800}
 
 
 def plot_decode(plt) -> None:
-    lines = defaultdict(list)
+    """A panel a device and model, a line a form of the weights: sweeps alone, of four sparsities or more."""
+    panels = defaultdict(lambda: defaultdict(list))
     for row in read_rows("decode.csv"):
-        if int(row["new_tokens"]) < 200:  # too short for the sweep
-            continue
-        lines[row["device"], row["model"], row["dtype"], row["quant"], row["prompt_tokens"]].append(row)
-    devices = sorted({key[0] for key in lines})
-    figure, axes = plt.subplots(1, len(devices), figsize=(6 * len(devices), 4.2), squeeze=False)
-    for axis, device in zip(axes[0], devices, strict=True):
+        form = row["dtype"] if row["quant"] == "none" else row["quant"]
+        panels[row["device"], row["model"]][form, row["prompt_tokens"], row["new_tokens"]].append(row)
+    panels = {key: [line for line in lines.items() if len(line[1]) >= 4] for key, lines in panels.items()}
+    panels = {key: lines for key, lines in panels.items() if lines}
+    figure, axes = grid(plt, len(panels))
+    for axis, ((device, model), lines) in zip(axes, sorted(panels.items()), strict=True):
         peak = PEAK_BANDWIDTH.get(device)
-        for i, (key, rows) in enumerate(sorted((k, r) for k, r in lines.items() if k[0] == device)):
+        for i, ((form, prompt, _), rows) in enumerate(sorted(lines)):
             rows.sort(key=lambda row: float(row["sparsity"]))
             x = [100 * float(row["achieved_sparsity"]) for row in rows]
-            label = f"{key[1]}, {key[2] if key[3] == 'none' else key[3]}, {key[4]} prompt tokens"
-            axis.plot(x, [float(row["ms_per_token"]) for row in rows], "o-", color=f"C{i}", label=label)
+            y = [float(row["ms_per_token"]) for row in rows]
+            axis.plot(x, y, "o-", color=f"C{i}", label=f"{form}, {prompt} prompt tokens", markersize=4)
             if peak:
                 floor = [float(row["bytes_per_token"]) / peak / 1e6 for row in rows]
                 axis.plot(x, floor, ":", color=f"C{i}", label=f"its bytes / {peak:,} GB/s")
-        axis.set_title(device)
+        axis.set_title(f"{model}\n{device}", fontsize=9)
         axis.set_xlabel("achieved sparsity, %")
         axis.set_ylabel("ms a token")
-        axis.set_ylim(0, 1.2 * axis.get_ylim()[1])  # room for the legend
+        axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=2)
     save(figure, "decode.png")
 
 
+def grid(plt, n: int):
+    """A figure and its n axes, three in a row."""
+    columns = min(3, n)
+    lines = -(-n // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False)
+    for axis in axes.flat[n:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:n])
+
+
 def plot_gemv(plt) -> None:
-    """One product, a panel a shape and device, a line a kernel; the floor is that of the kept rows."""
+    """One product, a panel a shape and device, a line a kernel and form of the weights; floors of the kept rows."""
     panels = defaultdict(lambda: defaultdict(list))
     for row in read_rows("gemv.csv"):
-        shape = row["device"], int(row["in_features"]), int(row["out_features"]), row["dtype"]
-        panels[shape][row["kernel"]].append((100 * float(row["sparsity"]), float(row["us"]), float(row["bytes"])))
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (shape, kernels) in zip(axes.flat, sorted(panels.items()), strict=False):
-        for name in sorted(kernels):
-            x, us, _ = zip(*sorted(kernels[name]), strict=True)
-            axis.plot(x, us, "o-", label=name, markersize=4)
-        if (peak := PEAK_BANDWIDTH.get(shape[0])) and "ours" in kernels:
-            x, _, read = zip(*sorted(kernels["ours"]), strict=True)
-            axis.plot(x, [n / peak / 1e3 for n in read], "k:", label=f"bytes / {peak:,} GB/s")
-        axis.set_title(f"{shape[1]} -> {shape[2]}, {shape[3]}\n{shape[0]}", fontsize=9)
+        shape = row["device"], int(row["in_features"]), int(row["out_features"])
+        point = 100 * float(row["sparsity"]), float(row["us"]), float(row["bytes"])
+        panels[shape][row["kernel"], row["dtype"]].append(point)
+    figure, axes = grid(plt, len(panels))
+    for axis, (shape, lines) in zip(axes, sorted(panels.items()), strict=True):
+        peak = PEAK_BANDWIDTH.get(shape[0])
+        for i, (line, points) in enumerate(sorted(lines.items())):
+            x, us, read = zip(*sorted(points), strict=True)
+            axis.plot(x, us, "o-", color=f"C{i}", label=", ".join(line), markersize=4)
+            if peak and line[0] == "ours":
+                axis.plot(x, [n / peak / 1e3 for n in read], ":", color=f"C{i}", label=f"its bytes / {peak:,} GB/s")
+        axis.set_title(f"{shape[1]} -> {shape[2]}\n{shape[0]}", fontsize=9)
         axis.set_xlabel("sparsity, %")
         axis.set_ylabel("us")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=2)
     save(figure, "gemv.png")
 
 
