@@ -72,18 +72,24 @@ def kernel(name: str, dtype: torch.dtype, weight: torch.dtype) -> Callable:
 def launch_sparse_gemv(
     x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
 ) -> Tensor:
-    """`kernels.sparse_gemv.sparse_gemv` on a CPU, with torch's number of threads; the library must be there."""
+    """`kernels.sparse_gemv.sparse_gemv` on a CPU, with torch's number of threads; the library must be there.
+
+    Raises:
+        MemoryError: none for the threads' sums and lists.
+    """
     assert weight.is_contiguous() and threshold.is_contiguous() and sum(segments) == weight.shape[1]
     x = x.contiguous()
     out = x.new_empty(x.shape[0], weight.shape[1])
     assert scale is None or scale.is_contiguous()
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, weight, scale, threshold, out))
-    kernel("sparse_gemv", x.dtype, weight.dtype)(
+    failed = kernel("sparse_gemv", x.dtype, weight.dtype)(
         *map(ctypes.c_void_p, pointers),
         *(ctypes.c_int64(n) for n in (*x.shape, weight.shape[1], len(segments))),
         (ctypes.c_int64 * len(segments))(*segments),
         ctypes.c_int(torch.get_num_threads()),
     )
+    if failed:
+        raise MemoryError(f"no memory for a product of {tuple(x.shape)} by {tuple(weight.shape)} on the CPU")
     return out
 
 
@@ -185,7 +191,12 @@ class CpuDecoder:
         self.tokens[position] = token.item()
 
     def replay(self) -> None:
-        """One step. Little happens here: what a step read has swept Python's own data out of the caches."""
+        """One step. Little happens here: what a step read has swept Python's own data out of the caches.
+
+        Raises:
+            MemoryError: none for the step; no position was taken.
+        """
         assert self.position < self._model.cache_length
-        self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads)
+        if self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads):
+            raise MemoryError(f"no memory for a decode step at position {self.position} on the CPU")
         self.position += 1

@@ -1,5 +1,6 @@
 """The compiled CPU product against float64, its decode step against the plain model, and a machine without compiler."""
 
+import ctypes
 import platform
 import subprocess
 from contextlib import contextmanager
@@ -77,6 +78,75 @@ def test_what_is_not_finite(dtype):
     x[0, 7] = -inf
     assert (cpu.launch_sparse_gemv(x, weight, threshold, [5]) == -inf).all()
     assert (cpu.launch_sparse_gemv(x, weight, torch.full((1, 20), inf), [5]) == 0).all()  # nothing kept
+
+
+def patterns(segments, n_in, dtype, seed=0):
+    """x of size 1 and thresholds 0 or 2: every set of segments that keep an input, in random order."""
+    x, weight, _ = problem(n_in, segments, 1, dtype, seed)
+    sets = torch.randperm(n_in, generator=torch.Generator().manual_seed(seed)) % 2 ** len(segments)
+    kept = (sets >> torch.arange(len(segments))[:, None]) & 1  # (S, n_in)
+    return x.sign(), weight, (1 - kept) * 2.0
+
+
+@needs_library
+@pytest.mark.parametrize("quant", ["none", "int8"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n_in, segments", [(173, [50, 30, 21]), (64, [33, 192]), (9, [1, 2, 3]), (40, [7, 1, 5, 4])])
+def test_segments_keep_their_own_inputs(n_in, segments, dtype, threads, quant):
+    x, weight, threshold = patterns(segments, n_in, dtype)
+    scale = None
+    if quant == "int8":
+        weight, scale = (40 * weight).round().clamp(-127, 127).to(torch.int8), torch.rand(sum(segments))
+    truth = torch.cat(
+        [(x.double() * (t == 0)) @ w.double() for t, w in zip(threshold, weight.split(segments, dim=1), strict=True)],
+        dim=1,
+    )
+    truth = truth if scale is None else truth * scale
+    rtol = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    for nan in (False, True):
+        if nan:
+            x[0, threshold.sum(0).argmin()] = float("nan")  # is kept whatever the thresholds
+            threshold[0] = 2.0
+        with threads_of(threads):
+            result = cpu.launch_sparse_gemv(x, weight, threshold, segments, scale)
+        assert result.isnan().all() if nan else (result - truth).norm() <= rtol * truth.norm()
+
+
+@needs_library
+@pytest.mark.parametrize("quant", ["none", "int8"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_step_cuts_each_segment_by_itself(quant, shifted):
+    """Thresholds 0 or far above every input, each segment's of its own: no input is near one."""
+    model = build(torch.float32, shifted, quant=quant)
+    generator = torch.Generator().manual_seed(2)
+    for module in model.projections:
+        module.threshold.copy_(torch.randint(2, module.threshold.shape, generator=generator) * 1e9)
+    model.setup_caches(1, 8)
+    logits = model(torch.tensor([[3]]), torch.tensor([0]))[0, -1]
+    for threads in (1, 2, 5):
+        decoder = cpu.CpuDecoder(model, 0.5, temperature=0.0, top_k=1)
+        with threads_of(threads):
+            decoder.start(torch.tensor(3), 0, seed=0)
+            decoder.replay()
+        assert (decoder.logits - logits).norm() <= 1e-5 * logits.norm()
+
+
+@needs_library
+def test_no_memory_is_an_error_of_one_line(monkeypatch):
+    model = build()
+    model.setup_caches(1, 8)
+    decoder = cpu.CpuDecoder(model, 0.5, temperature=0.0, top_k=1)
+    decoder.start(torch.tensor(3), 0, seed=0)
+    decoder.position, decoder._model.cache_length = 2**46, 2**47  # more scores than there are addresses
+    with pytest.raises(MemoryError, match="no memory for a decode step at position 70368744177664"):
+        decoder.replay()
+    pointers, sizes = [None] * 5, [ctypes.c_int64(n) for n in (1, 2**46, 33, 1)]
+    product = cpu.kernel("sparse_gemv", torch.float32, torch.float32)
+    assert product(*pointers, *sizes, (ctypes.c_int64 * 1)(33), ctypes.c_int(2)) == 1
+    monkeypatch.setattr(cpu, "kernel", lambda *_: lambda *_: 1)
+    with pytest.raises(MemoryError, match=r"no memory for a product of \(1, 64\) by \(64, 33\)"):
+        cpu.launch_sparse_gemv(*problem(64, [33], 1, torch.float32), [33])
 
 
 @needs_library
@@ -291,9 +361,16 @@ int main() {
     int64_t segments[2] = {n_out / 2, n_out - n_out / 2};
     sparse_gemv_float32(x.data(), w.data(), nullptr, threshold.data(), y.data(), 2, n_in, n_out, 2, segments, t);
     for (float v : y) if (v != float(n_in)) return 1;
+    std::vector<int8_t> bytes(n_in * n_out, 3);
+    std::vector<float> scale(n_out, 2);
+    for (int64_t i = n_in; i < 2 * n_in; i += 2) threshold[i] = 1;  // the second segment keeps every other input
+    sparse_gemv_float32_int8(x.data(), bytes.data(), scale.data(), threshold.data(), y.data(), 2, n_in, n_out, 2,
+                             segments, t);
+    for (int64_t j = 0; j < 2 * n_out; j++)
+      if (y[j] != 6.0f * float(j % n_out < segments[0] ? n_in : n_in / 2)) return 2;
   }
   all<BFloat16, BFloat16>(), all<Float16, Float16>(), all<Float32, Float32>();
-  all<BFloat16, Int8>(), all<Float32, Int8>();
+  all<BFloat16, Int8>(), all<Float16, Int8>(), all<Float32, Int8>();
 }
 """
 
