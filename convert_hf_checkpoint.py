@@ -577,7 +577,7 @@ def command_line(main: Callable, arguments: argparse.Namespace) -> None:
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # for a user, not for who wrote the line
     try:
         main(**vars(arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
     except RuntimeError as error:
         _, on_cpu, message = str(error).rpartition("DefaultCPUAllocator: ")  # torch has no class for it

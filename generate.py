@@ -113,7 +113,7 @@ class Generator:
         if compile_prefill:
             self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
         self._fused: FusedDecoder | cpu.CpuDecoder | None = None
-        fits = can_fuse(self.device, batch_size, top_k, model.config.quant)
+        fits = can_fuse(self.device, batch_size, top_k)
         if compile and isinstance(model, SparseTransformer) and fits:
             fused_class = cpu.CpuDecoder if self.device.type == "cpu" else FusedDecoder
             self._fused = fused_class(model, sparsity, temperature, top_k)
@@ -197,17 +197,17 @@ class GraphedPrefill:
         return self.token
 
 
-def can_fuse(device: torch.device, batch_size: int, top_k: int, quant: str) -> bool:
+def can_fuse(device: torch.device, batch_size: int, top_k: int) -> bool:
     """Whether the fused kernels serve a run: one row; on a GPU a top_k that one program sorts, any order of sums."""
     if device.type == "cpu":
-        return has_cpu_kernel(device, batch_size, quant)
+        return has_cpu_kernel(device, batch_size)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return device.type == "cuda" and batch_size == 1 and top_k <= 1024 and not deterministic
 
 
-def has_cpu_kernel(device: torch.device, batch_size: int, quant: str) -> bool:
-    """Whether one row on a CPU goes through the compiled kernel, beating torch's linear, dense too; no int4."""
-    return device.type == "cpu" and batch_size == 1 and quant != "int4" and cpu.library() is not None
+def has_cpu_kernel(device: torch.device, batch_size: int) -> bool:
+    """Whether one row on a CPU goes through the compiled kernel, beating torch's linear, dense too."""
+    return device.type == "cpu" and batch_size == 1 and cpu.library() is not None
 
 
 @torch.inference_mode()
@@ -440,14 +440,12 @@ def main(
             f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit {config.name}'s context of "
             f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
         )
-    if config.quant == "int4" and torch_device.type == "cpu":
-        print("int4 weights have no CPU kernel: plain torch takes its place, slower than bfloat16", file=sys.stderr)
     source = Source(folder, random_init, seed, torch_device, PRECISIONS[precision])
     allocation, shares = resolve_allocation(allocation, folder, sparsity)
     rows = 1 if interactive else batch_size
-    fused = compile and can_fuse(torch_device, rows, top_k, config.quant)
+    fused = compile and can_fuse(torch_device, rows, top_k)
     # dense too goes through our kernels where they are the faster ones: a speed-up then comes from sparsity alone
-    dense_class = SparseTransformer if fused or has_cpu_kernel(torch_device, rows, config.quant) else Transformer
+    dense_class = SparseTransformer if fused or has_cpu_kernel(torch_device, rows) else Transformer
     model = source.load(SparseTransformer if sparsity else dense_class)
     if sparsity:
         source.set_sparsity(model, shares, statistics)
@@ -471,7 +469,7 @@ def main(
     if compare_dense and sparsity:
         dense_model = model if fused else None
         # on a CPU torch's products may be the faster ones: then they are the rival
-        if has_cpu_kernel(torch_device, rows, config.quant) and (fastest := fastest_dense(model)) != "our kernel":
+        if has_cpu_kernel(torch_device, rows) and (fastest := fastest_dense(model)) != "our kernel":
             dense_model = source.load(Transformer)
             if fastest.endswith("[in, out]"):
                 for module in dense_model.projections:

@@ -81,8 +81,6 @@ def main(
     folder = None if random_init else resolve_checkpoint(checkpoint_path)
     source = Source(folder, random_init, 1234, torch.device("cpu"), PRECISIONS[precision])
     model = source.load(SparseTransformer)
-    if model.config.quant == "int4":
-        raise ValueError("the compiled CPU kernel, which is what is measured here, has no int4")
     model.setup_caches(1, CACHE)
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()

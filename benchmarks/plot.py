@@ -20,6 +20,8 @@ def plot_decode(plt) -> None:
         panels[row["device"], row["model"]][form, row["prompt_tokens"], row["new_tokens"]].append(row)
     panels = {key: [line for line in lines.items() if len(line[1]) >= 4] for key, lines in panels.items()}
     panels = {key: lines for key, lines in panels.items() if lines}
+    if not panels:
+        return
     figure, axes = grid(plt, len(panels))
     for axis, ((device, model), lines) in zip(axes, sorted(panels.items()), strict=True):
         peak = PEAK_BANDWIDTH.get(device)
@@ -68,7 +70,7 @@ def plot_gemv(plt) -> None:
         axis.set_title(f"{shape[1]} -> {shape[2]}\n{shape[0]}", fontsize=9)
         axis.set_xlabel("sparsity, %")
         axis.set_ylabel("us")
-        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
+        axis.set_ylim(0, 1.5 * axis.get_ylim()[1])
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, ncols=2)
     save(figure, "gemv.png")

@@ -13,8 +13,11 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <new>
+#include <numeric>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -116,6 +119,25 @@ struct Int8 {  // of a weight alone; the scale of its output makes it what it st
   }
 };
 
+struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the low nibble; see kernels/quantized.py
+  uint8_t codes;
+  static Floats load(const Int4* from) {  // the codes of LANES outputs
+#if defined(__AVX512F__)  // a pair to 8 bytes, the odd one's code to the upper 4 of them
+    const __m512i wide = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
+    const __m512i codes = _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
+    return (Floats)_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15)));
+#elif defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(read<int>(from)));
+    const __m256i codes = _mm256_or_si256(wide, _mm256_slli_epi64(wide, 28));
+    return (Floats)_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
+#else
+    Floats values;
+    for (int64_t lane = 0; lane < LANES; lane++) values[lane] = from[lane / 2].codes >> lane % 2 * 4 & 15;
+    return values;
+#endif
+  }
+};
+
 template <typename T>
 float rounded(float value) {
   return T::from(value);
@@ -151,20 +173,74 @@ constexpr int64_t COLUMNS = 4096;  // outputs summed at a time: 16 KB
 constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of a 2-byte W is read twice
 
+// A row from one of its outputs on.
+template <typename W>
+struct Row {
+  const W* weights;
+};
+template <>
+struct Row<Int4> {
+  const Int4* weights;
+  const BFloat16* pairs;  // scale and minimum of a group
+};
+
+template <typename W>
+constexpr int64_t LINE = 64 / sizeof(W);  // outputs in a cache line
+template <>
+constexpr int64_t LINE<Int4> = 128;
+
+// A weight [in, out].
+template <typename W>
+struct Matrix {
+  const W* weight;
+  const void* scale;  // of Int4 a scale and a minimum, BFloat16, for every `group` outputs of an input; of others unused
+  int64_t n_out, group;
+
+  Row<W> row(int64_t input, int64_t output) const {
+    const int64_t at = input * n_out + output;
+    if constexpr (std::is_same_v<W, Int4>)
+      return {weight + at / 2, static_cast<const BFloat16*>(scale) + at / group * 2};
+    else
+      return {weight + at};
+  }
+};
+
 // sums[j] += value[k] * row[k][j] over N rows; fetches next[k] into the second-level cache: the first has too few
 // misses in flight (a step of SmolLM2-135M at 50 %, bfloat16, two cores of an EPYC: 8.9 to 9.8 ms, so 7.0 to 7.5).
 template <int N, typename T>
-void add_rows(const T* const* row, const T* const* next, const float* value, float* sums, int64_t width) {
+void add_rows(const Row<T>* row, const Row<T>* next, const float* value, float* sums, int64_t width, int64_t = 0) {
   int64_t j = 0;
   for (; j + LANES <= width; j += LANES) {
-    if (j * sizeof(T) % 64 == 0)
-      for (int k = 0; k < N; k++) __builtin_prefetch(next[k] + j, 0, 2);
+    if (j % LINE<T> == 0)
+      for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j, 0, 2);
     Floats total = read<Floats>(sums + j);
-    for (int k = 0; k < N; k++) total += value[k] * T::load(row[k] + j);
+    for (int k = 0; k < N; k++) total += value[k] * T::load(row[k].weights + j);
     std::memcpy(sums + j, &total, sizeof(total));
   }
   for (; j < width; j++)
-    for (int k = 0; k < N; k++) sums[j] += value[k] * float(row[k][j]);
+    for (int k = 0; k < N; k++) sums[j] += value[k] * float(row[k].weights[j]);
+}
+
+// The same of codes, of whole groups: a multiple of 16 outputs.
+template <int N>
+void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, float* sums, int64_t width,
+              int64_t group) {
+  for (int64_t begin = 0; begin < width; begin += group) {
+    const int64_t pair = begin / group * 2;
+    float scale[N], minimum = 0;
+    for (int k = 0; k < N; k++) {
+      scale[k] = value[k] * float(row[k].pairs[pair]);
+      minimum += value[k] * float(row[k].pairs[pair + 1]);
+      if (pair % 32 == 0) __builtin_prefetch(next[k].pairs + pair, 0, 2);
+    }
+    for (int64_t j = begin; j < begin + group; j += LANES) {
+      if (j % LINE<Int4> == 0)
+        for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j / 2, 0, 2);
+      Floats total = read<Floats>(sums + j) + minimum;
+      for (int k = 0; k < N; k++) total += scale[k] * Int4::load(row[k].weights + j / 2);
+      std::memcpy(sums + j, &total, sizeof(total));
+    }
+  }
 }
 
 // A row's product with x. One row after the other is one stream, which the CPU fetches ahead by itself: 28 to 33 GB/s
@@ -224,28 +300,30 @@ struct Kept {
 };
 
 // sums[0 .. end - begin) = the product's outputs begin .. end.
-template <typename T>
-void outputs(const T* weight, int64_t n_out, const Kept& kept, int64_t begin, int64_t end, float* sums) {
+template <typename W>
+void outputs(const Matrix<W>& matrix, const Kept& kept, int64_t begin, int64_t end, float* sums) {
+  const int64_t columns = matrix.group ? std::max(matrix.group, COLUMNS / matrix.group * matrix.group) : COLUMNS;
   std::fill(sums, sums + (end - begin), 0.0f);
-  for (int64_t column = begin; column < end; column += COLUMNS) {
-    const int64_t width = std::min(COLUMNS, end - column);
-    const int64_t ahead = std::max<int64_t>(1, AHEAD / (ROWS * width * sizeof(T))) * ROWS;
+  for (int64_t column = begin; column < end; column += columns) {
+    const int64_t width = std::min(columns, end - column);
+    const int64_t ahead = std::max<int64_t>(1, AHEAD / (ROWS * width * 64 / LINE<W>)) * ROWS;
     const auto at = [&](int64_t r) {  // behind the last row come the next columns' first ones
-      const bool wraps = r >= kept.n && column + COLUMNS < end;
+      const bool wraps = r >= kept.n && column + columns < end;
       r = wraps ? std::min(r - kept.n, kept.n - 1) : std::min(r, kept.n - 1);
-      return weight + kept.index[r] * n_out + column + (wraps ? COLUMNS : 0);
+      return matrix.row(kept.index[r], column + (wraps ? columns : 0));
     };
     for (int64_t r = 0; column == begin && r < std::min(ahead, kept.n); r++)  // whose fetching no earlier rows cover
-      for (int64_t j = 0; j < width; j += 64 / sizeof(T)) __builtin_prefetch(at(r) + j, 0, 2);
+      for (int64_t line = 0; line * LINE<W> < width; line++)
+        __builtin_prefetch(reinterpret_cast<const char*>(at(r).weights) + line * 64, 0, 2);
     int64_t r = 0;
     for (; r + ROWS <= kept.n; r += ROWS) {
-      const T *row[ROWS], *next[ROWS];
+      Row<W> row[ROWS], next[ROWS];
       for (int64_t k = 0; k < ROWS; k++) row[k] = at(r + k), next[k] = at(r + ahead + k);
-      add_rows<ROWS>(row, next, kept.value.data() + r, sums + (column - begin), width);
+      add_rows<ROWS>(row, next, kept.value.data() + r, sums + (column - begin), width, matrix.group);
     }
     for (; r < kept.n; r++) {
-      const T *row = at(r), *next = at(r + ahead);
-      add_rows<1>(&row, &next, kept.value.data() + r, sums + (column - begin), width);
+      const Row<W> row = at(r), next = at(r + ahead);
+      add_rows<1>(&row, &next, kept.value.data() + r, sums + (column - begin), width, matrix.group);
     }
   }
 }
@@ -262,12 +340,14 @@ struct Range {
 
 // 1 where memory is short, else 0: an exception may not leave a parallel region.
 template <typename T, typename W>
-int product(const T* x, const W* weight, const float* scale, const float* threshold, T* out, int64_t batch,
-             int64_t n_in, int64_t n_out, int64_t n_segments, const int64_t* segments, int threads) {
+int product(const T* x, const Matrix<W>& matrix, const float* threshold, T* out, int64_t batch, int64_t n_in,
+            int64_t n_segments, const int64_t* segments, int threads) {
+  const int64_t n_out = matrix.n_out, grain = matrix.group ? std::lcm(GRAIN, matrix.group) : GRAIN;
+  const float* scale = matrix.group ? nullptr : static_cast<const float*>(matrix.scale);
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
   try {
-    const Range mine(n_out, omp_get_thread_num(), omp_get_num_threads(), GRAIN);
+    const Range mine(n_out, omp_get_thread_num(), omp_get_num_threads(), grain);
     Kept kept(n_in);
     std::vector<float> input(n_in), sums(mine.end - mine.begin);
     int64_t start = 0;
@@ -277,7 +357,7 @@ int product(const T* x, const W* weight, const float* scale, const float* thresh
       for (int64_t b = 0; b < batch; b++) {
         std::copy(x + b * n_in, x + (b + 1) * n_in, input.begin());
         kept.list(input.data(), threshold + s * n_in, n_in);
-        outputs(weight, n_out, kept, begin, end, sums.data());
+        outputs(matrix, kept, begin, end, sums.data());
         if (scale)
           for (int64_t j = begin; j < end; j++) sums[j - begin] *= scale[j];
         for (int64_t j = begin; j < end; j++) out[b * n_out + j] = T::from(sums[j - begin]);
@@ -294,10 +374,11 @@ int product(const T* x, const W* weight, const float* scale, const float* thresh
 // What cpu.py passes; keep both in the same order. The embedding and the output are [vocab, dim].
 struct Projection {
   const void *weight, *bias;  // [in, out], [out] or null
-  const float* scale;         // [out] of an int8 weight, else null
+  const void* scale;          // of int8 [out] float, of int4 see Matrix, else null
   const float* threshold;     // [segments, in]
   const float* shift;         // [in] or null: what a cut input is taken to be
   const float* offset;        // [out] or null: the product of the shift
+  int64_t group;              // of int4, else 0
 };
 struct Layer {
   const void *attention_norm, *ffn_norm;
@@ -341,13 +422,12 @@ class Barrier {
   }
 };
 
-// One thread's part of a step: T holds all but the weights of projections and output, which are W.
-template <typename T, typename W>
+// One thread's part of a step: T holds all but the weights of projections, W, and those of wqkv and output, V.
+template <typename T, typename W, typename V>
 class Worker {
   const Model& m;
   const int64_t position;
-  const int thread;
-  int threads;
+  const int thread, threads;
   Barrier& barrier;
   float* const partials;  // [2, threads, most]: of two products in turn, as others may still read the last one's
   const int64_t most;     // outputs of a product
@@ -362,8 +442,7 @@ class Worker {
         sums(std::max({GROUP, m.dim, 2 * m.hidden})),
         scores(position + 1), cos(m.head_dim / 2), sin(m.head_dim / 2), head(2 * m.head_dim) {}
 
-  void step(int64_t token, int team) {
-    threads = team;  // may be fewer than were asked for
+  void step(int64_t token) {
     const T* embedding = static_cast<const T*>(m.embedding) + token * m.dim;
     const Range mine(m.dim, thread, threads, GRAIN);
     for (int64_t i = mine.begin; i < mine.end; i++) m.h[i] = embedding[i];
@@ -390,7 +469,7 @@ class Worker {
     const Range rows(m.vocab, thread, threads, GROUP);
     for (int64_t v = rows.begin; v < rows.end; v += GROUP) {
       const int64_t n = std::min(GROUP, rows.end - v);
-      const W* row = static_cast<const W*>(m.output) + v * m.dim;
+      const V* row = static_cast<const V*>(m.output) + v * m.dim;
       for (int64_t i = 0; i < n; i++)
         sums[i] = dot(row + i * m.dim, x.data(), m.dim) * (m.output_scale ? m.output_scale[v + i] : 1.0f);
       round_all<T>(sums.data(), m.logits + v, n);
@@ -420,15 +499,17 @@ class Worker {
 
   // The product's sums over this thread's share of the kept inputs, then a meeting. Segments with the same thresholds
   // are one: at threshold 0 the rows are as long as the dense product's.
+  template <typename M>
   void multiply(const float* from, const Projection& projection, int64_t n_in, std::initializer_list<int64_t> widths) {
-    int64_t n_out = 0, begin = 0, end = 0;
-    for (const int64_t width : widths) n_out += width;
+    const int64_t n_out = std::accumulate(widths.begin(), widths.end(), int64_t(0));
+    const Matrix<M> matrix{static_cast<const M*>(projection.weight), projection.scale, n_out, projection.group};
+    int64_t begin = 0, end = 0;
     second = !second;
     float* sums = partials + (second * threads + thread) * most;
     if (!m.cut) {
       kept.list_all(from, n_in);
       kept.take(thread, threads);
-      outputs(static_cast<const W*>(projection.weight), n_out, kept, 0, n_out, sums);
+      outputs(matrix, kept, 0, n_out, sums);
     } else {
       const float* next = projection.threshold;
       for (const int64_t width : widths) {
@@ -438,7 +519,7 @@ class Worker {
         if (end < n_out && !std::memcmp(threshold, next, n_in * sizeof(float))) continue;
         kept.list(from, threshold, n_in);
         kept.take(thread, threads);
-        outputs(static_cast<const W*>(projection.weight), n_out, kept, begin, end, sums + begin);
+        outputs(matrix, kept, begin, end, sums + begin);
         begin = end;
       }
       if (projection.offset)  // else `gather` waits for it: 30 to 45 us of a step of SmolLM2-135M, two cores of an EPYC
@@ -453,8 +534,8 @@ class Worker {
     std::copy(from + begin, from + end, to);
     for (int t = 1; t < threads; t++)
       for (int64_t j = begin; j < end; j++) to[j - begin] += from[t * most + j];
-    if (projection.scale)
-      for (int64_t j = begin; j < end; j++) to[j - begin] *= projection.scale[j];
+    if (projection.scale && !projection.group)
+      for (int64_t j = begin; j < end; j++) to[j - begin] *= static_cast<const float*>(projection.scale)[j];
     round_all<T>(to, to, end - begin);
     if (m.cut && projection.offset)
       for (int64_t j = begin; j < end; j++) to[j - begin] = rounded<T>(to[j - begin] + projection.offset[j]);
@@ -465,7 +546,7 @@ class Worker {
   void project_qkv(const Layer& layer) {
     normalize(layer.attention_norm);
     const int64_t q = m.n_head * m.head_dim, kv = m.n_local_heads * m.head_dim;
-    multiply(shift(x.data(), layer.wqkv, m.dim), layer.wqkv, m.dim, {q, kv, kv});
+    multiply<V>(shift(x.data(), layer.wqkv, m.dim), layer.wqkv, m.dim, {q, kv, kv});
     const Range mine(q + 2 * kv, thread, threads, GRAIN);
     gather(layer.wqkv, mine.begin, mine.end, m.qkv + mine.begin);
   }
@@ -501,14 +582,14 @@ class Worker {
 #pragma omp simd reduction(+ : total)
     for (int64_t j = 0; j <= n; j++) total += scores[j] = exponential((scores[j] - top) * scale);
     for (int64_t i = 0; i < d; i++) y[i] = scores[n] * v[i];
-    const T* row[ROWS];
+    Row<T> row[ROWS];
     int64_t j = 0;
     for (; j + ROWS <= n; j += ROWS) {
-      for (int64_t r = 0; r < ROWS; r++) row[r] = values + (first + j + r) * d;
+      for (int64_t r = 0; r < ROWS; r++) row[r] = {values + (first + j + r) * d};
       add_rows<ROWS>(row, row, scores.data() + j, y, d);
     }
     for (; j < n; j++) {
-      row[0] = values + (first + j) * d;
+      row[0] = {values + (first + j) * d};
       add_rows<1>(row, row, scores.data() + j, y, d);
     }
     for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(y[i] / total);
@@ -517,7 +598,7 @@ class Worker {
   // h += the product
   void add_product(const float* from, int64_t n_in, const Projection& projection) {
     const Range mine(m.dim, thread, threads, GRAIN);
-    multiply(shift(from, projection, n_in), projection, n_in, {m.dim});
+    multiply<W>(shift(from, projection, n_in), projection, n_in, {m.dim});
     gather(projection, mine.begin, mine.end, sums.data());
 #pragma omp simd
     for (int64_t j = mine.begin; j < mine.end; j++) m.h[j] = rounded<T>(m.h[j] + sums[j - mine.begin]);
@@ -528,7 +609,7 @@ class Worker {
     normalize(layer.ffn_norm);
     const Range mine(m.hidden, thread, threads, GRAIN);
     float *gate = sums.data(), *up = gate + m.hidden;
-    multiply(shift(x.data(), layer.w13, m.dim), layer.w13, m.dim, {m.hidden, m.hidden});
+    multiply<W>(shift(x.data(), layer.w13, m.dim), layer.w13, m.dim, {m.hidden, m.hidden});
     gather(layer.w13, mine.begin, mine.end, gate);
     gather(layer.w13, m.hidden + mine.begin, m.hidden + mine.end, up);
 #pragma omp simd
@@ -574,17 +655,26 @@ int64_t sample(const Model& m, uint64_t seed) {
   return best[std::min<int64_t>(drawn, best.size() - 1)].second;
 }
 
-// 1 where memory is short, else 0. The threads' memory is there before they start: none may miss a meeting.
-template <typename T, typename W>
+// 1 where memory is short, else 0. No thread starts before all have their memory: none may miss a meeting.
+template <typename T, typename W, typename V>
 int decode(const Model& m, int64_t position, uint64_t seed, int threads) try {
   Barrier barrier;
   const int64_t most = std::max({m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim});
   std::vector<float> partials(2 * threads * most);
-  std::vector<Worker<T, W>> workers;
-  workers.reserve(threads);
-  for (int t = 0; t < threads; t++) workers.emplace_back(m, position, t, threads, barrier, partials.data(), most);
+  std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
-  workers[omp_get_thread_num()].step(m.tokens[position], omp_get_num_threads());
+  {
+    std::unique_ptr<Worker<T, W, V>> worker;
+    try {
+      const int thread = omp_get_thread_num(), team = omp_get_num_threads();  // maybe fewer than were asked for
+      worker = std::make_unique<Worker<T, W, V>>(m, position, thread, team, barrier, partials.data(), most);
+    } catch (const std::bad_alloc&) {
+      failed = 1;
+    }
+#pragma omp barrier
+    if (!failed) worker->step(m.tokens[position]);
+  }
+  if (failed) return 1;
   m.tokens[position + 1] = sample(m, seed * 0x9e3779b97f4a7c15 + position * 0xd1b54a32d192ed03);
   return 0;
 } catch (const std::bad_alloc&) {
@@ -593,22 +683,26 @@ int decode(const Model& m, int64_t position, uint64_t seed, int threads) try {
 
 }  // namespace
 
-#define EXPORT(name, T, W)                                                                                           \
-  extern "C" int sparse_gemv_##name(const void* x, const void* weight, const float* scale, const float* threshold,   \
-                                    void* out, int64_t batch, int64_t n_in, int64_t n_out, int64_t n_segments,       \
-                                    const int64_t* segments, int threads) {                                          \
-    return product(static_cast<const T*>(x), static_cast<const W*>(weight), scale, threshold, static_cast<T*>(out),  \
-                   batch, n_in, n_out, n_segments, segments, threads);                                               \
+#define EXPORT(name, T, W, V)                                                                                         \
+  extern "C" int sparse_gemv_##name(const void* x, const void* weight, const void* scale, const float* threshold,    \
+                                    void* out, int64_t batch, int64_t n_in, int64_t n_out, int64_t group,            \
+                                    int64_t n_segments, const int64_t* segments, int threads) {                      \
+    const Matrix<W> matrix{static_cast<const W*>(weight), scale, n_out, group};                                      \
+    return product(static_cast<const T*>(x), matrix, threshold, static_cast<T*>(out), batch, n_in, n_segments,       \
+                   segments, threads);                                                                               \
   }                                                                                                                  \
   extern "C" int decode_##name(const Model* model, int64_t position, uint64_t seed, int threads) {                   \
-    return decode<T, W>(*model, position, seed, threads);                                                            \
+    return decode<T, W, V>(*model, position, seed, threads);                                                         \
   }
-EXPORT(bfloat16, BFloat16, BFloat16)
-EXPORT(float16, Float16, Float16)
-EXPORT(float32, Float32, Float32)
-EXPORT(bfloat16_int8, BFloat16, Int8)
-EXPORT(float16_int8, Float16, Int8)
-EXPORT(float32_int8, Float32, Int8)
+EXPORT(bfloat16, BFloat16, BFloat16, BFloat16)
+EXPORT(float16, Float16, Float16, Float16)
+EXPORT(float32, Float32, Float32, Float32)
+EXPORT(bfloat16_int8, BFloat16, Int8, Int8)
+EXPORT(float16_int8, Float16, Int8, Int8)
+EXPORT(float32_int8, Float32, Int8, Int8)
+EXPORT(bfloat16_int4, BFloat16, Int4, Int8)
+EXPORT(float16_int4, Float16, Int4, Int8)
+EXPORT(float32_int4, Float32, Int4, Int8)
 
 // Asks for huge pages under a range: rows at random places then miss fewer translations. Where it fails, nothing
 // changes.

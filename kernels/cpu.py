@@ -19,6 +19,7 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
 GROUP = 64  # logits of which cpu.cpp keeps the largest
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+INTEGERS = {torch.int8: "_int8", torch.uint8: "_int4"}
 
 
 def cache_folder() -> Path:
@@ -65,8 +66,13 @@ def library() -> ctypes.CDLL | None:
 
 def kernel(name: str, dtype: torch.dtype, weight: torch.dtype) -> Callable:
     """The library's function for values and for weights of these dtypes."""
-    assert weight in (dtype, torch.int8)
-    return getattr(library(), f"{name}_{NAMES[dtype]}" + ("_int8" if weight == torch.int8 else ""))
+    assert weight == dtype or weight in INTEGERS
+    return getattr(library(), f"{name}_{NAMES[dtype]}" + INTEGERS.get(weight, ""))
+
+
+def group_of(scale: Tensor | None, n_out: int) -> int:
+    """Outputs of a scale and a minimum of int4; 0 of other weights."""
+    return n_out // scale.shape[1] if scale is not None and scale.dim() == 3 else 0
 
 
 def launch_sparse_gemv(
@@ -75,16 +81,19 @@ def launch_sparse_gemv(
     """`kernels.sparse_gemv.sparse_gemv` on a CPU, with torch's number of threads; the library must be there.
 
     Raises:
-        MemoryError: none for the threads' sums and lists.
+        MemoryError: too little for the threads' sums and lists.
     """
-    assert weight.is_contiguous() and threshold.is_contiguous() and sum(segments) == weight.shape[1]
-    x = x.contiguous()
-    out = x.new_empty(x.shape[0], weight.shape[1])
+    n_out = sum(segments)
+    group = group_of(scale, n_out)
+    assert weight.is_contiguous() and threshold.is_contiguous() and weight.shape[1] == (n_out // 2 if group else n_out)
     assert scale is None or scale.is_contiguous()
+    assert not group or (group % 16 == 0 and all(width % group == 0 for width in segments))
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0], n_out)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, weight, scale, threshold, out))
     failed = kernel("sparse_gemv", x.dtype, weight.dtype)(
         *map(ctypes.c_void_p, pointers),
-        *(ctypes.c_int64(n) for n in (*x.shape, weight.shape[1], len(segments))),
+        *(ctypes.c_int64(n) for n in (*x.shape, n_out, group, len(segments))),
         (ctypes.c_int64 * len(segments))(*segments),
         ctypes.c_int(torch.get_num_threads()),
     )
@@ -96,7 +105,8 @@ def launch_sparse_gemv(
 class _Projection(ctypes.Structure):
     """`Projection` of cpu.cpp."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("weight", "bias", "scale", "threshold", "shift", "offset"))
+    TENSORS = ("weight", "bias", "scale", "threshold", "shift", "offset")
+    _fields_ = (*((name, ctypes.c_void_p) for name in TENSORS), ("group", ctypes.c_int64))
 
 
 class _Layer(ctypes.Structure):
@@ -143,8 +153,7 @@ class CpuDecoder:
 
     def __init__(self, model, sparsity: float, temperature: float, top_k: int):
         config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
-        assert all(module.weight.dtype == model.output_weight.dtype for module in model.projections), "no int4"
-        self._decode = kernel("decode", cache.dtype, model.output_weight.dtype)
+        self._decode = kernel("decode", cache.dtype, model.layers[0].attention.wo.weight.dtype)
         self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int]
         self._tensors = []  # those that only the structures point to
 
@@ -159,7 +168,8 @@ class CpuDecoder:
             return pointer(torch.zeros(n))
 
         def projection(module) -> _Projection:
-            return _Projection(*(pointer(getattr(module, name)) for name, _ in _Projection._fields_))
+            tensors = (pointer(getattr(module, name)) for name in _Projection.TENSORS)
+            return _Projection(*tensors, group_of(module.scale, sum(module.widths)))
 
         layers = (_Layer * config.n_layer)()
         for i, block in enumerate(model.layers):
@@ -194,7 +204,7 @@ class CpuDecoder:
         """One step. Little happens here: what a step read has swept Python's own data out of the caches.
 
         Raises:
-            MemoryError: none for the step; no position was taken.
+            MemoryError: too little for the step; the position is the same then.
         """
         assert self.position < self._model.cache_length
         if self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads):

@@ -43,7 +43,7 @@ def sparse_gemv(
     Returns:
         [B, out], the dtype of x, accumulated in float32.
     """
-    if weight.dtype not in (x.dtype, torch.int8) or cpu.library() is None:
+    if weight.dtype not in (x.dtype, *cpu.INTEGERS) or cpu.library() is None:
         return sparse_gemv_ref(x, weight, threshold, segments, scale)
     return cpu.launch_sparse_gemv(x, weight, threshold, segments, scale)
 

@@ -17,9 +17,9 @@ SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 
 SCALE_BUFFER = SLOTS * SLOT_STRIDE
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
 MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
-# First programs of a launch that prefetch their tile's rows to L2. After a norm: the rows that the last step's scale
-# would keep, while the new one is computed. Else all rows, needed or not, while the launch before ends and leaves the
-# memory idle; fewer where fewer of the bytes are needed.
+# First programs of a launch that prefetch rows of their tile (of its first BLOCK_IN inputs) to L2. After a norm: those
+# that the last step's scale would keep, while the new one is computed. Else all of them, needed or not, while the
+# launch before ends and leaves the memory idle; fewer programs where fewer of the bytes are needed.
 PREFETCH_GUESSED, PREFETCH_GUESSED_MOSTLY_CUT = 528, 1056
 PREFETCH_ALL, PREFETCH_ALL_FEW = 528, 264
 
@@ -207,6 +207,7 @@ def _gemv_kernel(
     row = tl.program_id(1) * BLOCKS * BLOCK_IN
     PACK: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // BITS
     TILE_BYTES: tl.constexpr = BLOCK_OUT * BITS // 8
+    tl.static_assert(PREFETCH == 0 or TILE_BYTES % 16 == 0)
     n_words = n_out // PACK  # a word is PACK outputs
     tl.static_assert(PACK == 1 or ROWS > 0)
     rows = row + tl.arange(0, BLOCK_IN)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels import cpu
+from kernels.quantized import dequantize, pack_int4
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
 from model import ModelArgs
 from sparse_model import SparseTransformer
@@ -21,6 +22,18 @@ def problem(n_in, segments, batch, dtype, seed=0):
     x = torch.randn(batch, n_in, generator=generator).to(dtype)
     weight = torch.randn(n_in, sum(segments), generator=generator).to(dtype)
     return x, weight, torch.rand(len(segments), n_in, generator=generator)
+
+
+def integers(weight, quant, groupsize=16):
+    """A random weight [in, out] of the form `quant` in place of this one, and its scale; the same and None for none."""
+    generator, (n_in, n_out) = torch.Generator().manual_seed(1), weight.shape
+    if quant == "int8":
+        codes = torch.randint(-127, 128, weight.shape, generator=generator, dtype=torch.int8)
+        return codes, torch.rand(n_out, generator=generator)
+    if quant == "int4":
+        codes = torch.randint(16, weight.shape, generator=generator, dtype=torch.uint8)
+        return pack_int4(codes), torch.randn(n_in, n_out // groupsize, 2, generator=generator).bfloat16()
+    return weight, None
 
 
 @contextmanager
@@ -40,15 +53,26 @@ def threads_of(n):
 @pytest.mark.parametrize("n_in, segments", [(172, [50, 30, 20]), (576, [576, 192, 192]), (11008, [33]), (7, [1])])
 def test_kernel_equals_float64(n_in, segments, dtype, threads, quant):
     x, weight, threshold = problem(n_in, segments, 3, dtype)
-    scale = None
-    if quant == "int8":
-        weight, scale = (40 * weight).round().clamp(-127, 127).to(torch.int8), torch.rand(sum(segments))
+    check_against_float64(x, *integers(weight, quant), threshold, segments, threads)
+
+
+def check_against_float64(x, weight, scale, threshold, segments, threads):
     with threads_of(threads):
         result = cpu.launch_sparse_gemv(x, weight, threshold, segments, scale)
-    stands_for = weight.double() if scale is None else weight * scale.double()
-    truth = sparse_gemv_ref(x.double(), stands_for, threshold, segments)
+    truth = sparse_gemv_ref(x.double(), dequantize(weight, scale, torch.float32).double(), threshold, segments)
     plain = sparse_gemv_ref(x, weight, threshold, segments, scale)
     assert (result - truth).norm() <= 2 * (plain - truth).norm() + 1e-6 * truth.norm()
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "n_in, segments, groupsize", [(172, [48, 32], 16), (9, [5120], 32), (33, [144, 48], 48), (5, [4800] * 2, 4800)]
+)
+def test_groups_of_int4_wherever_they_end(n_in, segments, groupsize, dtype, threads):
+    x, weight, threshold = problem(n_in, segments, 3, dtype)
+    check_against_float64(x, *integers(weight, "int4", groupsize), threshold, segments, threads)
 
 
 @needs_library
@@ -57,10 +81,11 @@ def test_the_op_runs_the_kernel(monkeypatch):
     launch = cpu.launch_sparse_gemv
     monkeypatch.setattr(cpu, "launch_sparse_gemv", lambda *args: calls.append(1) or launch(*args))
     x, weight, threshold = problem(64, [64], 1, torch.float32)
-    for arguments in ((x, weight), (x, weight.to(torch.int8))):
-        arguments = *arguments, threshold, [64], torch.rand(64)
-        torch.testing.assert_close(sparse_gemv(*arguments), sparse_gemv_ref(*arguments), rtol=1e-4, atol=1e-4)
-    assert len(calls) == 2
+    for quant in ("none", "int8", "int4"):
+        own, scale = integers(weight, quant)
+        arguments = x, own, threshold, [64], scale
+        torch.testing.assert_close(sparse_gemv(*arguments), sparse_gemv_ref(*arguments), rtol=1e-4, atol=1e-3)
+    assert len(calls) == 3
 
 
 @needs_library
@@ -89,20 +114,16 @@ def patterns(segments, n_in, dtype, seed=0):
 
 
 @needs_library
-@pytest.mark.parametrize("quant", ["none", "int8"])
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("n_in, segments", [(173, [50, 30, 21]), (64, [33, 192]), (9, [1, 2, 3]), (40, [7, 1, 5, 4])])
 def test_segments_keep_their_own_inputs(n_in, segments, dtype, threads, quant):
+    segments = [16 * width for width in segments] if quant == "int4" else segments
     x, weight, threshold = patterns(segments, n_in, dtype)
-    scale = None
-    if quant == "int8":
-        weight, scale = (40 * weight).round().clamp(-127, 127).to(torch.int8), torch.rand(sum(segments))
-    truth = torch.cat(
-        [(x.double() * (t == 0)) @ w.double() for t, w in zip(threshold, weight.split(segments, dim=1), strict=True)],
-        dim=1,
-    )
-    truth = truth if scale is None else truth * scale
+    weight, scale = integers(weight, quant)
+    stands_for = dequantize(weight, scale, torch.float32).double().split(segments, dim=1)
+    truth = torch.cat([(x.double() * (t == 0)) @ w for t, w in zip(threshold, stands_for, strict=True)], dim=1)
     rtol = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     for nan in (False, True):
         if nan:
@@ -114,11 +135,11 @@ def test_segments_keep_their_own_inputs(n_in, segments, dtype, threads, quant):
 
 
 @needs_library
-@pytest.mark.parametrize("quant", ["none", "int8"])
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_a_step_cuts_each_segment_by_itself(quant, shifted):
     """Thresholds 0 or far above every input, each segment's of its own: no input is near one."""
-    model = build(torch.float32, shifted, quant=quant)
+    model = build(torch.float32, shifted, quant=quant, groupsize=16, intermediate_size=176)
     generator = torch.Generator().manual_seed(2)
     for module in model.projections:
         module.threshold.copy_(torch.randint(2, module.threshold.shape, generator=generator) * 1e9)
@@ -141,7 +162,7 @@ def test_no_memory_is_an_error_of_one_line(monkeypatch):
     decoder.position, decoder._model.cache_length = 2**46, 2**47  # more scores than there are addresses
     with pytest.raises(MemoryError, match="no memory for a decode step at position 70368744177664"):
         decoder.replay()
-    pointers, sizes = [None] * 5, [ctypes.c_int64(n) for n in (1, 2**46, 33, 1)]
+    pointers, sizes = [None] * 5, [ctypes.c_int64(n) for n in (1, 2**46, 33, 0, 1)]
     product = cpu.kernel("sparse_gemv", torch.float32, torch.float32)
     assert product(*pointers, *sizes, (ctypes.c_int64 * 1)(33), ctypes.c_int(2)) == 1
     monkeypatch.setattr(cpu, "kernel", lambda *_: lambda *_: 1)
@@ -150,7 +171,10 @@ def test_no_memory_is_an_error_of_one_line(monkeypatch):
 
 
 @needs_library
-def test_a_build_is_kept_and_depends_on_its_flags(tmp_path):
+def test_a_build_is_kept_and_depends_on_its_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "small.cpp")  # the real one takes 15 s
+    cpu.SOURCE.write_text('extern "C" int one() { return 1; }')
+    tmp_path = tmp_path / "cache"
     first = cpu.build(tmp_path, cpu.FLAGS)
     stamp = first.stat().st_mtime_ns
     assert cpu.build(tmp_path, cpu.FLAGS) == first and first.stat().st_mtime_ns == stamp
@@ -185,6 +209,13 @@ MODELS = {
     "biases, one head a group": {"qkv_bias": True, "n_local_heads": 4},
     "shifts": {"shifted": True},
     "int8, biases, shifts": {"quant": "int8", "qkv_bias": True, "shifted": True},
+    "int4, biases, shifts": {
+        "quant": "int4",
+        "groupsize": 16,
+        "intermediate_size": 176,
+        "qkv_bias": True,
+        "shifted": True,
+    },
     "odd widths, tied": {"dim": 42, "head_dim": 14, "n_head": 3, "n_local_heads": 1, "tie_embeddings": True},
 }
 
@@ -324,24 +355,33 @@ template <> Int8* values(int64_t n, float) {
   for (int64_t i = 0; i < n; i++) p[i] = {int8_t(i * 7919 % 201 - 100)};
   return p;
 }
+template <> Int4* values(int64_t n, float) {
+  Int4* p = static_cast<Int4*>(std::malloc(n / 2));
+  for (int64_t i = 0; i < n / 2; i++) p[i] = {uint8_t(i * 7919 % 256)};
+  return p;
+}
 float* floats(int64_t n) { return &values<Float32>(n, 0.3f)->value; }
-template <typename T, typename W>
+template <typename W, typename T>
+Projection projection(int64_t segments, int64_t n_in, int64_t n_out) {
+  constexpr bool groups = std::is_same_v<W, Int4>;  // of 16
+  const void* scale = floats(n_out);
+  if (groups) scale = values<BFloat16>(n_in * n_out / 16 * 2, 1);
+  return {values<W>(n_in * n_out, 1), values<T>(n_out, 1), scale, floats(segments * n_in), floats(n_in), floats(n_out),
+          groups ? 16 : 0};
+}
+template <typename T, typename W, typename V>
 double run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, int64_t vocab, int threads) {
   const int64_t qkv = (heads + 2 * kv) * d, length = 11;
-  const auto projection = [](int64_t segments, int64_t n_in, int64_t n_out) {
-    return Projection{values<W>(n_in * n_out, 1), values<T>(n_out, 1), floats(n_out), floats(segments * n_in),
-                      floats(n_in), floats(n_out)};
-  };
-  Layer layer{values<T>(dim, 1), values<T>(dim, 1), projection(3, dim, qkv), projection(1, heads * d, dim),
-              projection(2, dim, 2 * hidden), projection(1, hidden, dim), values<T>(kv * length * d, 1),
-              values<T>(kv * length * d, 1), 5};
+  Layer layer{values<T>(dim, 1), values<T>(dim, 1), projection<V, T>(3, dim, qkv),
+              projection<W, T>(1, heads * d, dim), projection<W, T>(2, dim, 2 * hidden),
+              projection<W, T>(1, hidden, dim), values<T>(kv * length * d, 1), values<T>(kv * length * d, 1), 5};
   Model m{1, heads, kv, d, dim, hidden, vocab, length, &layer, values<T>(vocab * dim, 1), values<T>(dim, 1),
-          values<W>(vocab * dim, 1), floats(vocab), floats(d / 2), floats(dim), floats(qkv), floats(heads * d),
+          values<V>(vocab * dim, 1), floats(vocab), floats(d / 2), floats(dim), floats(qkv), floats(heads * d),
           floats(hidden), floats(vocab), floats((vocab + GROUP - 1) / GROUP),
           static_cast<int64_t*>(std::calloc(length + 1, 8)), 1, 1e-5f, 0.8f, 7};
   double total = 0;
   for (int64_t i = 0; i < length; i++) {
-    decode<T, W>(m, i, 1, threads);
+    decode<T, W, V>(m, i, 1, threads);
     const int64_t token = m.tokens[i + 1];
     if (token < 0 || token >= vocab) std::exit(1);
     total += m.logits[token];
@@ -350,27 +390,35 @@ double run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, in
 }
 template <typename T, typename W> void all() {
   for (int threads : {1, 2, 8}) {
-    run<T, W>(3, 1, 14, 42, 173, 101, threads);
-    run<T, W>(4, 2, 16, 65, 33, 1001, threads);
-    run<T, W>(1, 1, 2, 1, 1, 1, threads);
+    run<T, W, W>(3, 1, 14, 42, 173, 101, threads);
+    run<T, W, W>(4, 2, 16, 65, 33, 1001, threads);
+    run<T, W, W>(1, 1, 2, 1, 1, 1, threads);
+  }
+}
+template <typename T> void all_int4() {
+  for (int threads : {1, 2, 8}) {
+    run<T, Int4, Int8>(3, 1, 14, 48, 176, 101, threads);
+    run<T, Int4, Int8>(4, 2, 16, 64, 16, 1001, threads);
   }
 }
 int main() {
   for (int64_t n_in : {1, 7, 9, 64, 172}) for (int64_t n_out : {1, 63, 65, 1030}) for (int t : {1, 2, 5}) {
     std::vector<float> x(2 * n_in, 1), w(n_in * n_out, 1), y(2 * n_out, -1), threshold(2 * n_in, 0.5);
     int64_t segments[2] = {n_out / 2, n_out - n_out / 2};
-    sparse_gemv_float32(x.data(), w.data(), nullptr, threshold.data(), y.data(), 2, n_in, n_out, 2, segments, t);
+    sparse_gemv_float32(x.data(), w.data(), nullptr, threshold.data(), y.data(), 2, n_in, n_out, 0, 2,
+                        segments, t);
     for (float v : y) if (v != float(n_in)) return 1;
     std::vector<int8_t> bytes(n_in * n_out, 3);
     std::vector<float> scale(n_out, 2);
     for (int64_t i = n_in; i < 2 * n_in; i += 2) threshold[i] = 1;  // the second segment keeps every other input
-    sparse_gemv_float32_int8(x.data(), bytes.data(), scale.data(), threshold.data(), y.data(), 2, n_in, n_out, 2,
+    sparse_gemv_float32_int8(x.data(), bytes.data(), scale.data(), threshold.data(), y.data(), 2, n_in, n_out, 0, 2,
                              segments, t);
     for (int64_t j = 0; j < 2 * n_out; j++)
       if (y[j] != 6.0f * float(j % n_out < segments[0] ? n_in : n_in / 2)) return 2;
   }
   all<BFloat16, BFloat16>(), all<Float16, Float16>(), all<Float32, Float32>();
   all<BFloat16, Int8>(), all<Float16, Int8>(), all<Float32, Int8>();
+  all_int4<BFloat16>(), all_int4<Float16>(), all_int4<Float32>();
 }
 """
 
@@ -386,7 +434,7 @@ def test_nothing_is_written_out_of_bounds(tmp_path, target):
     program, binary = tmp_path / "main.cpp", tmp_path / "main"
     program.write_text(STEP.replace("SOURCE", f'"{cpu.SOURCE}"'))
     flags = [flag for flag in cpu.FLAGS if flag not in ("-shared", "-fPIC", "-march=native")]
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", f"-march={target}"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O0", f"-march={target}"]
     build = subprocess.run(["g++", *flags, *sanitize, str(program), "-o", str(binary)], capture_output=True, text=True)
     if "cannot find" in build.stderr and "asan" in build.stderr:
         pytest.skip("the address sanitizer's library is not installed")

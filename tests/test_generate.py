@@ -622,7 +622,7 @@ def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
 
 @pytest.mark.parametrize("fastest", ["our kernel", "torch linear, [out, in]", "torch linear, [in, out]"])
 def test_the_dense_rival_on_a_cpu_is_the_fastest_product(cli, monkeypatch, calibrated, fastest):
-    if not generate.has_cpu_kernel(torch.device("cpu"), 1, "none"):
+    if not generate.has_cpu_kernel(torch.device("cpu"), 1):
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(generate, "fastest_dense", lambda model: fastest)
     result = result_of(cli("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compare_dense", "--json", *BRIEF))

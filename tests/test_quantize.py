@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from generate import Generator, has_cpu_kernel
+from generate import Generator
 from generate import main as generate
 from kernels import cpu
 from kernels.quantized import dequantize, pack_int4
@@ -231,10 +231,10 @@ def test_random_weights_by_name(mode):
     assert weight.std().item() == pytest.approx(0.02, rel=0.02) and abs(weight.mean()) < 1e-3
 
 
-def test_the_command_line_generates_with_it():
-    assert not has_cpu_kernel(torch.device("cpu"), 1, "int4")
+@pytest.mark.parametrize("name", ["stories15M-int8", "stories110M-int4"])
+def test_the_command_line_generates_with_it(name):
     result = generate(
-        random_init="stories15M-int8", sparsity=0.5, max_new_tokens=4, num_samples=1, device="cpu",
+        random_init=name, sparsity=0.5, max_new_tokens=4, num_samples=1, device="cpu",
         precision="float32", compare_dense=True,
     )  # fmt: skip
     assert 0.3 < result["achieved_sparsity"] < 0.7
