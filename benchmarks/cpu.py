@@ -81,7 +81,6 @@ def main(
     folder = None if random_init else resolve_checkpoint(checkpoint_path)
     source = Source(folder, random_init, 1234, torch.device("cpu"), PRECISIONS[precision])
     model = source.load(SparseTransformer)
-    model.setup_caches(1, CACHE)
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
     block = torch.zeros(model.bytes_per_step(), dtype=torch.uint8)
@@ -111,6 +110,7 @@ def main(
         source.set_sparsity(model, sparsity, None)
         thresholds = [module.threshold.clone() for module in model.projections]
         variants["sparse", sparsity] = (True, thresholds)
+    model.setup_caches(1, CACHE)  # after a calibration, which has caches of its own
     seconds = {key: [] for key in [*variants, ("llama.cpp", 0.0)]}
     read = {key: model.bytes_per_step() for key in seconds}
     bandwidths = []
