@@ -121,19 +121,19 @@ struct Int8 {  // of a weight alone; the scale of its output makes it what it st
 
 struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the low nibble; see kernels/quantized.py
   uint8_t codes;
-  static Floats load(const Int4* from) {  // the codes of LANES outputs
-#if defined(__AVX512F__)  // a pair to 8 bytes, the odd one's code to the upper 4 of them
-    const __m512i wide = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
-    const __m512i codes = _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
-    return (Floats)_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15)));
+  // The codes of 2 LANES outputs, even and odd ones apart: putting them in order here would take as long again.
+  static void load(const Int4* from, Floats& even, Floats& odd) {
+#if defined(__AVX512F__)
+    const __m512i codes = _mm512_cvtepu8_epi32(read<__m128i>(from));
+    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    even = (Floats)_mm512_permutexvar_ps(codes, values);  // which looks at an index's lowest 4 bits
+    odd = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values);
 #elif defined(__AVX2__)
-    const __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(read<int>(from)));
-    const __m256i codes = _mm256_or_si256(wide, _mm256_slli_epi64(wide, 28));
-    return (Floats)_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
+    const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+    even = (Floats)_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
+    odd = (Floats)_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4));
 #else
-    Floats values;
-    for (int64_t lane = 0; lane < LANES; lane++) values[lane] = from[lane / 2].codes >> lane % 2 * 4 & 15;
-    return values;
+    for (int64_t lane = 0; lane < LANES; lane++) even[lane] = from[lane].codes & 15, odd[lane] = from[lane].codes >> 4;
 #endif
   }
 };
@@ -221,7 +221,7 @@ void add_rows(const Row<T>* row, const Row<T>* next, const float* value, float* 
     for (int k = 0; k < N; k++) sums[j] += value[k] * float(row[k].weights[j]);
 }
 
-// The same of codes, of whole groups: a multiple of 16 outputs.
+// The same of codes, of whole groups; `in_order` puts the sums of even and odd outputs in their places.
 template <int N>
 void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, float* sums, int64_t width,
               int64_t group) {
@@ -233,14 +233,33 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, f
       minimum += value[k] * float(row[k].pairs[pair + 1]);
       if (pair % 32 == 0) __builtin_prefetch(next[k].pairs + pair, 0, 2);
     }
-    for (int64_t j = begin; j < begin + group; j += LANES) {
-      if (j % LINE<Int4> == 0)
+    int64_t j = begin;
+    for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
+      if (j % LINE<Int4> < 2 * LANES)
         for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j / 2, 0, 2);
-      Floats total = read<Floats>(sums + j) + minimum;
-      for (int k = 0; k < N; k++) total += scale[k] * Int4::load(row[k].weights + j / 2);
-      std::memcpy(sums + j, &total, sizeof(total));
+      Floats even = read<Floats>(sums + j) + minimum, odd = read<Floats>(sums + j + LANES) + minimum;
+      for (int k = 0; k < N; k++) {
+        Floats even_codes, odd_codes;
+        Int4::load(row[k].weights + j / 2, even_codes, odd_codes);
+        even += scale[k] * even_codes;
+        odd += scale[k] * odd_codes;
+      }
+      std::memcpy(sums + j, &even, sizeof(even));
+      std::memcpy(sums + j + LANES, &odd, sizeof(odd));
+    }
+    for (; j < begin + group; j++) {
+      sums[j] += minimum;
+      for (int k = 0; k < N; k++) sums[j] += scale[k] * (row[k].weights[j / 2].codes >> j % 2 * 4 & 15);
     }
   }
+}
+
+inline void in_order(float* sums, int64_t width, int64_t group) {
+  for (int64_t begin = 0; begin < width; begin += group)
+    for (int64_t j = begin; j + 2 * LANES <= begin + group; j += 2 * LANES) {
+      const Floats even = read<Floats>(sums + j), odd = read<Floats>(sums + j + LANES);
+      for (int64_t lane = 0; lane < LANES; lane++) sums[j + 2 * lane] = even[lane], sums[j + 2 * lane + 1] = odd[lane];
+    }
 }
 
 // A row's product with x. One row after the other is one stream, which the CPU fetches ahead by itself: 28 to 33 GB/s
@@ -325,6 +344,7 @@ void outputs(const Matrix<W>& matrix, const Kept& kept, int64_t begin, int64_t e
       const Row<W> row = at(r), next = at(r + ahead);
       add_rows<1>(&row, &next, kept.value.data() + r, sums + (column - begin), width, matrix.group);
     }
+    if constexpr (std::is_same_v<W, Int4>) in_order(sums + (column - begin), width, matrix.group);
   }
 }
 

@@ -37,8 +37,9 @@ def sparse_gemv(
         weight: [in, out], contiguous, the dtype of x, or int8; [in, out / 2], uint8, of int4.
         threshold: [S, in], float32, a row for each output segment.
         segments: widths of the S output segments, which add up to out.
-        scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized`. The kernels
-            want groups of a multiple of 16 outputs that divide the segments, the GPU's segments of int8 that 4 divides.
+        scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized`. Kernels
+            want groups of a multiple of 16 outputs that divide the segments; of int8 the GPU's wants segments of a
+            multiple of 4.
 
     Returns:
         [B, out], the dtype of x, accumulated in float32.

@@ -486,6 +486,7 @@ def test_prompt_mistakes_come_before_the_model(refused, monkeypatch, tiny, argum
 
 @pytest.mark.parametrize(("error", "code"), [
     (KeyboardInterrupt(), 130),
+    (MemoryError("no memory for a decode step"), "pytest: no memory for a decode step"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB\nin all. See docs."),
      "pytest: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB in all: take a smaller model or "
      "fewer tokens at once, or --device cpu"),
