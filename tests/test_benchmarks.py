@@ -50,12 +50,16 @@ def test_check_notices_scales_of_other_outputs():
             gemv.check(wrong, out, problem, "ours")
 
 
-def test_a_plot_without_a_whole_sweep_is_left_out(tmp_path, monkeypatch):
+def test_only_whole_sweeps_are_drawn(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    monkeypatch.setattr(plot, "save", None)  # would fail if called
-    columns = ["device", "model", "dtype", "quant", "prompt_tokens", "new_tokens", "sparsity"]
-    write_rows("decode.csv", [dict.fromkeys(columns, "1")], columns, columns)
-    plot.plot_decode(None)
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, name: drawn.append((name, len(figure.axes))))
+    columns = "device model dtype quant prompt_tokens new_tokens achieved_sparsity ms_per_token sparsity".split()
+    for sparsity, expected in ((0.0, []), (0.25, []), (0.4, []), (0.5, [("decode.png", 1)])):
+        write_rows("decode.csv", [dict.fromkeys(columns, "1") | {"sparsity": sparsity}], columns, columns)
+        plot.plot_decode(plt)
+        assert drawn == expected
 
 
 def test_bytes_read_count_the_scales():

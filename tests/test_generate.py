@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -629,6 +630,13 @@ def test_the_dense_rival_on_a_cpu_is_the_fastest_product(cli, monkeypatch, calib
     result = result_of(cli("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compare_dense", "--json", *BRIEF))
     expected = fastest if fastest.startswith("torch") else "the sparse kernel at threshold 0"
     assert result["dense_backend"] == expected
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+def test_the_fastest_product_is_found(monkeypatch, tiny, seconds):
+    model = SparseTransformer.from_checkpoint(tiny)
+    monkeypatch.setattr(generate.cpu, "launch_sparse_gemv", lambda *_: seconds and time.sleep(seconds))
+    assert (generate.fastest_dense(model) == "our kernel") == (seconds == 0)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
