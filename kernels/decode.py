@@ -45,12 +45,12 @@ def _rotated(x_ptr, bias_ptr, offsets, mask, pair, cos, sin, HAS_BIAS: tl.conste
 
 @triton.jit
 def _attention_kernel(
-    qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr, out_ptr, lse_ptr,
-    seq_length, chunk, window, scale,
+    qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr, part_ptr, lse_ptr, arrived_ptr,
+    y_ptr, seq_length, chunk, window, scale, SPLITS: tl.constexpr,
     N_HEAD: tl.constexpr, N_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query over one chunk of a key/value head's cache; writes the normalised result and its log-sum-exp.
+    """One query over one chunk of a key/value head's cache. The head's last program to end joins the chunks' results.
 
     The program whose chunk holds the new position rotates and caches the new key and value, and counts them.
     """
@@ -113,8 +113,24 @@ def _attention_kernel(
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(out_ptr + split * (N_HEAD * HEAD_DIM) + q_offsets, acc, mask=q_mask)
-    tl.store(lse_ptr + split * N_HEAD + head * GROUP + g, lse, mask=g < GROUP)
+    if SPLITS > 1:
+        tl.store(part_ptr + split * (N_HEAD * HEAD_DIM) + q_offsets, acc, mask=q_mask)
+        tl.store(lse_ptr + split * N_HEAD + head * GROUP + g, lse, mask=g < GROUP)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(arrived_ptr + head, 0)
+            s = tl.arange(0, SPLITS)[None, :]
+            lses = tl.load(lse_ptr + s * N_HEAD + (head * GROUP + g)[:, None], mask=(g < GROUP)[:, None], other=0.0)
+            top = tl.max(lses, axis=1)
+            total = tl.sum(tl.exp(lses - top[:, None]), axis=1)
+            acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+            for s in tl.static_range(SPLITS):
+                lse = tl.load(lse_ptr + s * N_HEAD + head * GROUP + g, mask=g < GROUP, other=0.0)
+                part = tl.load(part_ptr + s * (N_HEAD * HEAD_DIM) + q_offsets, mask=q_mask, other=0.0)
+                acc += tl.exp(lse - top)[:, None] * part
+            tl.store(y_ptr + q_offsets, (acc / total[:, None]).to(DTYPE), mask=q_mask)
+    else:
+        tl.store(y_ptr + q_offsets, acc.to(DTYPE), mask=q_mask)
 
 
 @triton.jit
@@ -240,18 +256,21 @@ def attention_splits(seq_length: int, n_kv: int) -> int:
     return 1 << (min(triton.cdiv(seq_length, 64), max(1, 128 // n_kv)).bit_length() - 1)
 
 
-def launch_attention(qkv, bias, k_cache, v_cache, position, inv_freq, y, lse, window, pdl) -> None:
-    """Attention of the new position, cached on the way: chunks of the cache to y, joined by the "attention" prologue.
+def launch_attention(
+    qkv, bias, k_cache, v_cache, position, inv_freq, parts, lse, arrived, y, window, pdl
+) -> None:  # fmt: skip
+    """Attention of the new position, cached on the way, to y [n_head head_dim] in the model's dtype.
 
     qkv: [(n_head + 2 n_kv) head_dim] float32; bias the same or None; caches [1, n_kv, seq_length, head_dim];
-    y: [splits, n_head head_dim], lse: [splits, n_head], float32.
+    parts: [splits, n_head head_dim] and lse: [splits, n_head], float32, the chunks' results and log-sum-exps;
+    arrived: [n_kv] int32, zeros before and after.
     """
     _, n_kv, seq_length, head_dim = k_cache.shape
     splits, n_head = lse.shape
     group = n_head // n_kv
     _attention_kernel[(n_kv, splits)](
-        qkv, bias, k_cache, v_cache, position, inv_freq, y, lse, seq_length, triton.cdiv(seq_length, splits),
-        window or 0, head_dim**-0.5,
+        qkv, bias, k_cache, v_cache, position, inv_freq, parts, lse, arrived, y, seq_length,
+        triton.cdiv(seq_length, splits), window or 0, head_dim**-0.5, SPLITS=splits,
         N_HEAD=n_head, N_KV=n_kv, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=64, HAS_BIAS=bias is not None,
         WINDOW=window is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,

@@ -83,24 +83,13 @@ def _load_constants(
 
 
 @triton.jit
-def _load_inputs(
-    rows, x_ptr, lse_ptr, PROLOGUE: tl.constexpr, N_IN: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+def _load_inputs(rows, x_ptr, PROLOGUE: tl.constexpr, N_IN: tl.constexpr, CACHE: tl.constexpr):
     """What else `_inputs` makes x[rows] from, loaded: two float32 operands."""
     in_range = rows < N_IN
-    a = tl.zeros_like(rows).to(tl.float32)
-    b = a
-    if PROLOGUE == "attention":
-        s = tl.arange(0, SPLITS)[:, None]
-        heads = s * (N_IN // HEAD_DIM) + (rows // HEAD_DIM)[None, :]
-        lse = tl.load(lse_ptr + heads, mask=in_range[None, :], other=0.0)
-        y = tl.load(x_ptr + s * N_IN + rows[None, :], mask=in_range[None, :], other=0.0)
-        share = tl.exp(lse - tl.max(lse, axis=0)[None, :])
-        a, b = tl.sum(share * y, axis=0), tl.sum(share, axis=0)
-    else:
-        a = tl.load(x_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
-        if PROLOGUE == "silu":
-            b = tl.load(x_ptr + N_IN + rows, mask=in_range, other=0.0)
+    a = tl.load(x_ptr + rows, mask=in_range, other=0.0, cache_modifier=CACHE).to(tl.float32)
+    b = tl.zeros_like(a)
+    if PROLOGUE == "silu":
+        b = tl.load(x_ptr + N_IN + rows, mask=in_range, other=0.0, cache_modifier=CACHE)
     return a, b
 
 
@@ -112,8 +101,6 @@ def _inputs(a, b, gain, scale, shift, PROLOGUE: tl.constexpr, SHIFT: tl.constexp
     elif PROLOGUE == "silu":
         gate = rounded(a, DTYPE)
         a = rounded(rounded(gate * tl.sigmoid(gate), DTYPE) * rounded(b, DTYPE), DTYPE)
-    elif PROLOGUE == "attention":
-        a = rounded(a / b, DTYPE)
     if SHIFT:
         a = rounded(a - shift, DTYPE)
     return a
@@ -174,19 +161,18 @@ def _lowest_bit(bits):
 
 @triton.jit
 def _gemv_kernel(
-    x_ptr, gain_ptr, lse_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_scale_ptr,
+    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_scale_ptr,
     shift_ptr, offset_ptr, weight_scale_ptr,
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr,
-    SLOTS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr,
+    ZERO: tl.constexpr, BEFORE: tl.constexpr, GUESS: tl.constexpr, AFTER: tl.constexpr, SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x - shift) + offset: a program for BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
-    PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up; "attention": the splits' partial
-    results joined by their log-sum-exp. tiles_i, start_i: first tile and first output of segment i.
+    PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up. tiles_i, start_i: first tile and
+    first output of segment i.
     ROWS > 0 (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS at a time, each row read by
     the whole warp; a cut row costs no instruction. ROWS 0: a tile is loaded at once with its cut rows masked, which
     costs fewer latencies. Weights of BITS 8 or 4 come as int32 words of four or eight outputs, by row only.
@@ -207,36 +193,37 @@ def _gemv_kernel(
     row = tl.program_id(1) * BLOCKS * BLOCK_IN
     PACK: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // BITS
     TILE_BYTES: tl.constexpr = BLOCK_OUT * BITS // 8
-    tl.static_assert(PREFETCH == 0 or TILE_BYTES % 16 == 0)
+    tl.static_assert(BEFORE + AFTER == 0 or TILE_BYTES % 16 == 0)
     n_words = n_out // PACK  # a word is PACK outputs
     tl.static_assert(PACK == 1 or ROWS > 0)
     rows = row + tl.arange(0, BLOCK_IN)
-    GUESS: tl.constexpr = PREFETCH > 0 and PROLOGUE == "norm" and CUT
-    last_scale = 0.0
-    if GUESS:
+    KEEPS_SCALE: tl.constexpr = PROLOGUE == "norm" and (GUESS or AFTER > 0)
+    last_scale = 1.0
+    if KEEPS_SCALE:
         last_scale = tl.load(last_scale_ptr)
-    elif PREFETCH > 0:
-        if program < PREFETCH:
-            _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, rows < N_IN, TILE_BYTES)
-    EARLY: tl.constexpr = PROLOGUE != "attention"  # whose own loads are many
-    if EARLY:
-        gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN)
+    gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN)
+    if BEFORE > 0:
+        if program < BEFORE:
+            wanted = rows < N_IN
+            if GUESS:
+                a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, ".cg")
+                x = _inputs(a, b, gain, last_scale, shift, PROLOGUE, SHIFT, DTYPE)
+                wanted = wanted & ~(tl.abs(x) <= threshold)
+            _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    a, b = _load_inputs(rows, x_ptr, lse_ptr, PROLOGUE, N_IN, SPLITS, HEAD_DIM)
-    if not EARLY:
-        gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN)
+    a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, "")
     scale = 1.0
     if PROLOGUE == "norm":
-        if GUESS:
-            if program < PREFETCH:
+        if AFTER > 0:
+            if program < AFTER:
                 wanted = (tl.abs(a * last_scale * gain - shift) > threshold) & (rows < N_IN)
                 _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
         scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
-        if GUESS:
+        if KEEPS_SCALE:
             if program == 0:
                 tl.store(last_scale_ptr, scale)
     words = first // PACK + tl.arange(0, BLOCK_OUT // PACK)
@@ -258,7 +245,7 @@ def _gemv_kernel(
                 keep = keep & ~(tl.abs(x) <= threshold)
             if BLOCKS > 1:
                 rows += BLOCK_IN  # the next block's inputs come while this one's weights do
-                a, b = _load_inputs(rows, x_ptr, lse_ptr, PROLOGUE, N_IN, SPLITS, HEAD_DIM)
+                a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, "")
                 gain, threshold, shift = _load_constants(
                     rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN
                 )
@@ -334,15 +321,21 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
     return 32, 2, 128, 0
 
 
+def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int) -> tuple[int, bool, int]:
+    if prologue != "norm" or not sparsity:
+        return (PREFETCH_ALL_FEW if sparsity > MOSTLY_CUT or (sparsity and bits < 16) else PREFETCH_ALL), False, 0
+    return 0, False, (PREFETCH_GUESSED_MOSTLY_CUT if sparsity > MOSTLY_CUT else PREFETCH_GUESSED)
+
+
 def launch_gemv(
     prologue: str, x: Tensor, weight: Tensor, threshold: Tensor, out: Tensor, segments: list[int], *, sparsity=0.5,
-    dtype=None, weight_scale=None, shift=None, offset=None, gain=None, lse=None, eps=0.0, head_dim=1, zero=None,
-    last_scale=None, tile=None, pdl=False,
+    dtype=None, weight_scale=None, shift=None, offset=None, gain=None, eps=0.0, zero=None, last_scale=None,
+    tile=None, pdl=False,
 ) -> None:  # fmt: skip
     """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue (see the kernel).
 
     Args:
-        x: "given" [B, in]; else one row, float32: h [in], gate|up [2 in], or the splits' results [splits, in].
+        x: "given" [B, in]; else one row, float32: h [in] or gate|up [2 in].
         weight, threshold, segments: as of `kernels.sparse_gemv.sparse_gemv`.
         out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
         sparsity: about the share that the thresholds cut, which chooses the tile; 0 compiles the test out.
@@ -350,7 +343,6 @@ def launch_gemv(
         weight_scale: of an int8 weight [out] float32, of an int4 one [in, groups, 2] bfloat16; see `sparse_gemv`.
         shift, offset: [in] and [out], float32, or None for 0.
         gain, eps: RMSNorm's, [in] in the model's dtype.
-        lse: [splits, in / head_dim], float32.
         zero: a float32 buffer to fill with zeros.
         last_scale: "norm": [1] float32, this norm's scale at the last step, kept from launch to launch. The rows that
             it would keep are prefetched while the new scale is computed.
@@ -377,23 +369,19 @@ def launch_gemv(
     tiles, starts = tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
-    if not pdl or any(width % block_out for width in segments):  # a tile must not reach past its row
-        prefetch = 0
-    elif prologue != "norm" or not sparsity:
-        prefetch = PREFETCH_ALL_FEW if sparsity > MOSTLY_CUT or (sparsity and bits < 16) else PREFETCH_ALL
-    elif last_scale is None:
-        prefetch = 0
-    else:
-        prefetch = PREFETCH_GUESSED_MOSTLY_CUT if sparsity > MOSTLY_CUT else PREFETCH_GUESSED
+    before, guess, after = prefetch_for(prologue, n_out, sparsity, bits)
+    unknown = prologue == "norm" and sparsity and last_scale is None
+    if not pdl or unknown or any(width % block_out for width in segments):  # a tile must not reach past its row
+        before, guess, after = 0, False, 0
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
-        x, gain, lse, weight, threshold, out, zero, last_scale, shift, offset, weight_scale,
+        x, gain, weight, threshold, out, zero, last_scale, shift, offset, weight_scale,
         n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps, ONE,
         PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=shift is not None, N_IN=n_in,
-        NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), SPLITS=1 if lse is None else lse.shape[0],
-        HEAD_DIM=head_dim, BLOCK_IN=block_in, BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out,
-        ROWS=rows, ZERO=zero_block, PREFETCH=prefetch, SLOTS=SLOTS, STRIDE=SLOT_STRIDE,
+        NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)),
+        BLOCK_IN=block_in, BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out,
+        ROWS=rows, ZERO=zero_block, BEFORE=before, GUESS=guess, AFTER=after, SLOTS=SLOTS, STRIDE=SLOT_STRIDE,
         BITS=bits, GROUP=group, DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
         PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
