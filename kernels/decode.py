@@ -251,9 +251,13 @@ def launch_embed(token, embedding, h, logits, pdl: bool) -> None:
 def attention_splits(seq_length: int, n_kv: int) -> int:
     """Into how many chunks a cache is cut: enough programs for a GPU's multiprocessors, no chunk under 64 positions.
 
-    A power of two, as the programs that join the chunks need it.
+    A power of two, as the program that joins them needs it. Measured on an H100 with 8 key/value heads: 4 chunks of 206
+    positions, 16 of 1,224 and 4,296, 32 of 8,192.
     """
-    return 1 << (min(triton.cdiv(seq_length, 64), max(1, 128 // n_kv)).bit_length() - 1)
+    most = max(1, 128 // n_kv)
+    if seq_length > 384 * most:
+        most *= 2
+    return 1 << (min(triton.cdiv(seq_length, 64), most).bit_length() - 1)
 
 
 def launch_attention(

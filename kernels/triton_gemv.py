@@ -17,11 +17,6 @@ SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 
 SCALE_BUFFER = SLOTS * SLOT_STRIDE
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
 MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
-# First programs of a launch that prefetch rows of their tile (of its first BLOCK_IN inputs) to L2. After a norm: those
-# that the last step's scale would keep, while the new one is computed. Else all of them, needed or not, while the
-# launch before ends and leaves the memory idle; fewer programs where fewer of the bytes are needed.
-PREFETCH_GUESSED, PREFETCH_GUESSED_MOSTLY_CUT = 528, 1056
-PREFETCH_ALL, PREFETCH_ALL_FEW = 528, 264
 
 
 @triton.jit
@@ -161,13 +156,13 @@ def _lowest_bit(bits):
 
 @triton.jit
 def _gemv_kernel(
-    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_scale_ptr,
-    shift_ptr, offset_ptr, weight_scale_ptr,
-    n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
-    PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
-    BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr,
-    ZERO: tl.constexpr, BEFORE: tl.constexpr, GUESS: tl.constexpr, AFTER: tl.constexpr, SLOTS: tl.constexpr,
-    STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, fill_ptr, last_scale_ptr, shift_ptr, offset_ptr,
+    weight_scale_ptr, n_out, n_fill, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
+    PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, FILL: tl.constexpr,
+    N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr, GUESS: tl.constexpr,
+    SLOTS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x - shift) + offset: a program for BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
@@ -193,17 +188,21 @@ def _gemv_kernel(
     row = tl.program_id(1) * BLOCKS * BLOCK_IN
     PACK: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // BITS
     TILE_BYTES: tl.constexpr = BLOCK_OUT * BITS // 8
-    tl.static_assert(BEFORE + AFTER == 0 or TILE_BYTES % 16 == 0)
+    tl.static_assert(PREFETCH == 0 or TILE_BYTES % 16 == 0)
     n_words = n_out // PACK  # a word is PACK outputs
     tl.static_assert(PACK == 1 or ROWS > 0)
     rows = row + tl.arange(0, BLOCK_IN)
-    KEEPS_SCALE: tl.constexpr = PROLOGUE == "norm" and (GUESS or AFTER > 0)
     last_scale = 1.0
-    if KEEPS_SCALE:
+    if GUESS and PROLOGUE == "norm":
         last_scale = tl.load(last_scale_ptr)
     gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN)
-    if BEFORE > 0:
-        if program < BEFORE:
+    if ZERO > 0:
+        z = program * ZERO + tl.arange(0, ZERO)
+        fill = tl.zeros((ZERO,), tl.float32)
+        if FILL:
+            fill = tl.load(fill_ptr + z, mask=z < n_fill, other=0.0)
+    if PREFETCH > 0:
+        if program < PREFETCH:
             wanted = rows < N_IN
             if GUESS:
                 a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, ".cg")
@@ -213,17 +212,12 @@ def _gemv_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
-        z = program * ZERO + tl.arange(0, ZERO)
-        tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
+        tl.store(zero_ptr + z, fill, mask=z < n_zero)
     a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, "")
     scale = 1.0
     if PROLOGUE == "norm":
-        if AFTER > 0:
-            if program < AFTER:
-                wanted = (tl.abs(a * last_scale * gain - shift) > threshold) & (rows < N_IN)
-                _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
         scale = shared_norm_scale(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
-        if KEEPS_SCALE:
+        if GUESS:
             if program == 0:
                 tl.store(last_scale_ptr, scale)
     words = first // PACK + tl.arange(0, BLOCK_OUT // PACK)
@@ -291,7 +285,7 @@ def _gemv_kernel(
         total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
     else:
         total = acc[0]
-    if SHIFT:
+    if OFFSET:
         total += tl.load(offset_ptr + cols, mask=cols < tl.where(tl.program_id(1) == 0, last, 0), other=0.0)
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
@@ -314,22 +308,30 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
     given = prologue == "given"
     if bits == 8:
         return (32, 2, 512, 8) if n_out > 8192 and not given else (32, 2 if n_in > 8192 else 1, 256, 4)
-    if given and n_out > 8192 and 0 < sparsity <= MOSTLY_CUT:
+    if given and max(n_in, n_out) > 8192 and 0 < sparsity <= MOSTLY_CUT:
         return 32, 1, 128, 0
     if n_out > 8192 or (not sparsity and n_out > 4096):
         return 32, 1, 256, 8 if sparsity > MOSTLY_CUT else 0
     return 32, 2, 128, 0
 
 
-def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int) -> tuple[int, bool, int]:
-    if prologue != "norm" or not sparsity:
-        return (PREFETCH_ALL_FEW if sparsity > MOSTLY_CUT or (sparsity and bits < 16) else PREFETCH_ALL), False, 0
-    return 0, False, (PREFETCH_GUESSED_MOSTLY_CUT if sparsity > MOSTLY_CUT else PREFETCH_GUESSED)
+def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int) -> tuple[int, bool]:
+    """How many of a launch's first programs prefetch rows before the wait, and whether those that they guess or all.
+
+    Guessed rows are nearly all needed, so more of them pay. Measured in the decode step on an H100 (NOTES.md).
+    """
+    if not sparsity:
+        return 528, False
+    if prologue == "given" or (prologue == "silu" and bits < 16):
+        return 264 if sparsity > MOSTLY_CUT or bits < 16 else 528, False
+    if prologue == "silu" or (n_out > 8192 and (sparsity > MOSTLY_CUT or bits < 16)):
+        return 2112, True
+    return 264 if bits < 16 else 528, True
 
 
 def launch_gemv(
     prologue: str, x: Tensor, weight: Tensor, threshold: Tensor, out: Tensor, segments: list[int], *, sparsity=0.5,
-    dtype=None, weight_scale=None, shift=None, offset=None, gain=None, eps=0.0, zero=None, last_scale=None,
+    dtype=None, weight_scale=None, shift=None, offset=None, gain=None, eps=0.0, zero=None, fill=None, last_scale=None,
     tile=None, pdl=False,
 ) -> None:  # fmt: skip
     """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue (see the kernel).
@@ -343,9 +345,9 @@ def launch_gemv(
         weight_scale: of an int8 weight [out] float32, of an int4 one [in, groups, 2] bfloat16; see `sparse_gemv`.
         shift, offset: [in] and [out], float32, or None for 0.
         gain, eps: RMSNorm's, [in] in the model's dtype.
-        zero: a float32 buffer to fill with zeros.
+        zero: a float32 buffer to fill with `fill`, float32, and with zeros behind it.
         last_scale: "norm": [1] float32, this norm's scale at the last step, kept from launch to launch. The rows that
-            it would keep are prefetched while the new scale is computed.
+            it would keep are prefetched before the new scale is known; without it none are.
         tile: in place of `tile_for`'s.
         pdl: programmatic dependent launch.
     """
@@ -369,21 +371,20 @@ def launch_gemv(
     tiles, starts = tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
-    before, guess, after = prefetch_for(prologue, n_out, sparsity, bits)
-    unknown = prologue == "norm" and sparsity and last_scale is None
+    prefetch, guess = prefetch_for(prologue, n_out, sparsity, bits)
+    unknown = guess and prologue == "norm" and last_scale is None
     if not pdl or unknown or any(width % block_out for width in segments):  # a tile must not reach past its row
-        before, guess, after = 0, False, 0
+        prefetch, guess = 0, False
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
-        x, gain, weight, threshold, out, zero, last_scale, shift, offset, weight_scale,
-        n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps, ONE,
-        PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=shift is not None, N_IN=n_in,
-        NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)),
-        BLOCK_IN=block_in, BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out,
-        ROWS=rows, ZERO=zero_block, BEFORE=before, GUESS=guess, AFTER=after, SLOTS=SLOTS, STRIDE=SLOT_STRIDE,
-        BITS=bits, GROUP=group, DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
-        PDL=pdl, num_warps=1, launch_pdl=pdl,
+        x, gain, weight, threshold, out, zero, fill, last_scale, shift, offset, weight_scale,
+        n_out, 0 if fill is None else fill.numel(), n_zero, tiles[1], tiles[2], starts[1], starts[2], eps, ONE,
+        PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=shift is not None, OFFSET=offset is not None,
+        FILL=fill is not None, N_IN=n_in, NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), BLOCK_IN=block_in,
+        BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, ROWS=rows, ZERO=zero_block, PREFETCH=prefetch,
+        GUESS=guess, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, BITS=bits, GROUP=group,
+        DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")), PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 
 
