@@ -260,9 +260,8 @@ class FusedDecoder:
         self.groups = buffer(1 << (self.top_k + 31).bit_length(), dtype=torch.int32)
         self.token, self.position, self.seed = (buffer(1, dtype=torch.int64) for _ in range(3))
         self.tokens = buffer(cache.shape[2] + 1, dtype=torch.int64)
-        first = self._offset(model.layers[0].attention.wqkv)
-        if first is not None:
-            self.qkv[: len(first)] = first
+        shifted = [module for module in model.projections if sparsity and module.shift is not None]
+        self.cuts = {m: torch.stack((m.threshold, m.shift.expand_as(m.threshold)), dim=2) for m in shifted}
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
@@ -300,10 +299,9 @@ class FusedDecoder:
         k.launch_embed(self.token, model.tok_embeddings.weight, self.h, self.logits, pdl)
         for i, block in enumerate(model.layers):
             attention, feed_forward = block.attention, block.feed_forward
-            following = model.layers[(i + 1) % len(model.layers)].attention.wqkv
             self._product(
                 "norm", self.h, attention.wqkv, self.qkv, gain=block.attention_norm.weight, eps=config.norm_eps,
-                zero=self.gate_up, fill=self._offset(feed_forward.w13), last_scale=self.scales[2 * i],
+                zero=self.gate_up, last_scale=self.scales[2 * i],
             )  # fmt: skip
             cache = attention.kv_cache
             window = config.sliding_window if i in config.windowed_layers else None
@@ -311,12 +309,12 @@ class FusedDecoder:
                 self.qkv, attention.wqkv.bias, cache.k_cache, cache.v_cache, self.position, model.inv_freq,
                 self.parts, self.lse, self.arrived, self.y, window, pdl,
             )  # fmt: skip
-            self._product("given", self.y[None], attention.wo, self.h[None], offset=self._offset(attention.wo))
+            self._product("given", self.y[None], attention.wo, self.h[None])
             self._product(
                 "norm", self.h, feed_forward.w13, self.gate_up, gain=block.ffn_norm.weight, eps=config.norm_eps,
-                zero=self.qkv, fill=self._offset(following), last_scale=self.scales[2 * i + 1],
+                zero=self.qkv, last_scale=self.scales[2 * i + 1],
             )  # fmt: skip
-            self._product("silu", self.gate_up, feed_forward.w2, self.h, offset=self._offset(feed_forward.w2))
+            self._product("silu", self.gate_up, feed_forward.w2, self.h)
         head_scale = None if model.output is None else model.output.scale
         k.launch_head(
             self.h, model.norm.weight, model.output_weight, head_scale, self.logits, self.top, config.norm_eps, pdl
@@ -328,10 +326,7 @@ class FusedDecoder:
 
     def _product(self, prologue: str, x: Tensor, module: SparseProjection, out: Tensor, **options) -> None:
         self.launch_gemv(
-            prologue, x, module.weight, module.threshold, out, module.widths, sparsity=self.sparsity,
-            dtype=self.model.norm.weight.dtype, weight_scale=module.scale,
-            shift=module.shift if self.sparsity else None, pdl=self.pdl, **options,
+            prologue, x, module.weight, self.cuts.get(module, module.threshold), out, module.widths,
+            sparsity=self.sparsity, dtype=self.model.norm.weight.dtype, weight_scale=module.scale,
+            offset=module.offset if module in self.cuts else None, pdl=self.pdl, **options,
         )  # fmt: skip
-
-    def _offset(self, module: SparseProjection) -> Tensor | None:
-        return module.offset if self.sparsity else None

@@ -7,9 +7,9 @@ most loads in flight, and none waits for another but for a norm's scale. A buffe
 earlier launch.
 
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
-at `gdc_wait`. What comes before that line may read only what no earlier launch of this step writes: weights, gains,
-thresholds, shifts, the position, the cache up to it, and a norm's last scale, which is but a guess. A step's first
-launch is an ordinary one, so steps never overlap.
+at `gdc_wait`. What comes before that line may use only what no earlier launch of this step writes: weights, gains,
+thresholds, shifts, the position, the cache up to it. Which rows to prefetch is but a guess, from sums that are still
+being added to and a norm's last scale. A step's first launch is an ordinary one, so steps never overlap.
 """
 
 import triton

@@ -61,25 +61,28 @@ def _prefetch(rows_ptr, wanted, BYTES: tl.constexpr):
 
 @triton.jit
 def _load_constants(
-    rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr,
-    N_IN: tl.constexpr,
-):  # fmt: skip
+    rows, gain_ptr, threshold_ptr, PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr
+):
     """Of inputs `rows` what no launch writes, loaded: the norm's gain, the thresholds and the shifts, float32."""
     in_range = rows < N_IN
     gain = tl.zeros_like(rows).to(tl.float32)
     threshold, shift = gain, gain
     if PROLOGUE == "norm":
         gain = tl.load(gain_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
-    if CUT:
-        threshold = tl.load(threshold_ptr + rows, mask=in_range, other=float("inf"))
     if SHIFT:
-        shift = tl.load(shift_ptr + rows, mask=in_range, other=0.0)
+        pairs = 2 * rows[:, None] + tl.arange(0, 2)[None, :]
+        threshold, shift = tl.split(tl.load(threshold_ptr + pairs, mask=in_range[:, None], other=0.0))
+    elif CUT:
+        threshold = tl.load(threshold_ptr + rows, mask=in_range, other=0.0)
     return gain, threshold, shift
 
 
 @triton.jit
 def _load_inputs(rows, x_ptr, PROLOGUE: tl.constexpr, N_IN: tl.constexpr, CACHE: tl.constexpr):
-    """What else `_inputs` makes x[rows] from, loaded: two float32 operands."""
+    """What else `_inputs` makes x[rows] from, loaded: two float32 operands.
+
+    CACHE ".cg" leaves nothing in L1: what is read before the wait may change.
+    """
     in_range = rows < N_IN
     a = tl.load(x_ptr + rows, mask=in_range, other=0.0, cache_modifier=CACHE).to(tl.float32)
     b = tl.zeros_like(a)
@@ -156,13 +159,12 @@ def _lowest_bit(bits):
 
 @triton.jit
 def _gemv_kernel(
-    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, fill_ptr, last_scale_ptr, shift_ptr, offset_ptr,
-    weight_scale_ptr, n_out, n_fill, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
-    PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr, FILL: tl.constexpr,
-    N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr, PREFETCH: tl.constexpr, GUESS: tl.constexpr,
-    SLOTS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_scale_ptr, offset_ptr, weight_scale_ptr,
+    n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
+    PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr,
+    ZERO: tl.constexpr, PREFETCH: tl.constexpr, GUESS: tl.constexpr, SLOTS: tl.constexpr, STRIDE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x - shift) + offset: a program for BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
@@ -182,7 +184,7 @@ def _gemv_kernel(
     first = tl.where(in_2 > 0, start_2, tl.where(in_1 > 0, start_1, 0))
     last = tl.where(in_2 > 0, n_out, tl.where(in_1 > 0, start_2, start_1))
     first += (tile - tl.where(in_2 > 0, tiles_2, tl.where(in_1 > 0, tiles_1, 0))) * BLOCK_OUT
-    threshold_ptr += (in_1 + in_2) * N_IN
+    threshold_ptr += (in_1 + in_2) * (2 * N_IN if SHIFT else N_IN)
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
     row = tl.program_id(1) * BLOCKS * BLOCK_IN
@@ -195,12 +197,7 @@ def _gemv_kernel(
     last_scale = 1.0
     if GUESS and PROLOGUE == "norm":
         last_scale = tl.load(last_scale_ptr)
-    gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN)
-    if ZERO > 0:
-        z = program * ZERO + tl.arange(0, ZERO)
-        fill = tl.zeros((ZERO,), tl.float32)
-        if FILL:
-            fill = tl.load(fill_ptr + z, mask=z < n_fill, other=0.0)
+    gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, PROLOGUE, CUT, SHIFT, N_IN)
     if PREFETCH > 0:
         if program < PREFETCH:
             wanted = rows < N_IN
@@ -212,7 +209,8 @@ def _gemv_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
-        tl.store(zero_ptr + z, fill, mask=z < n_zero)
+        z = program * ZERO + tl.arange(0, ZERO)
+        tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
     a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, "")
     scale = 1.0
     if PROLOGUE == "norm":
@@ -240,9 +238,7 @@ def _gemv_kernel(
             if BLOCKS > 1:
                 rows += BLOCK_IN  # the next block's inputs come while this one's weights do
                 a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, "")
-                gain, threshold, shift = _load_constants(
-                    rows, gain_ptr, threshold_ptr, shift_ptr, PROLOGUE, CUT, SHIFT, N_IN
-                )
+                gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, PROLOGUE, CUT, SHIFT, N_IN)
             if ROWS > 0:
                 kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
                 while kept != 0:
@@ -285,7 +281,7 @@ def _gemv_kernel(
         total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
     else:
         total = acc[0]
-    if OFFSET:
+    if SHIFT:
         total += tl.load(offset_ptr + cols, mask=cols < tl.where(tl.program_id(1) == 0, last, 0), other=0.0)
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
@@ -302,13 +298,13 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
     if torch.are_deterministic_algorithms_enabled():
         return 32, triton.cdiv(n_in, 32), 128, 4 if bits < 16 else 0
     if bits < 16 and not sparsity:
-        return 32, 1, 256 if bits == 8 else 512, 16
+        return 32, 1, 1024 if bits == 4 and n_out > 8192 else 256, 16
     if bits == 4:
         return 32, 1, 512, 4
     given = prologue == "given"
     if bits == 8:
-        return (32, 2, 512, 8) if n_out > 8192 and not given else (32, 2 if n_in > 8192 else 1, 256, 4)
-    if given and max(n_in, n_out) > 8192 and 0 < sparsity <= MOSTLY_CUT:
+        return (32, 2, 512, 4) if n_out > 8192 and not given else (32, 2 if n_in > 8192 else 1, 256, 4)
+    if given and n_out > 4096 and 0 < sparsity <= MOSTLY_CUT:
         return 32, 1, 128, 0
     if n_out > 8192 or (not sparsity and n_out > 4096):
         return 32, 1, 256, 8 if sparsity > MOSTLY_CUT else 0
@@ -316,9 +312,11 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
 
 
 def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int) -> tuple[int, bool]:
-    """How many of a launch's first programs prefetch rows before the wait, and whether those that they guess or all.
+    """How many of a launch's first programs prefetch rows of their first block before they wait for the launch before,
+    and whether only those that they guess to be kept.
 
-    Guessed rows are nearly all needed, so more of them pay. Measured in the decode step on an H100 (NOTES.md).
+    The memory is idle then. A guess comes from what that launch has added up so far, so its rows are nearly all needed
+    and more of them pay; where x comes at once, at the end, all rows are fetched. Measured on an H100 (NOTES.md).
     """
     if not sparsity:
         return 528, False
@@ -331,21 +329,22 @@ def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int) -> tuple
 
 def launch_gemv(
     prologue: str, x: Tensor, weight: Tensor, threshold: Tensor, out: Tensor, segments: list[int], *, sparsity=0.5,
-    dtype=None, weight_scale=None, shift=None, offset=None, gain=None, eps=0.0, zero=None, fill=None, last_scale=None,
+    dtype=None, weight_scale=None, offset=None, gain=None, eps=0.0, zero=None, last_scale=None,
     tile=None, pdl=False,
 ) -> None:  # fmt: skip
     """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue (see the kernel).
 
     Args:
         x: "given" [B, in]; else one row, float32: h [in] or gate|up [2 in].
-        weight, threshold, segments: as of `kernels.sparse_gemv.sparse_gemv`.
+        weight, segments: as of `kernels.sparse_gemv.sparse_gemv`.
+        threshold: [S, in], as there; with an offset [S, in, 2], threshold and shift of each input. Float32.
         out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
         sparsity: about the share that the thresholds cut, which chooses the tile; 0 compiles the test out.
         dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
         weight_scale: of an int8 weight [out] float32, of an int4 one [in, groups, 2] bfloat16; see `sparse_gemv`.
-        shift, offset: [in] and [out], float32, or None for 0.
+        offset: [out], float32, or None: no shifts.
         gain, eps: RMSNorm's, [in] in the model's dtype.
-        zero: a float32 buffer to fill with `fill`, float32, and with zeros behind it.
+        zero: a float32 buffer to fill with zeros.
         last_scale: "norm": [1] float32, this norm's scale at the last step, kept from launch to launch. The rows that
             it would keep are prefetched before the new scale is known; without it none are.
         tile: in place of `tile_for`'s.
@@ -363,6 +362,8 @@ def launch_gemv(
         assert group % 16 == 0 and all(width % group == 0 for width in segments)
         weight_scale = weight_scale.view(torch.int32)
     block_in, blocks, block_out, rows = tile or tile_for(prologue, n_in, n_out, sparsity, bits)
+    if not tile and (common := math.gcd(*segments)) % 128 == 0:
+        block_out = min(block_out, common & -common)  # what divides its row can be prefetched
     tiles, starts = [0], [0]
     for width in segments:
         tiles.append(tiles[-1] + triton.cdiv(width, block_out))
@@ -378,12 +379,12 @@ def launch_gemv(
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
-        x, gain, weight, threshold, out, zero, fill, last_scale, shift, offset, weight_scale,
-        n_out, 0 if fill is None else fill.numel(), n_zero, tiles[1], tiles[2], starts[1], starts[2], eps, ONE,
-        PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=shift is not None, OFFSET=offset is not None,
-        FILL=fill is not None, N_IN=n_in, NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), BLOCK_IN=block_in,
-        BLOCKS=blocks, UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, ROWS=rows, ZERO=zero_block, PREFETCH=prefetch,
-        GUESS=guess, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, BITS=bits, GROUP=group,
+        x, gain, weight, threshold, out, zero, last_scale, offset, weight_scale,
+        n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps, ONE,
+        PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=offset is not None, N_IN=n_in,
+        NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), BLOCK_IN=block_in, BLOCKS=blocks,
+        UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, ROWS=rows, ZERO=zero_block, PREFETCH=prefetch, GUESS=guess,
+        SLOTS=SLOTS, STRIDE=SLOT_STRIDE, BITS=bits, GROUP=group,
         DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")), PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 

@@ -17,11 +17,19 @@ MODELS = {
     "int4, shifted": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "shifted": True},
     "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
 }
+# widths that tiles divide, so that rows are prefetched on Hopper; gate and up in the wide products' tiles
+WIDE = {"dim": 512, "n_head": 8, "n_local_heads": 8, "intermediate_size": 4608, "std": 0.05}
+WIDE_MODELS = {
+    "wide": WIDE,
+    "wide, shifted": WIDE | {"shifted": True},
+    "wide, int8": WIDE | {"quant": "int8", "shifted": True},
+    "wide, int4": WIDE | {"quant": "int4", "groupsize": 64, "shifted": True},
+}
 
 
-def build(shifted: bool = False, **options) -> SparseTransformer:
+def build(shifted: bool = False, std: float = 0.3, **options) -> SparseTransformer:
     model = SparseTransformer(ModelArgs(**{**BASE, "intermediate_size": 172, **options}), DEVICE, torch.float32)
-    model.init_weights(0, std=0.3)
+    model.init_weights(0, std=std)
     generator = torch.Generator(DEVICE).manual_seed(1)
     for module in model.projections:
         module.threshold.uniform_(0, 0.3, generator=generator)
@@ -37,11 +45,15 @@ def snapshot(model: SparseTransformer) -> list[torch.Tensor]:
     return [t.clone() for cache in caches for t in (cache.k_cache, cache.v_cache)]
 
 
-@pytest.mark.parametrize("cut", [True, False], ids=["cut", "dense"])
-@pytest.mark.parametrize("name", MODELS)
-def test_fused_steps_equal_plain_ones(name, cut):
+@pytest.mark.parametrize(
+    ("name", "sparsity"),
+    [(name, sparsity) for name in MODELS for sparsity in (0.0, 0.5)]
+    + [pytest.param(name, sparsity, marks=pytest.mark.gpu) for name in WIDE_MODELS for sparsity in (0.0, 0.5, 0.7)],
+)
+def test_fused_steps_equal_plain_ones(name, sparsity):
+    """The decoder's sparsity but chooses tiles; the thresholds are the same."""
     prompt, steps, cache = 62, 4, 140  # crosses the border between two chunks and between two blocks of the cache
-    model = build(**MODELS[name])
+    model = build(**(MODELS | WIDE_MODELS)[name])
     if model.config.quant != "none" and DEVICE == "cpu":
         steps = 1  # of integers the interpreter makes long work
     model.setup_caches(1, cache)
@@ -52,7 +64,7 @@ def test_fused_steps_equal_plain_ones(name, cut):
 
     token, logits, tokens = torch.tensor([[3]], device=DEVICE), [], []
     for position in range(prompt, prompt + steps):
-        out = model(token, torch.tensor([position], device=DEVICE), dense_prefix=None if cut else 1)
+        out = model(token, torch.tensor([position], device=DEVICE), dense_prefix=None if sparsity else 1)
         token = out[:, -1].argmax(-1, keepdim=True)
         logits.append(out[0, -1])
         tokens.append(token.item())
@@ -64,7 +76,7 @@ def test_fused_steps_equal_plain_ones(name, cut):
     ):
         tensor.copy_(old)
 
-    decoder = FusedDecoder(model, 0.5 if cut else 0.0, temperature=0.0, top_k=1)
+    decoder = FusedDecoder(model, sparsity, temperature=0.0, top_k=1)
     decoder.start(torch.tensor([3], device=DEVICE), prompt, seed=0)
     for expected in logits:
         decoder.step()

@@ -115,11 +115,12 @@ def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
     from kernels.triton_gemv import launch_gemv
 
     x, weight, threshold, segments = case(570, [130, 64], sparsity=sparsity)
-    options = {"tile": (32, blocks, 128, 8 * by_row)}
+    options, cuts = {"tile": (32, blocks, 128, 8 * by_row)}, threshold
     if shift:
-        options |= {"shift": torch.full((570,), shift, device=device), "offset": torch.ones(194, device=device)}
+        options["offset"] = torch.ones(194, device=device)
+        cuts = torch.stack((threshold, torch.full_like(threshold, shift)), dim=2)
     out = torch.zeros(1, 194, device=device)
-    launch_gemv("given", *(t.to(device) for t in (x, weight, threshold)), out, segments, **options)
+    launch_gemv("given", *(t.to(device) for t in (x, weight, cuts)), out, segments, **options)
     out = out.cpu() - 1 if shift else out.cpu()
     assert_as_precise_as_torch(out, (x - shift, weight, threshold, segments))
 
