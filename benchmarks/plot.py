@@ -104,9 +104,8 @@ def plot_quality(plt) -> None:
             if quant == "none":
                 lines[name].append(point)
             if name in ("dense", "uniform", "global"):
-                fronts[quant, "global" if name == "global" else "uniform"].append(point)
-                if name == "dense" and quant == "none":
-                    fronts[quant, "global"].append(point)
+                for rule in ("uniform", "global") if name == "dense" else (name,):
+                    fronts[quant, rule].append(point)
         for name, points in lines.items():
             if name == "dense":
                 by_sparsity.axhline(points[0][1], color="grey", linestyle=":", label=name)
@@ -114,7 +113,7 @@ def plot_quality(plt) -> None:
                 by_sparsity.plot(*zip(*sorted(points), strict=True), "o-", label=name, markersize=4)
         by_sparsity.set_xlabel("achieved sparsity, %")
         for (quant, rule), points in sorted(fronts.items()):
-            if line := bytes_line(model, quant):
+            if len(points) > 1 and (line := bytes_line(model, quant)):
                 x, y = zip(*((line(sparsity) / 1e6, value) for sparsity, value in sorted(points)), strict=True)
                 by_bytes.plot(x, y, "o-", label=f"{LABELS[quant]}, {rule}", markersize=4)
         by_bytes.set_xlabel("MB of weights read a token")
