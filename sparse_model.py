@@ -227,7 +227,7 @@ class FusedDecoder:
     as wanted, then read `tokens`.
 
     Args:
-        model: with its cache set up for one row.
+        model: with its cache set up for one row, and its thresholds and shifts set: a later change needs a new decoder.
         sparsity: about the share that the thresholds cut; 0 runs the same kernels with the test compiled out: the dense
             model.
         temperature, top_k: of the sampling; temperature 0 is greedy.
@@ -261,7 +261,9 @@ class FusedDecoder:
         self.token, self.position, self.seed = (buffer(1, dtype=torch.int64) for _ in range(3))
         self.tokens = buffer(cache.shape[2] + 1, dtype=torch.int64)
         shifted = [module for module in model.projections if sparsity and module.shift is not None]
-        self.cuts = {m: torch.stack((m.threshold, m.shift.expand_as(m.threshold)), dim=2) for m in shifted}
+        self.shifted = {
+            m: (torch.stack((m.threshold, m.shift.expand_as(m.threshold)), dim=2), m.offset) for m in shifted
+        }
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
@@ -325,8 +327,8 @@ class FusedDecoder:
         )  # fmt: skip
 
     def _product(self, prologue: str, x: Tensor, module: SparseProjection, out: Tensor, **options) -> None:
+        threshold, offset = self.shifted.get(module, (module.threshold, None))
         self.launch_gemv(
-            prologue, x, module.weight, self.cuts.get(module, module.threshold), out, module.widths,
-            sparsity=self.sparsity, dtype=self.model.norm.weight.dtype, weight_scale=module.scale,
-            offset=module.offset if module in self.cuts else None, pdl=self.pdl, **options,
+            prologue, x, module.weight, threshold, out, module.widths, sparsity=self.sparsity,
+            dtype=self.model.norm.weight.dtype, weight_scale=module.scale, offset=offset, pdl=self.pdl, **options,
         )  # fmt: skip

@@ -173,6 +173,7 @@ def _gemv_kernel(
     ROWS > 0 (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS at a time, each row read by
     the whole warp; a cut row costs no instruction. ROWS 0: a tile is loaded at once with its cut rows masked, which
     costs fewer latencies. Weights of BITS 8 or 4 come as int32 words of four or eight outputs, by row only.
+    PREFETCH, GUESS: see `prefetch_for`.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -316,7 +317,8 @@ def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int) -> tuple
     and whether only those that they guess to be kept.
 
     The memory is idle then. A guess comes from what that launch has added up so far, so its rows are nearly all needed
-    and more of them pay; where x comes at once, at the end, all rows are fetched. Measured on an H100 (NOTES.md).
+    and more of them pay. All rows are fetched where all are needed, where x comes at once, at the end, and before down
+    with integers, whose guess costs what it saves. Measured on an H100 (NOTES.md).
     """
     if not sparsity:
         return 528, False
@@ -339,19 +341,20 @@ def launch_gemv(
         weight, segments: as of `kernels.sparse_gemv.sparse_gemv`.
         threshold: [S, in], as there; with an offset [S, in, 2], threshold and shift of each input. Float32.
         out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
-        sparsity: about the share that the thresholds cut, which chooses the tile; 0 compiles the test out.
+        sparsity: about the share that the thresholds cut, which chooses tile and prefetch; 0 compiles the test out.
         dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
         weight_scale: of an int8 weight [out] float32, of an int4 one [in, groups, 2] bfloat16; see `sparse_gemv`.
         offset: [out], float32, or None: no shifts.
         gain, eps: RMSNorm's, [in] in the model's dtype.
         zero: a float32 buffer to fill with zeros.
         last_scale: "norm": [1] float32, this norm's scale at the last step, kept from launch to launch. The rows that
-            it would keep are prefetched before the new scale is known; without it none are.
+            it would keep are prefetched before the new scale is known; without it none of a cut product's are.
         tile: in place of `tile_for`'s.
         pdl: programmatic dependent launch.
     """
     n_in, n_out = weight.shape[0], sum(segments)
     bits = 8 * weight.nbytes // (n_in * n_out)
+    assert threshold.shape == (len(segments), n_in) + (() if offset is None else (2,)) and threshold.is_contiguous()
     assert len(segments) <= MAX_SEGMENTS and weight.is_contiguous() and 8 * weight.nbytes == bits * n_in * n_out
     group = 0
     if bits < 16:
@@ -362,8 +365,8 @@ def launch_gemv(
         assert group % 16 == 0 and all(width % group == 0 for width in segments)
         weight_scale = weight_scale.view(torch.int32)
     block_in, blocks, block_out, rows = tile or tile_for(prologue, n_in, n_out, sparsity, bits)
-    if not tile and (common := math.gcd(*segments)) % 128 == 0:
-        block_out = min(block_out, common & -common)  # what divides its row can be prefetched
+    if pdl and not tile and (common := math.gcd(*segments)) % 128 == 0:
+        block_out = min(block_out, common & -common)  # tiles that divide every segment can be prefetched
     tiles, starts = [0], [0]
     for width in segments:
         tiles.append(tiles[-1] + triton.cdiv(width, block_out))
