@@ -33,7 +33,7 @@ STATISTICS_NAME = "calibration.safetensors"  # beside the checkpoint it belongs 
 FORMAT = "activation statistics 1"
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 SITE_OF = {projection: site for site, projections in SITES.items() for projection in projections}
-LEVELS = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
+PROBABILITIES = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WINDOW, MIN_WINDOW = 2048, 256
 OWN_TOKENS, OWN_ROW, OWN_ROWS = 4096, 128, 32  # of self-written text: tokens, tokens a row, rows at once
@@ -60,11 +60,11 @@ def bin_edges() -> np.ndarray:
 
 
 def quantiles(counts: np.ndarray, edges: np.ndarray) -> Tensor:
-    """Values below which a share LEVELS of the counts lies (from the least to the greatest), float32 [1001]."""
+    """Values below which a share PROBABILITIES of the counts lies (from the least to the greatest), float32 [1001]."""
     used = np.flatnonzero(counts)
     counts, edges = counts[used[0] : used[-1] + 1], edges[used[0] : used[-1] + 2]
     cumulative = np.concatenate([[0.0], np.cumsum(counts, dtype=np.float64) / counts.sum()])
-    return torch.from_numpy(np.interp(LEVELS, cumulative, edges)).float()
+    return torch.from_numpy(np.interp(PROBABILITIES, cumulative, edges)).float()
 
 
 class Recorder:
@@ -177,7 +177,7 @@ class Statistics:
         """One tensor, float32, of a projection's input (or of that and the projection's weights).
 
         Args:
-            name: signed, magnitude [1001]: quantiles at LEVELS of x and of |x| (least and greatest at the ends);
+            name: signed, magnitude [1001]: quantiles at PROBABILITIES of x and of |x| (least and greatest at the ends);
                 weighted [1001]: those of |x_i| * c_i; column_norms [in]: c, the 2-norm of each input's weights;
                 channel_mean, channel_second_moment [in]: of each input channel;
                 pooled [3]: mean, standard deviation and kurtosis (3 for a Gaussian) over all channels and tokens.
@@ -217,7 +217,7 @@ class Statistics:
     def _quantile(self, layer: int, projection: str, name: str, sparsity: float) -> float:
         values = self.get(layer, projection, name)
         _check_sparsity(sparsity)
-        return float(np.interp(sparsity, LEVELS, values.numpy())) if sparsity else 0.0
+        return float(np.interp(sparsity, PROBABILITIES, values.numpy())) if sparsity else 0.0
 
     def check_fingerprint(self, folder: Path) -> None:
         """Raises ValueError if they were taken from another checkpoint than the one in `folder`."""
@@ -422,9 +422,9 @@ def plot(statistics: Statistics, path: Path) -> None:
             values = statistics.get(layer, projections[0], "signed").double().numpy()
             mean, std, kurtosis = statistics.get(layer, projections[0], "pooled").tolist()
             cut = statistics.threshold(layer, projections[0], 0.5)
-            reach = np.abs(np.interp([0.02, 0.98], LEVELS, values)).max()
+            reach = np.abs(np.interp([0.02, 0.98], PROBABILITIES, values)).max()
             edges = np.linspace(-reach, reach, 82)
-            density = np.diff(np.interp(edges, values, LEVELS)) / np.diff(edges)
+            density = np.diff(np.interp(edges, values, PROBABILITIES)) / np.diff(edges)
             axis.stairs(density, edges, fill=True, color="#9db8d9")
             axis.axvspan(-cut, cut, color="#d9772b", alpha=0.15, linewidth=0)
             axis.axvline(mean, color="#a01c1c", linewidth=0.8, linestyle="--")

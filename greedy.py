@@ -50,7 +50,7 @@ BESIDE = {"global": "allocation_global.safetensors", "greedy": "allocation_greed
 NUM_TOKENS = {"teal": 4096, "global": 262144}
 FORMAT = "sparsity allocation 1"
 MOST = 0.99  # no projection is cut further
-LEVELS = (0.25, 0.4, 0.5, 0.65)  # of the table that is printed
+PRINTED = (0.25, 0.4, 0.5, 0.65)  # of the table that is printed
 
 
 class Allocation:
@@ -255,7 +255,7 @@ def teal_paths(
 def print_table(allocation: Allocation) -> None:
     """Mean sparsity of each projection over the layers, at a few levels."""
     print("sparsity" + "".join(f"{projection:>7}" for projection in PROJECTIONS))
-    for level in LEVELS:
+    for level in PRINTED:
         layers = allocation.at(level)
         means = (sum(shares[projection] for shares in layers) / len(layers) for projection in PROJECTIONS)
         print(f"{level:8.0%}" + "".join(f"{mean:7.1%}" for mean in means))
