@@ -134,7 +134,7 @@ def collect(model: SparseTransformer, tokens: Tensor) -> "Statistics":
         if not recorder.powers.isfinite().all():
             raise ValueError(f"inputs of layer {i // 4} are not finite; calibrate in another --precision")
         tensors |= {f"{i // 4}.{name}": tensor for name, tensor in recorder.results().items()}
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
 
 
@@ -153,7 +153,9 @@ def write_output(path: str | Path, content: bytes) -> None:
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise ValueError(f"cannot write {path} ({error}); give another --output") from None
+        raise ValueError(
+            f"cannot write {path} ({error}); give another --output, of calibrate.py or greedy.py"
+        ) from None
 
 
 class Statistics:
@@ -174,7 +176,7 @@ class Statistics:
         return self.metadata.get("fingerprint")
 
     def get(self, layer: int, projection: str, name: str) -> Tensor:
-        """One tensor, float32, of a projection's input (or of that and the projection's weights).
+        """One tensor, float32 unless said otherwise, of a projection's input (or of that and the projection's weights).
 
         Args:
             name: signed, magnitude [1001]: quantiles at PROBABILITIES of x and of |x| (least and greatest at the ends);
@@ -282,7 +284,7 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
 
     At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end.
     """
-    device = model.norm.weight.device
+    device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     length = max(2, min(OWN_ROW, model.config.block_size, num_tokens))
     rows = torch.full((-(-num_tokens // length), length), start_token, device=device)
@@ -385,10 +387,10 @@ def calibrate(
     return statistics
 
 
-def calibrate_random(model: SparseTransformer, seed: int = 0) -> Statistics:
+def calibrate_random(model: SparseTransformer) -> Statistics:
     """Statistics of a model with random weights, over random tokens (what it would write is no different)."""
     shape = (WINDOW // OWN_ROW, OWN_ROW)
-    return collect(model, torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed)))
+    return collect(model, torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)))
 
 
 def statistics_for(folder: Path, path: str | Path | None, model: SparseTransformer) -> Statistics:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import PRECISIONS, add_device_arguments, command_line, resolve_device, statistics_for
-from convert_hf_checkpoint import resolve_checkpoint
+from calibrate import PRECISIONS, add_device_arguments, resolve_device, statistics_for
+from convert_hf_checkpoint import command_line, resolve_checkpoint
 from greedy import resolve_allocation, set_allocation
 from model import Transformer, read_config
 from sparse_model import SparseTransformer
@@ -80,7 +80,7 @@ def perplexity(
     """
     if context + window > model.config.block_size:
         raise ValueError(f"windows of {context} + {window} tokens exceed the model's context {model.config.block_size}")
-    device = model.norm.weight.device
+    device = model.device
     starts = window_starts(len(tokens), context, window, num_windows)
     windows = torch.stack([tokens[i : i + context + window] for i in starts])
     options = {}

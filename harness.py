@@ -50,7 +50,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.text_tokenizer, self.batch_size = model, tokenizer, batch_size
         self.sparse_fraction = sparse_fraction
-        self._device = model.norm.weight.device
+        self._device = model.device
         self.max_length = model.config.block_size
 
     @property

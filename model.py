@@ -240,8 +240,8 @@ transformer_configs = {
 }
 
 
-class Float32Buffers(nn.Module):
-    """A module whose own buffers keep their dtype when the model is cast (angles, thresholds: they need float32)."""
+class UncastBuffers(nn.Module):
+    """A module whose own buffers keep their dtype when the model is cast: angles, thresholds, scales, counters."""
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
@@ -252,7 +252,7 @@ class Float32Buffers(nn.Module):
         return self
 
 
-class Projection(Float32Buffers, nn.Linear):
+class Projection(UncastBuffers, nn.Linear):
     """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width.
 
     A quantised one holds `weight` and `scale` of `kernels.quantized.dequantize` with inputs and outputs swapped: int8
@@ -420,7 +420,7 @@ class TransformerBlock(nn.Module):
         return h + self.feed_forward(self.ffn_norm(h))
 
 
-class Transformer(Float32Buffers):
+class Transformer(UncastBuffers):
     """A Llama-family decoder. Parameters are left unset: use `from_checkpoint` or `random_init`."""
 
     projection_class: type = Projection
@@ -449,6 +449,15 @@ class Transformer(Float32Buffers):
         """wqkv, wo, w13, w2 of every layer, in order."""
         blocks = ((b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2) for b in self.layers)
         return [projection for block in blocks for projection in block]
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations, and of weights that are not quantised."""
+        return self.norm.weight.dtype
 
     def bytes_per_step(self) -> int:
         """Bytes of weights that one decode step reads: projections, lm_head, scales, norms, biases (no KV cache)."""
@@ -516,7 +525,7 @@ class Transformer(Float32Buffers):
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0."""
-        generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dtype == torch.int8:
                 parameter.random_(-127, 128, generator=generator)
@@ -550,12 +559,12 @@ class Transformer(Float32Buffers):
         """
         folder = checkpoint_folder(path)
         state_dict = load_weights(folder)
-        model = cls(read_config(folder), device=device, dtype=dtype)
         if "model.embed_tokens.weight" in state_dict:
             raise ValueError(
                 f"{folder} holds a Hugging Face checkpoint; convert it first: "
                 f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
             )
+        model = cls(read_config(folder), device=device, dtype=dtype)
         if model.output is None:
             state_dict.pop("output.weight", None)
         try:

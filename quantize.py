@@ -31,7 +31,6 @@ from calibrate import PRECISIONS, WINDOW, add_device_arguments, calibration_toke
 from convert_hf_checkpoint import (
     COPIED_FILES,
     Source,
-    check_absent,
     command_line,
     convert,
     lock,
@@ -148,7 +147,7 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
     Raises:
         ValueError: see `quantize_weight`.
     """
-    device = model.norm.weight.device
+    device = model.device
     rope, masks = model.rope_and_masks(torch.arange(windows.shape[1], device=device))
     batches = windows.to(device).split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
     states = [model.tok_embeddings(batch) for batch in batches]
@@ -205,7 +204,9 @@ def main(
     if config.quant != "none":
         raise ValueError(f"{folder} is quantised already; give the checkpoint that it was made from")
     SparseTransformer(replace(config, quant=mode, groupsize=groupsize), device="meta")  # says if groups do not fit
-    output = Path(output_dir) if output_dir else folder.with_name(f"{folder.name}-{mode}")
+    if num_tokens < 0:
+        raise ValueError(f"--num_tokens {num_tokens} is below 0; 0 rounds to nearest, without a text")
+    output = output_dir or folder.with_name(f"{folder.name}-{mode}")
 
     def write(folder: Path, partial: Path) -> None:
         model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
@@ -225,7 +226,6 @@ def main(
         write_weights(partial, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
 
     with lock(output):
-        check_absent(output)
         convert(write, folder, output)
     print(f"{output}: use it as --checkpoint_path")
     return output

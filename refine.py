@@ -173,7 +173,7 @@ def at_once(model: SparseTransformer, length: int) -> int:
     """Windows of `length` tokens that a forward and backward pass takes within `MEMORY`; on a CPU one."""
     config = model.config
     token = 20 * config.vocab_size + 4 * config.n_layer * (12 * config.dim + 6 * config.intermediate_size)
-    return max(1, int(MEMORY / (token * length))) if model.norm.weight.device.type == "cuda" else 1
+    return max(1, int(MEMORY / (token * length))) if model.device.type == "cuda" else 1
 
 
 def dense_prefix(length: int) -> int:
@@ -183,7 +183,7 @@ def dense_prefix(length: int) -> int:
 
 def start(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Thresholds at price 1 and shifts (medians, averaged over windows), from windows `tokens` [N, T]."""
-    prefix, device = dense_prefix(tokens.shape[1]), model.norm.weight.device
+    prefix, device = dense_prefix(tokens.shape[1]), model.device
     generator = torch.Generator(device).manual_seed(seed)
     fisher = [torch.zeros_like(module.threshold) for module in model.projections]
     median = [torch.zeros_like(module.threshold[0]) for module in model.projections]
@@ -223,7 +223,7 @@ def settle(model: SparseTransformer, windows: Tensor, level: float, cuts: list[t
         for some in windows.split(1 if every else at_once(model, windows.shape[1])):
             if every or not reached:
                 model.reset_counts()
-            model(some.to(model.norm.weight.device), num_logits=1, dense_prefix=dense_prefix(windows.shape[1]))
+            model(some.to(model.device), num_logits=1, dense_prefix=dense_prefix(windows.shape[1]))
             reached.append(model.achieved_sparsity())
         found = min(reached) if every else reached[-1]
         if abs(found - level) < TOLERANCE:
@@ -276,7 +276,7 @@ class Refinement:
         divergence = 0.0
         with segment_gradients(model, receive):
             for some in windows.split(at_once(model, windows.shape[1])):
-                some = some.to(model.norm.weight.device)
+                some = some.to(model.device)
                 with torch.no_grad():
                     dense = torch.log_softmax(model(some).float(), -1)
                 with torch.enable_grad():
@@ -309,7 +309,7 @@ def refine(
         ValueError: gradients that are not finite (float16 overflows in some models).
     """
     cuts = start(model, tokens[: max(1, START_TOKENS // tokens.shape[1])], seed)
-    device = model.norm.weight.device
+    device = model.device
     held_out = min(len(tokens) // 8, 2 * ROWS)
     unseen, tokens = (tokens[-held_out:], tokens[:-held_out]) if held_out else (tokens, tokens)
     few = unseen[:2]

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from kernels.quantized import dequantize
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
-from model import Float32Buffers, Transformer, hold_quantized
+from model import Transformer, UncastBuffers, hold_quantized
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-class SparseProjection(Float32Buffers):
+class SparseProjection(UncastBuffers):
     """A linear layer whose cut inputs' weights are not read.
 
     Attributes:
@@ -64,17 +64,18 @@ class SparseProjection(Float32Buffers):
         return y if self.bias is None else y + self.bias
 
     def _cut(self, product: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        if self.shift is None:
-            return product(x, self.weight, self.threshold, self.widths, self.scale)
-        y = product((x - self.shift).to(x.dtype), self.weight, self.threshold, self.widths, self.scale)
-        return (y + self.offset).to(x.dtype)
+        y = product(self._moved(x), self.weight, self.threshold, self.widths, self.scale)
+        return y if self.offset is None else (y + self.offset).to(x.dtype)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x if self.shift is None else (x - self.shift).to(x.dtype)
 
     def _cut_from(self, x: Tensor, prefix: int) -> Tensor:
         head, tail = x[:, :prefix] @ self.dequantized(x.dtype), x[:, prefix:]
         self.seen += tail.shape[0] * tail.shape[1]
         self.steps += tail.shape[1]
         for s, threshold in enumerate(self.threshold):
-            keep = keep_mask(tail if self.shift is None else (tail - self.shift).to(tail.dtype), threshold)
+            keep = keep_mask(self._moved(tail), threshold)
             self.kept[s] += keep.sum()
             self.read[s] += keep.any(dim=0).sum()
         return torch.cat((head, self._cut(sparse_gemv_ref, tail)), dim=1)
@@ -200,7 +201,7 @@ class SparseTransformer(Transformer):
     def bytes_per_step(self) -> int:
         """See `Transformer.bytes_per_step`; of the projections the rows that the counted steps read, on average.
 
-        All rows where no step was counted.
+        All rows where no step was counted. Offsets are in it, thresholds and shifts are not.
         """
         unread = 0.0
         for module in self.projections:
@@ -239,7 +240,7 @@ class FusedDecoder:
         self.kernels, self.launch_gemv = decode, triton_gemv.launch_gemv
         self.model, self.sparsity = model, sparsity
         self.temperature, self.top_k = temperature, min(top_k, model.config.vocab_size)
-        config, device = model.config, model.norm.weight.device
+        config, device = model.config, model.device
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         cache = model.layers[0].attention.kv_cache.k_cache
         splits = decode.attention_splits(cache.shape[2], config.n_local_heads)
@@ -251,7 +252,7 @@ class FusedDecoder:
         scale = triton_gemv.SCALE_BUFFER  # behind the outputs of a product with a norm before it
         self.qkv = buffer((config.n_head + 2 * config.n_local_heads) * config.head_dim + scale)
         self.gate_up = buffer(2 * config.intermediate_size + scale)
-        self.y = buffer(config.n_head * config.head_dim, dtype=model.norm.weight.dtype)
+        self.y = buffer(config.n_head * config.head_dim, dtype=model.dtype)
         self.parts, self.lse = buffer(splits, self.y.numel()), buffer(splits, config.n_head)
         self.arrived = buffer(config.n_local_heads, dtype=torch.int32)
         self.logits = buffer(config.vocab_size + scale)
@@ -330,5 +331,5 @@ class FusedDecoder:
         threshold, offset = self.shifted.get(module, (module.threshold, None))
         self.launch_gemv(
             prologue, x, module.weight, threshold, out, module.widths, sparsity=self.sparsity,
-            dtype=self.model.norm.weight.dtype, weight_scale=module.scale, offset=offset, pdl=self.pdl, **options,
+            dtype=self.model.dtype, weight_scale=module.scale, offset=offset, pdl=self.pdl, **options,
         )  # fmt: skip

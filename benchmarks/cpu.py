@@ -15,14 +15,13 @@ import ctypes
 import statistics as stats
 import subprocess
 import time
-from pathlib import Path
 
 import torch
 
-from benchmarks.results import provenance, write_rows
-from calibrate import PRECISIONS, command_line
-from convert_hf_checkpoint import resolve_checkpoint
-from generate import Source, count_kept
+from benchmarks.results import command, provenance, write_rows
+from calibrate import PRECISIONS
+from convert_hf_checkpoint import command_line, resolve_checkpoint
+from generate import ModelSource, count_kept
 from kernels import cpu
 from sparse_model import SparseTransformer
 
@@ -79,7 +78,7 @@ def main(
     if not 1 <= steps <= CACHE - PROMPT or rounds < 2:
         raise ValueError(f"--steps {steps} is outside 1 to {CACHE - PROMPT}, or --rounds {rounds} under 2")
     folder = None if random_init else resolve_checkpoint(checkpoint_path)
-    source = Source(folder, random_init, 1234, torch.device("cpu"), PRECISIONS[precision])
+    source = ModelSource(folder, random_init, 1234, torch.device("cpu"), PRECISIONS[precision])
     model = source.load(SparseTransformer)
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
@@ -156,11 +155,7 @@ def main(
                 **{"threads": threads, "what": what, "sparsity": sparsity, "ms_per_token": f"{1e3 * middle:.3f}"},
                 **{"ms_quartiles": f"{1e3 * low:.3f}-{1e3 * high:.3f}", "bytes_per_token": read[what, sparsity]},
                 **{"bandwidth_gbps": f"{rate:.1f}", "read_bandwidth_gbps": f"{peak:.1f}"},
-                "command": "python -m benchmarks.cpu"
-                + (f" --checkpoint_path {Path(checkpoint_path).name}" if checkpoint_path else "")
-                + (f" --random_init {random_init}" if random_init else "")
-                + (" --gguf BF16.gguf --llama_python PYTHON" if gguf else "")
-                + f" --steps {steps} --rounds {rounds} --precision {precision}",
+                "command": command("benchmarks.cpu"),
             }
         )
     write_rows("cpu.csv", rows, COLUMNS, KEY)

@@ -11,12 +11,13 @@ not in ms_per_token. Rows go to benchmarks/results/decode.csv; `python -m benchm
 import argparse
 import gc
 import math
+import shlex
 
 import torch
 
 from benchmarks.results import provenance, short, write_rows
-from calibrate import add_device_arguments, command_line
-from convert_hf_checkpoint import resolve_checkpoint
+from calibrate import add_device_arguments
+from convert_hf_checkpoint import command_line, resolve_checkpoint
 from generate import main as generate
 from model import ModelArgs, read_config
 
@@ -33,9 +34,11 @@ def measure(options: dict, sparsity: float) -> dict:
     name, path = options.get("random_init"), options.get("checkpoint_path")
     config = ModelArgs.from_name(name) if name else read_config(resolve_checkpoint(path))
     result = generate(**options, sparsity=sparsity, compile=True)
-    flags = [
-        f"--{flag}" if value is True else f"--{flag} {short(str(value))}" for flag, value in options.items() if value
-    ]
+    flags = [f"--sparsity {sparsity}"]
+    for flag, value in options.items():
+        if value:
+            text = short(str(value)) if flag == "checkpoint_path" else str(value)
+            flags.append(f"--{flag}" if value is True else f"--{flag} {shlex.quote(text)}")
     rounded = {
         "achieved_sparsity": f"{result['achieved_sparsity']:.4f}",
         "tokens_per_sec": f"{result['tokens_per_sec']:.2f}",
@@ -49,7 +52,7 @@ def measure(options: dict, sparsity: float) -> dict:
         "weights": "random" if options.get("random_init") else "trained",
         "model": config.name.removesuffix(f"-{config.quant}"),
         "quant": config.quant,
-        "command": " ".join(["python generate.py --compile", f"--sparsity {sparsity}", *flags]),
+        "command": " ".join(["python generate.py --compile", *flags]),
     }
 
 

@@ -12,7 +12,8 @@ rows, while the launch before ends. The others are ordinary launches.
 
 The baselines are written anew after what their authors describe, each with its best tile of a small search:
     dejavu   a launch makes flags from the mask; the product loads rows by flag (Deja Vu, arXiv 2310.17157, section 4)
-    teal     the product tests the threshold itself, outputs zeroed and added to in float16 (arXiv 2408.14690, 4.3)
+    teal     the product tests the threshold itself, outputs zeroed and added to in float16, of bfloat16 in
+             float32 (arXiv 2408.14690, 4.3)
     dense    cuBLAS on [out, in]; dense_t: on [in, out]
 """
 
@@ -27,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.results import provenance, write_rows
-from calibrate import command_line
+from convert_hf_checkpoint import command_line
 from kernels.quantized import dequantize
 from kernels.triton_gemv import launch_gemv
 from model import ModelArgs

@@ -86,11 +86,12 @@ def split_model(row: dict[str, str]) -> tuple[str, str]:
 
 
 def plot_quality(plt) -> None:
-    """The rules of the full protocol on WikiText-2, a line each; dense is a line across.
+    """The rules on WikiText-2, full protocol, a line each; dense is a line across.
 
     Beside them, for 16, 8 and 4 bits, perplexity against the bytes that a token reads: see `bytes_line`.
     """
-    rows = [row for row in read_rows("quality.csv") if row["text"] == "wikitext" and row["sparse_fraction"] == "0.99"]
+    protocol = {"text": "wikitext", "sparse_fraction": "0.99", "context": "2048", "window": "512", "num_windows": "128"}
+    rows = [row for row in read_rows("quality.csv") if protocol.items() <= row.items()]
     models = sorted({split_model(row)[0] for row in rows})
     if not models:
         return
@@ -121,10 +122,11 @@ def plot_quality(plt) -> None:
             axis.set_title(f"{model}, WikiText-2")
             axis.set_ylabel("perplexity")
             axis.set_yscale("log")
-            ticks = [18, 20, 25, 30, 40, 60, 100, 200]
+            low, high = axis.get_ylim()
+            ticks = [tick for tick in (4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 40, 60, 100, 200) if low < tick < high]
             axis.set_yticks(ticks, [str(tick) for tick in ticks])
             axis.set_yticks([], minor=True)
-            axis.set_ylim(top=min(axis.get_ylim()[1], 300))
+            axis.set_ylim(low, min(high, 300))
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=8)
     save(figure, "quality.png")

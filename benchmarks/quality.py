@@ -11,7 +11,6 @@ its inputs as in TEAL, or its outputs where |SiLU(gate)| is small). The sparsity
 
 import argparse
 import math
-import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.results import provenance, short, write_rows
+from benchmarks.results import command, provenance, write_rows
 from calibrate import (
     PRECISIONS,
     Statistics,
@@ -32,7 +31,7 @@ from calibrate import (
 )
 from convert_hf_checkpoint import resolve_checkpoint
 from eval import perplexity, task_text
-from greedy import resolve_allocation, set_allocation
+from greedy import projection_sizes, resolve_allocation, set_allocation
 from model import FeedForward
 from sparse_model import PROJECTIONS, SparseTransformer
 from tokenizer import load_tokenizer
@@ -68,7 +67,7 @@ class GatedFeedForward(nn.Module):
 
 def share_of(model: SparseTransformer, *projections: str) -> float:
     """These projections' share of the weights of all."""
-    sizes = {p: m.weight.shape[0] * width for m in model.projections[:4] for p, width in m.segments.items()}
+    sizes = projection_sizes(model)
     return sum(sizes[p] for p in projections) / sum(sizes.values())
 
 
@@ -83,7 +82,7 @@ def set_gates(model: SparseTransformer, tokens: Tensor, share: float) -> None:
     for feed_forward in gated:
         feed_forward.sizes, feed_forward.threshold = [], -1.0
     for window in tokens.split(1):
-        model(window.to(model.norm.weight.device), num_logits=1)
+        model(window.to(model.device), num_logits=1)
     for feed_forward in gated:
         sizes = torch.cat(feed_forward.sizes)
         feed_forward.threshold = sizes.kthvalue(max(1, round(share * len(sizes)))).values.item()
@@ -99,7 +98,7 @@ def set_norms(model: SparseTransformer, statistics: Statistics, sparsity: float)
     for layer in range(len(model.layers)):
         for projection in PROJECTIONS:
             t = statistics.weighted_threshold(layer, projection, sparsity)
-            norms = statistics.get(layer, projection, "column_norms").to(model.norm.weight.device)
+            norms = statistics.get(layer, projection, "column_norms").to(model.device)
             model.set_threshold(layer, projection, torch.where(norms > 0, t / norms, math.inf))
 
 
@@ -166,7 +165,7 @@ def main(
     gates = None
     if set(rules) & set(GATED):
         gates, _ = calibration_tokens(folder, model, calibration, CALIBRATION_TOKENS, seed=0)
-    device_name = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "CPU"
+    device_name = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "cpu"
     made = provenance(device_name)
     rows = []
     for rule in rules:
@@ -186,7 +185,7 @@ def main(
                 "model": model.config.name, "text": text, "rule": rule, "allocation": allocation,
                 "sparsity": sparsity, "achieved_sparsity": f"{achieved:.4f}", "sparse_fraction": sparse_fraction,
                 "context": context, "window": window, "num_windows": num_windows, "perplexity": f"{value:.4f}",
-                "command": shlex.join(["python", "-m", "benchmarks.quality", *map(short, sys.argv[1:])]),
+                "command": command("benchmarks.quality"),
             }  # fmt: skip
             print(f"{rule:>10} {sparsity:5.0%} achieved {achieved:6.2%}  perplexity {value:.4f}", flush=True)
             rows.append(row)

@@ -2,7 +2,9 @@
 
 import csv
 import os
+import shlex
 import subprocess
+import sys
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,6 +50,11 @@ def write_rows(name: str, rows: list[dict], columns: list[str], key: list[str]) 
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *new.values()])
+
+
+def command(module: str) -> str:
+    """How this run of a benchmark was called."""
+    return shlex.join(["python", "-m", module, *map(short, sys.argv[1:])])
 
 
 def short(argument: str) -> str:

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <memory>
@@ -18,6 +19,7 @@
 #include <numeric>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <omp.h>
@@ -263,7 +265,7 @@ inline void in_order(float* sums, int64_t width, int64_t group) {
 }
 
 // A row's product with x. One row after the other is one stream, which the CPU fetches ahead by itself: 28 to 33 GB/s
-// where four rows at a time made 10 to 15.
+// where four rows at a time made 10 to 15 (113 MB, two cores of an EPYC).
 template <typename T>
 float dot(const T* row, const float* x, int64_t width) {
   Floats total[4] = {};

@@ -36,7 +36,7 @@ def build(folder: Path, flags: list[str]) -> Path:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise OSError(f"no C++ compiler {compiler!r}")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     cpu = sorted({line for line in lines if line.lower().startswith(("model name", "flags", "features"))})

@@ -293,7 +293,7 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
     A wide product has programs enough for 512 bytes of a row each (bfloat16), a narrow one gains from more of them and
     from fewer atomics. 4096 -> 28672 at 65 % took 38.5 us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at
     25 % 60.2, 60.2 and 62.0. int8 and int4 go by row: converting rows that are not needed costs what skipping saves.
-    With x given, nothing guessed, smaller programs are better: 39.4 instead of 40.1 at 50 %.
+    With x given, nothing guessed, smaller programs are better: 39.4 instead of 40.1 us at 50 %.
     Deterministic, a program takes all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():

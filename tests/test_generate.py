@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint
 import generate
-from calibrate import Statistics, command_line, load_statistics
+from calibrate import Statistics, load_statistics
+from convert_hf_checkpoint import command_line
 from generate import Generator, count_kept, sample
 from model import Transformer, transformer_configs
 from sparse_model import PROJECTIONS, SparseTransformer

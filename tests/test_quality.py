@@ -92,4 +92,4 @@ def test_rows(folder, monkeypatch, tmp_path, capsys):
 
 
 def test_paths_in_a_command_are_names():
-    assert quality.short("/some/folder/text.txt") == "text.txt" and quality.short("--rules") == "--rules"
+    assert results.short("/some/folder/text.txt") == "text.txt" and results.short("--rules") == "--rules"

@@ -259,6 +259,8 @@ def test_errors(checkpoint, tmp_path):
         quantize(checkpoint, "int4", tmp_path / "again", groupsize=32)
     with pytest.raises(ValueError, match="group size 1: int4"):
         quantize(checkpoint, "int4", tmp_path / "again", groupsize=1)
+    with pytest.raises(ValueError, match="--num_tokens -5 is below 0"):
+        quantize(checkpoint, "int8", tmp_path / "again", num_tokens=-5)
     assert not (tmp_path / "again").exists()
     (checkpoint / "config.json").write_text(json.dumps({**TINY, "quantization": {"mode": "int3"}}))
     with pytest.raises(ValueError, match=r"quantised \(int3\)"):
