@@ -294,6 +294,8 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
             for i in range(length - 1):
                 # a dense prefix of 1 keeps the one position dense, whatever the thresholds
                 logits = model(batch[:, i : i + 1], torch.tensor([i], device=device), dense_prefix=1)
+                if not logits.isfinite().all():
+                    raise ValueError("the model's output is not finite; choose another --precision")
                 probabilities = torch.softmax(logits[:, -1].float(), -1)
                 batch[:, i + 1 : i + 2] = torch.multinomial(probabilities, 1, generator=generator)
                 progress.update(len(batch))
@@ -446,9 +448,12 @@ def plot(statistics: Statistics, path: Path) -> None:
 def resolve_device(name: str) -> torch.device:
     """The device of this name. Raises ValueError if torch cannot use it here."""
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported; cpu and cuda are")
+    return device
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

@@ -76,7 +76,7 @@ def perplexity(
     A SparseTransformer cuts positions [dense_prefix:] of every window and counts them anew; None is dense.
 
     Raises:
-        ValueError: a window beyond the text or the model's context.
+        ValueError: a window beyond the text or the model's context, logits that are not finite.
     """
     if context + window > model.config.block_size:
         raise ValueError(f"windows of {context} + {window} tokens exceed the model's context {model.config.block_size}")
@@ -96,6 +96,8 @@ def perplexity(
             loss, seen = loss + losses.double().sum().item(), seen + losses.numel()
             progress.set_postfix_str(f"perplexity {math.exp(loss / seen):.4f}")
             progress.update(len(batch))
+    if not math.isfinite(loss):
+        raise ValueError("the model's output is not finite; choose another --precision")
     return math.exp(loss / seen)
 
 
@@ -135,7 +137,7 @@ def main(
     text = task_text(tasks, data) if tasks in TASKS else None
     harness = None if tasks in TASKS else load_harness(tasks)
     folder = resolve_checkpoint(checkpoint_path)
-    allocation, shares = resolve_allocation(allocation, folder, sparsity)
+    allocation, shares = resolve_allocation(allocation, folder, sparsity, statistics)
     tokenizer = load_tokenizer(folder, read_config(folder).vocab_size)
     if text is not None:
         tokens = torch.tensor(tokenizer.encode(text))

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import statistics as stats
 import sys
 import time
@@ -270,8 +269,8 @@ def count_kept(model: SparseTransformer, tokens: Tensor, prompt_length: int) -> 
 
 
 def can_compile(device: torch.device) -> bool:
-    """torch.compile needs a C++ compiler for the CPU; on a GPU Triton's own C compiler is not checked."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None or device.type == "cuda"
+    """torch.compile needs a C++ compiler for the CPU, one that builds our library; Triton's own is not checked."""
+    return device.type == "cuda" or cpu.library() is not None
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -304,14 +303,16 @@ class ModelSource:
         set_allocation(model, sparsity, statistics)
 
 
-def encode_prompt(prompt: str | None, tokenizer, vocab_size: int, seed: int) -> list[int]:
+def encode_prompt(prompt: str | None, tokenizer, config: ModelArgs, seed: int) -> list[int]:
     """Token ids of a prompt's text, or of a synthetic prompt where it is an integer or weights are random."""
     if prompt is None:
         prompt = str(SYNTHETIC_PROMPT) if tokenizer is None else DEFAULT_PROMPT
     if prompt.isdecimal():
         if int(prompt) < 1:
             raise ValueError("--prompt 0: a prompt needs at least one token")
-        return torch.randint(vocab_size, (int(prompt),), generator=torch.Generator().manual_seed(seed)).tolist()
+        if int(prompt) > config.block_size:
+            raise ValueError(f"--prompt {prompt}: {config.name}'s context is {config.block_size} tokens")
+        return torch.randint(config.vocab_size, (int(prompt),), generator=torch.Generator().manual_seed(seed)).tolist()
     if tokenizer is None:
         raise ValueError(f"--random_init has no tokenizer for the prompt {prompt!r}; give a number of tokens")
     ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
@@ -429,13 +430,13 @@ def main(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if (compile or compile_prefill) and not can_compile(torch_device):
-        print("No C++ compiler was found (g++, or CXX): --compile is left out", file=sys.stderr)
+        print("No C++ compiler works here (g++, or CXX): --compile is left out", file=sys.stderr)
         compile = compile_prefill = False
 
     folder = None if random_init else resolve_checkpoint(checkpoint_path)
     config = ModelArgs.from_name(random_init) if random_init else read_config(folder)
     tokenizer = load_tokenizer(folder, config.vocab_size) if folder else None
-    ids = [] if interactive else encode_prompt(prompt, tokenizer, config.vocab_size, seed)
+    ids = [] if interactive else encode_prompt(prompt, tokenizer, config, seed)
     length = min(config.block_size, INTERACTIVE_CONTEXT) if interactive else len(ids) + max_new_tokens
     if length > config.block_size:
         raise ValueError(
@@ -443,7 +444,7 @@ def main(
             f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
         )
     source = ModelSource(folder, random_init, seed, torch_device, PRECISIONS[precision])
-    allocation, shares = resolve_allocation(allocation, folder, sparsity)
+    allocation, shares = resolve_allocation(allocation, folder, sparsity, statistics)
     rows = 1 if interactive else batch_size
     fused = compile and can_fuse(torch_device, rows, top_k)
     # dense too goes through our kernels where they are the faster ones: a speed-up then comes from sparsity alone

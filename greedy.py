@@ -120,10 +120,13 @@ def _load(path: Path) -> Allocation | ThresholdTable:
     return load_table(path) if path.suffix == ".safetensors" else load_allocation(path)
 
 
-def resolve_allocation(name: str, folder: Path | None, sparsity: float) -> tuple[str, float | list]:
+def resolve_allocation(
+    name: str, folder: Path | None, sparsity: float, statistics: Path | None = None
+) -> tuple[str, float | list]:
     """What `--allocation` means for the checkpoint in `folder` (None: random weights).
 
     "best" is the first of global, greedy and uniform that is there and covers the sparsity; 0 is dense whatever is.
+    With a file of statistics it is not global, which has thresholds of its own.
 
     Returns:
         its name as it is reported, and what `set_allocation` takes for it.
@@ -133,7 +136,8 @@ def resolve_allocation(name: str, folder: Path | None, sparsity: float) -> tuple
     """
     beside = {known: folder / file for known, file in BESIDE.items()} if folder else {}
     if name == "best":
-        there = (known for known, path in beside.items() if sparsity and path.is_file())
+        known_ones = [known for known in beside if not (statistics and known == "global")]
+        there = (known for known in known_ones if sparsity and beside[known].is_file())
         name = next((known for known in there if sparsity <= _load(beside[known]).covered[1]), "uniform")
     if name == "uniform":
         return name, sparsity
@@ -319,7 +323,10 @@ def main(
     if num_tokens < 2:
         raise ValueError(f"--num_tokens {num_tokens} is too few; {NUM_TOKENS[method]} is usual")
     folder = resolve_checkpoint(checkpoint_path)
-    output = output or folder / BESIDE[METHODS[method]]
+    beside = folder / BESIDE[METHODS[method]]
+    output = output or beside
+    if output.suffix != beside.suffix:
+        raise ValueError(f"--output {output}: what --method {method} writes ends in {beside.suffix}")
     model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
     found = statistics_for(folder, statistics, model) if method == "teal" else None
     tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)

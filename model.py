@@ -671,7 +671,11 @@ def read_config(folder: Path) -> ModelArgs:
         return ModelArgs.from_name(folder.name)
     config = read_json(path)
     name, quant = config.get("_name_or_path") or folder.name, _quantization(config)["quant"]
-    return ModelArgs.from_config(config, name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}")
+    name = name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}"
+    try:
+        return ModelArgs.from_config(config, name)
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
 
 
 def read_json(path: Path) -> dict:

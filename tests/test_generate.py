@@ -464,6 +464,7 @@ def test_sparsity_outside_its_range(refused, tiny, sparsity):
     (("--temperature", -1), "--temperature -1.0"), (("--temperature", "nan"), "--temperature nan"),
     (("--prompt", 0), "--prompt 0"), (("--prompt", 153), "153 tokens and 8 new ones do not fit tiny's context of 160"),
     (("--prompt", "Hello " * 200), "do not fit tiny's context of 160"),
+    (("--prompt", 10**20), "tiny's context is 160 tokens"),
     (("--max_new_tokens", 1000), "1000 new ones do not fit"),
     (("--allocation", "absent.json"), "absent.json"), (("--allocation", "greedy", "--sparsity", 0.5), "greedy"),
     (("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
@@ -601,6 +602,7 @@ def forbidden(*_, **__):
 @pytest.mark.parametrize("missing", ["CXX", "PATH"])
 @pytest.mark.parametrize("flag", ["--compile", "--compile_prefill"])
 def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, flag):
+    generate.cpu.library.cache_clear()  # which remembers a library
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv(missing, str(tmp_path / "nothing"))
     monkeypatch.setattr(torch, "compile", forbidden)

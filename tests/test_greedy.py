@@ -295,6 +295,7 @@ def test_a_damaged_partial_file_is_not_used(stopped, text, searched):
     ({"num_tokens": 100}, "100 asked for: at least"), ({"data": ["absent.txt"]}, "absent.txt"),
     ({"statistics": Path("absent.safetensors")}, "no statistics file"), ({"checkpoint_path": Path("absent")}, "absent"),
     ({"device": "mars"}, "--device mars"), ({"output": Path(__file__) / "a.json"}, "give another --output"),
+    ({"device": "meta"}, "--device meta is not supp"), ({"output": Path("a.safetensors")}, "what --method teal writes"),
 ])  # fmt: skip
 def test_mistakes(made, text, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -351,6 +352,7 @@ def test_names(copy):
     for name in ("best", "global", str(refined)):
         found, cuts = resolve_allocation(name, copy, 0.4)
         assert found == name.replace("best", "global") and len(cuts) == 8 and cuts[0][0].unique().tolist() == [0.5]
+    assert resolve_allocation("best", copy, 0.4, statistics=copy / "some.safetensors")[0] == "greedy"
     assert resolve_allocation("greedy", copy, 0.5) == ("greedy", shares)
     for name, path in (("global", refined), ("greedy", copy / "allocation_greedy.json")):
         path.unlink()

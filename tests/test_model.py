@@ -463,6 +463,7 @@ DAMAGE = {
         "do not fit",
     ),
     "config not JSON": (lambda f: truncate(f / "config.json", 30), r"config\.json is not valid JSON"),
+    "no heads": (lambda f: change_config(f, num_attention_heads=0, head_dim=None), r"config\.json is damaged"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
     "config absent": (lambda f: (f / "config.json").unlink(), "no config is named like 'copy'"),
     "other architecture": (lambda f: change_config(f, architectures=["BertModel"]), "BertModel.*LlamaForCausalLM"),
