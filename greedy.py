@@ -136,8 +136,8 @@ def resolve_allocation(
     """
     beside = {known: folder / file for known, file in BESIDE.items()} if folder else {}
     if name == "best":
-        known_ones = [known for known in beside if not (statistics and known == "global")]
-        there = (known for known in known_ones if sparsity and beside[known].is_file())
+        candidates = [known for known in beside if sparsity and not (statistics and known == "global")]
+        there = (known for known in candidates if beside[known].is_file())
         name = next((known for known in there if sparsity <= _load(beside[known]).covered[1]), "uniform")
     if name == "uniform":
         return name, sparsity

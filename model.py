@@ -675,7 +675,7 @@ def read_config(folder: Path) -> ModelArgs:
     try:
         return ModelArgs.from_config(config, name)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from None
+        raise ValueError(f"{path} is damaged ({error!r}); convert the checkpoint again") from None
 
 
 def read_json(path: Path) -> dict:

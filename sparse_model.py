@@ -67,7 +67,7 @@ class SparseProjection(UncastBuffers):
         y = product(self._moved(x), self.weight, self.threshold, self.widths, self.scale)
         return y if self.offset is None else (y + self.offset).to(x.dtype)
 
-    def _moved(self, x: Tensor) -> Tensor:
+    def _moved(self, x: Tensor) -> Tensor:  # what is compared with the thresholds
         return x if self.shift is None else (x - self.shift).to(x.dtype)
 
     def _cut_from(self, x: Tensor, prefix: int) -> Tensor:

@@ -272,6 +272,12 @@ def test_interrupted_calibration_leaves_nothing(checkpoint, monkeypatch):
     assert set(checkpoint.iterdir()) == before
 
 
+def test_a_model_that_writes_nothing_finite(model):
+    model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite; choose another --precision"):
+        self_written_text(model, 5, num_tokens=50)
+
+
 def test_self_written_text_samples_from_the_dense_model(model, monkeypatch):
     monkeypatch.setattr(calibrate, "OWN_ROW", 12)
     monkeypatch.setattr(calibrate, "OWN_ROWS", 3)

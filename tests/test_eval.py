@@ -86,6 +86,13 @@ def test_sparse_perplexity_is_that_of_masked_inputs(tokens, prefix):
     assert sparse.achieved_sparsity() == first  # counted anew
 
 
+def test_what_is_not_finite_has_no_perplexity(tokens):
+    model = make_model(Transformer)
+    model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite; choose another --precision"):
+        perplexity(model, tokens, CONTEXT, WINDOW, NUM_WINDOWS)
+
+
 def test_window_starts():
     assert window_starts(1000, 100, 20, 3) == [0, 293, 586]
     assert window_starts(120, 100, 20, 2) == [0, 0]

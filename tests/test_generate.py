@@ -599,12 +599,13 @@ def forbidden(*_, **__):
     raise AssertionError("torch.compile was called")
 
 
-@pytest.mark.parametrize("missing", ["CXX", "PATH"])
+@pytest.mark.parametrize(("missing", "value"), [("CXX", "nothing"), ("CXX", "false"), ("PATH", "nothing")])
 @pytest.mark.parametrize("flag", ["--compile", "--compile_prefill"])
-def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, flag):
+def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, value, flag):
     generate.cpu.library.cache_clear()  # which remembers a library
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv(missing, str(tmp_path / "nothing"))
+    monkeypatch.setenv(missing, value if value == "false" else str(tmp_path / value))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch, "compile", forbidden)
     monkeypatch.setattr(
         sys, "argv", ["generate.py", "--checkpoint_path", str(tiny), flag, "--sparsity", "0", "--json", *BRIEF]
