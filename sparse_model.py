@@ -252,8 +252,8 @@ class FusedDecoder:
         scale = triton_gemv.SCALE_BUFFER  # behind the outputs of a product with a norm before it
         self.qkv = buffer((config.n_head + 2 * config.n_local_heads) * config.head_dim + scale)
         self.gate_up = buffer(2 * config.intermediate_size + scale)
-        self.y = buffer(config.n_head * config.head_dim, dtype=model.dtype)
-        self.parts, self.lse = buffer(splits, self.y.numel()), buffer(splits, config.n_head)
+        self.y = buffer(config.n_layer, config.n_head * config.head_dim, dtype=model.dtype)  # kept: o guesses by it
+        self.parts, self.lse = buffer(splits, self.y.shape[1]), buffer(splits, config.n_head)
         self.arrived = buffer(config.n_local_heads, dtype=torch.int32)
         self.logits = buffer(config.vocab_size + scale)
         self.scales = buffer(2 * config.n_layer, 1)
@@ -310,9 +310,9 @@ class FusedDecoder:
             window = config.sliding_window if i in config.windowed_layers else None
             k.launch_attention(
                 self.qkv, attention.wqkv.bias, cache.k_cache, cache.v_cache, self.position, model.inv_freq,
-                self.parts, self.lse, self.arrived, self.y, window, pdl,
+                self.parts, self.lse, self.arrived, self.y[i], window, pdl,
             )  # fmt: skip
-            self._product("given", self.y[None], attention.wo, self.h[None])
+            self._product("given", self.y[i : i + 1], attention.wo, self.h[None])
             self._product(
                 "norm", self.h, feed_forward.w13, self.gate_up, gain=block.ffn_norm.weight, eps=config.norm_eps,
                 zero=self.qkv, last_scale=self.scales[2 * i + 1],

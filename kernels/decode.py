@@ -9,7 +9,7 @@ earlier launch.
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
 at `gdc_wait`. What comes before that line may use only what no earlier launch of this step writes: weights, gains,
 thresholds, shifts, the position, the cache up to it. Which rows to prefetch is but a guess, from sums that are still
-being added to and a norm's last scale. A step's first launch is an ordinary one, so steps never overlap.
+being added to, a norm's last scale and o's last input. A step's first launch is an ordinary one, so no steps overlap.
 """
 
 import triton

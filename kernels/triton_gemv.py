@@ -16,6 +16,7 @@ MAX_SEGMENTS = 3
 SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 float32
 SCALE_BUFFER = SLOTS * SLOT_STRIDE
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
+RESIDENT = 2112  # programs of 128 registers that run at once on an H100: 16 on each of 132 multiprocessors
 MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
 
 
@@ -163,8 +164,8 @@ def _gemv_kernel(
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr,
-    ZERO: tl.constexpr, PREFETCH: tl.constexpr, GUESS: tl.constexpr, SLOTS: tl.constexpr, STRIDE: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    ZERO: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, GUESS: tl.constexpr, SLOTS: tl.constexpr,
+    STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x - shift) + offset: a program for BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
@@ -173,7 +174,7 @@ def _gemv_kernel(
     ROWS > 0 (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS at a time, each row read by
     the whole warp; a cut row costs no instruction. ROWS 0: a tile is loaded at once with its cut rows masked, which
     costs fewer latencies. Weights of BITS 8 or 4 come as int32 words of four or eight outputs, by row only.
-    PREFETCH, GUESS: see `prefetch_for`.
+    PREFETCH, AHEAD, GUESS: see `prefetch_for`.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -201,12 +202,16 @@ def _gemv_kernel(
     gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, PROLOGUE, CUT, SHIFT, N_IN)
     if PREFETCH > 0:
         if program < PREFETCH:
-            wanted = rows < N_IN
-            if GUESS:
-                a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, ".cg")
-                x = _inputs(a, b, gain, last_scale, shift, PROLOGUE, SHIFT, DTYPE)
-                wanted = wanted & ~(tl.abs(x) <= threshold)
-            _prefetch(weight_ptr + rows.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
+            for block in tl.static_range(AHEAD):
+                ahead = rows + block * BLOCK_IN
+                wanted = ahead < N_IN
+                if GUESS:
+                    g, t, s = gain, threshold, shift
+                    if block > 0:
+                        g, t, s = _load_constants(ahead, gain_ptr, threshold_ptr, PROLOGUE, CUT, SHIFT, N_IN)
+                    a, b = _load_inputs(ahead, x_ptr, PROLOGUE, N_IN, ".cg")
+                    wanted = wanted & ~(tl.abs(_inputs(a, b, g, last_scale, s, PROLOGUE, SHIFT, DTYPE)) <= t)
+                _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
@@ -283,7 +288,8 @@ def _gemv_kernel(
     else:
         total = acc[0]
     if SHIFT:
-        total += tl.load(offset_ptr + cols, mask=cols < tl.where(tl.program_id(1) == 0, last, 0), other=0.0)
+        if tl.program_id(1) == 0:
+            total += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
@@ -293,7 +299,8 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
     A wide product has programs enough for 512 bytes of a row each (bfloat16), a narrow one gains from more of them and
     from fewer atomics. 4096 -> 28672 at 65 % took 38.5 us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at
     25 % 60.2, 60.2 and 62.0. int8 and int4 go by row: converting rows that are not needed costs what skipping saves.
-    With x given, nothing guessed, smaller programs are better: 39.4 instead of 40.1 us at 50 %.
+    Three blocks where that lets all programs run at once: 4096 -> 6144 at 50 % 9.4 us, 10.2 with two, of which some
+    wait for others to end. With x given smaller programs are better: 4096 -> 28672 38.7 instead of 39.3 us.
     Deterministic, a program takes all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():
@@ -305,28 +312,49 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
     given = prologue == "given"
     if bits == 8:
         return (32, 2, 512, 4) if n_out > 8192 and not given else (32, 2 if n_in > 8192 else 1, 256, 4)
-    if given and n_out > 4096 and 0 < sparsity <= MOSTLY_CUT:
-        return 32, 1, 128, 0
     if n_out > 8192 or (not sparsity and n_out > 4096):
-        return 32, 1, 256, 8 if sparsity > MOSTLY_CUT else 0
-    return 32, 2, 128, 0
+        if given and 0 < sparsity <= MOSTLY_CUT:
+            return 32, 1, 128, 0
+        return 32, 1, 256, 16 if sparsity > MOSTLY_CUT else 0
+    waves = triton.cdiv(n_in, 32) * triton.cdiv(n_out, 128) / RESIDENT
+    return 32, 3 if sparsity and 2 < waves <= 3 else 2, 128, 0
 
 
-def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int) -> tuple[int, bool]:
-    """How many of a launch's first programs prefetch rows of their first block before they wait for the launch before,
-    and whether only those that they guess to be kept.
+def registers_for(prologue: str, sparsity: float, bits: int, tile: tuple[int, int, int, int]) -> int | None:
+    """Most registers a thread, where the compiler's own choice measures worse (NOTES.md).
 
-    The memory is idle then. A guess comes from what that launch has added up so far, so its rows are nearly all needed
-    and more of them pay. All rows are fetched where all are needed, where x comes at once, at the end, and before down
-    with integers, whose guess costs what it saves. Measured on an H100 (NOTES.md).
+    It stops at 64, so that 32 programs fit a multiprocessor. But all wait for the norm's scale, which comes sooner from
+    a program with more loads in flight, as do dense rows.
+    """
+    _, blocks, block_out, rows = tile
+    if not sparsity:
+        if bits < 16:
+            return None if block_out > 512 else 80 if bits == 8 else 72
+        return 128 if blocks > 1 else None
+    if rows:
+        return (72 if bits < 16 else 96) if prologue == "norm" else None
+    return 128 if prologue == "given" and blocks == 3 else None  # or `RESIDENT` programs would not fit
+
+
+def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int) -> tuple[int, int, bool]:
+    """What is prefetched before a launch waits for the one before: how many of its first programs ask for rows, of how
+    many of their blocks, and whether only for those that they guess to be kept.
+
+    The memory is idle then. A guess comes from x as it is at that moment: from what the launch before has added up so
+    far, or, given (o's x comes at once, at the end), from the last token's. All rows are fetched where all are needed,
+    and before o and down with integers, where a guess costs what it saves. Measured on an H100 (NOTES.md).
     """
     if not sparsity:
-        return 528, False
-    if prologue == "given" or (prologue == "silu" and bits < 16):
-        return 264 if sparsity > MOSTLY_CUT or bits < 16 else 528, False
-    if prologue == "silu" or (n_out > 8192 and (sparsity > MOSTLY_CUT or bits < 16)):
-        return 2112, True
-    return 264 if bits < 16 else 528, True
+        return 528, 1, False
+    if prologue != "norm" and bits < 16:
+        return 264, 1, False
+    if prologue == "given":
+        return 1320, max(1, blocks - 1), True
+    if prologue == "silu" or (n_out > 8192 and sparsity > MOSTLY_CUT):
+        return 2112, 1, True
+    if n_out > 8192:
+        return 528 if bits >= 16 else 1056, blocks, True
+    return 528 if bits >= 16 else 264, blocks, True
 
 
 def launch_gemv(
@@ -375,10 +403,10 @@ def launch_gemv(
     tiles, starts = tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
-    prefetch, guess = prefetch_for(prologue, n_out, sparsity, bits)
+    prefetch, ahead, guess = prefetch_for(prologue, n_out, sparsity, bits, blocks)
     unknown = guess and prologue == "norm" and last_scale is None
     if not pdl or unknown or any(width % block_out for width in segments):  # a tile must not reach past its row
-        prefetch, guess = 0, False
+        prefetch, ahead, guess = 0, 0, False
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _gemv_kernel[grid](
@@ -386,9 +414,10 @@ def launch_gemv(
         n_out, n_zero, tiles[1], tiles[2], starts[1], starts[2], eps, ONE,
         PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=offset is not None, N_IN=n_in,
         NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), BLOCK_IN=block_in, BLOCKS=blocks,
-        UNROLL=math.gcd(blocks, 4), BLOCK_OUT=block_out, ROWS=rows, ZERO=zero_block, PREFETCH=prefetch, GUESS=guess,
-        SLOTS=SLOTS, STRIDE=SLOT_STRIDE, BITS=bits, GROUP=group,
+        UNROLL=blocks if blocks < 4 else math.gcd(blocks, 4), BLOCK_OUT=block_out, ROWS=rows, ZERO=zero_block,
+        PREFETCH=prefetch, AHEAD=ahead, GUESS=guess, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, BITS=bits, GROUP=group,
         DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")), PDL=pdl, num_warps=1, launch_pdl=pdl,
+        maxnreg=registers_for(prologue, sparsity, bits, (block_in, blocks, block_out, rows)),
     )  # fmt: skip
 
 
