@@ -1,5 +1,10 @@
 """The fused decode step, launch by launch in Triton's interpreter (on a GPU: for real), against the plain model."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -93,6 +98,56 @@ def test_fused_steps_equal_plain_ones(name, sparsity):
     assert not decoder.arrived.any()
     for fused, plain in zip(snapshot(model), after, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=tolerance)
+
+
+COMPILE = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from model import ModelArgs
+from sparse_model import FusedDecoder, SparseTransformer
+
+capability = int(sys.argv[1])
+
+class AbsentGPU:
+    def get_current_target(self):
+        return GPUTarget("cuda", capability, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+
+driver.set_active(AbsentGPU())
+run = JITFunction.run
+JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
+for quant in ("none", "int8", "int4"):
+    config = ModelArgs(
+        block_size=256, vocab_size=1000, n_layer=1, n_head=8, n_local_heads=8, dim=512, intermediate_size=4608,
+        quant=quant, groupsize=64,
+    )
+    model = SparseTransformer(config, "cpu", torch.bfloat16).requires_grad_(False)
+    for module in model.projections:
+        module.set_shift(torch.zeros(module.weight.shape[0]))
+    model.setup_caches(1, 140)
+    for sparsity in (0.0, 0.5, 0.7):
+        decoder = FusedDecoder(model, sparsity, temperature=0.8, top_k=200)
+        decoder.pdl = capability >= 90
+        decoder.step()
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_a_step_compiles_for_a_gpu_that_is_absent(capability, tmp_path):
+    """The interpreter takes more than the compiler does, and no dependent launch."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)],
+        cwd=Path(__file__).parents[1], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_infinite_inputs_end_in_not_a_number_instead_of_a_hang():
