@@ -8,8 +8,8 @@ Each kernel runs in a CUDA graph over enough different matrices to overflow the 
 the median of replays over the number of matrices, of the best of three recordings, with all launches that a product
 needs (zeroed outputs, masks). Inputs are uniform in [-0.5, 0.5]. Each result is checked against float64 in the same
 run. Rows go to results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches
-rows, while the launch before ends. x is the same in all launches, so which rows it guesses to be kept is right; in the
-step o guesses by the last token's x. The others are ordinary launches.
+rows, while the launch before ends. x is the same in all launches, so its guess of the kept rows is right; in the step o
+guesses by the last token's x. The others are ordinary launches.
 
 The baselines are written anew after what their authors describe, each with its best tile of a small search:
     dejavu   a launch makes flags from the mask; the product loads rows by flag (Deja Vu, arXiv 2310.17157, section 4)

@@ -300,7 +300,7 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
     from fewer atomics. 4096 -> 28672 at 65 % took 38.5 us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at
     25 % 60.2, 60.2 and 62.0. int8 and int4 go by row: converting rows that are not needed costs what skipping saves.
     Three blocks where that lets all programs run at once: 4096 -> 6144 at 50 % 9.4 us, 10.2 with two, of which some
-    wait for others to end. With x given smaller programs are better: 4096 -> 28672 38.7 instead of 39.3 us.
+    wait for others to end. With x given smaller programs are better: 4096 -> 28672 39.0 instead of 39.4 us.
     Deterministic, a program takes all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():
@@ -316,24 +316,27 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
         if given and 0 < sparsity <= MOSTLY_CUT:
             return 32, 1, 128, 0
         return 32, 1, 256, 16 if sparsity > MOSTLY_CUT else 0
-    waves = triton.cdiv(n_in, 32) * triton.cdiv(n_out, 128) / RESIDENT
-    return 32, 3 if sparsity and 2 < waves <= 3 else 2, 128, 0
+    tiles, blocks = triton.cdiv(n_out, 128), triton.cdiv(n_in, 32)
+    three = tiles * triton.cdiv(blocks, 2) > RESIDENT >= tiles * triton.cdiv(blocks, 3)
+    return 32, 3 if three and sparsity and prologue != "silu" else 2, 128, 0
 
 
 def registers_for(prologue: str, sparsity: float, bits: int, tile: tuple[int, int, int, int]) -> int | None:
     """Most registers a thread, where the compiler's own choice measures worse (NOTES.md).
 
-    It stops at 64, so that 32 programs fit a multiprocessor. But all wait for the norm's scale, which comes sooner from
-    a program with more loads in flight, as do dense rows.
+    Of products by row and of dense ones it takes 64, so that 32 programs fit a multiprocessor. With more, a program has
+    more loads in flight, and the norm's scale, for which all others wait, comes sooner.
     """
     _, blocks, block_out, rows = tile
+    if bits > 16:
+        return None
     if not sparsity:
         if bits < 16:
             return None if block_out > 512 else 80 if bits == 8 else 72
         return 128 if blocks > 1 else None
     if rows:
         return (72 if bits < 16 else 96) if prologue == "norm" else None
-    return 128 if prologue == "given" and blocks == 3 else None  # or `RESIDENT` programs would not fit
+    return 128 if prologue == "given" and blocks == 3 else None  # 134 by itself, of which not `RESIDENT` programs fit
 
 
 def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int) -> tuple[int, int, bool]:
@@ -365,7 +368,8 @@ def launch_gemv(
     """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue (see the kernel).
 
     Args:
-        x: "given" [B, in]; else one row, float32: h [in] or gate|up [2 in].
+        x: "given" [B, in]; else one row, float32: h [in] or gate|up [2 in]. With `pdl` it is read before the launch
+            before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
         weight, segments: as of `kernels.sparse_gemv.sparse_gemv`.
         threshold: [S, in], as there; with an offset [S, in, 2], threshold and shift of each input. Float32.
         out: [B, out], float32; with "norm" [out + SCALE_BUFFER], the rest zeros that take the norm's scale.
@@ -403,7 +407,7 @@ def launch_gemv(
     tiles, starts = tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
-    prefetch, ahead, guess = prefetch_for(prologue, n_out, sparsity, bits, blocks)
+    prefetch, ahead, guess = prefetch_for(prologue, n_out, sparsity, bits, min(blocks, 3))
     unknown = guess and prologue == "norm" and last_scale is None
     if not pdl or unknown or any(width % block_out for width in segments):  # a tile must not reach past its row
         prefetch, ahead, guess = 0, 0, False

@@ -114,7 +114,7 @@ def test_deterministic(implementation, n_in, segments, deterministic):
 def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
     from kernels.triton_gemv import launch_gemv
 
-    x, weight, threshold, segments = case(570, [130, 64], sparsity=sparsity)
+    x, weight, threshold, segments = case(600, [130, 64], sparsity=sparsity)
     options, cuts = {"tile": (32, blocks, 128, 8 * by_row)}, threshold
     if shift:
         options["offset"] = torch.ones(194, device=device)
