@@ -364,10 +364,8 @@ def report(result: dict, num_samples: int, allocation: str, batch_size: int, wei
     r = result
     print(f"\nModel      {r['model']}, {weights}, {r['dtype']}, on {r['device']}")
     if r["sparsity"]:
-        print(
-            f"Sparsity   {r['sparsity']:.0%} asked for ({allocation} allocation), {r['achieved_sparsity']:.1%} "
-            "achieved in decoding; the prompt is dense"
-        )
+        decoded = f"{r['achieved_sparsity']:.1%} achieved in decoding" if r["new_tokens"] > 1 else "nothing decoded"
+        print(f"Sparsity   {r['sparsity']:.0%} asked for ({allocation} allocation), {decoded}; the prompt is dense")
     batch = f" x {batch_size} rows" if batch_size > 1 else ""
     step, rate = "no decode step", ""
     if r["ms_per_token"] is not None:

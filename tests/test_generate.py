@@ -332,7 +332,9 @@ def test_json_of_a_sparse_run(cli, calibrated, batch):
 
 
 def test_a_single_new_token(cli, calibrated):
-    result = result_of(cli("--checkpoint_path", calibrated, "--json", "--sparsity", 0.5, *BRIEF, "--max_new_tokens", 1))
+    output = cli("--checkpoint_path", calibrated, "--json", "--sparsity", 0.5, *BRIEF, "--max_new_tokens", 1)
+    assert "nothing decoded" in output
+    result = result_of(output)
     assert result["new_tokens"] == 1 and result["bytes_per_token"] > 0
     # no decode step, so nothing is known of one
     assert result["ms_per_token"] is None and result["bandwidth_gbps"] is None
