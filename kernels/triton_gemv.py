@@ -407,6 +407,7 @@ def launch_gemv(
     tiles, starts = tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
     batch = x.shape[0] if prologue == "given" else 1
     grid = (tiles[-1], triton.cdiv(n_in, block_in * blocks), batch)
+    # a deterministic tile has all blocks, too many to unroll
     prefetch, ahead, guess = prefetch_for(prologue, n_out, sparsity, bits, min(blocks, 3))
     unknown = guess and prologue == "norm" and last_scale is None
     if not pdl or unknown or any(width % block_out for width in segments):  # a tile must not reach past its row

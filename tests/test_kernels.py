@@ -125,6 +125,20 @@ def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
     assert_as_precise_as_torch(out, (x - shift, weight, threshold, segments))
 
 
+def test_three_blocks_only_where_all_programs_then_run_at_once(monkeypatch):
+    from kernels import triton_gemv
+
+    def blocks(*product) -> int:
+        return triton_gemv.tile_for(*product)[1]
+
+    assert blocks("norm", 4096, 6144, 0.5, 16) == 3  # 48 tiles x 43 programs
+    assert blocks("given", 4096, 4096, 0.5, 16) == 2  # two do: 32 x 64
+    assert blocks("norm", 4096, 6400, 0.5, 16) == 2  # three do not: 50 x 43 are more than 16 x 132
+    assert blocks("silu", 8192, 3072, 0.5, 16) == 2
+    monkeypatch.setattr(triton_gemv, "RESIDENT", 2)
+    assert blocks("norm", 160, 128, 0.5, 32) == 3  # as a model of test_decode.py has it
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.98, 1])
