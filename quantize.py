@@ -15,6 +15,8 @@ Weights are rounded input by input, and what that does to the outputs on the tex
 rounded, starting from the weights in --precision. Memory: the model, the text's hidden states, eight matrices [in, in]
 in float32 for the layer at hand, lm_head twice in float32, and the rounded weights in the host's. A run that ends early
 leaves nothing; start it again.
+
+Statistics and allocations beside the checkpoint go along: their thresholds hold for the rounded weights, too.
 """
 
 import argparse
@@ -27,7 +29,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import PRECISIONS, WINDOW, add_device_arguments, calibration_tokens, resolve_device
+from calibrate import (
+    PRECISIONS,
+    STATISTICS_NAME,
+    WINDOW,
+    Statistics,
+    add_device_arguments,
+    calibration_tokens,
+    load_statistics,
+    resolve_device,
+)
 from convert_hf_checkpoint import (
     COPIED_FILES,
     Source,
@@ -38,8 +49,10 @@ from convert_hf_checkpoint import (
     write_json,
     write_weights,
 )
+from greedy import BESIDE, Allocation, load
 from kernels.quantized import pack_int4
-from model import ModelArgs, load_weights, read_config, read_json
+from model import ModelArgs, fingerprint, load_weights, read_config, read_json
+from refine import ThresholdTable
 from sparse_model import SparseTransformer
 
 MODULES = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
@@ -180,6 +193,20 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
     return tensors | quantize_weight("output", model.output_weight.t(), hessian, sensitive, groupsize)
 
 
+def made_for(folder: Path) -> dict[str, Statistics | Allocation | ThresholdTable]:
+    """The statistics and allocations beside the checkpoint in `folder`, by the names of their files.
+
+    Raises:
+        ValueError: one cannot be read or is of another checkpoint.
+    """
+    found = {}
+    for name in (STATISTICS_NAME, *BESIDE.values()):
+        if (folder / name).is_file():
+            found[name] = (load_statistics if name == STATISTICS_NAME else load)(folder / name)
+            found[name].check_fingerprint(folder)
+    return found
+
+
 def main(
     checkpoint_path: Path | None,
     mode: str,
@@ -195,7 +222,7 @@ def main(
 
     Raises:
         ValueError: the checkpoint is quantised already or cannot be read, the group size does not fit, the output is
-            there, a text that cannot be read or is too short.
+            there, a text that cannot be read or is too short, statistics or an allocation beside it of another one.
     """
     folder = resolve_checkpoint(checkpoint_path)
     config = read_config(folder)
@@ -207,6 +234,7 @@ def main(
     if num_tokens < 0:
         raise ValueError(f"--num_tokens {num_tokens} is below 0; 0 rounds to nearest, without a text")
     output = output_dir or folder.with_name(f"{folder.name}-{mode}")
+    artifacts = made_for(folder)
 
     def write(folder: Path, partial: Path) -> None:
         model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
@@ -224,10 +252,13 @@ def main(
         write_json(partial / "config.json", {**read_json(folder / "config.json"), "quantization": made})
         tensors = (weights | found).items()
         write_weights(partial, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
+        for name, artifact in artifacts.items():
+            artifact.metadata["fingerprint"] = fingerprint(partial)
+            artifact.save(partial / name)
 
     with lock(output):
         convert(write, folder, output)
-    print(f"{output}: use it as --checkpoint_path")
+    print(f"{output}: use it as --checkpoint_path" + "".join(f"; {name} went along" for name in artifacts))
     return output
 
 

@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 
+from calibrate import collect, statistics_for
 from generate import Generator
 from generate import main as generate
+from greedy import resolve_allocation
 from kernels import cpu
 from kernels.quantized import dequantize, pack_int4
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
-from model import ModelArgs, Transformer, read_config
+from model import ModelArgs, Transformer, fingerprint, read_config
 from quantize import gptq, int8_scale, quantize_model, quantize_weight, round_int4, round_int8
 from quantize import main as quantize_main
+from refine import ThresholdTable
 from sparse_model import SparseTransformer
 
 TINY = {
@@ -247,6 +250,26 @@ def test_a_checkpoint_with_a_tokenizer_is_quantised_on_its_own_text(tiny, tmp_pa
     assert config["quantization"] == {"mode": "int4", "text": "the model's own, seed 0", "tokens": 64, "groupsize": 16}
     result = generate(checkpoint_path=folder, sparsity=0.5, max_new_tokens=4, num_samples=1, device="cpu")
     assert 0.2 < result["achieved_sparsity"] < 0.8
+
+
+def test_statistics_and_allocations_go_along(checkpoint, tmp_path):
+    model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
+    statistics = collect(model, torch.arange(64).view(1, 64))
+    table = ThresholdTable([], {}, {"method": "global"})
+    cuts = [(torch.rand(module.threshold.shape), randn(module.threshold.shape[1])) for module in model.projections]
+    table.append(0.5, cuts)
+    for name, artifact in (("calibration.safetensors", statistics), ("allocation_global.safetensors", table)):
+        artifact.metadata["fingerprint"] = fingerprint(checkpoint)
+        artifact.save(checkpoint / name)
+    folder = quantize(checkpoint, "int8", tmp_path / "out")
+    name, found = resolve_allocation("best", folder, 0.5)  # says if it were of another checkpoint
+    assert name == "global"
+    torch.testing.assert_close(found, cuts)
+    quantised = SparseTransformer.from_checkpoint(folder, dtype=torch.float32)
+    assert statistics_for(folder, None, quantised).threshold(1, "up", 0.5) == statistics.threshold(1, "up", 0.5)
+    (checkpoint / "config.json").write_text(json.dumps({**TINY, "rope_theta": 5e5}))
+    with pytest.raises(ValueError, match=r"the statistics are of another checkpoint .*calibrate\.py"):
+        quantize(checkpoint, "int8", tmp_path / "again")
 
 
 def test_errors(checkpoint, tmp_path):
