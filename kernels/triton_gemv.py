@@ -164,8 +164,9 @@ def _gemv_kernel(
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr,
-    ZERO: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, GUESS: tl.constexpr, SLOTS: tl.constexpr,
-    STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    ZERO: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, GUESS: tl.constexpr, PARTIAL: tl.constexpr,
+    SLOTS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out += W^T cut(x - shift) + offset: a program for BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
@@ -205,6 +206,8 @@ def _gemv_kernel(
             for block in tl.static_range(AHEAD):
                 ahead = rows + block * BLOCK_IN
                 wanted = ahead < N_IN
+                if PARTIAL:
+                    wanted = wanted & (first + BLOCK_OUT <= last)
                 if GUESS:
                     g, t, s = gain, threshold, shift
                     if block > 0:
@@ -397,7 +400,9 @@ def launch_gemv(
         assert group % 16 == 0 and all(width % group == 0 for width in segments)
         weight_scale = weight_scale.view(torch.int32)
     block_in, blocks, block_out, rows = tile or tile_for(prologue, n_in, n_out, sparsity, bits)
-    if pdl and not tile and (common := math.gcd(*segments)) % 128 == 0:
+    common = math.gcd(*segments)
+    overlap = bits == 4 and n_out > 8192 and common % 128 == 0  # a segment's last tile may reach past it, then
+    if pdl and not tile and not overlap and common % 128 == 0:
         block_out = min(block_out, common & -common)  # tiles that divide every segment can be prefetched
     tiles, starts = [0], [0]
     for width in segments:
@@ -410,7 +415,8 @@ def launch_gemv(
     # a deterministic tile has all blocks, too many to unroll
     prefetch, ahead, guess = prefetch_for(prologue, n_out, sparsity, bits, min(blocks, 3))
     unknown = guess and prologue == "norm" and last_scale is None
-    if not pdl or unknown or any(width % block_out for width in segments):  # a tile must not reach past its row
+    partial = common % block_out > 0
+    if not pdl or unknown or (partial and not overlap):
         prefetch, ahead, guess = 0, 0, False
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
@@ -420,8 +426,9 @@ def launch_gemv(
         PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=offset is not None, N_IN=n_in,
         NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), BLOCK_IN=block_in, BLOCKS=blocks,
         UNROLL=blocks if blocks < 4 else math.gcd(blocks, 4), BLOCK_OUT=block_out, ROWS=rows, ZERO=zero_block,
-        PREFETCH=prefetch, AHEAD=ahead, GUESS=guess, SLOTS=SLOTS, STRIDE=SLOT_STRIDE, BITS=bits, GROUP=group,
-        DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")), PDL=pdl, num_warps=1, launch_pdl=pdl,
+        PREFETCH=prefetch, AHEAD=ahead, GUESS=guess, PARTIAL=partial and prefetch > 0, SLOTS=SLOTS,
+        STRIDE=SLOT_STRIDE, BITS=bits, GROUP=group, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
         maxnreg=registers_for(prologue, sparsity, bits, (block_in, blocks, block_out, rows)),
     )  # fmt: skip
 
