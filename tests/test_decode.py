@@ -18,7 +18,9 @@ MODELS = {
     "window": {"sliding_window": 5},
     "biases, one head a group": {"qkv_bias": True, "n_local_heads": 4},
     "shifted": {"shifted": True},
+    "shifted, large tiles": {"shifted": True, "resident": 1},
     "int8, shifted": {"quant": "int8", "shifted": True},
+    "int8, large tiles": {"quant": "int8", "resident": 1},
     "int4, shifted": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "shifted": True},
     "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
     "three heads a group, one chunk": {"n_head": 6, "dim": 48, "head_dim": 8, "prompt": 20, "cache": 30},
@@ -126,7 +128,6 @@ class AbsentGPU:
     def get_current_stream(self, device):
         return 0
 
-kernels.triton_gemv.RESIDENT = 80
 driver.set_active(AbsentGPU())
 run = JITFunction.run
 JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
@@ -139,7 +140,8 @@ for quant in ("none", "int8", "int4"):
     for module in model.projections:
         module.set_shift(torch.zeros(module.weight.shape[0]))
     model.setup_caches(1, 140)
-    for sparsity in (0.0, 0.5, 0.7) if capability == 90 else (0.5,):
+    for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if capability == 90 else ((0.5, 80),):
+        kernels.triton_gemv.RESIDENT = resident  # 2112: small tiles
         decoder = FusedDecoder(model, sparsity, temperature=0.8, top_k=200)
         decoder.pdl = capability >= 90
         decoder.step()

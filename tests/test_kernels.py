@@ -139,6 +139,17 @@ def test_three_blocks_only_where_all_programs_then_run_at_once(monkeypatch):
     assert blocks("norm", 160, 128, 0.5, 32) == 3  # as a model of test_decode.py has it
 
 
+def test_tiles_are_small_where_all_programs_still_run_at_once():
+    from kernels.triton_gemv import tile_for
+
+    assert tile_for("norm", 576, 3072, 0.5, 16) == (32, 1, 64, 0)  # 48 tiles x 18 programs are at most half of 16 x 132
+    assert tile_for("given", 2048, 2048, 0.5, 16) == (32, 1, 128, 0)  # 32 x 64 are not, 16 x 64 fit
+    assert tile_for("given", 2048, 2048, 0.0, 8) == (32, 1, 128, 16)
+    assert tile_for("given", 2048, 2048, 0.5, 4) == (32, 1, 512, 4)
+    assert tile_for("silu", 8192, 2048, 0.5, 16) == (32, 2, 128, 0)
+    assert tile_for("norm", 96, 9728, 0.5, 16) == (32, 1, 256, 0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.98, 1])
