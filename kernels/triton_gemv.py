@@ -215,7 +215,7 @@ def _gemv_kernel(
                     a, b = _load_inputs(ahead, x_ptr, PROLOGUE, N_IN, ".cg")
                     wanted = wanted & ~(tl.abs(_inputs(a, b, g, last_scale, s, PROLOGUE, SHIFT, DTYPE)) <= t)
                 _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
-    EARLY: tl.constexpr = SHIFT and BLOCK_OUT <= 64  # offsets: where the registers are free
+    EARLY: tl.constexpr = SHIFT and BITS >= 16 and BLOCK_OUT <= 64  # a small product would wait for its offsets
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
     if EARLY:
         if tl.program_id(1) == 0:

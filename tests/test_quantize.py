@@ -267,6 +267,9 @@ def test_statistics_and_allocations_go_along(checkpoint, tmp_path):
     torch.testing.assert_close(found, cuts)
     quantised = SparseTransformer.from_checkpoint(folder, dtype=torch.float32)
     assert statistics_for(folder, None, quantised).threshold(1, "up", 0.5) == statistics.threshold(1, "up", 0.5)
+    folder = quantize(checkpoint, "int4", tmp_path / "out4")
+    assert resolve_allocation("best", folder, 0.5)[0] == "global"
+    assert not (folder / "calibration.safetensors").exists()
     (checkpoint / "config.json").write_text(json.dumps({**TINY, "rope_theta": 5e5}))
     with pytest.raises(ValueError, match=r"the statistics are of another checkpoint .*calibrate\.py"):
         quantize(checkpoint, "int8", tmp_path / "again")
