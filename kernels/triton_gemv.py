@@ -175,7 +175,7 @@ def _gemv_kernel(
     ROWS > 0 (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS at a time, each row read by
     the whole warp; a cut row costs no instruction. ROWS 0: a tile is loaded at once with its cut rows masked, which
     costs fewer latencies. Weights of BITS 8 or 4 come as int32 words of four or eight outputs, by row only.
-    PREFETCH, AHEAD, GUESS: see `prefetch_for`.
+    PREFETCH, AHEAD, GUESS: see `prefetch_for`. PARTIAL: some tile reaches past its segment, and is not prefetched.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

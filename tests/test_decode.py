@@ -38,6 +38,7 @@ WIDE_MODELS = {
     "wide, shifted": WIDE | {"shifted": True},
     "wide, int8": WIDE | {"quant": "int8", "shifted": True},
     "wide, int4": WIDE | {"quant": "int4", "groupsize": 64, "shifted": True},
+    "wide, int4, tiles that do not divide gate": WIDE | {"quant": "int4", "groupsize": 64, "intermediate_size": 4224},
 }
 
 
@@ -133,8 +134,8 @@ run = JITFunction.run
 JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
 for quant in ("none", "int8", "int4"):
     config = ModelArgs(
-        block_size=256, vocab_size=1000, n_layer=1, n_head=8, n_local_heads=8, dim=512, intermediate_size=5120,
-        quant=quant, groupsize=64,
+        block_size=256, vocab_size=1000, n_layer=1, n_head=8, n_local_heads=8, dim=512, quant=quant,
+        intermediate_size=4224 if quant == "int4" else 5120, groupsize=64,
     )
     model = SparseTransformer(config, "cpu", torch.bfloat16).requires_grad_(False)
     for module in model.projections:
