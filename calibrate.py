@@ -172,7 +172,8 @@ class Statistics:
 
     @property
     def fingerprint(self) -> str | None:
-        """`model.fingerprint` of the checkpoint they were taken from; None if unknown, as for TEAL's."""
+        """`model.fingerprint` of their checkpoint, the one they were taken from or its int8 form; None if unknown, as
+        for TEAL's."""
         return self.metadata.get("fingerprint")
 
     def get(self, layer: int, projection: str, name: str) -> Tensor:

@@ -17,6 +17,7 @@ SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's scale, one a cache line of 32 
 SCALE_BUFFER = SLOTS * SLOT_STRIDE
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
 RESIDENT = 2112  # programs of 128 registers that run at once on an H100: 16 on each of 132 multiprocessors
+WIDE = 8192  # outputs beyond which a product has programs enough for 512 bytes of a row each
 MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
 
 
@@ -164,7 +165,7 @@ def _gemv_kernel(
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps, one,
     PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, NORM_BLOCK: tl.constexpr,
     BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr,
-    ZERO: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, GUESS: tl.constexpr, PARTIAL: tl.constexpr,
+    ZERO: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, GUESS: tl.constexpr, RAGGED: tl.constexpr,
     SLOTS: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -172,10 +173,10 @@ def _gemv_kernel(
 
     PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up. tiles_i, start_i: first tile and
     first output of segment i.
-    ROWS > 0 (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS at a time, each row read by
-    the whole warp; a cut row costs no instruction. ROWS 0: a tile is loaded at once with its cut rows masked, which
-    costs fewer latencies. Weights of BITS 8 or 4 come as int32 words of four or eight outputs, by row only.
-    PREFETCH, AHEAD, GUESS: see `prefetch_for`. PARTIAL: some tile reaches past its segment, and is not prefetched.
+    ROWS > 0 (blocks of 32 inputs): a loop over the bits of the block's kept inputs, ROWS at a time, a tile's part of a
+    row by the whole warp; a cut row costs no instruction. ROWS 0: a tile is loaded at once with its cut rows masked,
+    which costs fewer latencies. Weights of BITS 8 or 4 come as int32 words of four or eight outputs, by row only.
+    PREFETCH, AHEAD, GUESS: see `prefetch_for`. RAGGED: some tile reaches past its segment, and is not prefetched.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -206,7 +207,7 @@ def _gemv_kernel(
             for block in tl.static_range(AHEAD):
                 ahead = rows + block * BLOCK_IN
                 wanted = ahead < N_IN
-                if PARTIAL:
+                if RAGGED:
                     wanted = wanted & (first + BLOCK_OUT <= last)
                 if GUESS:
                     g, t, s = gain, threshold, shift
@@ -215,7 +216,9 @@ def _gemv_kernel(
                     a, b = _load_inputs(ahead, x_ptr, PROLOGUE, N_IN, ".cg")
                     wanted = wanted & ~(tl.abs(_inputs(a, b, g, last_scale, s, PROLOGUE, SHIFT, DTYPE)) <= t)
                 _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
-    EARLY: tl.constexpr = SHIFT and BITS >= 16 and BLOCK_OUT <= 64  # a small product would wait for its offsets
+    # a small product would wait for its offsets at the end: 4 to 7 % of SmolLM2-135M's step, 1 to 3 % with integers,
+    # which loading them here makes 0.4 % longer still (H100)
+    EARLY: tl.constexpr = SHIFT and BITS >= 16 and BLOCK_OUT <= 64
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
     if EARLY:
         if tl.program_id(1) == 0:
@@ -311,13 +314,14 @@ def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -
     25 % 60.2, 60.2 and 62.0. int8 and int4 go by row: converting rows that are not needed costs what skipping saves.
     Three blocks where that lets all programs run at once: 4096 -> 6144 at 50 % 9.4 us, 10.2 with two, of which some
     wait for others to end. With x given smaller programs are better: 4096 -> 28672 39.0 instead of 39.4 us.
-    A small product gains from programs that end soon, while all still run at once: SmolLM2-135M's step takes 0.42 ms
-    with tiles of 32 x 64, 0.46 with 32 x 128, 0.58 with two blocks of those.
+    A small product gains from programs that end soon, as long as all run at once (of x's row): SmolLM2-135M's step
+    takes 0.42 ms with tiles of 32 x 64, 0.46 with 32 x 128, 0.58 with two blocks of those. Beyond half of what fits 64
+    outputs gain nothing more, and with int4 128 lose to 512.
     Deterministic, a program takes all inputs: one sum, one order.
     """
     if torch.are_deterministic_algorithms_enabled():
         return 32, triton.cdiv(n_in, 32), 128, 4 if bits < 16 else 0
-    wide = n_out > 8192 or (bits >= 16 and not sparsity and n_out > 4096)
+    wide = n_out > WIDE or (bits >= 16 and not sparsity and n_out > 4096)
     rows = 0 if bits >= 16 else 4 if sparsity else 16
     blocks, tiles = triton.cdiv(n_in, 32), triton.cdiv(n_out, 128)
     if not wide:
@@ -372,9 +376,9 @@ def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int, blocks: 
         return 264, 1, False
     if prologue == "given":
         return 1320, max(1, blocks - 1), True
-    if prologue == "silu" or (n_out > 8192 and sparsity > MOSTLY_CUT):
+    if prologue == "silu" or (n_out > WIDE and sparsity > MOSTLY_CUT):
         return 2112, 1, True
-    if n_out > 8192:
+    if n_out > WIDE:
         return 528 if bits >= 16 else 1056, blocks, True
     return 528 if bits >= 16 else 264, blocks, True
 
@@ -417,9 +421,10 @@ def launch_gemv(
         weight_scale = weight_scale.view(torch.int32)
     block_in, blocks, block_out, rows = tile or tile_for(prologue, n_in, n_out, sparsity, bits)
     common = math.gcd(*segments)
-    overlap = bits == 4 and n_out > 8192 and common % 128 == 0  # a segment's last tile may reach past it, then
-    if pdl and not tile and not overlap and common % 128 == 0:
+    keeps = bits == 4 and n_out > WIDE  # 512 outputs are 256 bytes of a row; fewer cost llama-2-7b 4 % of its step
+    if pdl and not tile and not keeps and common % 128 == 0:
         block_out = min(block_out, common & -common)  # tiles that divide every segment can be prefetched
+    ragged = common % block_out > 0
     tiles, starts = [0], [0]
     for width in segments:
         tiles.append(tiles[-1] + triton.cdiv(width, block_out))
@@ -431,8 +436,7 @@ def launch_gemv(
     # a deterministic tile has all blocks, too many to unroll
     prefetch, ahead, guess = prefetch_for(prologue, n_out, sparsity, bits, min(blocks, 3))
     unknown = guess and prologue == "norm" and last_scale is None
-    partial = common % block_out > 0
-    if not pdl or unknown or (partial and not overlap):
+    if not pdl or unknown or (ragged and not (keeps and common % 128 == 0)):
         prefetch, ahead, guess = 0, 0, False
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
@@ -442,7 +446,7 @@ def launch_gemv(
         PROLOGUE=prologue, CUT=sparsity > 0, SHIFT=offset is not None, N_IN=n_in,
         NORM_BLOCK=min(4096, triton.next_power_of_2(n_in)), BLOCK_IN=block_in, BLOCKS=blocks,
         UNROLL=blocks if blocks < 4 else math.gcd(blocks, 4), BLOCK_OUT=block_out, ROWS=rows, ZERO=zero_block,
-        PREFETCH=prefetch, AHEAD=ahead, GUESS=guess, PARTIAL=partial and prefetch > 0, SLOTS=SLOTS,
+        PREFETCH=prefetch, AHEAD=ahead, GUESS=guess, RAGGED=ragged and prefetch > 0, SLOTS=SLOTS,
         STRIDE=SLOT_STRIDE, BITS=bits, GROUP=group, PDL=pdl, num_warps=1, launch_pdl=pdl,
         DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
         maxnreg=registers_for(prologue, sparsity, bits, (block_in, blocks, block_out, rows)),

@@ -21,6 +21,7 @@ MODELS = {
     "shifted, large tiles": {"shifted": True, "resident": 1},
     "int8, shifted": {"quant": "int8", "shifted": True},
     "int8, large tiles": {"quant": "int8", "resident": 1},
+    "int4, large tiles": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "resident": 1},
     "int4, shifted": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "shifted": True},
     "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
     "three heads a group, one chunk": {"n_head": 6, "dim": 48, "head_dim": 8, "prompt": 20, "cache": 30},
@@ -36,6 +37,7 @@ WIDE = {
 WIDE_MODELS = {
     "wide": WIDE,
     "wide, shifted": WIDE | {"shifted": True},
+    "small tiles prefetched, shifted": WIDE | {"shifted": True, "resident": 2112},
     "wide, int8": WIDE | {"quant": "int8", "shifted": True},
     "wide, int4": WIDE | {"quant": "int4", "groupsize": 64, "shifted": True},
     "wide, int4, tiles that do not divide gate": WIDE | {"quant": "int4", "groupsize": 64, "intermediate_size": 4224},
