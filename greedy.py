@@ -116,7 +116,7 @@ def _is_path(rows: dict[str, list]) -> bool:
     return bool(columns.size and rising and ((columns >= 0) & (columns < 1)).all())
 
 
-def load(path: Path) -> Allocation | ThresholdTable:
+def load_any_allocation(path: Path) -> Allocation | ThresholdTable:
     """Reads an allocation of either method. Raises ValueError as `load_allocation` and `load_table` do."""
     return load_table(path) if path.suffix == ".safetensors" else load_allocation(path)
 
@@ -139,14 +139,14 @@ def resolve_allocation(
     if name == "best":
         candidates = [known for known in beside if sparsity and not (statistics and known == "global")]
         there = (known for known in candidates if beside[known].is_file())
-        name = next((known for known in there if sparsity <= load(beside[known]).covered[1]), "uniform")
+        name = next((known for known in there if sparsity <= load_any_allocation(beside[known]).covered[1]), "uniform")
     if name == "uniform":
         return name, sparsity
     path = beside.get(name, Path(name))
     if not path.is_file():
         make = ", ".join(f"{known} (make it: python greedy.py --method {method})" for method, known in METHODS.items())
         raise ValueError(f"--allocation {name}: no file {path}; what does: best, uniform, {make}, or a file's path")
-    allocation = load(path)
+    allocation = load_any_allocation(path)
     if folder:
         allocation.check_fingerprint(folder)
     return name, allocation.at(sparsity)
@@ -269,7 +269,7 @@ def print_table(allocation: Allocation) -> None:
 def _begun(part: Path, new: Allocation | ThresholdTable) -> Allocation | ThresholdTable:
     """What `part` holds, if that was made as `new` is to be; else `new`."""
     try:
-        found = load(part) if part.is_file() else new
+        found = load_any_allocation(part) if part.is_file() else new
     except ValueError:  # not ours: begin anew
         return new
     return found if found.metadata == new.metadata else new

@@ -51,7 +51,7 @@ from convert_hf_checkpoint import (
     write_json,
     write_weights,
 )
-from greedy import BESIDE, Allocation, load
+from greedy import BESIDE, Allocation, load_any_allocation
 from kernels.quantized import pack_int4
 from model import ModelArgs, fingerprint, load_weights, read_config, read_json
 from refine import ThresholdTable
@@ -196,22 +196,23 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
 
 
 def taken_along(folder: Path, mode: str) -> dict[str, Statistics | Allocation | ThresholdTable]:
-    """What beside the checkpoint in `folder` is of use to the quantised one, by the names of the files.
+    """Statistics (int8 only) and allocations beside the checkpoint in `folder`, by the names of their files.
 
-    Says on stderr what stays behind: what cannot be read or is of another checkpoint, and int4's statistics.
+    Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
     """
     found = {}
     for name in (STATISTICS_NAME, *BESIDE.values()):
+        if not (folder / name).is_file():
+            continue
         try:
-            if not (folder / name).is_file():
-                continue
-            if name == STATISTICS_NAME and mode == "int4":
-                raise ValueError("int4 takes its own, of the same text if you run calibrate.py with it")
-            artifact = (load_statistics if name == STATISTICS_NAME else load)(folder / name)
+            artifact = (load_statistics if name == STATISTICS_NAME else load_any_allocation)(folder / name)
             artifact.check_fingerprint(folder)
-            found[name] = artifact
         except ValueError as error:
             print(f"{name} stays behind: {error}", file=sys.stderr)
+        else:
+            found[name] = artifact
+    if mode == "int4" and found.pop(STATISTICS_NAME, None):
+        print(f"{STATISTICS_NAME} stays behind: int4 needs its own; make it with calibrate.py", file=sys.stderr)
     return found
 
 

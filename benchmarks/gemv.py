@@ -4,13 +4,13 @@ python -m benchmarks.gemv                                    # the shapes of lla
 python -m benchmarks.gemv --models llama-2-7b --sparsities 0 0.5
 python -m benchmarks.gemv --dtype int4                       # ours alone, with int4 weights (or int8), x bfloat16
 
-Each kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times; the time is
-the median of replays over the number of matrices, with all launches that a product needs (zeroed outputs, masks), of
-the best of three recordings, each of inputs and matrices of its own: now and then one is 18 % slower than the next, and
-matrices differ by 2 %. Inputs are uniform in [-0.5, 0.5]. Results are checked against float64 in the same run. Rows go
-to results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches rows, while
-the launch before ends. x is the same in all launches, so its guess of the kept rows is right; in the step o guesses by
-the last token's x. The others are ordinary launches.
+Each kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times; the time is the
+median of replays over the number of matrices, with all launches that a product needs (zeroed outputs, masks), of the
+best of three recordings, each of inputs and matrices of its own: now and then one is 18 % slower than the next, and
+matrices differ by up to 1 %. Inputs are uniform in [-0.5, 0.5]. Results are checked against float64 in the same run.
+Rows go to results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches
+rows, while the launch before ends. x is the same in all launches, so its guess of the kept rows is right; in the step o
+guesses by the last token's x. The others are ordinary launches.
 
 The baselines are written anew after what their authors describe, each with its best tile of a small search (one
 recording a tile, then two more of the best three):

@@ -216,8 +216,8 @@ def _gemv_kernel(
                     a, b = _load_inputs(ahead, x_ptr, PROLOGUE, N_IN, ".cg")
                     wanted = wanted & ~(tl.abs(_inputs(a, b, g, last_scale, s, PROLOGUE, SHIFT, DTYPE)) <= t)
                 _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
-    # a small product would wait for its offsets at the end: 4 to 7 % of SmolLM2-135M's step, 1 to 3 % with integers,
-    # which loading them here makes 0.4 % longer still (H100)
+    # a small product would wait for its offsets at the end: 4 to 7 % of SmolLM2-135M's step; with integers 1 to 3 %,
+    # and 0.4 to 1.4 % more where they are loaded here (H100)
     EARLY: tl.constexpr = SHIFT and BITS >= 16 and BLOCK_OUT <= 64
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
     if EARLY:
@@ -421,9 +421,10 @@ def launch_gemv(
         weight_scale = weight_scale.view(torch.int32)
     block_in, blocks, block_out, rows = tile or tile_for(prologue, n_in, n_out, sparsity, bits)
     common = math.gcd(*segments)
-    keeps = bits == 4 and n_out > WIDE  # 512 outputs are 256 bytes of a row; fewer cost llama-2-7b 4 % of its step
-    if pdl and not tile and not keeps and common % 128 == 0:
-        block_out = min(block_out, common & -common)  # tiles that divide every segment can be prefetched
+    aligned = common % 128 == 0
+    # tiles that divide every segment can all be prefetched; int4's would be short and llama-2-7b's step 4 to 6 % longer
+    if pdl and not tile and aligned and not (bits == 4 and n_out > WIDE):
+        block_out = min(block_out, common & -common)
     ragged = common % block_out > 0
     tiles, starts = [0], [0]
     for width in segments:
@@ -436,7 +437,7 @@ def launch_gemv(
     # a deterministic tile has all blocks, too many to unroll
     prefetch, ahead, guess = prefetch_for(prologue, n_out, sparsity, bits, min(blocks, 3))
     unknown = guess and prologue == "norm" and last_scale is None
-    if not pdl or unknown or (ragged and not (keeps and common % 128 == 0)):
+    if not pdl or unknown or (ragged and not aligned):
         prefetch, ahead, guess = 0, 0, False
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0

@@ -71,9 +71,8 @@ def snapshot(model: SparseTransformer) -> list[torch.Tensor]:
 )
 def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     """Sparsity 0 is dense, without shifts; 0.5 and 0.7 choose other tiles for the same thresholds."""
-    options = {"prompt": 62, "cache": 140, "resident": 2112} | (MODELS | WIDE_MODELS)[
-        name
-    ]  # the steps cross from one chunk to the next
+    options = {"prompt": 62, "cache": 140, "resident": 2112}  # the steps cross from one chunk to the next
+    options |= (MODELS | WIDE_MODELS)[name]
     prompt, cache, steps = options.pop("prompt"), options.pop("cache"), 4
     monkeypatch.setattr("kernels.triton_gemv.RESIDENT", options.pop("resident"))
     model = build(**options)

@@ -272,7 +272,7 @@ def test_statistics_and_allocations_go_along(checkpoint, tmp_path, capsys):
     assert not (folder / "calibration.safetensors").exists()
     printed = capsys.readouterr()
     assert "(with it: allocation_global.safetensors)" in printed.out
-    assert "calibration.safetensors stays behind: int4 takes its own" in printed.err
+    assert "calibration.safetensors stays behind: int4 needs its own" in printed.err
     (checkpoint / "config.json").write_text(json.dumps({**TINY, "rope_theta": 5e5}))
     folder = quantize(checkpoint, "int8", tmp_path / "again")
     assert "calibration.safetensors stays behind: the statistics are of another checkpoint" in capsys.readouterr().err
