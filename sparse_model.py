@@ -310,7 +310,9 @@ class FusedDecoder:
             window = config.sliding_window if i in config.windowed_layers else None
             k.launch_attention(
                 self.qkv, attention.wqkv.bias, cache.k_cache, cache.v_cache, self.position, model.inv_freq,
-                self.parts, self.lse, self.arrived, self.y[i], window, pdl,
+                self.parts, self.lse, self.arrived, self.y[i], window, pdl, h=self.h, gain=block.ffn_norm.weight,
+                threshold=self._cut_by(feed_forward.w13)[0], last_scale=self.scales[2 * i + 1],
+                weight=feed_forward.w13.weight, sparsity=self.sparsity,
             )  # fmt: skip
             self._product("given", self.y[i : i + 1], attention.wo, self.h[None])
             self._product(
@@ -327,8 +329,12 @@ class FusedDecoder:
             self.temperature, self.top_k, pdl,
         )  # fmt: skip
 
+    def _cut_by(self, module: SparseProjection) -> tuple[Tensor, Tensor | None]:
+        """The thresholds, with the shifts if there are any, and the offset."""
+        return self.shifted.get(module, (module.threshold, None))
+
     def _product(self, prologue: str, x: Tensor, module: SparseProjection, out: Tensor, **options) -> None:
-        threshold, offset = self.shifted.get(module, (module.threshold, None))
+        threshold, offset = self._cut_by(module)
         self.launch_gemv(
             prologue, x, module.weight, threshold, out, module.widths, sparsity=self.sparsity,
             dtype=self.model.dtype, weight_scale=module.scale, offset=offset, pdl=self.pdl, **options,

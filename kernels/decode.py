@@ -12,10 +12,21 @@ thresholds, shifts, the position, the cache up to it. Which rows to prefetch is 
 being added to, a norm's last scale and o's last input. A step's first launch is an ordinary one, so no steps overlap.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_gemv import ONE, SCALE_BUFFER, SLOT_STRIDE, SLOTS, fraction, rounded, shared_norm_scale
+from kernels.triton_gemv import (
+    ONE,
+    SCALE_BUFFER,
+    SLOT_STRIDE,
+    SLOTS,
+    fraction,
+    prefetch_gate_up,
+    rounded,
+    rows_ahead,
+    shared_norm_scale,
+)
 
 
 @triton.jit
@@ -46,18 +57,32 @@ def _rotated(x_ptr, bias_ptr, offsets, mask, pair, cos, sin, HAS_BIAS: tl.conste
 @triton.jit
 def _attention_kernel(
     qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr, part_ptr, lse_ptr, arrived_ptr,
-    y_ptr, seq_length, chunk, window, scale, SPLITS: tl.constexpr,
+    y_ptr, seq_length, chunk, window, scale,
+    h_ptr, gain_ptr, threshold_ptr, last_scale_ptr, weight_ptr, half_bytes, n_pieces,
+    AHEAD_ROWS: tl.constexpr, AHEAD_BYTES: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr,
+    SPLITS: tl.constexpr,
     N_HEAD: tl.constexpr, N_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One query over one chunk of a key/value head's cache. The head's last program to end joins the chunks' results.
 
-    The program whose chunk holds the new position rotates and caches the new key and value, and counts them.
+    The program whose chunk holds the new position rotates and caches the new key and value, and counts them. Programs
+    beyond the chunks prefetch rows of gate/up, since attention leaves the memory idle.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
     head, split = tl.program_id(0), tl.program_id(1)
+    if AHEAD_ROWS > 0:
+        if split >= SPLITS:
+            tl.extra.cuda.gdc_wait()  # sooner it would hold up qkv
+            piece = (split - SPLITS) * N_KV + head
+            if piece < n_pieces:
+                prefetch_gate_up(
+                    piece, h_ptr, gain_ptr, threshold_ptr, last_scale_ptr, weight_ptr, half_bytes,
+                    CUT, SHIFT, N_IN, AHEAD_ROWS, AHEAD_BYTES, DTYPE,
+                )  # fmt: skip
+            return
     position = tl.load(position_ptr).to(tl.int32)
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
@@ -260,21 +285,33 @@ def attention_splits(seq_length: int, n_kv: int) -> int:
     return 1 << (min(triton.cdiv(seq_length, 64), most).bit_length() - 1)
 
 
+AHEAD_ROWS, AHEAD_BYTES = 128, 2048  # what one program prefetches
+
+
 def launch_attention(
-    qkv, bias, k_cache, v_cache, position, inv_freq, parts, lse, arrived, y, window, pdl
+    qkv, bias, k_cache, v_cache, position, inv_freq, parts, lse, arrived, y, window, pdl,
+    *, h, gain, threshold, last_scale, weight, sparsity,
 ) -> None:  # fmt: skip
     """Attention of the new position, cached on the way, to y [n_head head_dim] in the model's dtype.
 
     qkv: [(n_head + 2 n_kv) head_dim] float32; bias the same or None; caches [1, n_kv, seq_length, head_dim];
     parts: [splits, n_head head_dim] and lse: [splits, n_head], float32, the chunks' results and log-sum-exps;
     arrived: [n_kv] int32, zeros before and after.
+    h to sparsity: of gate/up, the same as `launch_gemv`'s; with `pdl`, rows of it are prefetched meanwhile.
     """
     _, n_kv, seq_length, head_dim = k_cache.shape
     splits, n_head = lse.shape
     group = n_head // n_kv
-    _attention_kernel[(n_kv, splits)](
+    half_bytes, n_pieces = weight[0].nbytes // 2, 0
+    if pdl and half_bytes % 16 == 0:
+        rows = rows_ahead(weight.shape[1], sparsity, 8 * weight.element_size())
+        n_pieces = rows // AHEAD_ROWS * 2 * triton.cdiv(half_bytes, AHEAD_BYTES)
+    _attention_kernel[(n_kv, splits + triton.cdiv(n_pieces, n_kv))](
         qkv, bias, k_cache, v_cache, position, inv_freq, parts, lse, arrived, y, seq_length,
-        triton.cdiv(seq_length, splits), window or 0, head_dim**-0.5, SPLITS=splits,
+        triton.cdiv(seq_length, splits), window or 0, head_dim**-0.5,
+        h, gain, threshold, last_scale, weight.view(torch.uint8), half_bytes, n_pieces,
+        AHEAD_ROWS=AHEAD_ROWS if n_pieces else 0, AHEAD_BYTES=AHEAD_BYTES, CUT=sparsity > 0,
+        SHIFT=threshold.dim() == 3, N_IN=weight.shape[0], SPLITS=splits,
         N_HEAD=n_head, N_KV=n_kv, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=64, HAS_BIAS=bias is not None,
         WINDOW=window is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,

@@ -32,7 +32,7 @@ MODELS = {
 # blocks of inputs
 WIDE = {
     "dim": 512, "n_head": 8, "n_local_heads": 8, "intermediate_size": 5120, "std": 0.05, "by_channel": True,
-    "resident": 80,
+    "resident": 80, "very_wide": 8192,
 }  # fmt: skip
 WIDE_MODELS = {
     "wide": WIDE,
@@ -71,10 +71,12 @@ def snapshot(model: SparseTransformer) -> list[torch.Tensor]:
 )
 def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     """Sparsity 0 is dense, without shifts; 0.5 and 0.7 choose other tiles for the same thresholds."""
-    options = {"prompt": 62, "cache": 140, "resident": 2112}  # the steps cross from one chunk to the next
+    options = {"prompt": 62, "cache": 140}  # the steps cross from one chunk to the next
+    options |= {"resident": 2112, "very_wide": 16384}
     options |= (MODELS | WIDE_MODELS)[name]
     prompt, cache, steps = options.pop("prompt"), options.pop("cache"), 4
-    monkeypatch.setattr("kernels.triton_gemv.RESIDENT", options.pop("resident"))
+    for name in ("resident", "very_wide"):
+        monkeypatch.setattr(f"kernels.triton_gemv.{name.upper()}", options.pop(name))
     model = build(**options)
     if model.config.quant != "none" and DEVICE == "cpu":
         steps = 1  # of integers the interpreter makes long work
@@ -121,6 +123,7 @@ from model import ModelArgs
 from sparse_model import FusedDecoder, SparseTransformer
 
 capability = int(sys.argv[1])
+kernels.triton_gemv.VERY_WIDE = 8192
 
 class AbsentGPU:
     def get_current_target(self):
