@@ -7,7 +7,11 @@ from torch import Tensor
 from kernels.quantized import dequantize, pack_int4
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from kernels import triton_gemv  # noqa: E402
+from kernels.triton_gemv import launch_gemv, launch_sparse_gemv, tile_for  # noqa: E402
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -20,8 +24,6 @@ KERNELS = [pytest.param("interpreter", marks=interpreted), pytest.param("cuda", 
 def product(implementation: str, x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale=None):
     """Runs one of the implementations; the result is on the CPU."""
     if implementation == "interpreter":
-        from kernels.triton_gemv import launch_sparse_gemv
-
         return launch_sparse_gemv(x, weight, threshold, segments, scale)
     device = implementation
     scale = None if scale is None else scale.to(device)
@@ -112,8 +114,6 @@ def test_deterministic(implementation, n_in, segments, deterministic):
 @pytest.mark.parametrize("blocks", [1, 3, 7])
 @pytest.mark.parametrize("shift", [0.0, 0.25])
 def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
-    from kernels.triton_gemv import launch_gemv
-
     x, weight, threshold, segments = case(600, [130, 64], sparsity=sparsity)
     options, cuts = {"tile": (32, blocks, 128, 8 * by_row)}, threshold
     if shift:
@@ -126,8 +126,6 @@ def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
 
 
 def test_three_blocks_only_where_all_programs_then_run_at_once(monkeypatch):
-    from kernels import triton_gemv
-
     def blocks(*product) -> int:
         return triton_gemv.tile_for(*product)[1]
 
@@ -140,14 +138,56 @@ def test_three_blocks_only_where_all_programs_then_run_at_once(monkeypatch):
 
 
 def test_tiles_are_small_where_all_programs_still_run_at_once():
-    from kernels.triton_gemv import tile_for
-
     assert tile_for("norm", 576, 3072, 0.5, 16) == (32, 1, 64, 0)  # 48 tiles x 18 programs are at most half of 16 x 132
     assert tile_for("given", 2048, 2048, 0.5, 16) == (32, 1, 128, 0)  # 32 x 64 are not, 16 x 64 fit
     assert tile_for("given", 2048, 2048, 0.0, 8) == (32, 1, 128, 16)
     assert tile_for("given", 2048, 2048, 0.5, 4) == (32, 1, 512, 4)
     assert tile_for("silu", 8192, 2048, 0.5, 16) == (32, 2, 128, 0)
-    assert tile_for("norm", 96, 9728, 0.5, 16) == (32, 1, 256, 0)
+    assert tile_for("norm", 96, 9728, 0.0, 16) == (32, 1, 256, 0)
+
+
+def test_tiles_of_wide_products():
+    assert tile_for("norm", 4096, 28672, 0.5, 16) == (32, 1, 256, 0)
+    assert tile_for("norm", 4096, 28672, 0.65, 16) == (32, 2, 256, 16)  # by row
+    assert tile_for("norm", 4096, 12288, 0.5, 16) == (32, 2, 128, 0)  # masked, llama-2-7b's qkv counts as narrow
+    assert tile_for("norm", 4096, 12288, 0.65, 16) == (32, 1, 256, 16)
+    assert tile_for("norm", 4096, 12288, 0.0, 16) == (32, 1, 256, 0)
+    assert tile_for("given", 4096, 28672, 0.5, 16) == (32, 1, 128, 0)
+    assert tile_for("given", 4096, 28672, 0.65, 16) == (32, 1, 256, 16)
+
+
+@triton.jit
+def _mark(rows_ptr, wanted, n_bytes):
+    """In place of a prefetch: adds 1 to every byte that it would bring."""
+    at = tl.arange(0, 64)[None, :]
+    mask = wanted[:, None] & (at < n_bytes[:, None])
+    tl.store(rows_ptr[:, None] + at, tl.load(rows_ptr[:, None] + at, mask=mask) + 1, mask=mask)
+
+
+@triton.jit
+def _prefetch_all(h, gain, threshold, scale, weight, half_bytes, CUT: tl.constexpr, SHIFT: tl.constexpr):
+    piece = tl.program_id(0)
+    triton_gemv.prefetch_gate_up(
+        piece, h, gain, threshold, scale, weight, half_bytes, CUT, SHIFT, 100, 32, 64, tl.float32
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("shift", [None, 0.25])
+def test_gate_and_up_are_prefetched_once_where_kept(shift, sparsity, monkeypatch):
+    monkeypatch.setattr(triton_gemv, "_prefetch", _mark)
+    generator = torch.Generator().manual_seed(0)
+    h, gain = (torch.randn(100, generator=generator) for _ in range(2))
+    threshold, scale = torch.rand(2, 100, generator=generator), torch.tensor([0.7])
+    half_bytes, rows = 176, 64  # three pieces of 64 bytes, the last one short, of two times 32 rows of 100
+    marks = torch.zeros(100, 2 * half_bytes, dtype=torch.uint8)
+    cuts = threshold if shift is None else torch.stack((threshold, torch.full_like(threshold, shift)), dim=2)
+    pieces = rows // 32 * 2 * 3
+    _prefetch_all[(pieces,)](h, gain, cuts, scale, marks, half_bytes, sparsity > 0, shift is not None)
+    kept = (h * scale * gain - (shift or 0)).abs() > threshold if sparsity else torch.ones(2, 100, dtype=torch.bool)
+    kept[:, rows:] = False
+    assert torch.equal(marks, kept.T.repeat_interleave(half_bytes, dim=1).to(torch.uint8))
 
 
 @pytest.mark.gpu
