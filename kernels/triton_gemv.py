@@ -18,7 +18,8 @@ SCALE_BUFFER = SLOTS * SLOT_STRIDE
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
 RESIDENT = 2112  # programs of 128 registers that run at once on an H100: 16 on each of 132 multiprocessors
 WIDE = 8192  # outputs beyond which a product has programs enough for 512 bytes of a row each
-VERY_WIDE = 16384  # outputs beyond which more of its programs prefetch, and before which others can: gate/up from 7B on
+VERY_WIDE = 16384  # outputs beyond which it has enough for them where rows are masked too, and for two blocks by row
+LARGE = 1 << 26  # weights from which on a product's rows are prefetched during attention
 MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
 
 
@@ -129,7 +130,7 @@ def prefetch_gate_up(
         x = _inputs(h, none, gain, tl.load(last_scale_ptr), shift, "norm", SHIFT, DTYPE)
         wanted = wanted & ~(tl.abs(x) <= threshold)
     rows_ptr = weight_ptr + rows.to(tl.int64) * (2 * half_bytes) + up * half_bytes + start
-    _prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, BYTES) + tl.zeros_like(rows))
+    _prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, BYTES))
 
 
 @triton.jit
@@ -335,11 +336,11 @@ def _gemv_kernel(
 def tile_for(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int, int]:
     """(BLOCK_IN, BLOCKS, BLOCK_OUT, ROWS) of a product, measured on an H100 at 0 to 65 %, cold L2.
 
-    A wide product has programs enough for 512 bytes of a row each (bfloat16), a narrow one gains from more of them and
-    from fewer atomics. 4096 -> 28672 at 65 % took 38.5 us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at
-    25 % 60.2, 60.2 and 62.0. By row gate/up gains from two blocks, llama-3-8b's step at 65 % 1.1 %. Masked, 4096 ->
-    12288 is a narrow product, which makes llama-2-7b's step 0.6 % shorter at 50 %.
-    int8 and int4 go by row: converting rows that are not needed costs what skipping saves.
+    A wide product has programs enough for 512 bytes of a row each (bfloat16), a narrow one, or one of up to VERY_WIDE
+    outputs whose cut rows are masked, gains from more of them and from fewer atomics. 4096 -> 28672 at 65 % took 38.5
+    us with 128 outputs a program, 32.6 with 256 and 31.8 by row; at 25 % 60.2, 60.2 and 62.0. By row gate/up gains from
+    two blocks, llama-3-8b's step at 65 % 1.1 %; llama-2-7b's qkv, 4096 -> 12288, as a narrow product makes its step 0.6
+    % shorter at 50 %. int8 and int4 go by row: converting rows that are not needed costs what skipping saves.
     Three blocks where that lets all programs run at once: 4096 -> 6144 at 50 % 9.4 us, 10.2 with two, of which some
     wait for others to end. With x given smaller programs are better: 4096 -> 28672 39.0 instead of 39.4 us.
     A small product gains from programs that end soon, as long as all run at once (of x's row): SmolLM2-135M's step
@@ -414,13 +415,13 @@ def prefetch_for(prologue: str, n_out: int, sparsity: float, bits: int, blocks: 
     return 1056 if n_out > VERY_WIDE else 264, blocks, True
 
 
-def rows_ahead(n_out: int, sparsity: float, bits: int) -> int:
-    """Of how many of gate/up's rows those guessed to be kept are prefetched during attention, a multiple of AHEAD_ROWS.
+def rows_ahead(n_in: int, n_out: int, sparsity: float, bits: int) -> int:
+    """Of how many of gate/up's rows those guessed to be kept are prefetched during attention, a multiple of 128.
 
     Measured on an H100: llama-3-8b's step 1.0, 1.4 and 1.4 % shorter at 40, 50 and 65 %, llama-2-7b's 1.1 and 1.2 at 50
     and 65 %, dense 0.8; small models' up to 1.6 % longer, int8's and int4's level (NOTES.md).
     """
-    if bits < 16 or n_out <= VERY_WIDE:
+    if bits < 16 or n_in * n_out < LARGE:
         return 0
     return 768 if sparsity else 256
 

@@ -28,11 +28,11 @@ MODELS = {
     "three blocks of inputs a program": {"dim": 160, "head_dim": 16, "resident": 2},
     "whole chunks outside the window": {"sliding_window": 70, "prompt": 200, "cache": 256},
 }
-# widths that tiles divide, so that rows are prefetched on Hopper; gate and up in the wide products' tiles, qkv in three
-# blocks of inputs
+# widths that tiles divide, so that rows are prefetched on Hopper; gate and up in the widest products' tiles, some of
+# their rows prefetched during attention; qkv in three blocks of inputs
 WIDE = {
     "dim": 512, "n_head": 8, "n_local_heads": 8, "intermediate_size": 5120, "std": 0.05, "by_channel": True,
-    "resident": 80, "very_wide": 8192,
+    "resident": 80, "very_wide": 8192, "large": 1,
 }  # fmt: skip
 WIDE_MODELS = {
     "wide": WIDE,
@@ -71,12 +71,12 @@ def snapshot(model: SparseTransformer) -> list[torch.Tensor]:
 )
 def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     """Sparsity 0 is dense, without shifts; 0.5 and 0.7 choose other tiles for the same thresholds."""
-    options = {"prompt": 62, "cache": 140}  # the steps cross from one chunk to the next
-    options |= {"resident": 2112, "very_wide": 16384}
+    constants = {"resident": 2112, "very_wide": 16384, "large": 1 << 26}
+    options = {"prompt": 62, "cache": 140} | constants  # the steps cross from one chunk to the next
     options |= (MODELS | WIDE_MODELS)[name]
     prompt, cache, steps = options.pop("prompt"), options.pop("cache"), 4
-    for name in ("resident", "very_wide"):
-        monkeypatch.setattr(f"kernels.triton_gemv.{name.upper()}", options.pop(name))
+    for constant in constants:
+        monkeypatch.setattr(f"kernels.triton_gemv.{constant.upper()}", options.pop(constant))
     model = build(**options)
     if model.config.quant != "none" and DEVICE == "cpu":
         steps = 1  # of integers the interpreter makes long work
@@ -112,6 +112,62 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=tolerance)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="what the interpreter prefetches can be seen")
+@pytest.mark.parametrize(
+    ("splits", "sparsity", "shifted"), [(2, 0.0, False), (2, 0.5, False), (2, 0.5, True), (64, 0.0, False)]
+)
+def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(splits, sparsity, shifted, monkeypatch):
+    """By h as it is then and its norm's last scale, in six pieces beside four heads; none beside 256 programs."""
+    import triton.language as tl
+
+    from kernels import decode
+
+    fetched, expected, attend = [], [], decode.launch_attention
+
+    def prefetch(rows_ptr, wanted, n_bytes):
+        at = [address for address, want in zip(rows_ptr.handle.data, wanted.handle.data, strict=True) if want]
+        fetched.extend((int(address), int(n_bytes.handle.data[0])) for address in at)
+
+    monkeypatch.setattr("kernels.triton_gemv._prefetch", prefetch)
+    monkeypatch.setattr("kernels.triton_gemv.prefetch_for", lambda *product: (0, 0, False))
+    monkeypatch.setattr(decode, "rows_ahead", lambda *product: 128)
+    monkeypatch.setattr(decode, "attention_splits", lambda *cache: splits)
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        monkeypatch.setattr(tl.extra.cuda, name, lambda **options: None)
+    model = build(shifted=shifted, n_head=8, n_local_heads=4, intermediate_size=1032)
+    model.setup_caches(1, 140)
+    for block in model.layers:
+        block.ffn_norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
+    decoder = FusedDecoder(model, sparsity, temperature=0.0, top_k=1)
+    decoder.pdl = True
+
+    def launch(*arguments, **options):
+        layer = len(expected)
+        block = model.layers[layer]
+        x = decoder.h * decoder.scales[2 * layer + 1] * block.ffn_norm.weight
+        w13 = block.feed_forward.w13
+        kept = (x - w13.shift if shifted else x).abs() > w13.threshold
+        if not sparsity or splits > 2:
+            kept[:] = splits == 2
+        expected.append(
+            [
+                (w13.weight[row].data_ptr() + half * 4128 + start, min(2048, 4128 - start))
+                for half in range(2) for row in kept[half].nonzero()[:, 0] for start in range(0, 4128, 2048)
+            ]
+        )  # fmt: skip
+        fetched.clear()
+        attend(*arguments, **options)
+        assert sorted(fetched) == sorted(expected[-1])
+
+    monkeypatch.setattr(decode, "launch_attention", launch)
+    decoder.scales.copy_(0.05 + 0.01 * torch.arange(4)[:, None])  # of a step before
+    decoder.start(torch.tensor([3]), 0, seed=0)
+    decoder.step()
+    assert len(expected) == 2 and not decoder.logits.isnan().any()
+    if sparsity:
+        assert all(0 < len(pieces) < 64 * 6 for pieces in expected)
+
+
 COMPILE = """
 import sys
 import torch
@@ -123,7 +179,7 @@ from model import ModelArgs
 from sparse_model import FusedDecoder, SparseTransformer
 
 capability = int(sys.argv[1])
-kernels.triton_gemv.VERY_WIDE = 8192
+kernels.triton_gemv.VERY_WIDE, kernels.triton_gemv.LARGE = 8192, 1
 
 class AbsentGPU:
     def get_current_target(self):

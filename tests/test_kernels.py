@@ -143,24 +143,36 @@ def test_tiles_are_small_where_all_programs_still_run_at_once():
     assert tile_for("given", 2048, 2048, 0.0, 8) == (32, 1, 128, 16)
     assert tile_for("given", 2048, 2048, 0.5, 4) == (32, 1, 512, 4)
     assert tile_for("silu", 8192, 2048, 0.5, 16) == (32, 2, 128, 0)
-    assert tile_for("norm", 96, 9728, 0.0, 16) == (32, 1, 256, 0)
+    assert tile_for("norm", 96, 9728, 0.0, 16) == (32, 1, 256, 0)  # but not of a wide product
 
 
 def test_tiles_of_wide_products():
     assert tile_for("norm", 4096, 28672, 0.5, 16) == (32, 1, 256, 0)
     assert tile_for("norm", 4096, 28672, 0.65, 16) == (32, 2, 256, 16)  # by row
-    assert tile_for("norm", 4096, 12288, 0.5, 16) == (32, 2, 128, 0)  # masked, llama-2-7b's qkv counts as narrow
-    assert tile_for("norm", 4096, 12288, 0.65, 16) == (32, 1, 256, 16)
-    assert tile_for("norm", 4096, 12288, 0.0, 16) == (32, 1, 256, 0)
+    for n_in, n_out in ((4096, 12288), (2048, 16384), (896, 9728)):  # narrow where rows are masked
+        assert tile_for("norm", n_in, n_out, 0.5, 16) == (32, 2, 128, 0)
+        assert tile_for("norm", n_in, n_out, 0.65, 16) == (32, 1, 256, 16)
+        assert tile_for("norm", n_in, n_out, 0.0, 16) == (32, 1, 256, 0)
     assert tile_for("given", 4096, 28672, 0.5, 16) == (32, 1, 128, 0)
     assert tile_for("given", 4096, 28672, 0.65, 16) == (32, 1, 256, 16)
+
+
+def test_what_is_prefetched():
+    assert triton_gemv.prefetch_for("norm", 28672, 0.65, 16, 2) == (2112, 1, True)
+    assert triton_gemv.prefetch_for("norm", 16384, 0.65, 16, 1) == (528, 1, True)
+    assert triton_gemv.prefetch_for("norm", 28672, 0.5, 8, 2) == (1056, 2, True)
+    assert triton_gemv.prefetch_for("norm", 16384, 0.5, 8, 2) == (264, 2, True)
+    assert triton_gemv.rows_ahead(4096, 28672, 0.25, 16) == 768
+    assert triton_gemv.rows_ahead(4096, 28672, 0.0, 16) == 256
+    assert triton_gemv.rows_ahead(4096, 28672, 0.25, 8) == 0
+    assert triton_gemv.rows_ahead(2048, 22016, 0.25, 16) == 0  # qwen2.5-3b's
 
 
 @triton.jit
 def _mark(rows_ptr, wanted, n_bytes):
     """In place of a prefetch: adds 1 to every byte that it would bring."""
     at = tl.arange(0, 64)[None, :]
-    mask = wanted[:, None] & (at < n_bytes[:, None])
+    mask = wanted[:, None] & (at < n_bytes)
     tl.store(rows_ptr[:, None] + at, tl.load(rows_ptr[:, None] + at, mask=mask) + 1, mask=mask)
 
 
@@ -180,14 +192,16 @@ def test_gate_and_up_are_prefetched_once_where_kept(shift, sparsity, monkeypatch
     generator = torch.Generator().manual_seed(0)
     h, gain = (torch.randn(100, generator=generator) for _ in range(2))
     threshold, scale = torch.rand(2, 100, generator=generator), torch.tensor([0.7])
-    half_bytes, rows = 176, 64  # three pieces of 64 bytes, the last one short, of two times 32 rows of 100
-    marks = torch.zeros(100, 2 * half_bytes, dtype=torch.uint8)
+    h[::7] = torch.tensor(0.0)
+    threshold[:, ::7] = 0.25 if shift else 0.0  # ties: cut
+    half_bytes = 176  # three pieces of 64 bytes, the last one short
+    marks = torch.zeros(128, 2 * half_bytes, dtype=torch.uint8)  # 28 rows more than there are
     cuts = threshold if shift is None else torch.stack((threshold, torch.full_like(threshold, shift)), dim=2)
-    pieces = rows // 32 * 2 * 3
+    pieces = 128 // 32 * 2 * 3
     _prefetch_all[(pieces,)](h, gain, cuts, scale, marks, half_bytes, sparsity > 0, shift is not None)
     kept = (h * scale * gain - (shift or 0)).abs() > threshold if sparsity else torch.ones(2, 100, dtype=torch.bool)
-    kept[:, rows:] = False
-    assert torch.equal(marks, kept.T.repeat_interleave(half_bytes, dim=1).to(torch.uint8))
+    assert torch.equal(marks[:100], kept.T.repeat_interleave(half_bytes, dim=1).to(torch.uint8))
+    assert not marks[100:].any()
 
 
 @pytest.mark.gpu
