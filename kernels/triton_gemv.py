@@ -18,7 +18,7 @@ SCALE_BUFFER = SLOTS * SLOT_STRIDE
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
 RESIDENT = 2112  # programs of 128 registers that run at once on an H100: 16 on each of 132 multiprocessors
 WIDE = 8192  # outputs beyond which a product has programs enough for 512 bytes of a row each
-VERY_WIDE = 16384  # outputs beyond which that holds for masked rows, for two blocks by row and for more prefetching
+VERY_WIDE = 16384  # the same where cut rows are masked; by row, outputs beyond which two blocks a program pay
 LARGE = 1 << 26  # weights from which on a product's rows are prefetched during attention
 MOSTLY_CUT = 0.6  # sparsity from which on masked rows cost a wide product more time than a loop over the kept ones
 

@@ -7,11 +7,10 @@ from torch import Tensor
 from kernels.quantized import dequantize, pack_int4
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 
-triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
+pytest.importorskip("triton")
 
-from kernels import triton_gemv  # noqa: E402
-from kernels.triton_gemv import launch_gemv, launch_sparse_gemv, tile_for  # noqa: E402
+from kernels import triton_gemv
+from kernels.triton_gemv import launch_gemv, launch_sparse_gemv, tile_for
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -166,42 +165,6 @@ def test_what_is_prefetched():
     assert triton_gemv.rows_ahead(4096, 28672, 0.0, 16) == 256
     assert triton_gemv.rows_ahead(4096, 28672, 0.25, 8) == 0
     assert triton_gemv.rows_ahead(2048, 22016, 0.25, 16) == 0  # qwen2.5-3b's
-
-
-@triton.jit
-def _mark(rows_ptr, wanted, n_bytes):
-    """In place of a prefetch: adds 1 to every byte that it would bring."""
-    at = tl.arange(0, 64)[None, :]
-    mask = wanted[:, None] & (at < n_bytes)
-    tl.store(rows_ptr[:, None] + at, tl.load(rows_ptr[:, None] + at, mask=mask) + 1, mask=mask)
-
-
-@triton.jit
-def _prefetch_all(h, gain, threshold, scale, weight, half_bytes, CUT: tl.constexpr, SHIFT: tl.constexpr):
-    piece = tl.program_id(0)
-    triton_gemv.prefetch_gate_up(
-        piece, h, gain, threshold, scale, weight, half_bytes, CUT, SHIFT, 100, 32, 64, tl.float32
-    )
-
-
-@interpreted
-@pytest.mark.parametrize("sparsity", [0, 0.5])
-@pytest.mark.parametrize("shift", [None, 0.25])
-def test_gate_and_up_are_prefetched_once_where_kept(shift, sparsity, monkeypatch):
-    monkeypatch.setattr(triton_gemv, "_prefetch", _mark)
-    generator = torch.Generator().manual_seed(0)
-    h, gain = (torch.randn(100, generator=generator) for _ in range(2))
-    threshold, scale = torch.rand(2, 100, generator=generator), torch.tensor([0.7])
-    h[::7] = torch.tensor(0.0)
-    threshold[:, ::7] = 0.25 if shift else 0.0  # ties: cut
-    half_bytes = 176  # three pieces of 64 bytes, the last one short
-    marks = torch.zeros(128, 2 * half_bytes, dtype=torch.uint8)  # 28 rows more than there are
-    cuts = threshold if shift is None else torch.stack((threshold, torch.full_like(threshold, shift)), dim=2)
-    pieces = 128 // 32 * 2 * 3
-    _prefetch_all[(pieces,)](h, gain, cuts, scale, marks, half_bytes, sparsity > 0, shift is not None)
-    kept = (h * scale * gain - (shift or 0)).abs() > threshold if sparsity else torch.ones(2, 100, dtype=torch.bool)
-    assert torch.equal(marks[:100], kept.T.repeat_interleave(half_bytes, dim=1).to(torch.uint8))
-    assert not marks[100:].any()
 
 
 @pytest.mark.gpu
