@@ -6,6 +6,7 @@ a time (prefill) are dense, unless `dense_prefix` says from which position on th
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,7 +16,24 @@ from kernels.quantized import dequantize
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 from model import Transformer, UncastBuffers, hold_quantized
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+if TYPE_CHECKING:
+    from thresholds import Cuts
+
+
+class Site(NamedTuple):
+    """A place of a block whose input is cut: the module there, and the projections that share its input."""
+
+    module: str
+    projections: tuple[str, ...]
+
+
+SITES = {
+    "qkv": Site("attention.wqkv", ("q", "k", "v")),
+    "o": Site("attention.wo", ("o",)),
+    "gate_up": Site("feed_forward.w13", ("gate", "up")),
+    "down": Site("feed_forward.w2", ("down",)),
+}
+PROJECTIONS = {projection: name for name, site in SITES.items() for projection in site.projections}  # -> its site
 
 
 class SparseProjection(UncastBuffers):
@@ -56,32 +74,38 @@ class SparseProjection(UncastBuffers):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, in] -> [B, T, out]
         if self.dense_prefix is not None:
-            y = self._cut_from(x, self.dense_prefix)
+            y = self._cut_after(self.dense_prefix, x)
         elif x.shape[1] == 1:
-            y = self._cut(sparse_gemv, x[:, 0])[:, None]
+            y = self._sparse_product(sparse_gemv, x[:, 0])[:, None]
         else:
             y = x @ self.dequantized(x.dtype)
         return y if self.bias is None else y + self.bias
 
-    def _cut(self, product: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        y = product(self._moved(x), self.weight, self.threshold, self.widths, self.scale)
+    def _sparse_product(self, product: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        y = product(self._compared(x), self.weight, self.threshold, self.widths, self.scale)
         return y if self.offset is None else (y + self.offset).to(x.dtype)
 
-    def _moved(self, x: Tensor) -> Tensor:  # what is compared with the thresholds
+    def _compared(self, x: Tensor) -> Tensor:
+        """x - shift: what is compared with the thresholds."""
         return x if self.shift is None else (x - self.shift).to(x.dtype)
 
-    def _cut_from(self, x: Tensor, prefix: int) -> Tensor:
+    def _cut_after(self, prefix: int, x: Tensor) -> Tensor:
+        """The product of x [B, T, in], whose positions [prefix:] are cut and whose kept inputs are counted there."""
         head, tail = x[:, :prefix] @ self.dequantized(x.dtype), x[:, prefix:]
+
+        # count what the kernels would read
         self.seen += tail.shape[0] * tail.shape[1]
         self.steps += tail.shape[1]
         for s, threshold in enumerate(self.threshold):
-            keep = keep_mask(self._moved(tail), threshold)
+            keep = keep_mask(self._compared(tail), threshold)
             self.kept[s] += keep.sum()
             self.read[s] += keep.any(dim=0).sum()
-        return torch.cat((head, self._cut(sparse_gemv_ref, tail)), dim=1)
 
-    def set_shift(self, shift: Tensor | None) -> None:
-        """Cuts x around `shift` [in] from now on, W x = W (x - shift) + W shift; None: around 0."""
+        return torch.cat((head, self._sparse_product(sparse_gemv_ref, tail)), dim=1)
+
+    def set_cut(self, threshold: Tensor, shift: Tensor | None = None) -> None:
+        """Sets threshold [S, in] or [S, 1] and shift [in]. Since W x = W (x - shift) + W shift, the offset follows."""
+        self.threshold.copy_(threshold.expand_as(self.threshold))
         self.shift = None if shift is None else shift.to(self.weight.device, torch.float32)
         self.offset = None if shift is None else self.shift @ self.dequantized(torch.float32)
 
@@ -118,6 +142,7 @@ class SparseTransformer(Transformer):
     """A Transformer that cuts small inputs of all seven projections. New thresholds are 0: all but exact zeros kept."""
 
     projection_class = SparseProjection
+    sparsity = 0.0  # of the cuts that were set last: about the share that they cut
 
     def forward(
         self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0, dense_prefix: int | None = None
@@ -129,11 +154,11 @@ class SparseTransformer(Transformer):
         """
         if dense_prefix is None:
             return super().forward(idx, input_pos, num_logits)
-        with self.cut_from(dense_prefix):
+        with self.cut_after(dense_prefix):
             return super().forward(idx, input_pos, num_logits)
 
     @contextmanager
-    def cut_from(self, dense_prefix: int) -> Iterator[None]:
+    def cut_after(self, dense_prefix: int) -> Iterator[None]:
         """Inside it every projection cuts positions [dense_prefix:] of its input by plain masking and counts them."""
         for projection in self.projections:
             projection.dense_prefix = dense_prefix
@@ -143,54 +168,27 @@ class SparseTransformer(Transformer):
             for projection in self.projections:
                 projection.dense_prefix = None
 
-    def set_threshold(self, layer: int, projection: str, value: float | Tensor) -> None:
-        """Sets one projection's threshold in place: one value, or one for each input [in]."""
-        if not 0 <= layer < len(self.layers):
-            raise ValueError(f"no layer {layer}; the model has {len(self.layers)}")
-        for module in self.projections[4 * layer : 4 * layer + 4]:
-            if projection in module.segments:
-                module.threshold[list(module.segments).index(projection)] = value
-                return
-        raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
-
-    def set_cuts(self, cuts: list[tuple[Tensor, Tensor | None]]) -> None:
-        """Sets (threshold [S, in], shift [in] or None) of each of `projections`.
+    @torch.no_grad()
+    def set_cuts(self, cuts: "Cuts") -> None:
+        """Sets the thresholds and shifts of all sites, and remembers their sparsity.
 
         Raises:
-            ValueError: they are of another model; nothing was set then.
+            ValueError: the cuts are of another model; nothing was set then.
         """
         shapes = [tuple(module.threshold.shape) for module in self.projections]
-        found = [tuple(threshold.shape) for threshold, _ in cuts]
-        if shapes != found or any(c is not None and len(c) != n for (_, c), (_, n) in zip(cuts, shapes, strict=True)):
+        fits = len(cuts.thresholds) == len(cuts.shifts) == len(shapes) and all(
+            tuple(threshold.shape) in ((segments, n_in), (segments, 1)) and (shift is None or len(shift) == n_in)
+            for threshold, shift, (segments, n_in) in zip(cuts.thresholds, cuts.shifts, shapes, strict=True)
+        )
+        if not fits:
+            given = tuple(cuts.thresholds[0].shape) if cuts.thresholds else "missing"
             raise ValueError(
-                f"the thresholds are of another model: {len(cuts)} inputs, the first {found[:1]}; "
-                f"the model has {len(shapes)}, the first {shapes[0]}"
+                f"the thresholds are of another model: they are for {len(cuts.thresholds)} sites, of which the first "
+                f"is {given}; this model has {len(shapes)}, of which the first is {shapes[0]}"
             )
-        for module, (threshold, shift) in zip(self.projections, cuts, strict=True):
-            module.threshold.copy_(threshold)
-            module.set_shift(shift)
-
-    def set_sparsity(self, statistics, sparsity: float | list[dict[str, float]]) -> None:
-        """Sets all thresholds from `calibrate.Statistics`: one sparsity, or one for each layer and projection.
-
-        Raises:
-            ValueError: the statistics or the list are of a model with another number of layers, or a projection's
-                share is missing; nothing was set then.
-        """
-        layers = sparsity if isinstance(sparsity, list) else [dict.fromkeys(PROJECTIONS, sparsity)] * len(self.layers)
-        if not len(layers) == statistics.n_layer == len(self.layers):
-            raise ValueError(
-                f"the model has {len(self.layers)} layers, the statistics {statistics.n_layer}, "
-                f"the allocation {len(layers)}"
-            )
-        for i, shares in enumerate(layers):
-            if missing := [projection for projection in PROJECTIONS if projection not in shares]:
-                raise ValueError(f"the allocation's layer {i} says no sparsity for {', '.join(missing)}")
-        for module in self.projections:
-            module.set_shift(None)
-        for i, shares in enumerate(layers):
-            for projection, share in shares.items():
-                self.set_threshold(i, projection, statistics.threshold(i, projection, share))
+        for module, threshold, shift in zip(self.projections, cuts.thresholds, cuts.shifts, strict=True):
+            module.set_cut(threshold, shift)
+        self.sparsity = cuts.sparsity
 
     def reset_counts(self) -> None:
         for projection in self.projections:

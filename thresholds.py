@@ -1,0 +1,300 @@
+"""Where thresholds come from: a run's options and its checkpoint -> the cuts that its model is given.
+
+    rule       made by                                     kept beside the checkpoint as
+    uniform    calibrate.py: quantiles of |x|              calibration.safetensors (statistics, not thresholds)
+    greedy     greedy.py: TEAL's Algorithm 1               thresholds_greedy.safetensors
+    refined    refine.py: gradients of the KL divergence   thresholds_refined.safetensors
+
+`cuts_for` is the one way from `--thresholds` and `--sparsity` to `Cuts`; `SparseTransformer.set_cuts` takes them. A new
+rule is a function of (RuleInputs, sparsity) and its row in `RULES`.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from formats.checkpoint import check_fingerprint, fingerprint
+from formats.files import write_output
+from formats.statistics import Statistics
+from sparse_model import SITES
+
+FORMAT = "cut table 1"
+ASSETS = Path(__file__).parent / "assets"  # tables that come with this repository, a folder per model
+SCRIPTS = {"greedy": "greedy.py", "refined": "refine.py"}  # rule -> the script that makes its table
+OLD_FILES = {"allocation_greedy.json": "greedy", "allocation_global.safetensors": "refined"}
+
+
+class Cuts(NamedTuple):
+    """Thresholds and shifts of all sites of a model at one sparsity.
+
+    Attributes:
+        sparsity: the share of the projections' weights that they are meant to cut, 0 <= sparsity < 1.
+        thresholds: one per site, in the order of `SparseTransformer.projections`: [S, in], or [S, 1] for one value per
+            projection; float32.
+        shifts: one per site: [in], float32, the values that stand for cut inputs; None stands for zeros.
+    """
+
+    sparsity: float
+    thresholds: list[Tensor]
+    shifts: list[Tensor | None]
+
+
+class CutTable:
+    """Cuts of one model at rising sparsities: what greedy.py and refine.py write.
+
+    Attributes:
+        levels: [L], the sparsities, rising.
+        tensors: "<layer>.<site>.threshold" [L, S, in] or [L, S, 1], and where the rule has shifts
+            "<layer>.<site>.shift" [L, in]; the sites are those of `sparse_model.SITES`.
+        metadata: strings: rule, fingerprint of the checkpoint, text, tokens, ...; `quality`, if known, is JSON: "text"
+            and "perplexity", pairs of (sparsity, perplexity on that text) that start with the dense model's.
+    """
+
+    def __init__(self, levels: list[float], tensors: dict[str, Tensor], metadata: dict[str, str]):
+        self.levels, self.tensors, self.metadata = levels, tensors, metadata
+
+    @property
+    def n_layer(self) -> int:
+        return sum(name.endswith(".threshold") for name in self.tensors) // len(SITES)
+
+    def level(self, i: int) -> Cuts:
+        """The cuts at level i, in float32."""
+        names = [f"{layer}.{site}" for layer in range(self.n_layer) for site in SITES]
+        shifts = [self.tensors.get(f"{name}.shift") for name in names]
+        thresholds = [self.tensors[f"{name}.threshold"][i].float() for name in names]
+        return Cuts(self.levels[i], thresholds, [None if shift is None else shift[i].float() for shift in shifts])
+
+    def at(self, sparsity: float) -> Cuts:
+        """The cuts at a sparsity: linear between two levels; below the first level, between thresholds 0 and its own.
+
+        Raises:
+            ValueError: a sparsity beyond the last level.
+        """
+        if not 0 <= sparsity <= self.levels[-1]:
+            raise ValueError(
+                f"sparsity {sparsity} is outside what the cut table covers, 0 to {self.levels[-1]:.3f}; "
+                "choose one inside or --thresholds uniform"
+            )
+        above = int(np.searchsorted(self.levels, sparsity))
+        upper = self.level(above)
+        lower = self.level(above - 1) if above else Cuts(0.0, [torch.zeros_like(t) for t in upper[1]], upper.shifts)
+        weight = (sparsity - lower.sparsity) / (upper.sparsity - lower.sparsity)
+
+        def between(low: Tensor | None, high: Tensor | None) -> Tensor | None:
+            return None if high is None else torch.lerp(low, high, weight)
+
+        return Cuts(
+            sparsity,
+            list(map(between, lower.thresholds, upper.thresholds)),
+            list(map(between, lower.shifts, upper.shifts)),
+        )
+
+    def append(self, cuts: Cuts) -> None:
+        """Adds a level above the others."""
+        for j, (threshold, shift) in enumerate(zip(cuts.thresholds, cuts.shifts, strict=True)):
+            name = f"{j // len(SITES)}.{list(SITES)[j % len(SITES)]}"
+            for kind, value in (("threshold", threshold), ("shift", shift)):
+                if value is not None:
+                    value = value.detach().float().cpu()[None].clone()
+                    before = [self.tensors[f"{name}.{kind}"]] if self.levels else []
+                    self.tensors[f"{name}.{kind}"] = torch.cat([*before, value])
+        self.levels.append(cuts.sparsity)
+
+    def perplexity_at(self, sparsity: float) -> tuple[float, float, str] | None:
+        """Perplexity of the dense model and at this sparsity, and the text's name, by the table's own record.
+
+        None without a record. Between two recorded sparsities the logarithm of the perplexity is taken to be linear.
+        """
+        if "quality" not in self.metadata:
+            return None
+        record = json.loads(self.metadata["quality"])
+        sparsities, perplexities = zip(*record["perplexity"], strict=True)
+        value = float(np.exp(np.interp(sparsity, sparsities, np.log(perplexities))))
+        return perplexities[0], value, record["text"]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
+        tensors = {**self.tensors, "levels": torch.tensor(self.levels, dtype=torch.float64)}
+        write_output(path, serialize(tensors, {"format": FORMAT, **self.metadata}))
+
+
+def load_table(path: str | Path) -> CutTable:
+    """Reads what `CutTable.save` wrote. Raises ValueError: no file there, or one that holds something else."""
+    path = Path(path)
+    again = "make it with greedy.py or refine.py"
+    if path.name in OLD_FILES:
+        raise ValueError(f"{path} is a file of an earlier version; make thresholds_*.safetensors: {_how(path.name)}")
+
+    # read the file
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.pop("format", None) != FORMAT:
+                raise ValueError(f"{path} is not a cut table of this version; {again}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise ValueError(f"no cut table at {path}; {again}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a cut table ({error}); {again}") from None
+
+    # every site of every layer has thresholds for every level
+    levels = tensors.pop("levels", torch.zeros(0)).flatten().tolist()
+    table = CutTable(levels, tensors, metadata)
+    needed = {f"{layer}.{site}.threshold" for layer in range(table.n_layer) for site in SITES}
+    allowed = needed | {name.replace(".threshold", ".shift") for name in needed}
+    complete = needed and needed <= set(tensors) <= allowed and all(len(t) == len(levels) for t in tensors.values())
+    if not levels or not complete or sorted(set(levels)) != levels or not 0 < levels[0] <= levels[-1] < 1:
+        raise ValueError(f"{path} is damaged: levels or tensors are missing; {again}")
+    return table
+
+
+@dataclass
+class RuleInputs:
+    """What a rule makes cuts from.
+
+    Attributes:
+        folder: the checkpoint's, or None for random weights.
+        statistics: gives the statistics of the inputs of this model, reading or making them; called if needed.
+    """
+
+    folder: Path | None
+    statistics: Callable[[], Statistics]
+
+
+def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
+    """TEAL's uniform rule (arXiv 2408.14690, section 4.1): every projection's inputs are cut to the same sparsity."""
+    statistics = inputs.statistics()
+    return cuts_of_shares(statistics, [dict.fromkeys(site_projections(), sparsity)] * statistics.n_layer, sparsity)
+
+
+def site_projections() -> list[str]:
+    return [projection for site in SITES.values() for projection in site.projections]
+
+
+def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], sparsity: float) -> Cuts:
+    """Cuts that make the inputs of each layer's projections as sparse as `shares` says, layer by layer.
+
+    Raises:
+        ValueError: see `Statistics.threshold`.
+    """
+    thresholds = [
+        torch.tensor([[statistics.threshold(layer, p, share[p])] for p in site.projections])
+        for layer, share in enumerate(shares)
+        for site in SITES.values()
+    ]
+    return Cuts(sparsity, thresholds, [None] * len(thresholds))
+
+
+def table_path(rule: str, folder: Path | None) -> Path | None:
+    """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None."""
+    if folder is None:
+        return None
+    name = f"thresholds_{rule}.safetensors"
+    if (folder / name).is_file():
+        return folder / name
+    shipped = [path for path in ASSETS.glob(f"*/{name}") if _fingerprint_of(path) == fingerprint(folder)]
+    return shipped[0] if shipped else None
+
+
+def _fingerprint_of(table: Path) -> str | None:
+    with safe_open(table, "pt") as file:
+        return (file.metadata() or {}).get("fingerprint")
+
+
+def from_table(rule: str) -> Callable[[RuleInputs, float], Cuts]:
+    """The rule whose cuts are read from a table."""
+
+    def cuts(inputs: RuleInputs, sparsity: float) -> Cuts:
+        path = table_path(rule, inputs.folder)
+        if path is None:
+            where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
+            raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
+        return table_of(path, inputs.folder).at(sparsity)
+
+    return cuts
+
+
+def table_of(path: Path, folder: Path | None) -> CutTable:
+    """The table in `path`. Raises ValueError if it is of another checkpoint than the one in `folder`."""
+    table = load_table(path)
+    if folder:
+        script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
+        check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
+    return table
+
+
+# the best first: `best` is the first rule that has a table for the checkpoint, and uniform where none has
+RULES: dict[str, Callable[[RuleInputs, float], Cuts]] = {
+    "refined": from_table("refined"),
+    "greedy": from_table("greedy"),
+    "uniform": uniform,
+}
+
+
+def choose_rule(thresholds: str, sparsity: float, folder: Path | None, own_statistics: bool) -> str:
+    """What `--thresholds best` stands for; any other value stands for itself.
+
+    own_statistics: the user gave a file of statistics, which tables do not use.
+
+    Raises:
+        ValueError: `--thresholds` is neither best, a rule nor a file.
+    """
+    if thresholds in ("global", "teal"):
+        raise ValueError(f"--thresholds {thresholds} is now {'refined' if thresholds == 'global' else 'greedy'}")
+    if thresholds != "best":
+        if thresholds not in RULES and not Path(thresholds).is_file():
+            raise ValueError(f"--thresholds {thresholds}: no such file; it takes best, {', '.join(RULES)} or a file")
+        return thresholds
+    if folder:
+        for name, rule in OLD_FILES.items():
+            if (folder / name).is_file() and not table_path(rule, folder):
+                warnings.warn(f"{folder / name} is of an earlier version and not read: {_how(name)}", stacklevel=2)
+    for rule in SCRIPTS if sparsity and not own_statistics else ():
+        path = table_path(rule, folder)
+        if path and sparsity <= load_table(path).levels[-1]:
+            return rule
+    return "uniform"
+
+
+def _how(old_file: str) -> str:
+    return f"python {SCRIPTS[OLD_FILES[old_file]]} makes thresholds_{OLD_FILES[old_file]}.safetensors in its place"
+
+
+def cuts_for(
+    thresholds: str,
+    sparsity: float,
+    folder: Path | None,
+    statistics: Callable[[], Statistics],
+    own_statistics: bool = False,
+) -> tuple[str, Cuts]:
+    """From a run's options to its cuts.
+
+    Args:
+        thresholds: `--thresholds`: best, a rule of `RULES`, or the path of a cut table.
+        sparsity: `--sparsity`.
+        folder: the checkpoint's; None for random weights.
+        statistics: called if the rule reads thresholds from statistics; see `RuleInputs`.
+        own_statistics: whether the user gave `--statistics`.
+
+    Returns:
+        the rule's name (or the file's path) for reports, and the cuts.
+
+    Raises:
+        ValueError: an unknown rule; a table that is missing, of another checkpoint, or without that sparsity;
+            statistics beside a rule that does not read them.
+    """
+    rule = choose_rule(thresholds, sparsity, folder, own_statistics)
+    if rule not in RULES:
+        return rule, table_of(Path(rule), folder).at(sparsity)
+    if own_statistics and rule in SCRIPTS:
+        raise ValueError(f"--statistics says nothing to --thresholds {rule}, whose table holds thresholds; drop one")
+    return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
