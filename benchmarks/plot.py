@@ -21,7 +21,7 @@ RULES |= {"up-input": "C6", "up-output": "C8"}
 MARKERS = {"none": "o", "int8": "s", "int4": "^"}
 PEERS = {"GPT-Fast": "D", "TEAL": "^", "TEAL dense": "v"}
 SPEEDUP = "NVIDIA H100 80GB HBM3", "llama-3-8b"  # whose sweep with a short prompt is drawn beside the peers
-MOST_PERPLEXITY = 300  # what is above is drawn at the upper edge, with its number
+MOST_PERPLEXITY = 300  # what is above is drawn at this height, with its number
 
 
 def plot_decode(plt) -> None:
@@ -38,10 +38,8 @@ def plot_decode(plt) -> None:
     panels = {sweep: lines for sweep, lines in panels.items() if lines}
     if not panels:
         return
-    beside_peers = min(
-        (sweep for sweep in panels if sweep[:2] == SPEEDUP and "bfloat16" in panels[sweep]), default=None
-    )
-    figure, axes = grid(plt, len(panels) + (beside_peers is not None))
+    with_peers = [sweep for sweep in panels if sweep[:2] == SPEEDUP and "bfloat16" in panels[sweep]]
+    figure, axes = grid(plt, len(panels) + bool(with_peers))
 
     # time per token
     for axis, (sweep, lines) in zip(axes, sorted(panels.items()), strict=False):
@@ -55,9 +53,9 @@ def plot_decode(plt) -> None:
         axis.set_title(f"{model}, {device}\n{prompt} prompt tokens", fontsize=9)
         axis.set(xlabel="achieved sparsity, %", ylabel="ms per token", ylim=(0, None))
 
-    # speed-up
-    if beside_peers:
-        plot_speedup(axes[-1], panels[beside_peers])
+    # speed-up, at the shortest prompt
+    if with_peers:
+        plot_speedup(axes[-1], panels[min(with_peers)])
     axes[0].plot([], [], "k:", label="limit of the bytes read")
     save(figure, "decode.png", legend=axes)
 
@@ -71,13 +69,13 @@ def plot_speedup(axis, lines: dict[str, list[dict]]) -> None:
         axis.plot(x, column(rows, "tokens_per_sec") / dense, "o-", color=FORMS[name], markersize=4)
         axis.plot(x, dense_bytes / column(rows, "bytes_per_token"), ":", color=FORMS[name])
 
-    # a peer's marker says whose it is, its colour the form of the weights
+    # a peer's marker says whose it is, its colour the form of the weights; its sparsity is what was asked for
     for row in read_rows("peers.csv"):
         if (row["device"], row["model"]) == SPEEDUP:
             x, y = 100 * float(row["sparsity"]), float(row["tokens_per_sec"]) / dense
-            axis.plot(x, y, PEERS[row["system"]], color=FORMS[form(row)], markeredgecolor="black", markersize=6)
+            axis.plot(x, y, PEERS[row["system"]], color=FORMS[form(row)], fillstyle="none", markersize=8)
     for system, marker in PEERS.items():
-        axis.plot([], [], marker, color="white", markeredgecolor="black", label=system)
+        axis.plot([], [], marker, color="black", fillstyle="none", label=system)
     device, model = SPEEDUP
     axis.set_title(f"{model}, {device}\nspeed-up over our dense bfloat16 ({dense:.0f} tokens/s)", fontsize=9)
     axis.set(xlabel="achieved sparsity, %", ylabel="times our dense bfloat16", yscale="log")
@@ -93,7 +91,7 @@ def plot_gemv(plt) -> None:
     figure, axes = grid(plt, len(panels))
     for axis, ((device, n_in, n_out), lines) in zip(axes, sorted(panels.items()), strict=True):
         peak = PEAK_BANDWIDTH.get(device)
-        for (kernel, dtype), rows in sorted(lines.items()):
+        for (kernel, dtype), rows in sorted(lines.items(), key=lambda line: (line[0][0] != "ours", line[0])):
             x = 100 * column(rows, "sparsity")
             color = FORMS[dtype] if kernel == "ours" else KERNELS[kernel]
             axis.plot(x, column(rows, "us"), "o-", color=color, label=f"{kernel}, {dtype}", markersize=4)
@@ -123,10 +121,10 @@ def plot_quality(plt) -> None:
                 lines[row["quant"], row["rule"]].append(row)
 
         # every rule, weights as they are
-        for (quant, rule), rows in lines.items():
-            if quant == "none" and rule == "dense":
-                by_sparsity.axhline(float(rows[0]["perplexity"]), color="grey", linestyle=":", label="dense")
-            elif quant == "none":
+        for row in lines["none", "dense"]:
+            by_sparsity.axhline(float(row["perplexity"]), color="grey", linestyle=":", label="dense")
+        for rule in RULES:
+            if rows := lines["none", rule]:
                 draw_perplexity(by_sparsity, percent(rows), rows, f"o{'--' if rule == 'norms' else '-'}", label=rule)
 
         # two rules from dense on, in every form of the weights
@@ -138,23 +136,24 @@ def plot_quality(plt) -> None:
         for quant, marker in MARKERS.items():
             by_bytes.plot([], [], marker, color="grey", label="16-bit weights" if quant == "none" else quant)
 
+        # both panels alike
         by_sparsity.set(xlabel="achieved sparsity, %")
         by_bytes.set(xlabel="MB of weights read per token")
         for axis in (by_sparsity, by_bytes):
             axis.set(title=f"{model}, WikiText-2", ylabel="perplexity", yscale="log")
-            axis.set_ylim(axis.get_ylim()[0], 1.1 * MOST_PERPLEXITY)
+            axis.set_ylim(axis.get_ylim()[0], 1.25 * MOST_PERPLEXITY)
             ticks(axis, (4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 40, 60, 100, 200, 300))
     save(figure, "quality.png", legend=axes)
 
 
 def draw_perplexity(axis, x, rows: list[dict], style: str, label: str | None = None) -> None:
-    """A rule's line in its colour; what is above `MOST_PERPLEXITY` lies at the edge, with its number."""
+    """A rule's line in its colour; what is above `MOST_PERPLEXITY` lies at that height, with its number."""
     y = column(rows, "perplexity")
     color = RULES[rows[-1]["rule"]]
     axis.plot(x, y.clip(max=MOST_PERPLEXITY), style, color=color, label=label, markersize=4)
     for place, value in zip(x, y, strict=True):
         if value > MOST_PERPLEXITY:
-            axis.annotate(f"{value:,.0f}", (place, MOST_PERPLEXITY), (6, -4), textcoords="offset points", fontsize=8)
+            axis.text(place, 1.05 * MOST_PERPLEXITY, f"\u2191{value:,.0f}", ha="center", fontsize=7)
 
 
 def bytes_line(model: str, quant: str):
@@ -185,6 +184,7 @@ def grid(plt, n: int, columns: int = 3):
     figure, axes = plt.subplots(
         lines, columns, figsize=(4.8 * columns, 3.9 * lines + 0.6), squeeze=False, layout="constrained"
     )
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     for axis in axes.flat[n:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:n])
