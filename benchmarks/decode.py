@@ -15,18 +15,14 @@ import shlex
 
 import torch
 
-from benchmarks.results import provenance, short, write_rows
+from benchmarks.results import form, model_columns, provenance, short, write_rows
 from calibrate import add_device_arguments
 from convert_hf_checkpoint import command_line, resolve_checkpoint
 from generate import main as generate
 from model import ModelArgs, read_config
 
 SPARSITIES = [0.0, 0.25, 0.4, 0.5, 0.65]
-COLUMNS = (
-    "date,device,torch,triton,commit,model,weights,dtype,quant,sparsity,achieved_sparsity,prompt_tokens,new_tokens,"
-    "tokens_per_sec,ms_per_token,bytes_per_token,bandwidth_gbps,command"
-).split(",")
-KEY = ["device", "model", "weights", "dtype", "quant", "sparsity", "prompt_tokens", "new_tokens"]
+KEY = "device model quant weights dtype batch gpus draft sparsity prompt_tokens new_tokens"
 
 
 def measure(options: dict, sparsity: float) -> dict:
@@ -34,74 +30,67 @@ def measure(options: dict, sparsity: float) -> dict:
     name, path = options.get("random_init"), options.get("checkpoint_path")
     config = ModelArgs.from_name(name) if name else read_config(resolve_checkpoint(path))
     result = generate(**options, sparsity=sparsity, compile=True)
+
+    # the command that makes this row again, without what is left at its default
     flags = [f"--sparsity {sparsity}"]
     for flag, value in options.items():
         if value:
             text = short(str(value)) if flag == "checkpoint_path" else str(value)
             flags.append(f"--{flag}" if value is True else f"--{flag} {shlex.quote(text)}")
-    rounded = {
+
+    columns = {
+        "weights": "random" if name else "trained",
+        "dtype": result["dtype"],
+        "batch": 1,
+        "gpus": 1,
+        "draft": result.get("draft", "none"),
+        "sparsity": sparsity,
         "achieved_sparsity": f"{result['achieved_sparsity']:.4f}",
+        "prompt_tokens": result["prompt_tokens"],
+        "new_tokens": result["new_tokens"],
         "tokens_per_sec": f"{result['tokens_per_sec']:.2f}",
         "ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}",
+        "ttft_ms": result.get("ttft_ms", ""),
+        "bytes_per_token": result["bytes_per_token"],
         "bandwidth_gbps": f"{result['bandwidth_gbps'] or math.nan:.1f}",
-    }
-    return {
-        **{name: value for name, value in result.items() if name in COLUMNS},
-        **provenance(result["device"]),
-        **rounded,
-        "weights": "random" if options.get("random_init") else "trained",
-        "model": config.name.removesuffix(f"-{config.quant}"),
-        "quant": config.quant,
         "command": " ".join(["python generate.py --compile", *flags]),
     }
+    return provenance(result["device"]) | model_columns(config) | columns
 
 
-def main(
-    random_init: list[str],
-    checkpoint_path: list[str],
-    sparsities: list[float],
-    prompt: str | None,
-    compile_prefill: bool,
-    allocation: str,
-    max_new_tokens: int,
-    num_samples: int,
-    device: str,
-    precision: str,
-) -> None:
-    """Measures, prints a table and writes the rows, model by model. Raises ValueError as generate.py does."""
+def print_table(rows: list[dict]) -> None:
+    first = rows[0]
+    dense = next((float(row["tokens_per_sec"]) for row in rows if row["sparsity"] == 0), None)
+    print(f"\n{first['model']}, {first['weights']} weights, {form(first)}, {first['device']}")
+    print(f"{'sparsity':>9}{'achieved':>10}{'tokens/s':>10}{'speed-up':>10}{'ms/token':>10}{'GB/s':>8}")
+    for row in rows:
+        speedup = f"{float(row['tokens_per_sec']) / dense:.2f}x" if dense else ""
+        print(
+            f"{row['sparsity']:>9.0%}{float(row['achieved_sparsity']):>10.1%}{float(row['tokens_per_sec']):>10.1f}"
+            f"{speedup:>10}{float(row['ms_per_token']):>10.3f}{float(row['bandwidth_gbps']):>8.0f}"
+        )
+
+
+def main(random_init: list[str], checkpoint_path: list[str], sparsities: list[float], **options) -> None:
+    """Measures, prints a table and writes the rows, model by model. Raises ValueError as generate.py does.
+
+    `options` are further arguments of generate.py.
+    """
     sources = [{"random_init": name} for name in random_init] + [{"checkpoint_path": path} for path in checkpoint_path]
     tables = []
     for source in sources or [{}]:
-        options = {
-            **source,
-            "compile_prefill": compile_prefill,
-            "allocation": allocation,
-            "prompt": prompt,
-            "max_new_tokens": max_new_tokens,
-            "num_samples": num_samples,
-            "device": device,
-            "precision": precision,
-        }
         rows = []
         for sparsity in sparsities:
-            rows.append(measure(options, sparsity))
-            gc.collect()
+            rows.append(measure(source | options, sparsity))
+            gc.collect()  # the next model takes this one's place on the GPU
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        write_rows("decode.csv", rows, COLUMNS, KEY)
+        write_rows("decode.csv", rows, KEY)
         tables.append(rows)
+
+    # all tables last: generate.py prints much between them
     for rows in tables:
-        first = rows[0]
-        dense = next((float(row["tokens_per_sec"]) for row in rows if row["sparsity"] == 0), None)
-        form = first["dtype"] if first["quant"] == "none" else first["quant"]
-        print(f"\n{first['model']}, {first['weights']} weights, {form}, {first['device']}")
-        print(f"{'sparsity':>9}{'achieved':>10}{'tokens/s':>10}{'speed-up':>10}{'ms/token':>10}{'GB/s':>8}")
-        for row in rows:
-            speedup = f"{float(row['tokens_per_sec']) / dense:.2f}x" if dense else ""
-            print(
-                f"{row['sparsity']:>9.0%}{float(row['achieved_sparsity']):>10.1%}{float(row['tokens_per_sec']):>10.1f}"
-                f"{speedup:>10}{float(row['ms_per_token']):>10.3f}{float(row['bandwidth_gbps']):>8.0f}"
-            )
+        print_table(rows)
 
 
 if __name__ == "__main__":

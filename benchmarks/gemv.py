@@ -25,6 +25,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -37,10 +38,7 @@ from kernels.quantized import dequantize
 from kernels.triton_gemv import launch_gemv
 from model import ModelArgs
 
-COLUMNS = (
-    "date,device,torch,triton,commit,kernel,in_features,out_features,dtype,sparsity,us,bytes,bandwidth_gbps".split(",")
-)
-KEY = ["device", "kernel", "in_features", "out_features", "dtype", "sparsity"]
+KEY = "device kernel in_features out_features dtype sparsity"
 SPARSITIES = [0.0, 0.25, 0.4, 0.5, 0.65, 0.8, 0.95]
 TILES = [(m, n, w) for m in (16, 32, 64, 128) for n in (64, 128, 256) for w in (1, 2, 4) if m * n <= 8192 * w]
 COLD_BYTES = 400e6  # of matrices in one graph: eight times an H100's L2
@@ -59,9 +57,17 @@ def _flag_kernel(x_ptr, flag_ptr, threshold, N: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _rival_kernel(
-    x_ptr, flag_ptr, weight_ptr, out_ptr, threshold, n_out,
-    FLAGS: tl.constexpr, N_IN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    flag_ptr,
+    weight_ptr,
+    out_ptr,
+    threshold,
+    n_out,
+    FLAGS: tl.constexpr,
+    N_IN: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
     """A tile of inputs x outputs, its sum added to out in the dtype of out; rows by flag, or by |x| > threshold."""
     rows = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     cols = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -71,10 +77,8 @@ def _rival_kernel(
     else:
         keep = tl.abs(x) > threshold
     mask = keep[:, None] & (cols < n_out)[None, :]
-    weight = tl.load(
-        weight_ptr + rows[:, None].to(tl.int64) * n_out + cols[None, :],
-        mask=mask, other=0.0, eviction_policy="evict_first",
-    )  # fmt: skip
+    weights = weight_ptr + rows[:, None].to(tl.int64) * n_out + cols[None, :]
+    weight = tl.load(weights, mask=mask, other=0.0, eviction_policy="evict_first")
     total = tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
     tl.atomic_add(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < n_out, sem="relaxed")
 
@@ -86,9 +90,8 @@ def launch_rival(x: Tensor, weight: Tensor, threshold: float, out: Tensor, flags
         _flag_kernel[(triton.cdiv(n_in, 1024),)](x, flags, threshold, N=n_in, BLOCK=1024)
     block_in, block_out, warps = tile
     _rival_kernel[(triton.cdiv(n_in, block_in), triton.cdiv(n_out, block_out))](
-        x, flags, weight, out, threshold, n_out, FLAGS=flags is not None, N_IN=n_in, BLOCK_IN=block_in,
-        BLOCK_OUT=block_out, num_warps=warps,
-    )  # fmt: skip
+        x, flags, weight, out, threshold, n_out, flags is not None, n_in, block_in, block_out, num_warps=warps
+    )
 
 
 def random_matrix(n_in: int, n_out: int, dtype: str, device: str) -> Matrix:
@@ -171,12 +174,11 @@ def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Ma
     turns = itertools.cycle(((sums[0], sums[1]), (sums[1], sums[0])))
     thresholds = torch.full((1, n_in), threshold, device=device)
 
+    product = partial(launch_gemv, "given", sparsity=problem.sparsity, dtype=x.dtype, pdl=pdl)
+
     def ours(matrix: Matrix) -> None:
         (weight, scale), (out, other) = matrix, next(turns)
-        launch_gemv(
-            "given", x[None], weight, thresholds, out, [n_out], sparsity=problem.sparsity, dtype=x.dtype,
-            weight_scale=scale, zero=other, pdl=pdl,
-        )  # fmt: skip
+        product(x[None], weight, thresholds, out, [n_out], weight_scale=scale, zero=other)
 
     if problem.matrices[0][1] is not None:
         return {"ours": [(ours, sums)]}
@@ -218,18 +220,23 @@ def measure(n_in: int, n_out: int, sparsity: float, dtype: str) -> list[dict]:
         if "dense_t" in times:
             rowwise = [(weight.t().contiguous(), None) for weight, _ in problem.matrices]
             times.setdefault("dense", []).append(graph_us(lambda m, x=problem.x: torch.mv(m[0], x), rowwise))
+
+    # bandwidth counts the rows that the kernel had to read
     kept = (problem.x.float().abs() > problem.threshold).sum().item()
-    rows = []
+    made, rows = provenance(torch.cuda.get_device_name()), []
     for name, us in ((name, min(best)) for name, best in times.items()):
         read = problem.bytes_read(n_in if name.startswith("dense") else kept)
-        rows.append(
-            {
-                **provenance(torch.cuda.get_device_name()),
-                **{"kernel": name, "in_features": n_in, "out_features": n_out, "sparsity": sparsity},
-                **{"dtype": dtype, "us": f"{us:.2f}", "bytes": read},
-                "bandwidth_gbps": f"{read / us / 1e3:.1f}",
-            }
-        )
+        columns = {
+            "kernel": name,
+            "in_features": n_in,
+            "out_features": n_out,
+            "dtype": dtype,
+            "sparsity": sparsity,
+            "us": f"{us:.2f}",
+            "bytes": read,
+            "bandwidth_gbps": f"{read / us / 1e3:.1f}",
+        }
+        rows.append(made | columns)
     return rows
 
 
@@ -265,7 +272,7 @@ def main(models: list[str], sparsities: list[float], dtype: str) -> None:
             if i == 0:
                 print(f"{'sparsity':>9}" + "".join(f"{row['kernel']:>10}" for row in rows))
             print(f"{sparsity:>9.0%}" + "".join(f"{row['us']:>10}" for row in rows))
-            write_rows("gemv.csv", rows, COLUMNS, KEY)
+            write_rows("gemv.csv", rows, KEY)
 
 
 if __name__ == "__main__":

@@ -1,155 +1,211 @@
-"""Draws benchmarks/results/ against sparsity: a token's and a product's time, with the floor of the bytes; perplexity.
+"""Draws benchmarks/results/ against sparsity: times beside the limit of the bytes read, speed-ups, perplexity.
 
 python -m benchmarks.plot            # decode.csv -> decode.png, gemv.csv -> gemv.png, quality.csv -> quality.png
 """
 
 from collections import defaultdict
 
-from benchmarks.results import RESULTS, read_rows
+import numpy as np
+
+from benchmarks.results import RESULTS, form, read_rows
 from convert_hf_checkpoint import atomic_write
 
 # Datasheet bandwidths, GB/s: no decode step is faster than the bytes it reads over this.
 PEAK_BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3350, "NVIDIA H200": 4800}
 
+# One colour for one thing in all panels: forms of weights (ours), rival kernels, rules.
+FORMS = {"bfloat16": "C0", "float16": "C0", "float32": "C5", "int8": "C1", "int4": "C2"}
+KERNELS = {"teal": "C3", "dejavu": "C4", "dense": "black", "dense_t": "grey"}
+RULES = {"uniform": "C0", "greedy": "C2", "refined": "C3", "norms": "C9", "cats": "C4", "relu": "C5"}
+RULES |= {"up-input": "C6", "up-output": "C8"}
+MARKERS = {"none": "o", "int8": "s", "int4": "^"}
+PEERS = {"GPT-Fast": "D", "TEAL": "^", "TEAL dense": "v"}
+SPEEDUP = "NVIDIA H100 80GB HBM3", "llama-3-8b"  # whose sweep with a short prompt is drawn beside the peers
+MOST_PERPLEXITY = 300  # what is above is drawn at this height, with its number
+
 
 def plot_decode(plt) -> None:
-    """A panel a device and model, a line a form of the weights: sweeps alone, of four sparsities or more."""
+    """A panel per device, model and prompt, a line per form of the weights; only sweeps of four sparsities or more.
+
+    A last panel puts the speed-ups of `SPEEDUP` beside the peers.
+    """
     panels = defaultdict(lambda: defaultdict(list))
-    for row in read_rows("decode.csv"):
-        form = row["dtype"] if row["quant"] == "none" else row["quant"]
-        panels[row["device"], row["model"]][form, row["prompt_tokens"], row["new_tokens"]].append(row)
-    panels = {key: [line for line in lines.items() if len(line[1]) >= 4] for key, lines in panels.items()}
-    panels = {key: lines for key, lines in panels.items() if lines}
+    for row in sorted(read_rows("decode.csv"), key=lambda row: float(row["sparsity"])):
+        if (row["batch"], row["gpus"], row["draft"]) == ("1", "1", "none"):
+            sweep = row["device"], row["model"], int(row["prompt_tokens"]), row["new_tokens"]
+            panels[sweep][form(row)].append(row)
+    panels = {sweep: {name: rows for name, rows in lines.items() if len(rows) >= 4} for sweep, lines in panels.items()}
+    panels = {sweep: lines for sweep, lines in panels.items() if lines}
     if not panels:
         return
-    figure, axes = grid(plt, len(panels))
-    for axis, ((device, model), lines) in zip(axes, sorted(panels.items()), strict=True):
+    with_peers = [sweep for sweep in panels if sweep[:2] == SPEEDUP and "bfloat16" in panels[sweep]]
+    figure, axes = grid(plt, len(panels) + bool(with_peers))
+
+    # time per token
+    for axis, (sweep, lines) in zip(axes, sorted(panels.items()), strict=False):
+        device, model, prompt, _ = sweep
         peak = PEAK_BANDWIDTH.get(device)
-        for i, ((form, prompt, _), rows) in enumerate(sorted(lines)):
-            rows.sort(key=lambda row: float(row["sparsity"]))
-            x = [100 * float(row["achieved_sparsity"]) for row in rows]
-            y = [float(row["ms_per_token"]) for row in rows]
-            axis.plot(x, y, "o-", color=f"C{i}", label=f"{form}, {prompt} prompt tokens", markersize=4)
+        for name, rows in lines.items():
+            x = percent(rows)
+            axis.plot(x, column(rows, "ms_per_token"), "o-", color=FORMS[name], label=f"ours, {name}", markersize=4)
             if peak:
-                floor = [float(row["bytes_per_token"]) / peak / 1e6 for row in rows]
-                axis.plot(x, floor, ":", color=f"C{i}", label=f"its bytes / {peak:,} GB/s")
-        axis.set_title(f"{model}\n{device}", fontsize=9)
-        axis.set_xlabel("achieved sparsity, %")
-        axis.set_ylabel("ms a token")
-        axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, ncols=2)
-    save(figure, "decode.png")
+                axis.plot(x, column(rows, "bytes_per_token") / peak / 1e6, ":", color=FORMS[name])
+        axis.set_title(f"{model}, {device}\n{prompt} prompt tokens", fontsize=9)
+        axis.set(xlabel="achieved sparsity, %", ylabel="ms per token", ylim=(0, None))
+
+    # speed-up, at the shortest prompt
+    if with_peers:
+        plot_speedup(axes[-1], panels[min(with_peers)])
+    axes[0].plot([], [], "k:", label="limit of the bytes read")
+    save(figure, "decode.png", legend=axes)
 
 
-def grid(plt, n: int):
-    """A figure and its n axes, three in a row."""
-    columns = min(3, n)
-    lines = -(-n // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False)
-    for axis in axes.flat[n:]:
-        axis.set_visible(False)
-    return figure, list(axes.flat[:n])
+def plot_speedup(axis, lines: dict[str, list[dict]]) -> None:
+    """Tokens/s over our dense bfloat16 model's, for all forms and peers; the limit is its bytes over theirs."""
+    first = lines["bfloat16"][0]
+    dense, dense_bytes = float(first["tokens_per_sec"]), float(first["bytes_per_token"])
+    for name, rows in lines.items():
+        x = percent(rows)
+        axis.plot(x, column(rows, "tokens_per_sec") / dense, "o-", color=FORMS[name], markersize=4)
+        axis.plot(x, dense_bytes / column(rows, "bytes_per_token"), ":", color=FORMS[name])
+
+    # a peer's marker says whose it is, its colour the form of the weights; its sparsity is what was asked for
+    for row in read_rows("peers.csv"):
+        if (row["device"], row["model"]) == SPEEDUP:
+            x, y = 100 * float(row["sparsity"]), float(row["tokens_per_sec"]) / dense
+            axis.plot(x, y, PEERS[row["system"]], color=FORMS[form(row)], fillstyle="none", markersize=8)
+    for system, marker in PEERS.items():
+        axis.plot([], [], marker, color="black", fillstyle="none", label=system)
+    device, model = SPEEDUP
+    axis.set_title(f"{model}, {device}\nspeed-up over our dense bfloat16 ({dense:.0f} tokens/s)", fontsize=9)
+    axis.set(xlabel="achieved sparsity, %", ylabel="times our dense bfloat16", yscale="log")
+    ticks(axis, (0.7, 1, 1.5, 2, 3, 4, 6, 8))
 
 
 def plot_gemv(plt) -> None:
-    """One product, a panel a shape and device, a line a kernel and form of the weights; floors of the kept rows."""
+    """One product: a panel per shape and device, a line per kernel and form of the weights, ours with their limits."""
     panels = defaultdict(lambda: defaultdict(list))
-    for row in read_rows("gemv.csv"):
+    for row in sorted(read_rows("gemv.csv"), key=lambda row: float(row["sparsity"])):
         shape = row["device"], int(row["in_features"]), int(row["out_features"])
-        point = 100 * float(row["sparsity"]), float(row["us"]), float(row["bytes"])
-        panels[shape][row["kernel"], row["dtype"]].append(point)
+        panels[shape][row["kernel"], row["dtype"]].append(row)
     figure, axes = grid(plt, len(panels))
-    for axis, (shape, lines) in zip(axes, sorted(panels.items()), strict=True):
-        peak = PEAK_BANDWIDTH.get(shape[0])
-        for i, (line, points) in enumerate(sorted(lines.items())):
-            x, us, read = zip(*sorted(points), strict=True)
-            axis.plot(x, us, "o-", color=f"C{i}", label=", ".join(line), markersize=4)
-            if peak and line[0] == "ours":
-                axis.plot(x, [n / peak / 1e3 for n in read], ":", color=f"C{i}", label=f"its bytes / {peak:,} GB/s")
-        axis.set_title(f"{shape[1]} -> {shape[2]}\n{shape[0]}", fontsize=9)
-        axis.set_xlabel("sparsity, %")
-        axis.set_ylabel("us")
-        axis.set_ylim(0, 1.5 * axis.get_ylim()[1])
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, ncols=2)
-    save(figure, "gemv.png")
-
-
-LABELS = {"none": "16-bit weights", "int8": "int8", "int4": "int4"}
-
-
-def split_model(row: dict[str, str]) -> tuple[str, str]:
-    """The model's name without its weights' form, and that form, of a row of quality.csv."""
-    name, _, quant = row["model"].rpartition("-")
-    return (name, quant) if quant in LABELS else (row["model"], "none")
+    for axis, ((device, n_in, n_out), lines) in zip(axes, sorted(panels.items()), strict=True):
+        peak = PEAK_BANDWIDTH.get(device)
+        for (kernel, dtype), rows in sorted(lines.items(), key=lambda line: (line[0][0] != "ours", line[0])):
+            x = 100 * column(rows, "sparsity")
+            color = FORMS[dtype] if kernel == "ours" else KERNELS[kernel]
+            axis.plot(x, column(rows, "us"), "o-", color=color, label=f"{kernel}, {dtype}", markersize=4)
+            if peak and kernel == "ours":
+                axis.plot(x, column(rows, "bytes") / peak / 1e3, ":", color=color)
+        axis.set_title(f"{n_in} -> {n_out}, {device}", fontsize=9)
+        axis.set(xlabel="sparsity, %", ylabel="us per product", ylim=(0, None))
+    axes[0].plot([], [], "k:", label="limit of the bytes read")
+    save(figure, "gemv.png", legend=axes)
 
 
 def plot_quality(plt) -> None:
     """The rules on WikiText-2, full protocol, a line each; dense is a line across.
 
-    Beside them, for 16, 8 and 4 bits, perplexity against the bytes that a token reads: see `bytes_line`.
+    Beside them, for 16, 8 and 4 bits, perplexity against the bytes read per token: see `bytes_line`.
     """
     protocol = {"text": "wikitext", "sparse_fraction": "0.99", "context": "2048", "window": "512", "num_windows": "128"}
-    rows = [row for row in read_rows("quality.csv") if protocol.items() <= row.items()]
-    models = sorted({split_model(row)[0] for row in rows})
+    measured = [row for row in read_rows("quality.csv") if protocol.items() <= row.items()]
+    models = sorted({row["model"] for row in measured})
     if not models:
         return
-    figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.6 * len(models)), squeeze=False)
-    for (by_sparsity, by_bytes), model in zip(axes, models, strict=True):
-        lines, fronts = defaultdict(list), defaultdict(list)
-        for row in (row for row in rows if split_model(row)[0] == model):
-            name = row["allocation"] if row["rule"] in ("teal", "greedy", "global") else row["rule"]
-            point = 100 * float(row["achieved_sparsity"]), float(row["perplexity"])
-            quant = split_model(row)[1]
-            if quant == "none":
-                lines[name].append(point)
-            if name in ("dense", "uniform", "global"):
-                for rule in ("uniform", "global") if name == "dense" else (name,):
-                    fronts[quant, rule].append(point)
-        for name, points in lines.items():
-            if name == "dense":
-                by_sparsity.axhline(points[0][1], color="grey", linestyle=":", label=name)
-            else:
-                by_sparsity.plot(*zip(*sorted(points), strict=True), "o-", label=name, markersize=4)
-        by_sparsity.set_xlabel("achieved sparsity, %")
-        for (quant, rule), points in sorted(fronts.items()):
-            if len(points) > 1 and (line := bytes_line(model, quant)):
-                x, y = zip(*((line(sparsity) / 1e6, value) for sparsity, value in sorted(points)), strict=True)
-                by_bytes.plot(x, y, "o-", label=f"{LABELS[quant]}, {rule}", markersize=4)
-        by_bytes.set_xlabel("MB of weights read a token")
+    figure, axes = grid(plt, 2 * len(models), columns=2)
+    for model, by_sparsity, by_bytes in zip(models, axes[::2], axes[1::2], strict=True):
+        lines = defaultdict(list)
+        for row in sorted(measured, key=lambda row: float(row["achieved_sparsity"])):
+            if row["model"] == model:
+                lines[row["quant"], row["rule"]].append(row)
+
+        # every rule, weights as they are
+        for row in lines["none", "dense"]:
+            by_sparsity.axhline(float(row["perplexity"]), color="grey", linestyle=":", label="dense")
+        for rule in RULES:
+            if rows := lines["none", rule]:
+                draw_perplexity(by_sparsity, percent(rows), rows, f"o{'--' if rule == 'norms' else '-'}", label=rule)
+
+        # two rules from dense on, in every form of the weights
+        for (quant, rule), rows in sorted(lines.items()):
+            bytes_at = bytes_line(model, quant)
+            if rule in ("uniform", "refined") and bytes_at:
+                rows = lines[quant, "dense"] + rows
+                draw_perplexity(by_bytes, bytes_at(percent(rows)) / 1e6, rows, f"{MARKERS[quant]}-")
+        for quant, marker in MARKERS.items():
+            by_bytes.plot([], [], marker, color="grey", label="16-bit weights" if quant == "none" else quant)
+
+        # both panels alike
+        by_sparsity.set(xlabel="achieved sparsity, %")
+        by_bytes.set(xlabel="MB of weights read per token")
         for axis in (by_sparsity, by_bytes):
-            axis.set_title(f"{model}, WikiText-2")
-            axis.set_ylabel("perplexity")
-            axis.set_yscale("log")
-            low, high = axis.get_ylim()
-            ticks = [tick for tick in (4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 40, 60, 100, 200) if low < tick < high]
-            axis.set_yticks(ticks, [str(tick) for tick in ticks])
-            axis.set_yticks([], minor=True)
-            axis.set_ylim(low, min(high, 300))
-            axis.grid(alpha=0.3, which="both")
-            axis.legend(fontsize=8)
-    save(figure, "quality.png")
+            axis.set(title=f"{model}, WikiText-2", ylabel="perplexity", yscale="log")
+            axis.set_ylim(axis.get_ylim()[0], 1.25 * MOST_PERPLEXITY)
+            ticks(axis, (4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 40, 60, 100, 200, 300))
+    save(figure, "quality.png", legend=axes)
+
+
+def draw_perplexity(axis, x, rows: list[dict], style: str, label: str | None = None) -> None:
+    """A rule's line in its colour; what is above `MOST_PERPLEXITY` lies at that height, with its number."""
+    y = column(rows, "perplexity")
+    color = RULES[rows[-1]["rule"]]
+    axis.plot(x, y.clip(max=MOST_PERPLEXITY), style, color=color, label=label, markersize=4)
+    for place, value in zip(x, y, strict=True):
+        if value > MOST_PERPLEXITY:
+            axis.text(place, 1.05 * MOST_PERPLEXITY, f"\u2191{value:,.0f}", ha="center", fontsize=7)
 
 
 def bytes_line(model: str, quant: str):
-    """Bytes a token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two.
+    """Bytes per token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two.
 
-    An allocation's own shifts, under 1 % of the bytes, are not in it where those rows have one sparsity everywhere.
+    The shifts of refined thresholds, under 1 % of the bytes, are not in it where those rows have uniform ones.
     """
-    found = {
-        100 * float(row["achieved_sparsity"]): float(row["bytes_per_token"])
-        for row in read_rows("decode.csv")
-        if row["model"] == model and row["quant"] == quant and row["dtype"] != "float32"
-    }
-    if len(found) < 2:
+    rows = [row for row in read_rows("decode.csv") if (row["model"], row["quant"]) == (model, quant)]
+    rows = sorted((row for row in rows if row["dtype"] != "float32"), key=lambda row: float(row["achieved_sparsity"]))
+    if len(rows) < 2:
         return None
-    low, high = min(found), max(found)
-    return lambda sparsity: found[low] + (found[high] - found[low]) * (sparsity - low) / (high - low)
+    (low, high), (most, least) = percent(rows)[[0, -1]], column(rows, "bytes_per_token")[[0, -1]]
+    return lambda sparsity: most + (least - most) * (sparsity - low) / (high - low)
 
 
-def save(figure, name: str) -> None:
-    figure.tight_layout()
+def column(rows: list[dict], name: str) -> np.ndarray:
+    return np.array([float(row[name]) for row in rows])
+
+
+def percent(rows: list[dict]) -> np.ndarray:
+    return 100 * column(rows, "achieved_sparsity")
+
+
+def grid(plt, n: int, columns: int = 3):
+    """A figure and its n axes, at most `columns` in a row."""
+    columns = min(columns, n)
+    lines = -(-n // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.8 * columns, 3.9 * lines + 0.6), squeeze=False, layout="constrained"
+    )
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    for axis in axes.flat[n:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:n])
+
+
+def ticks(axis, values: tuple[float, ...]) -> None:
+    """Labels a logarithmic axis with those of the values that lie on it."""
+    low, high = axis.get_ylim()
+    shown = [value for value in values if low < value < high]
+    axis.set_yticks(shown, [f"{value:g}" for value in shown])
+    axis.set_yticks([], minor=True)
+
+
+def save(figure, name: str, legend: list) -> None:
+    """Writes results/<name>, one legend below all panels: the axes of `legend` give its entries, each once."""
+    entries = {}
+    for axis in legend:
+        axis.grid(alpha=0.3)
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=6, fontsize=9)
     with atomic_write(RESULTS / name) as temporary:
         figure.savefig(temporary, dpi=150)
     print(RESULTS / name)
@@ -163,12 +219,12 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = {"decode.csv": plot_decode, "gemv.csv": plot_gemv, "quality.csv": plot_quality}
-    found = [draw for name, draw in drawn.items() if read_rows(name)]
-    if not found:
+    plots = {"decode.csv": plot_decode, "gemv.csv": plot_gemv, "quality.csv": plot_quality}
+    measured = [plot for name, plot in plots.items() if read_rows(name)]
+    if not measured:
         raise SystemExit(f"{RESULTS} has no rows; run benchmarks/run.sh or benchmarks/quality.sh first")
-    for draw in found:
-        draw(plt)
+    for plot in measured:
+        plot(plt)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Perplexity against sparsity for each rule: a table, rows of benchmarks/results/quality.csv (benchmarks/quality.sh).
 
-    python -m benchmarks.quality --data wiki.test.raw --rules dense teal greedy global       # files made before
+    python -m benchmarks.quality --data wiki.test.raw --rules dense uniform greedy refined   # cut tables made before
     python -m benchmarks.quality --data wiki.test.raw --calibration c4.jsonl                 # the rivals as well
 
-Rules: dense; teal (one sparsity everywhere); greedy and global (files of greedy.py beside the checkpoint); norms
-(R-Sparse, WINA: |x_i| times the norm of its weights); cats (|SiLU(gate)| decides about the outputs of up and the inputs
-of down, all else dense); relu (ReLUfication: SiLU replaced, no threshold); up-input and up-output (only `up` is cut, by
-its inputs as in TEAL, or its outputs where |SiLU(gate)| is small). The sparsity is that of the whole model.
+Rules: dense; uniform (one sparsity everywhere); greedy and refined (cut tables beside the checkpoint); norms (R-Sparse,
+WINA: |x_i| times the norm of its weights); cats (|SiLU(gate)| decides about the outputs of up and the inputs of down,
+all else dense); relu (ReLUfication: SiLU replaced, no threshold); up-input and up-output (only `up` is cut, by its
+inputs as in TEAL, or its outputs where |SiLU(gate)| is small). The sparsity is that of the whole model.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.results import command, provenance, write_rows
+from benchmarks.results import command, model_columns, provenance, write_rows
 from calibrate import (
     PRECISIONS,
     Statistics,
@@ -36,13 +36,9 @@ from model import FeedForward
 from sparse_model import PROJECTIONS, SparseTransformer
 from tokenizer import load_tokenizer
 
-RULES = ("dense", "teal", "greedy", "global", "norms", "cats", "relu", "up-input", "up-output")
+RULES = ("dense", "uniform", "greedy", "refined", "norms", "cats", "relu", "up-input", "up-output")
 GATED = ("cats", "up-output")
-COLUMNS = (
-    "date,device,torch,commit,model,text,rule,allocation,sparsity,achieved_sparsity,sparse_fraction,context,window,"
-    "num_windows,perplexity,command"
-).split(",")
-KEY = "device,model,text,rule,allocation,sparsity,sparse_fraction,context,window,num_windows".split(",")
+KEY = "device model quant text rule sparsity sparse_fraction context window num_windows"
 CALIBRATION_TOKENS = 8192  # for CATS's thresholds
 
 
@@ -104,36 +100,37 @@ def set_norms(model: SparseTransformer, statistics: Statistics, sparsity: float)
 
 def prepare(
     model: SparseTransformer, rule: str, sparsity: float, folder: Path, statistics: Statistics, tokens: Tensor | None
-) -> tuple[str, float]:
+) -> float:
     """Sets a fresh model's cuts by `rule`.
 
     Returns:
-        the allocation's name for the row, and by what the counted sparsity is multiplied, since of what a gated rule
-        cuts only the inputs of down are counted.
+        by what the counted sparsity is multiplied, since of what a gated rule cuts only the inputs of down are counted.
 
     Raises:
-        ValueError: a sparsity that the rule cannot reach, or an allocation's file that is missing.
+        ValueError: a sparsity that the rule cannot reach, or a missing cut table.
     """
-    if rule in ("teal", "greedy", "global"):
-        name = "uniform" if rule == "teal" else rule
+    if rule in ("uniform", "greedy", "refined"):
+        name = "global" if rule == "refined" else rule
         set_allocation(model, resolve_allocation(name, folder, sparsity)[1], lambda: statistics)
-        return name, 1.0
-    if rule == "norms":
+    elif rule == "norms":
         set_norms(model, statistics, sparsity)
-        return "uniform", 1.0
-    if rule == "relu":
+    elif rule == "relu":
         gate(model, F.relu)
-        return "", share_of(model, "up", "down") / share_of(model, "down")
+        return share_of(model, "up", "down") / share_of(model, "down")
+    if rule not in ("cats", "up-input", "up-output"):
+        return 1.0
+
+    # these cut some projections alone, which therefore lose a larger share than the whole model
     cut = ("up", "down") if rule == "cats" else ("up",)
     share = sparsity / share_of(model, *cut)
     if not share < 1:
         raise ValueError(f"{rule} cuts at most {share_of(model, *cut):.1%} of the weights, not {sparsity:.0%}")
     if rule == "up-input":
         model.set_sparsity(statistics, [only(share, "up")] * len(model.layers))
-        return "", 1.0
+        return 1.0
     gate(model)
     set_gates(model, tokens, share)
-    return "", share_of(model, *cut) / share_of(model, "down")
+    return share_of(model, *cut) / share_of(model, "down")
 
 
 def main(
@@ -152,44 +149,48 @@ def main(
     precision: str = "float32",
 ) -> list[dict]:
     """Measures, writes the rows and prints them as a table. Raises ValueError for a user's mistake."""
-    task = "wikitext" if text == "wikitext" else "perplexity"
-    content = task_text(task, data)
+    content = task_text("wikitext" if text == "wikitext" else "perplexity", data)
     folder, torch_device = resolve_checkpoint(checkpoint_path), resolve_device(device)
 
-    def load() -> SparseTransformer:
-        return SparseTransformer.from_checkpoint(folder, torch_device, PRECISIONS[precision])
-
-    model = load()
+    # what all rules share: the text's tokens, statistics, and the tokens that gates are calibrated on
+    model = SparseTransformer.from_checkpoint(folder, torch_device, PRECISIONS[precision])
     tokens = torch.tensor(load_tokenizer(folder, model.config.vocab_size).encode(content))
-    found = statistics_for(folder, statistics, model)
-    gates = None
+    known = statistics_for(folder, statistics, model)
+    gate_tokens = None
     if set(rules) & set(GATED):
-        gates, _ = calibration_tokens(folder, model, calibration, CALIBRATION_TOKENS, seed=0)
-    device_name = torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "cpu"
-    made = provenance(device_name)
+        gate_tokens, _ = calibration_tokens(folder, model, calibration, CALIBRATION_TOKENS, seed=0)
+    made = provenance(torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "cpu")
+
     rows = []
-    for rule in rules:
-        for sparsity in (0.0,) if rule in ("dense", "relu") else sparsities:
-            model = load()
-            try:
-                allocation, factor = (
-                    ("", 1.0) if rule == "dense" else prepare(model, rule, sparsity, folder, found, gates)
-                )
-            except ValueError as error:
-                print(f"{rule} at {sparsity:.0%}: {error}", file=sys.stderr)
-                continue
-            prefix = None if rule == "dense" else round((context + window) * (1 - sparse_fraction))
-            value = perplexity(model, tokens, context, window, num_windows, prefix)
-            achieved = 0.0 if rule == "dense" else model.achieved_sparsity() * factor
-            row = made | {
-                "model": model.config.name, "text": text, "rule": rule, "allocation": allocation,
-                "sparsity": sparsity, "achieved_sparsity": f"{achieved:.4f}", "sparse_fraction": sparse_fraction,
-                "context": context, "window": window, "num_windows": num_windows, "perplexity": f"{value:.4f}",
-                "command": command("benchmarks.quality"),
-            }  # fmt: skip
-            print(f"{rule:>10} {sparsity:5.0%} achieved {achieved:6.2%}  perplexity {value:.4f}", flush=True)
-            rows.append(row)
-            write_rows("quality.csv", [row], COLUMNS, KEY)
+    levels = {rule: (0.0,) if rule in ("dense", "relu") else sparsities for rule in rules}
+    for rule, sparsity in [(name, level) for name in rules for level in levels[name]]:
+        # a fresh model each time: some rules replace its modules
+        model = SparseTransformer.from_checkpoint(folder, torch_device, PRECISIONS[precision])
+        try:
+            factor = prepare(model, rule, sparsity, folder, known, gate_tokens)
+        except ValueError as error:
+            print(f"{rule} at {sparsity:.0%}: {error}", file=sys.stderr)
+            continue
+
+        prefix = None if rule == "dense" else round((context + window) * (1 - sparse_fraction))
+        value = perplexity(model, tokens, context, window, num_windows, prefix)
+        achieved = 0.0 if rule == "dense" else model.achieved_sparsity() * factor
+        print(f"{rule:>10} {sparsity:5.0%} achieved {achieved:6.2%}  perplexity {value:.4f}", flush=True)
+
+        columns = {
+            "text": text,
+            "rule": rule,
+            "sparsity": sparsity,
+            "achieved_sparsity": f"{achieved:.4f}",
+            "sparse_fraction": sparse_fraction,
+            "context": context,
+            "window": window,
+            "num_windows": num_windows,
+            "perplexity": f"{value:.4f}",
+            "command": command("benchmarks.quality"),
+        }
+        rows.append(made | model_columns(model.config) | columns)
+        write_rows("quality.csv", rows[-1:], KEY)
     return rows
 
 

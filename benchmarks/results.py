@@ -1,4 +1,4 @@
-"""Rows of measurements: one CSV a benchmark, each row with the device, versions and commit that it was measured at."""
+"""Rows of measurements: one CSV per benchmark, each row with the device, versions and commit of the measurement."""
 
 import csv
 import os
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from convert_hf_checkpoint import atomic_write
+from model import ModelArgs
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,19 +20,25 @@ def provenance(device: str) -> dict[str, str]:
     # a machine that has the tree without its history can be told the commit
     if not (commit := os.environ.get("GIT_COMMIT", "")):
         git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
-        found = subprocess.run(git, capture_output=True, text=True)
-        commit = found.stdout.strip() if found.returncode == 0 else "unknown"
+        described = subprocess.run(git, capture_output=True, text=True)
+        commit = described.stdout.strip() if described.returncode == 0 else "unknown"
+
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = ""
-    return {
-        "date": date.today().isoformat(),
-        "device": device,
-        "torch": version("torch"),
-        "triton": triton,
-        "commit": commit,
-    }
+    today = date.today().isoformat()
+    return {"date": today, "device": device, "torch": version("torch"), "triton": triton, "commit": commit}
+
+
+def model_columns(config: ModelArgs) -> dict[str, str]:
+    """The columns `model`, a name that does not say how the weights are stored, and `quant`, which does."""
+    return {"model": config.name.removesuffix(f"-{config.quant}"), "quant": config.quant}
+
+
+def form(row: dict[str, str]) -> str:
+    """How the weights of a row are stored: bfloat16, float16, float32, int8 or int4."""
+    return row["dtype"] if row["quant"] == "none" else row["quant"]
 
 
 def read_rows(name: str) -> list[dict[str, str]]:
@@ -42,10 +49,13 @@ def read_rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def write_rows(name: str, rows: list[dict], columns: list[str], key: list[str]) -> None:
-    """Adds rows to results/<name>; a new row takes the place of an old one with the same values of `key`."""
-    new = {tuple(str(row[k]) for k in key): {c: str(row[c]) for c in columns} for row in rows}
-    kept = [row for row in read_rows(name) if tuple(row[k] for k in key) not in new]
+def write_rows(name: str, rows: list[dict], key: str) -> None:
+    """Adds rows to results/<name>; its columns are those of the rows, in their order.
+
+    A new row takes the place of an old one with the same values of `key`, names of columns between spaces.
+    """
+    columns, new = list(rows[0]), {tuple(str(row[k]) for k in key.split()): row for row in rows}
+    kept = [row for row in read_rows(name) if tuple(row[k] for k in key.split()) not in new]
     with atomic_write(RESULTS / name) as temporary, open(temporary, "w", newline="") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
@@ -58,5 +68,5 @@ def command(module: str) -> str:
 
 
 def short(argument: str) -> str:
-    """A command's argument without the folders of a path, which are this machine's."""
+    """A command's argument without the folders of a path, which differ between machines."""
     return Path(argument).name if "/" in argument else argument

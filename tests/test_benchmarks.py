@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import benchmarks.results as results
-from benchmarks import decode, gemv, plot
+from benchmarks import cpu_decode, decode, gemv, plot, quality
 from benchmarks.results import provenance, read_rows, write_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,10 +93,11 @@ def test_only_whole_sweeps_are_drawn(tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     drawn = []
-    monkeypatch.setattr(plot, "save", lambda figure, name: drawn.append((name, len(figure.axes))))
-    columns = "device model dtype quant prompt_tokens new_tokens achieved_sparsity ms_per_token sparsity".split()
+    monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.append((name, len(figure.axes))))
+    key = "device model dtype quant batch gpus prompt_tokens new_tokens achieved_sparsity ms_per_token sparsity"
+    row = dict.fromkeys(key.split(), "1") | {"quant": "int8", "draft": "none"}
     for sparsity, expected in ((0.0, []), (0.25, []), (0.4, []), (0.5, [("decode.png", 1)])):
-        write_rows("decode.csv", [dict.fromkeys(columns, "1") | {"sparsity": sparsity}], columns, columns)
+        write_rows("decode.csv", [row | {"sparsity": sparsity}], key)
         plot.plot_decode(plt)
         assert drawn == expected
 
@@ -113,13 +114,9 @@ def test_shapes_come_from_the_config():
 
 def test_a_new_row_replaces_the_one_it_supersedes(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    columns, key = ["device", "sparsity", "us"], ["device", "sparsity"]
-    write_rows(
-        "x.csv", [{"device": "a", "sparsity": 0.5, "us": 1}, {"device": "b", "sparsity": 0.5, "us": 2}], columns, key
-    )
-    write_rows(
-        "x.csv", [{"device": "a", "sparsity": 0.5, "us": 3}, {"device": "a", "sparsity": 0.0, "us": 4}], columns, key
-    )
+    key = "device sparsity"
+    write_rows("x.csv", [{"device": "a", "sparsity": 0.5, "us": 1}, {"device": "b", "sparsity": 0.5, "us": 2}], key)
+    write_rows("x.csv", [{"device": "a", "sparsity": 0.5, "us": 3}, {"device": "a", "sparsity": 0.0, "us": 4}], key)
     assert [(row["device"], row["sparsity"], row["us"]) for row in read_rows("x.csv")] == [
         ("b", "0.5", "2"),
         ("a", "0.5", "3"),
@@ -131,7 +128,8 @@ def test_committed_rows_name_where_they_come_from():
     for path in results.RESULTS.glob("*.csv"):
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f))
-        assert rows and all(all(row[c] for c in ("date", "device", "torch", "commit")) for row in rows)
+        columns = "device torch triton note" if path.name == "peers.csv" else "date device torch commit"
+        assert rows and all(row[c] for row in rows for c in columns.split())
 
 
 def test_provenance_says_what_ran():
@@ -144,14 +142,32 @@ def test_rows_of_integer_weights_have_the_model_and_its_form_apart():
         {"random_init": "stories15M-int8", "max_new_tokens": 2, "num_samples": 1, "device": "cpu"}, 0.5
     )
     assert (row["model"], row["quant"]) == ("stories15M", "int8")
-    assert plot.split_model({"model": "org/m-int4"}) == ("org/m", "int4")
-    assert plot.split_model({"model": "Smol-135M"}) == ("Smol-135M", "none")
+    assert (row["batch"], row["gpus"], row["draft"]) == (1, 1, "none")
+
+
+def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for name, key in (("decode.csv", decode.KEY), ("quality.csv", quality.KEY), ("cpu.csv", cpu_decode.KEY)):
+        rows = read_rows(name)
+        assert len({tuple(row[k] for k in key.split()) for row in rows}) == len(rows)
+        assert {row["quant"] for row in rows} <= {"none", "int8", "int4"}
+        assert not any(row["model"].endswith(("-int8", "-int4")) for row in rows)
+    assert {row["rule"] for row in read_rows("quality.csv")} <= set(quality.RULES)
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.update({name: figure}))
+    for draw in (plot.plot_decode, plot.plot_gemv, plot.plot_quality):
+        draw(plt)
+    for figure in drawn.values():
+        for axis in (axis for axis in figure.axes if axis.get_visible()):
+            low, high = axis.get_ylim()
+            for line in axis.lines:
+                assert all(low <= y <= high for y in line.get_ydata()), axis.get_title()
 
 
 def test_bytes_between_two_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    columns = ["model", "quant", "dtype", "achieved_sparsity", "bytes_per_token"]
-    rows = [dict(zip(columns, ("m", "int8", "bfloat16", *end), strict=True)) for end in ((0.0, 100), (0.5, 60))]
-    write_rows("decode.csv", rows, columns, columns)
+    row = {"model": "m", "quant": "int8", "dtype": "bfloat16"}
+    rows = [row | {"achieved_sparsity": x, "bytes_per_token": y} for x, y in ((0.0, 100), (0.5, 60))]
+    write_rows("decode.csv", rows, "achieved_sparsity")
     assert plot.bytes_line("m", "int8")(25.0) == pytest.approx(80)
     assert plot.bytes_line("m", "none") is None

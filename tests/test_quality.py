@@ -39,7 +39,7 @@ def tokens() -> torch.Tensor:
 def test_gates_cut_the_share_of_the_weights(folder, tokens, rule):
     model = load(folder)
     assert quality.share_of(model, "up", "down") == pytest.approx(96 / 240)
-    _, factor = quality.prepare(model, rule, 0.15, folder, load_statistics(folder / "calibration.safetensors"), tokens)
+    factor = quality.prepare(model, rule, 0.15, folder, load_statistics(folder / "calibration.safetensors"), tokens)
     model(tokens, dense_prefix=5)
     assert model.achieved_sparsity() * factor == pytest.approx(0.15, abs=0.02)
     feed_forward = model.layers[0].feed_forward
@@ -55,7 +55,7 @@ def test_gates_cut_the_share_of_the_weights(folder, tokens, rule):
 
 def test_relu_counts_its_zeros(folder, tokens):
     model = load(folder)
-    _, factor = quality.prepare(model, "relu", 0.0, folder, None, None)
+    factor = quality.prepare(model, "relu", 0.0, folder, None, None)
     assert factor == pytest.approx(2)
     model(tokens, dense_prefix=0)
     assert 0.1 < model.achieved_sparsity() * factor < 0.3  # about half of up and down's 40 %
@@ -79,16 +79,16 @@ def test_rows(folder, monkeypatch, tmp_path, capsys):
     options = {"data": folder / "text.txt", "text": "c4", "calibration": [str(folder / "text.txt")]}
     rows = quality.main(folder, sparsities=(0.15,), **options, **WINDOWS)
     written = results.read_rows("quality.csv")
-    assert [row["rule"] for row in written] == ["dense", "teal", "norms", "cats", "relu", "up-input", "up-output"]
-    assert len(rows) == len(written) and list(written[0]) == quality.COLUMNS
+    assert [row["rule"] for row in written] == ["dense", "uniform", "norms", "cats", "relu", "up-input", "up-output"]
+    assert len(rows) == len(written) and set(quality.KEY.split()) < written[0].keys()
     assert all(float(row["perplexity"]) > 1 for row in written)
-    assert written[0]["achieved_sparsity"] == "0.0000" and written[1]["allocation"] == "uniform"
+    assert written[0]["achieved_sparsity"] == "0.0000" and written[1]["quant"] == "none"
     for row in written[1:]:
         if row["rule"] != "relu":
             assert float(row["achieved_sparsity"]) == pytest.approx(0.15, abs=0.06)
     errors = capsys.readouterr().err
-    for rule in ("greedy", "global"):  # what is not there is said, the rest is measured
-        assert f"{rule} at 15%: --allocation {rule}: no file" in errors
+    for rule in ("greedy", "refined"):  # what is not there is said, the rest is measured
+        assert f"{rule} at 15%: " in errors and "no file" in errors
 
 
 def test_paths_in_a_command_are_names():

@@ -1,0 +1,205 @@
+"""Decoding on a CPU beside the read bandwidth that bounds it and beside llama.cpp, alternated round by round.
+
+python -m benchmarks.cpu_decode                                      # the default model
+python -m benchmarks.cpu_decode --random_init llama-3.2-1b
+python -m benchmarks.cpu_decode --checkpoint_path DIR                # e.g. one of quantize.py's
+python -m benchmarks.cpu_decode --gguf BF16.gguf --llama_python VENV/bin/python   # which has llama-cpp-python
+
+A round measures: the read bandwidth (all weights of the model's size, in huge pages, by all threads), llama.cpp (its
+own decode of one token after another, without sampling), our dense model, our kernels with every threshold 0, and the
+sparsities asked for. Ours include sampling. Medians and quartiles go to benchmarks/results/cpu.csv.
+"""
+
+import argparse
+import ctypes
+import statistics as stats
+import subprocess
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.results import command, model_columns, provenance, write_rows
+from calibrate import PRECISIONS
+from convert_hf_checkpoint import command_line, resolve_checkpoint
+from generate import ModelSource, count_kept
+from kernels import cpu
+from sparse_model import SparseTransformer
+
+KEY = "device model weights dtype quant threads what sparsity"
+PROMPT, CACHE = 5, 512
+
+LLAMA = """
+import sys, time, llama_cpp
+from llama_cpp import Llama
+threads = int(sys.argv[2])
+model = Llama(sys.argv[1], n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+token = (llama_cpp.llama_token * 1)(5)
+print("ready", flush=True)
+for line in sys.stdin:
+    model.reset()
+    model.eval([1, 2, 3, 4, 5])
+    start = time.perf_counter()
+    for _ in range(int(line)):
+        llama_cpp.llama_decode(model._ctx.ctx, llama_cpp.llama_batch_get_one(token, 1))
+    print((time.perf_counter() - start) / int(line), flush=True)
+"""
+
+
+def read_bandwidth(block: Tensor) -> float:
+    """GB/s of one pass over `block` by torch's number of threads."""
+    start = time.perf_counter()
+    cpu.library().read_all(
+        ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes), ctypes.c_int(torch.get_num_threads())
+    )
+    return block.nbytes / (time.perf_counter() - start) / 1e9
+
+
+class LlamaCpp:
+    """llama.cpp in a process of another Python. Raises ValueError if it does not start."""
+
+    def __init__(self, python: str, gguf: str, threads: int):
+        call = [python, "-c", LLAMA, gguf, str(threads)]
+        self.process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self.process.stdout.readline() != "ready\n":
+            raise ValueError(f"{python} does not run llama.cpp on {gguf}; pip install llama-cpp-python there")
+
+    def seconds_per_token(self, steps: int) -> float:
+        print(steps, file=self.process.stdin, flush=True)
+        seconds = float(self.process.stdout.readline())
+        time.sleep(1)  # its idle threads spin for a while
+        return seconds
+
+
+@dataclass
+class Variant:
+    """One way to decode: its thresholds (None: all 0), the bytes that a token reads, and the seconds of each round."""
+
+    what: str
+    sparsity: float
+    bytes_per_token: int
+    thresholds: list[Tensor] | None = None
+    seconds: list[float] = field(default_factory=list)
+
+
+def our_seconds_per_token(decoder: cpu.CpuDecoder, steps: int) -> float:
+    decoder.start(torch.tensor(5), PROMPT, 1)
+    start = time.perf_counter()
+    for _ in range(steps):
+        decoder.replay()
+    return (time.perf_counter() - start) / steps
+
+
+@torch.inference_mode()
+def measure(
+    model: SparseTransformer, variants: list[Variant], llama: tuple[LlamaCpp, Variant] | None, steps: int, rounds: int
+) -> float:
+    """Adds the seconds of each round to the variants; returns the median read bandwidth, GB/s. Round 1 warms up."""
+    prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    decoders = {cut: cpu.CpuDecoder(model, float(cut), 0.8, 200) for cut in (False, True)}
+    block = torch.zeros(model.bytes_per_step(), dtype=torch.uint8)
+    cpu.library().use_huge_pages(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes))
+    bandwidths = []
+    for turn in range(1, rounds + 2):
+        bandwidths.append(read_bandwidth(block))
+        if llama:
+            llama[1].seconds.append(llama[0].seconds_per_token(steps))
+
+        # the variants take turns at what comes first, and behind llama.cpp
+        first = turn % len(variants)
+        for variant in variants[first:] + variants[:first]:
+            for i, module in enumerate(model.projections):
+                module.threshold.copy_(variant.thresholds[i] if variant.thresholds else torch.zeros(()))
+            model(prompt, torch.arange(PROMPT))
+            decoder = decoders[variant.what != "dense"]
+            variant.seconds.append(our_seconds_per_token(decoder, steps))
+
+            # the first round counts the bytes, in an untimed pass over its tokens
+            if variant.thresholds and turn == 1:
+                tokens = decoder.tokens[PROMPT : PROMPT + steps + 1]
+                count_kept(model, torch.cat((prompt, tokens[None]), 1), PROMPT)
+                variant.bytes_per_token = model.bytes_per_step()
+                model.reset_counts()
+    return stats.median(bandwidths[1:])
+
+
+def main(
+    checkpoint_path: str | None,
+    random_init: str | None,
+    gguf: str | None,
+    llama_python: str | None,
+    sparsities: list[float],
+    steps: int,
+    rounds: int,
+    precision: str,
+) -> None:
+    """Measures, prints a table and writes the rows.
+
+    Raises:
+        ValueError: no compiled kernel, counts out of range, a llama.cpp that does not start; and as generate.py does.
+    """
+    if cpu.library() is None:
+        raise ValueError("the compiled CPU kernel is what is measured here; it needs a C++ compiler (g++, or CXX)")
+    if not 1 <= steps <= CACHE - PROMPT or rounds < 2:
+        raise ValueError(f"--steps {steps} is outside 1 to {CACHE - PROMPT}, or --rounds {rounds} under 2")
+    folder = None if random_init else resolve_checkpoint(checkpoint_path)
+    source = ModelSource(folder, random_init, 1234, torch.device("cpu"), PRECISIONS[precision])
+    model = source.load(SparseTransformer)
+    threads = torch.get_num_threads()
+
+    # the variants: dense, nothing cut, each sparsity; llama.cpp reads what our dense model does
+    dense_bytes = model.bytes_per_step()
+    variants = [Variant("dense", 0.0, dense_bytes), Variant("threshold 0", 0.0, dense_bytes)]
+    for sparsity in sparsities:
+        source.set_sparsity(model, sparsity, None)
+        thresholds = [module.threshold.clone() for module in model.projections]
+        variants.append(Variant("sparse", sparsity, dense_bytes, thresholds))
+    llama = (LlamaCpp(llama_python, gguf, threads), Variant("llama.cpp", 0.0, dense_bytes)) if gguf else None
+
+    # caches come after a calibration, which has caches of its own
+    model.setup_caches(1, CACHE)
+    bandwidth = measure(model, variants, llama, steps, rounds)
+    if llama:
+        llama[0].process.communicate()  # closes its input, which ends it
+        variants.append(llama[1])
+
+    # a table for a person, rows for the file
+    print(f"\n{model.config.name}, {precision}, {threads} threads; {bandwidth:.1f} GB/s read, medians of {rounds}")
+    print(f"{'':>12}{'sparsity':>10}{'ms/token':>10}{'tokens/s':>10}{'to dense':>10}{'GB/s':>8}{'of read':>9}")
+    dense, rows = 1e3 * stats.median(variants[0].seconds[1:]), []
+    for variant in variants:
+        low, middle, high = (1e3 * q for q in stats.quantiles(variant.seconds[1:], n=4, method="inclusive"))
+        rate = variant.bytes_per_token / middle / 1e6
+        print(
+            f"{variant.what:>12}{variant.sparsity:>10.0%}{middle:>10.2f}{1e3 / middle:>10.1f}{dense / middle:>9.2f}x"
+            f"{rate:>8.1f}{rate / bandwidth:>9.0%}"
+        )
+        columns = {
+            "weights": "random" if random_init else "trained",
+            "dtype": precision,
+            "threads": threads,
+            "what": variant.what,
+            "sparsity": variant.sparsity,
+            "ms_per_token": f"{middle:.3f}",
+            "ms_quartiles": f"{low:.3f}-{high:.3f}",
+            "bytes_per_token": variant.bytes_per_token,
+            "bandwidth_gbps": f"{rate:.1f}",
+            "read_bandwidth_gbps": f"{bandwidth:.1f}",
+            "command": command("benchmarks.cpu_decode"),
+        }
+        rows.append(provenance("cpu") | model_columns(model.config) | columns)
+    write_rows("cpu.csv", rows, KEY)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", metavar="DIR", help="default: the default model")
+    parser.add_argument("--random_init", metavar="NAME", help="a named config, random weights")
+    parser.add_argument("--gguf", metavar="FILE", help="the default model for llama.cpp, in BF16")
+    parser.add_argument("--llama_python", default="python", metavar="PYTHON", help="one that has llama-cpp-python")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.65])
+    parser.add_argument("--steps", type=int, default=60, help="tokens of each measurement")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--precision", default="bfloat16", choices=sorted(PRECISIONS))
+    command_line(main, parser.parse_args())
