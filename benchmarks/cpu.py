@@ -19,8 +19,8 @@ import time
 import torch
 
 from benchmarks.results import command, provenance, write_rows
-from calibrate import PRECISIONS
-from convert_hf_checkpoint import command_line, resolve_checkpoint
+from cli import PRECISIONS, command_line
+from formats.default_model import resolve_checkpoint
 from generate import ModelSource, count_kept
 from kernels import cpu
 from sparse_model import SparseTransformer

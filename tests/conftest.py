@@ -40,8 +40,7 @@ def tiny(tmp_path_factory) -> Path:
     from safetensors.torch import save_file
     from tokenizers import ByteLevelBPETokenizer
 
-    from convert_hf_checkpoint import expected_shapes
-    from model import ModelArgs
+    from model import ModelArgs, expected_shapes
 
     folder = tmp_path_factory.mktemp("org") / "tiny"
     folder.mkdir()

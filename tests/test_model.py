@@ -10,15 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import (
-    ModelArgs,
-    Transformer,
-    apply_rope,
-    checkpoint_folder,
-    fingerprint,
-    rope_inverse_frequencies,
-    transformer_configs,
-)
+from formats.checkpoint import checkpoint_folder, fingerprint
+from model import ModelArgs, Transformer, apply_rope, rope_inverse_frequencies, transformer_configs
 
 LLAMA = {
     **{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6},
