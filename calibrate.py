@@ -5,9 +5,9 @@
     python calibrate.py --plot distributions.png                   # no --data: the model writes its own text
     python calibrate.py --teal_histograms histograms/ --output teal.safetensors     # TEAL's published ones, no model
 
-One pass over the text, dense, in the dtype of the run. Four inputs a block are looked at (q, k, v share one, gate and
-up another); for each the distributions of x, of |x| and, projection by projection, of |x_i| * ||W_:,i||_2 are counted.
-The counts take 3.9 MB a block on the model's device whatever the text's length: 315 MB for a 70B model, besides its
+The dense model reads the text once, in the dtype of the run. A block has four inputs (q, k and v share one, gate and up
+another). The script counts the distributions of each input x, of |x| and, per projection, of |x_i| * ||W_:,i||_2.
+The counts take 3.9 MB per block on the model's device, whatever the text's length: 315 MB for a 70B model, besides its
 weights and about 1 GB for a window's widest inputs in float32. The file of a 70B model has 64 MB.
 """
 
@@ -36,17 +36,17 @@ from formats.text import WINDOW, text_windows
 from sparse_model import SparseProjection, SparseTransformer
 from tokenizer import load_tokenizer
 
-OWN_TOKENS, OWN_ROW, OWN_ROWS = 4096, 128, 32  # of self-written text: tokens, tokens a row, rows at once
+OWN_TOKENS, OWN_ROW, OWN_ROWS = 4096, 128, 32  # of self-written text: tokens, tokens per row, rows at once
 
-# Histogram bins: float32 bit patterns rounded to 9 mantissa bits, 512 bins an octave from 2^-40 to 2^24. Values of a
+# Histogram bins: float32 bit patterns rounded to 9 mantissa bits, 512 bins per octave from 2^-40 to 2^24. Values of a
 # shorter dtype lie in the middle of a bin, so an interpolated quantile is above or below them without bias.
-SHIFT = 14
+DROPPED_BITS = 14  # of a float32's mantissa
 FIRST, LAST = (127 - 40) << 9, (127 + 24) << 9
 
 
 def bit_histogram(x: Tensor) -> Tensor:
     """Counts of x (float32, any shape) in the bins of `bin_edges`, [2, bins], int64: row 0 is x >= 0, row 1 x < 0."""
-    key = (x.view(torch.int32).flatten() + (1 << SHIFT >> 1) >> SHIFT) & ((1 << 18) - 1)
+    key = (x.view(torch.int32).flatten() + (1 << DROPPED_BITS >> 1) >> DROPPED_BITS) & ((1 << 18) - 1)
     counts = torch.bincount(key, minlength=1 << 18).view(2, -1)
     ends = [counts[:, 1:FIRST].sum(1, keepdim=True), counts[:, LAST:].sum(1, keepdim=True)]
     return torch.cat([counts[:, :1], ends[0], counts[:, FIRST:LAST], ends[1]], dim=1)
@@ -54,13 +54,14 @@ def bit_histogram(x: Tensor) -> Tensor:
 
 def bin_edges() -> np.ndarray:
     """Edges of the bins of |x|, float64: exact zeros, underflow, 64 octaves, overflow (taken to reach one octave)."""
-    bits = (np.arange(FIRST, LAST + 1, dtype=np.int32) << SHIFT) - (1 << SHIFT >> 1)
+    bits = (np.arange(FIRST, LAST + 1, dtype=np.int32) << DROPPED_BITS) - (1 << DROPPED_BITS >> 1)
     edges = bits.view(np.float32).astype(np.float64)
     return np.concatenate([[0.0, 0.0], edges, [2 * edges[-1]]])
 
 
 def quantiles(counts: np.ndarray, edges: np.ndarray) -> Tensor:
     """Values below which a share PROBABILITIES of the counts lies (from the least to the greatest), float32 [1001]."""
+    # empty bins at the ends would stretch the range
     used = np.flatnonzero(counts)
     counts, edges = counts[used[0] : used[-1] + 1], edges[used[0] : used[-1] + 2]
     cumulative = np.concatenate([[0.0], np.cumsum(counts, dtype=np.float64) / counts.sum()])
@@ -90,24 +91,26 @@ class Recorder:
 
     def results(self) -> dict[str, Tensor]:
         """What `Statistics` holds of this input, by "<site or projection>.<name>"."""
+        # moments of each channel, and of all values together
         channel = self.powers.cpu() / self.seen
         m1, m2, m3, m4 = channel.mean(1)
         variance = m2 - m1**2
         kurtosis = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2
+
+        # distributions: row 0 of the counts is x >= 0, row 1 is x < 0
         site, edges, counts = SITE_OF[self.projections[0]], bin_edges(), self.counts.cpu().numpy()
-        found = {
-            f"{site}.signed": quantiles(
-                np.concatenate([counts[1, ::-1], counts[0]]), np.concatenate([-edges[:0:-1], edges])
-            ),
+        signed = np.concatenate([counts[1, ::-1], counts[0]]), np.concatenate([-edges[:0:-1], edges])
+        tensors = {
+            f"{site}.signed": quantiles(*signed),
             f"{site}.magnitude": quantiles(counts.sum(0), edges),
             f"{site}.channel_mean": channel[0].float(),
             f"{site}.channel_second_moment": channel[1].float(),
             f"{site}.pooled": torch.stack([m1, variance.sqrt(), kurtosis]).float(),
         }
         for projection, weighted, norms in zip(self.projections, self.weighted, self.norms, strict=True):
-            found[f"{projection}.weighted"] = quantiles(weighted.cpu().numpy(), edges)
-            found[f"{projection}.column_norms"] = norms.cpu()
-        return found
+            tensors[f"{projection}.weighted"] = quantiles(weighted.cpu().numpy(), edges)
+            tensors[f"{projection}.column_norms"] = norms.cpu()
+        return tensors
 
 
 @torch.no_grad()
@@ -118,6 +121,8 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
         ValueError: an input is not finite (float16 overflows in some models).
     """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
+
+    # every input is counted on its way into its projections
     recorders = [Recorder(module) for module in model.projections]
     pairs = zip(model.projections, recorders, strict=True)
     hooks = [module.register_forward_pre_hook(recorder) for module, recorder in pairs]
@@ -129,6 +134,8 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     finally:
         for hook in hooks:
             hook.remove()
+
+    # counts to distributions
     tensors = {}
     for i, recorder in enumerate(recorders):
         if not recorder.powers.isfinite().all():
@@ -140,14 +147,18 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
 
 @torch.no_grad()
 def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
-    """Text that the model writes, dense, at temperature 1: rows of up to 128 tokens, the start token included, [N, T].
+    """Text that the dense model writes at temperature 1: rows [N, T], int64, of up to 128 tokens from the start token.
 
     At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end.
+
+    Raises:
+        ValueError: the model's output is not finite.
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     length = max(2, min(OWN_ROW, model.config.block_size, num_tokens))
     rows = torch.full((-(-num_tokens // length), length), start_token, device=device)
+
     with tqdm(total=rows.numel(), desc="writing text", unit="tok") as progress:
         for batch in rows.split(OWN_ROWS):
             model.setup_caches(len(batch), length)
@@ -160,6 +171,7 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
                 batch[:, i + 1 : i + 2] = torch.multinomial(probabilities, 1, generator=generator)
                 progress.update(len(batch))
             progress.update(len(batch))
+
     for block in model.layers:
         block.attention.kv_cache = None
     return rows
@@ -168,7 +180,7 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
 def calibration_tokens(
     folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int
 ) -> tuple[Tensor, str]:
-    """Windows [N, T] of `data` or, if None, of text that the model writes; and the text's name.
+    """Windows of token ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
     Raises:
         ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
@@ -216,7 +228,11 @@ def statistics_for(folder: Path, path: str | Path | None, model: SparseTransform
 
 
 def plot(statistics: Statistics, path: Path) -> None:
-    """Draws the densities of the four inputs (rows) of five layers (columns). Raises ValueError without matplotlib."""
+    """Draws the densities of the four inputs (rows) of five layers (columns) into a PNG.
+
+    Raises:
+        ValueError: matplotlib is not installed, or the disk is full.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -224,18 +240,24 @@ def plot(statistics: Statistics, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # five layers, from the first to the last
     last = statistics.n_layer - 1
     layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
     figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
+
     for row, projections in zip(axes, SITES.values(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
             values = statistics.get(layer, projections[0], "signed").double().numpy()
             mean, std, kurtosis = statistics.get(layer, projections[0], "pooled").tolist()
             cut = statistics.threshold(layer, projections[0], 0.5)
+
+            # the density of the middle 96 %, from the quantiles
             reach = np.abs(np.interp([0.02, 0.98], PROBABILITIES, values)).max()
             edges = np.linspace(-reach, reach, 82)
             density = np.diff(np.interp(edges, values, PROBABILITIES)) / np.diff(edges)
             axis.stairs(density, edges, fill=True, color="#9db8d9")
+
+            # what is cut, the mean, the moments
             axis.axvspan(-cut, cut, color="#d9772b", alpha=0.15, linewidth=0)
             axis.axvline(mean, color="#a01c1c", linewidth=0.8, linestyle="--")
             axis.set_title(f"std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
@@ -243,9 +265,12 @@ def plot(statistics: Statistics, path: Path) -> None:
             axis.locator_params(axis="x", nbins=5)
             axis.set_yticks([])
         row[0].set_ylabel(f"input of {', '.join(projections)}")
+
+    # titles
     for axis, layer in zip(axes[0], layers, strict=True):
         axis.annotate(f"layer {layer}", (0.5, 1.22), xycoords="axes fraction", ha="center", weight="bold")
     figure.suptitle("Inputs (96 % of them): density, mean (red), what 50 % sparsity cuts (shaded)", fontsize=10)
+
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)
     plt.close(figure)
@@ -262,7 +287,7 @@ def main(
     precision: str = "bfloat16",
     seed: int = 0,
 ) -> Statistics:
-    """Takes or converts statistics and writes them. Raises ValueError for a user's mistake."""
+    """Takes or converts statistics, writes and returns them. Raises ValueError for a user's mistake."""
     if teal_histograms is not None:
         if output is None or plot_path is not None or data is not None:
             raise ValueError("--teal_histograms needs --output, and goes with neither --plot nor --data")
@@ -274,6 +299,7 @@ def main(
         output = output or folder / STATISTICS_NAME
         model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
         statistics = calibrate(folder, model, data, num_tokens, seed)
+
     statistics.save(output)
     about = ", ".join(f"{key} {value}" for key, value in statistics.metadata.items())
     print(f"{output}: statistics of {statistics.n_layer} layers ({about})")

@@ -25,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device and --precision, of every script that runs a model."""
+    """Adds --device and --precision, which every script that runs a model has."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: cuda if there is a GPU, else cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
@@ -33,13 +33,15 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command_line(main: Callable, arguments: argparse.Namespace) -> None:
     """Runs a script's main. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
-    warnings.formatwarning = lambda message, *_: f"{message}\n"  # for a user, not for who wrote the line
+    warnings.formatwarning = lambda message, *_: f"{message}\n"  # no file and line of ours
     try:
         main(**vars(arguments))
     except (ValueError, OSError, MemoryError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+
+    # memory that ran out: torch has a class for a GPU's alone
     except RuntimeError as error:
-        _, on_cpu, message = str(error).rpartition("DefaultCPUAllocator: ")  # torch has no class for it
+        _, on_cpu, message = str(error).rpartition("DefaultCPUAllocator: ")
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
         reason = ". ".join(" ".join(message.split()).split(". ")[:3])

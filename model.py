@@ -2,6 +2,9 @@
 
 One class, static shapes, GPT-Fast's parameter names. Projections that share an input are fused when a checkpoint is
 loaded (q|k|v into `wqkv`, gate|up into `w13`). Subclasses choose what a projection is through `projection_class`.
+
+To add a family: what is new goes into the block and gets a field in ModelArgs, the family gets a row of FAMILIES, and
+new tensors get their names in HF_NAMES of formats/huggingface.py and GGUF_NAMES of formats/gguf_file.py.
 """
 
 import math
@@ -20,7 +23,8 @@ from formats.config import architecture, config_fields
 from formats.files import read_json
 from kernels.quantized import dequantize
 
-FAMILIES = {  # architecture of config.json -> the fields of ModelArgs that it switches on
+# architecture of config.json -> the fields of ModelArgs that it switches on
+FAMILIES: dict[str, dict] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {},
     "Qwen2ForCausalLM": {"qkv_bias": True},
@@ -32,12 +36,15 @@ FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}  # projections that a 
 class ModelArgs:
     """Shape of a model. Widths that follow from others may be left at 0.
 
-    `rope_scaling` is None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
-    config.json ("factors": a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them).
-    `sliding_window` w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers`.
-    `quant` "int8": projections and lm_head are int8 with a scale an output; "int4": o, gate, up and down have 4 bits
-    and a scale and a minimum for `groupsize` outputs of an input, q, k, v and lm_head are int8. A tied lm_head is then
-    a tensor of its own.
+    Attributes:
+        block_size: positions of the context.
+        n_local_heads: key/value heads.
+        rope_scaling: None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
+            config.json. "factors" is a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them.
+        sliding_window: w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers` (default: all).
+        quant: "none", "int8" or "int4". int8: projections and lm_head are int8, with a scale per output. int4: o, gate,
+            up and down have 4 bits, with a scale and a minimum per input and group of `groupsize` outputs; q, k, v and
+            lm_head are int8. In both forms a tied lm_head becomes a tensor of its own.
     """
 
     block_size: int = 2048
@@ -70,7 +77,7 @@ class ModelArgs:
 
     @property
     def sensitive_quant(self) -> str:
-        """`quant` of wqkv and lm_head: where 4 bits cost most, int4 has int8."""
+        """`quant` of wqkv and lm_head, where 4 bits would cost the most quality: int4 has int8 there."""
         return "int8" if self.quant == "int4" else self.quant
 
     @classmethod
@@ -162,7 +169,7 @@ transformer_configs = {
 
 
 class UncastBuffers(nn.Module):
-    """A module whose own buffers keep their dtype when the model is cast: angles, thresholds, scales, counters."""
+    """A module whose own buffers (frequencies, thresholds, scales, counters) keep their dtype when a model is cast."""
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
@@ -276,6 +283,7 @@ def rope_inverse_frequencies(config: ModelArgs) -> Tensor:
         return freqs / scaling["factor"]
     if scaling["rope_type"] == "factors":
         return freqs / torch.tensor(scaling["factors"])
+
     # llama3: long wavelengths are stretched by `factor`, short ones kept, those between blended
     turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -291,6 +299,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Causal attention, grouped or not, with rotary embedding and, after `setup_caches`, a KV cache."""
+
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
         self.n_head, self.n_local_heads, self.head_dim = config.n_head, config.n_local_heads, config.head_dim
@@ -303,10 +313,13 @@ class Attention(nn.Module):
         self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv"))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        # project the input to queries, keys and values; queries and keys know their position
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, D]
         qk, v = qkv.split([self.n_head + self.n_local_heads, self.n_local_heads], dim=2)
         q, k = apply_rope(qk, *rope).split([self.n_head, self.n_local_heads], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
+
+        # attend: to the cache, or inside x alone
         if input_pos is not None:
             k, v = self.kv_cache.update(input_pos, k, v)
         grouped = self.n_head != self.n_local_heads
@@ -315,6 +328,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The gated MLP: down(silu(gate x) * up x)."""
+
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
         hidden = config.intermediate_size
@@ -408,13 +423,13 @@ class Transformer(UncastBuffers):
         return self.norm.weight.dtype
 
     def bytes_per_step(self) -> int:
-        """Bytes of weights that one decode step reads: projections, lm_head, scales, norms, biases (no KV cache)."""
+        """Bytes of weights that one step reads: projections, lm_head, scales, norms, biases (no KV cache)."""
         small = sum(p.nbytes for p in self.parameters() if p.dim() == 1)
         small += sum(buffer.nbytes for name, buffer in self.named_buffers() if name.endswith(".scale"))
         return sum(p.weight.nbytes for p in self.projections) + self.output_weight.nbytes + small
 
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
-        """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], if it has none such.
+        """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], unless it has that.
 
         Raises:
             ValueError: seq_length is beyond the model's context.
@@ -443,6 +458,7 @@ class Transformer(UncastBuffers):
             rope, masks = self.rope_and_masks(torch.arange(idx.shape[1], device=idx.device))
         else:
             rope, masks = self.rope_and_masks(input_pos, self.layers[0].attention.kv_cache.k_cache.shape[2])
+
         x = self.tok_embeddings(idx)
         for i, block in enumerate(self.layers):
             x = block(x, rope, masks[i], input_pos)
@@ -455,7 +471,8 @@ class Transformer(UncastBuffers):
         """What the blocks need besides their input at `positions` [T], int64.
 
         Args:
-            cache_length: positions of the KV cache that is attended; None: `positions` attend each other, from 0 on.
+            cache_length: positions of the KV cache that they attend to; None: `positions`, from 0 on, attend to each
+                other.
 
         Returns:
             (cos, sin) [T, head_dim / 2], and for each layer its mask [T, keys], True where a query may look, or None
@@ -464,6 +481,7 @@ class Transformer(UncastBuffers):
         angles = positions[:, None] * self.inv_freq
         keys = positions if cache_length is None else torch.arange(cache_length, device=positions.device)
         causal = keys[None, :] <= positions[:, None]
+
         window = self.config.sliding_window
         windowed = causal & (keys[None, :] > positions[:, None] - window) if window else None
         full = None if cache_length is None else causal
@@ -471,14 +489,15 @@ class Transformer(UncastBuffers):
         return (angles.cos(), angles.sin()), masks
 
     def walk(self, batches: Sequence[Tensor], cached: bool = False) -> Iterator["LayerPass"]:
-        """Takes batches of token ids [B, T] (int64, one T for all) through the layers, one layer at a time.
+        """Goes layer by layer through the model with batches of token ids [B, T] (int64, one T for all).
 
-        Yields each layer before it has run. Whoever walks looks at `inputs`, sets hooks, asks for `outputs`; these are
-        the next layer's inputs. Memory holds one layer's inputs and outputs at a time.
+        Yields each layer before its block has run. The caller looks at the layer's `inputs`, sets hooks and asks for
+        its `outputs`, which are the next layer's inputs. Memory holds the inputs and outputs of one layer at a time.
+        `forward` has a loop of its own, since torch.compile does not take every generator.
 
         Args:
-            cached: the layer at hand has a KV cache of T positions, which its run fills and the next layer takes over;
-                for one batch. Else the layers' own caches stay as they are.
+            cached: of one batch only: each block runs with a KV cache of T positions, which is taken from it when the
+                walk goes on. Else the caches of `setup_caches` are neither read nor written.
         """
         length = batches[0].shape[1] if len(batches) else 0
         positions = torch.arange(length, device=self.device)
@@ -500,7 +519,10 @@ class Transformer(UncastBuffers):
 
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
-        """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0."""
+        """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0.
+
+        Quantised weights get random integers, and scales for which they spread by about `std`.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dtype == torch.int8:
@@ -511,11 +533,12 @@ class Transformer(UncastBuffers):
                 parameter.normal_(0.0, std, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
         for name, buffer in self.named_buffers():
             if name.endswith(".scale") and buffer.dim() == 1:
-                buffer.fill_(std / 73.3)  # of the integers from -127 to 127
+                buffer.fill_(std / 73.3)  # the integers -127 to 127 spread by 73.3
             elif name.endswith(".scale"):
-                buffer.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # of those from 0 to 15
+                buffer.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # those from 0 to 15 by 4.61
 
     @classmethod
     def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":
@@ -540,6 +563,7 @@ class Transformer(UncastBuffers):
                 f"{folder} holds a Hugging Face checkpoint; convert it first: "
                 f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
             )
+
         model = cls(read_config(folder), device=device, dtype=dtype)
         if model.output is None:
             state_dict.pop("output.weight", None)

@@ -28,7 +28,7 @@ def config_fields(config: dict, name: str = "") -> dict:
     """
     rope_base, rope_scaling = _rope(config)
     n_layer, n_head = _number(config, "num_hidden_layers"), _number(config, "num_attention_heads")
-    dim, n_local_heads = _number(config, "hidden_size"), _number(config, "num_key_value_heads", n_head)
+    dim, n_local_heads = _number(config, "hidden_size"), _number(config, "num_key_value_heads", 0) or n_head
     head_dim = _number(config, "head_dim", 0) or dim // n_head
     if n_head % n_local_heads or head_dim % 2:
         raise ValueError(

@@ -14,12 +14,17 @@ WINDOW, MIN_WINDOW = 2048, 256  # tokens: of a window of calibration text, and t
 
 
 def read_documents(source: str) -> Iterator[str]:
-    """Texts of a .txt file (one), a .jsonl file or `c4` (a shard of its validation split), an empty line after each."""
+    """Texts of a .txt file (one), a .jsonl file or `c4` (a shard of its validation split), an empty line after each.
+
+    Raises:
+        ValueError: no such file, another kind of file, a line that holds no text, C4 cannot be fetched.
+    """
     path = _fetch_c4() if source == "c4" else Path(source)
     if not path.is_file():
         raise ValueError(f"no text file at {path}")
     if source != "c4" and path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path} is neither .txt nor .jsonl; --data takes those, or c4")
+
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             if path.suffix == ".txt":
@@ -52,7 +57,11 @@ def _fetch_c4() -> Path:
 def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> Tensor:
     """The documents' first `num_tokens` tokens, each document followed by an empty line, as windows [N, T].
 
-    T is the least of 2048, the model's context and what there is; no bos is added, a last part window is left out.
+    T is the least of 2048, `context` (the model's) and what there is. No bos is added; a last window that is not full
+    is left out.
+
+    Raises:
+        ValueError: a text that cannot be read or is too short.
     """
     tokens: list[int] = []
     for source in data:
@@ -60,6 +69,7 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
             tokens += tokenizer.encode(text)
             if len(tokens) >= num_tokens:
                 break
+
     length = min(WINDOW, context, num_tokens, len(tokens))
     if length < min(MIN_WINDOW, context):
         raise ValueError(f"{len(tokens)} tokens of text, {num_tokens} asked for: at least {MIN_WINDOW} are needed")
@@ -68,7 +78,11 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
 
 
 def task_text(task: str, data: Path | None) -> str:
-    """The text of a task: `data` as it is, or for wikitext its lines with an empty line between two."""
+    """The text of a task: for "perplexity" `data` as it is, for "wikitext" its lines with an empty line between two.
+
+    Raises:
+        ValueError: no file given, or one that is not UTF-8 text.
+    """
     if data is None:
         raise ValueError(f"--tasks {task} needs --data FILE, for wikitext WikiText-2's raw test split (wiki.test.raw)")
     try:
