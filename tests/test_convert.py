@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import CONFIG, LLAMA3_ROPE, change_config, edit_json, random_tokens
 from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint as converter
@@ -22,18 +23,15 @@ from formats import checkpoint, default_model, gguf_file
 from formats.files import atomic_write
 from formats.gguf_file import GGUF_NAMES
 from formats.huggingface import HF_NAMES
-from model import ModelArgs, Transformer, expected_shapes
+from model import FAMILIES, Attention, ModelArgs, RMSNorm, Transformer, expected_shapes
+from sparse_model import SparseTransformer
 from tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
-TINY = {
-    **{"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-5},
-}
-LLAMA31 = {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-LLAMA31 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+TINY = CONFIG | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}
+LLAMA31 = LLAMA3_ROPE | {"rope_theta": 500000.0}
 MODELS = {
     "llama2": ("Llama", {}),
     "llama2-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -42,16 +40,9 @@ MODELS = {
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 24}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reference(name: str, dtype=torch.float32, **changes):
@@ -81,17 +72,11 @@ def saved(tmp_path) -> Path:
     return tmp_path / "hf"
 
 
-def edit_json(path: Path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
 # ---------------------------------------------------------------- Hugging Face folders
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3"])
 def test_logits_equal_transformers(tmp_path, name, shard_size):
     model = reference(name)
     model.save_pretrained(tmp_path / "hf", max_shard_size=shard_size)
@@ -106,13 +91,9 @@ def test_logits_equal_transformers(tmp_path, name, shard_size):
 def test_older_form_of_rope_config(tmp_path, key):
     model = reference("llama3.1")
     model.save_pretrained(tmp_path / "hf")
-
-    def older(config):
-        config.pop("rope_parameters", None)
-        scaling = {k: v for k, v in LLAMA31.items() if k not in ("rope_theta", "rope_type")}
-        config |= {"rope_theta": LLAMA31["rope_theta"], "rope_scaling": scaling | {key: "llama3"}}
-
-    edit_json(tmp_path / "hf/config.json", older)
+    scaling = {k: v for k, v in LLAMA31.items() if k not in ("rope_theta", "rope_type")} | {key: "llama3"}
+    older = {"rope_parameters": None, "rope_theta": LLAMA31["rope_theta"], "rope_scaling": scaling}
+    change_config(tmp_path / "hf", **older)
     assert_same_logits(convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out"), model)
 
 
@@ -190,6 +171,44 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     assert grown * 1024 < 80e6  # bytes; the largest tensor has 17 MB
 
 
+# ---------------------------------------------------------------- a fork's family
+
+
+class NormedAttention(Attention):
+    """Attention with norms on q and k, as a fork would write them into the block."""
+
+    def __init__(self, config, *rest):
+        super().__init__(config, *rest)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps, *rest[1:]) for _ in "qk")
+        self.wqkv.register_forward_hook(self.norm)
+
+    def norm(self, module, args, qkv):
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=2)
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2).flatten(2)
+
+
+@pytest.fixture
+def qwen3(monkeypatch):
+    """What a fork adds for Qwen3: the block, a row of the families, names of the new tensors; no other place."""
+    monkeypatch.setattr("model.Attention", NormedAttention)
+    monkeypatch.setitem(FAMILIES, "Qwen3ForCausalLM", {})
+    for letter in "qk":
+        monkeypatch.setitem(HF_NAMES, f"self_attn.{letter}_norm", f"attention.{letter}_norm")
+        monkeypatch.setitem(GGUF_NAMES, f"attn_{letter}_norm", f"attention.{letter}_norm")
+
+
+def test_a_family_with_norms_on_q_and_k(tmp_path, qwen3):
+    model = reference("qwen3", vocab_size=260)
+    model.save_pretrained(tmp_path / "hf")
+    assert_same_logits(convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out"), model)
+    path = write_gguf(tmp_path / "m.gguf", model)
+    assert_same_logits(convert(gguf=path, output_dir=tmp_path / "from_gguf"), model)
+    sparse = SparseTransformer.from_checkpoint(tmp_path / "out", dtype=torch.float32)  # nothing cut: the same model
+    idx = random_tokens(1, 20, TINY["vocab_size"])
+    assert (sparse(idx) - model(idx).logits).abs().max() <= 1e-4 * model(idx).logits.abs().max()
+
+
 # ---------------------------------------------------------------- GGUF
 
 
@@ -202,7 +221,7 @@ def byte_level_vocabulary() -> tuple[list[str], list[str]]:
 
 def write_gguf(path: Path, model, kind: str = "F32", pre: str = "smollm", **metadata) -> Path:
     """As llama.cpp's converter does: llama's q and k with interleaved rows, qwen2's as they are; vectors in F32."""
-    config, arch = model.config, "qwen2" if model.config.model_type == "qwen2" else "llama"
+    config, arch = model.config, model.config.model_type if "qwen" in model.config.model_type else "llama"
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -293,12 +312,15 @@ def test_every_quantised_type(tmp_path, kind):
     assert torch.equal(source.load(), torch.from_numpy(expected).half())
 
 
-@pytest.mark.parametrize(("pre", "pieces"), [
-    ("smollm", ["it", "'", "S", "\u0120a", "(", "b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
-    ("gpt-2", ["it", "'", "S", "\u0120a", "(", "b", "\u01201234", "\u010a\u010a"]),
-    ("llama-bpe", ["it", "'S", "\u0120a", "(b", "\u0120", "123", "4", "\u010a\u010a"]),
-    ("qwen2", ["it", "'S", "\u0120a", "(b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", ["it", "'", "S", "\u0120a", "(", "b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
+        ("gpt-2", ["it", "'", "S", "\u0120a", "(", "b", "\u01201234", "\u010a\u010a"]),
+        ("llama-bpe", ["it", "'S", "\u0120a", "(b", "\u0120", "123", "4", "\u010a\u010a"]),
+        ("qwen2", ["it", "'S", "\u0120a", "(b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
+    ],
+)
 def test_pretokenizer_splits(pre, pieces):
     tokens, merges = byte_level_vocabulary()
     tokenizer = gguf_file._byte_level_tokenizer(tokens, [3] + [1] * (len(tokens) - 1), merges, pre)
@@ -321,16 +343,18 @@ def test_sentencepiece_model_is_rebuilt(tmp_path, data):
 
     original = SentencePieceProcessor(model_file=str(data / "tokenizers/llama2/tokenizer.model"))
     ids = range(original.vocab_size())
-    kinds = [2 if original.is_unknown(i) else 3 if original.is_control(i) else 6 if original.is_byte(i) else 1
-             for i in ids]  # fmt: skip
-    metadata = gguf_file.Metadata({
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [original.id_to_piece(i) for i in ids],
-        "tokenizer.ggml.scores": [original.get_score(i) for i in ids],
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    })  # fmt: skip
+    unknown, control, byte = original.is_unknown, original.is_control, original.is_byte
+    kinds = [2 if unknown(i) else 3 if control(i) else 6 if byte(i) else 1 for i in ids]
+    metadata = gguf_file.Metadata(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": [original.id_to_piece(i) for i in ids],
+            "tokenizer.ggml.scores": [original.get_score(i) for i in ids],
+            "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+    )
     gguf_file.write_gguf_tokenizer(metadata, tmp_path)
     rebuilt = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert rebuilt.encode("Hello world, my name is") == [15043, 3186, 29892, 590, 1024, 338]
@@ -339,9 +363,8 @@ def test_sentencepiece_model_is_rebuilt(tmp_path, data):
     for sample in (text, "  two  spaces ", "naïve 日本語 🙂\t\n", "", "<s>"):
         assert rebuilt.encode(sample) == original.encode(sample)
     assert rebuilt.decode(original.encode(text)) == original.decode(original.encode(text))
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
-        "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
-    }  # fmt: skip
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings == {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
 
 
 def test_wikitext_tokens_of_the_default_model(data):
@@ -357,10 +380,8 @@ def test_wikitext_tokens_of_the_default_model(data):
 
 
 def break_index(folder: Path, shard: str):
-    def change(index):
-        index["weight_map"] = dict.fromkeys(index["weight_map"], shard)
-
-    edit_json(folder / "model.safetensors.index.json", change)
+    index = folder / "model.safetensors.index.json"
+    edit_json(index, weight_map=dict.fromkeys(json.loads(index.read_text())["weight_map"], shard))
 
 
 def truncate(path: Path):
@@ -383,26 +404,29 @@ def bin_with_code(folder: Path):
 
 
 def set_config(**changes):
-    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(changes))
+    return lambda folder: change_config(folder, **changes)
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), r"model-00002-of-.*missing"),
-    (lambda f: break_index(f, "../secret.safetensors"), r"'../secret.safetensors' outside its folder"),
-    (lambda f: break_index(f, "/etc/secret.safetensors"), r"'/etc/secret.safetensors' outside its folder"),
-    (lambda f: truncate(sorted(f.glob("*.safetensors"))[0]), r"model-00001-of-\d+.safetensors is truncated"),
-    (lambda f: [p.unlink() for p in f.glob("model*")], r"holds no \*.safetensors"),
-    (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
-    (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
-    (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json has no weight_map"),
-    (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
-    (set_config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
-    (set_config(intermediate_size=128), r"mlp.*proj.weight has shape \(.*96.*\); the config asks for \(.*128"),
-    (set_config(num_hidden_layers=1), r"unexpected tensors.*model.layers.1"),
-    (set_config(num_hidden_layers=3), r"missing tensors.*layers.2.*and 4 more"),
-    (bin_with_code, "pytorch_model.bin is truncated or not a weight file: Weights only load failed"),
-    (remove_tensor, "missing tensors for this config: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), r"model-00002-of-.*missing"),
+        (lambda f: break_index(f, "../secret.safetensors"), r"'../secret.safetensors' outside its folder"),
+        (lambda f: break_index(f, "/etc/secret.safetensors"), r"'/etc/secret.safetensors' outside its folder"),
+        (lambda f: truncate(sorted(f.glob("*.safetensors"))[0]), r"model-00001-of-\d+.safetensors is truncated"),
+        (lambda f: [p.unlink() for p in f.glob("model*")], r"holds no \*.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json has no weight_map"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
+        (set_config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
+        (set_config(intermediate_size=128), r"mlp.*proj.weight has shape \(.*96.*\); the config asks for \(.*128"),
+        (set_config(num_hidden_layers=1), r"unexpected tensors.*model.layers.1"),
+        (set_config(num_hidden_layers=3), r"missing tensors.*layers.2.*and 4 more"),
+        (bin_with_code, "pytorch_model.bin is truncated or not a weight file: Weights only load failed"),
+        (remove_tensor, "missing tensors for this config: "),
+    ],
+)
 def test_bad_folders(tmp_path, saved, damage, message):
     damage(saved)
     with pytest.raises(ValueError, match=message) as caught:
