@@ -5,48 +5,48 @@
     python calibrate.py --plot distributions.png                   # no --data: the model writes its own text
     python calibrate.py --teal_histograms histograms/ --output teal.safetensors     # TEAL's published ones, no model
 
-One pass over the text, dense, in the dtype of the run. Four inputs a block are looked at (q, k, v share one, gate and
-up another); for each the distributions of x, of |x| and, projection by projection, of |x_i| * ||W_:,i||_2 are counted.
-The counts take 3.9 MB a block on the model's device whatever the text's length: 315 MB for a 70B model, besides its
+The dense model reads the text once, in the dtype of the run. A block has four inputs (q, k and v share one, gate and up
+another). The script counts the distributions of each input x, of |x| and, per projection, of |x_i| * ||W_:,i||_2.
+The counts take 3.9 MB per block on the model's device, whatever the text's length: 315 MB for a 70B model, besides its
 weights and about 1 GB for a window's widest inputs in float32. The file of a 70B model has 64 MB.
 """
 
 import argparse
-import gzip
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from convert_hf_checkpoint import atomic_write, command_line, resolve_checkpoint
-from model import fingerprint, one_line
-from sparse_model import PROJECTIONS, SparseProjection, SparseTransformer
+from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from formats.checkpoint import fingerprint
+from formats.default_model import resolve_checkpoint
+from formats.files import atomic_write
+from formats.statistics import (
+    PROBABILITIES,
+    SITE_OF,
+    SITES,
+    STATISTICS_NAME,
+    Statistics,
+    load_statistics,
+    teal_statistics,
+)
+from formats.text import WINDOW, text_windows
+from sparse_model import SparseProjection, SparseTransformer
 from tokenizer import load_tokenizer
 
-STATISTICS_NAME = "calibration.safetensors"  # beside the checkpoint it belongs to
-FORMAT = "activation statistics 1"
-SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-SITE_OF = {projection: site for site, projections in SITES.items() for projection in projections}
-PROBABILITIES = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WINDOW, MIN_WINDOW = 2048, 256
-OWN_TOKENS, OWN_ROW, OWN_ROWS = 4096, 128, 32  # of self-written text: tokens, tokens a row, rows at once
+OWN_TOKENS, OWN_ROW, OWN_ROWS = 4096, 128, 32  # of self-written text: tokens, tokens per row, rows at once
 
-# Histogram bins: float32 bit patterns rounded to 9 mantissa bits, 512 bins an octave from 2^-40 to 2^24. Values of a
+# Histogram bins: float32 bit patterns rounded to 9 mantissa bits, 512 bins per octave from 2^-40 to 2^24. Values of a
 # shorter dtype lie in the middle of a bin, so an interpolated quantile is above or below them without bias.
-SHIFT = 14
+DROPPED_BITS = 14  # of a float32's mantissa
 FIRST, LAST = (127 - 40) << 9, (127 + 24) << 9
 
 
 def bit_histogram(x: Tensor) -> Tensor:
     """Counts of x (float32, any shape) in the bins of `bin_edges`, [2, bins], int64: row 0 is x >= 0, row 1 x < 0."""
-    key = (x.view(torch.int32).flatten() + (1 << SHIFT >> 1) >> SHIFT) & ((1 << 18) - 1)
+    key = (x.view(torch.int32).flatten() + (1 << DROPPED_BITS >> 1) >> DROPPED_BITS) & ((1 << 18) - 1)
     counts = torch.bincount(key, minlength=1 << 18).view(2, -1)
     ends = [counts[:, 1:FIRST].sum(1, keepdim=True), counts[:, LAST:].sum(1, keepdim=True)]
     return torch.cat([counts[:, :1], ends[0], counts[:, FIRST:LAST], ends[1]], dim=1)
@@ -54,13 +54,14 @@ def bit_histogram(x: Tensor) -> Tensor:
 
 def bin_edges() -> np.ndarray:
     """Edges of the bins of |x|, float64: exact zeros, underflow, 64 octaves, overflow (taken to reach one octave)."""
-    bits = (np.arange(FIRST, LAST + 1, dtype=np.int32) << SHIFT) - (1 << SHIFT >> 1)
+    bits = (np.arange(FIRST, LAST + 1, dtype=np.int32) << DROPPED_BITS) - (1 << DROPPED_BITS >> 1)
     edges = bits.view(np.float32).astype(np.float64)
     return np.concatenate([[0.0, 0.0], edges, [2 * edges[-1]]])
 
 
 def quantiles(counts: np.ndarray, edges: np.ndarray) -> Tensor:
     """Values below which a share PROBABILITIES of the counts lies (from the least to the greatest), float32 [1001]."""
+    # empty bins at the ends would stretch the range
     used = np.flatnonzero(counts)
     counts, edges = counts[used[0] : used[-1] + 1], edges[used[0] : used[-1] + 2]
     cumulative = np.concatenate([[0.0], np.cumsum(counts, dtype=np.float64) / counts.sum()])
@@ -90,34 +91,38 @@ class Recorder:
 
     def results(self) -> dict[str, Tensor]:
         """What `Statistics` holds of this input, by "<site or projection>.<name>"."""
+        # moments of each channel, and of all values together
         channel = self.powers.cpu() / self.seen
         m1, m2, m3, m4 = channel.mean(1)
         variance = m2 - m1**2
         kurtosis = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2
+
+        # distributions: row 0 of the counts is x >= 0, row 1 is x < 0
         site, edges, counts = SITE_OF[self.projections[0]], bin_edges(), self.counts.cpu().numpy()
-        found = {
-            f"{site}.signed": quantiles(
-                np.concatenate([counts[1, ::-1], counts[0]]), np.concatenate([-edges[:0:-1], edges])
-            ),
+        signed = np.concatenate([counts[1, ::-1], counts[0]]), np.concatenate([-edges[:0:-1], edges])
+        tensors = {
+            f"{site}.signed": quantiles(*signed),
             f"{site}.magnitude": quantiles(counts.sum(0), edges),
             f"{site}.channel_mean": channel[0].float(),
             f"{site}.channel_second_moment": channel[1].float(),
             f"{site}.pooled": torch.stack([m1, variance.sqrt(), kurtosis]).float(),
         }
         for projection, weighted, norms in zip(self.projections, self.weighted, self.norms, strict=True):
-            found[f"{projection}.weighted"] = quantiles(weighted.cpu().numpy(), edges)
-            found[f"{projection}.column_norms"] = norms.cpu()
-        return found
+            tensors[f"{projection}.weighted"] = quantiles(weighted.cpu().numpy(), edges)
+            tensors[f"{projection}.column_norms"] = norms.cpu()
+        return tensors
 
 
 @torch.no_grad()
-def collect(model: SparseTransformer, tokens: Tensor) -> "Statistics":
+def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     """Runs the model densely over tokens [N, T] (int64, T > 1), a few windows at a time, and records its inputs.
 
     Raises:
         ValueError: an input is not finite (float16 overflows in some models).
     """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
+
+    # every input is counted on its way into its projections
     recorders = [Recorder(module) for module in model.projections]
     pairs = zip(model.projections, recorders, strict=True)
     hooks = [module.register_forward_pre_hook(recorder) for module, recorder in pairs]
@@ -129,6 +134,8 @@ def collect(model: SparseTransformer, tokens: Tensor) -> "Statistics":
     finally:
         for hook in hooks:
             hook.remove()
+
+    # counts to distributions
     tensors = {}
     for i, recorder in enumerate(recorders):
         if not recorder.powers.isfinite().all():
@@ -138,157 +145,20 @@ def collect(model: SparseTransformer, tokens: Tensor) -> "Statistics":
     return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
 
 
-def check_fingerprint(found: str | None, folder: Path, what: str, script: str) -> None:
-    """Raises ValueError if an artifact's fingerprint is not that of the checkpoint in `folder`. None is unknown."""
-    if found is not None and found != (own := fingerprint(folder)):
-        raise ValueError(
-            f"{what} of another checkpoint than {folder} ({found} against {own}); "
-            f"to mend this: python {script} --checkpoint_path {folder}"
-        )
-
-
-def write_output(path: str | Path, content: bytes) -> None:
-    """Writes a file, whole or not at all. Raises ValueError if it cannot be written."""
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path} ({error}); give another --output, of calibrate.py or greedy.py"
-        ) from None
-
-
-class Statistics:
-    """Distributions of the inputs of a model's projections, by layer and projection (q k v o gate up down).
-
-    Attributes:
-        tensors: by "<layer>.<site or projection>.<name>"; see `Recorder.results` and `teal_statistics`.
-        metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
-        self.tensors, self.metadata = tensors, metadata
-        self.n_layer = 1 + max(int(name.split(".")[0]) for name in tensors)
-
-    @property
-    def fingerprint(self) -> str | None:
-        """`model.fingerprint` of their checkpoint, the one they were taken from or its int8 form; None if unknown, as
-        for TEAL's."""
-        return self.metadata.get("fingerprint")
-
-    def get(self, layer: int, projection: str, name: str) -> Tensor:
-        """One tensor, float32 unless said otherwise, of a projection's input (or of that and the projection's weights).
-
-        Args:
-            name: signed, magnitude [1001]: quantiles at PROBABILITIES of x and of |x| (least and greatest at the ends);
-                weighted [1001]: those of |x_i| * c_i; column_norms [in]: c, the 2-norm of each input's weights;
-                channel_mean, channel_second_moment [in]: of each input channel;
-                pooled [3]: mean, standard deviation and kurtosis (3 for a Gaussian) over all channels and tokens.
-
-        Raises:
-            ValueError: an unknown projection, a layer that is not there, a name that TEAL's histograms do not have.
-        """
-        if projection not in SITE_OF:
-            raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
-        for owner in (projection, SITE_OF[projection]):
-            if f"{layer}.{owner}.{name}" in self.tensors:
-                return self.tensors[f"{layer}.{owner}.{name}"]
-        layers = sorted({int(key.split(".")[0]) for key in self.tensors})
-        if layer in layers:
-            raise ValueError(f"these statistics hold no {name} ({self.metadata['kind']}); run calibrate.py on a text")
-        raise ValueError(f"no statistics of layer {layer}; there are {len(layers)}, {layers[0]} to {layers[-1]}")
-
-    def threshold(self, layer: int, projection: str, sparsity: float) -> float:
-        """The t for which a share `sparsity` of the projection's inputs has |x| <= t; 0 for sparsity 0.
-
-        Precise to 0.001 of sparsity (in bfloat16 to the share of one value). TEAL's histograms give TEAL's own
-        threshold, the quantile (1 + sparsity) / 2 of x, which supposes symmetry.
-
-        Raises:
-            ValueError: sparsity outside [0, 1), an unknown projection, a layer that is not there.
-        """
-        if self.metadata["kind"] == "own":
-            return self._quantile(layer, projection, "magnitude", sparsity)
-        cumulative, centers = (self.get(layer, projection, name).numpy() for name in ("cumulative", "centers"))
-        _check_sparsity(sparsity)
-        return float(np.interp((0.5 + sparsity / 2) * cumulative[-1], cumulative, centers)) if sparsity else 0.0
-
-    def weighted_threshold(self, layer: int, projection: str, sparsity: float) -> float:
-        """The t for which a share `sparsity` has |x_i| * c_i <= t, c the `column_norms`. Raises as `threshold` does."""
-        return self._quantile(layer, projection, "weighted", sparsity)
-
-    def _quantile(self, layer: int, projection: str, name: str, sparsity: float) -> float:
-        values = self.get(layer, projection, name)
-        _check_sparsity(sparsity)
-        return float(np.interp(sparsity, PROBABILITIES, values.numpy())) if sparsity else 0.0
-
-    def check_fingerprint(self, folder: Path) -> None:
-        """Raises ValueError if they were taken from another checkpoint than the one in `folder`."""
-        check_fingerprint(self.fingerprint, folder, "the statistics are", "calibrate.py")
-
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
-        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        write_output(path, serialize(tensors, {"format": FORMAT, **self.metadata}))
-
-
-def _check_sparsity(sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
-
-
-def load_statistics(path: str | Path) -> Statistics:
-    """Reads what `Statistics.save` wrote.
-
-    Raises:
-        ValueError: no file there, a truncated one, or one that holds something else.
-    """
-    again = "make it with calibrate.py"
-    if not Path(path).is_file():
-        raise ValueError(f"no statistics file at {path}; {again}")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.pop("format", None) != FORMAT:
-                raise ValueError(f"{path} is not a statistics file of this version; {again}")
-            return Statistics({name: file.get_tensor(name) for name in file.keys()}, metadata)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a statistics file ({error}); {again}") from None
-
-
-def teal_statistics(folder: str | Path) -> Statistics:
-    """TEAL's published histograms: layer-{i}/{self_attn,mlp}/histograms.pt. Layers that are missing stay absent.
-
-    Raises:
-        ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
-    """
-    tensors = {}
-    for part, sites in (("self_attn", ("qkv", "o")), ("mlp", ("gate_up", "down"))):
-        for path in Path(folder).glob(f"layer-*/{part}/histograms.pt"):
-            try:
-                layer = int(path.parts[-3].removeprefix("layer-"))
-                found = torch.load(path, map_location="cpu", weights_only=True)
-                for site, name in zip(sites, ("h1", "h2"), strict=True):
-                    tensors[f"{layer}.{site}.cumulative"] = found[name].double().cumsum(0)
-                    tensors[f"{layer}.{site}.centers"] = found[f"{name}_centers"].double()
-            except Exception as error:  # unpickling fails in many ways
-                reason = f"{type(error).__name__}: {one_line(error)}"
-                raise ValueError(f"{path} is not a file of TEAL's histograms ({reason})") from None
-    if not tensors:
-        raise ValueError(f"{folder} holds no layer-*/self_attn/histograms.pt; give TEAL's folder `histograms`")
-    return Statistics(tensors, {"kind": "teal"})
-
-
 @torch.no_grad()
 def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
-    """Text that the model writes, dense, at temperature 1: rows of up to 128 tokens, the start token included, [N, T].
+    """Text that the dense model writes at temperature 1: rows [N, T], int64, of up to 128 tokens from the start token.
 
     At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end.
+
+    Raises:
+        ValueError: the model's output is not finite.
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     length = max(2, min(OWN_ROW, model.config.block_size, num_tokens))
     rows = torch.full((-(-num_tokens // length), length), start_token, device=device)
+
     with tqdm(total=rows.numel(), desc="writing text", unit="tok") as progress:
         for batch in rows.split(OWN_ROWS):
             model.setup_caches(len(batch), length)
@@ -301,69 +171,16 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
                 batch[:, i + 1 : i + 2] = torch.multinomial(probabilities, 1, generator=generator)
                 progress.update(len(batch))
             progress.update(len(batch))
+
     for block in model.layers:
         block.attention.kv_cache = None
     return rows
 
 
-def read_documents(source: str) -> Iterator[str]:
-    """Texts of a .txt file (one), a .jsonl file or `c4` (a shard of its validation split), an empty line after each."""
-    path = _fetch_c4() if source == "c4" else Path(source)
-    if not path.is_file():
-        raise ValueError(f"no text file at {path}")
-    if source != "c4" and path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path} is neither .txt nor .jsonl; --data takes those, or c4")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            if path.suffix == ".txt":
-                yield file.read() + "\n\n"
-                return
-            for line in file:
-                if line.strip():
-                    record = json.loads(line)
-                    text = record["text"] if "text" in record else record["prefix"] + record["gold_completion"]
-                    yield text + "\n\n"
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except (ValueError, KeyError, TypeError):
-        wanted = "a JSON object with the field text, or with prefix and gold_completion"
-        raise ValueError(f"a line of {path} is not {wanted}: {line[:80]!r}") from None
-
-
-def _fetch_c4() -> Path:
-    shard = "en/c4-validation.00000-of-00008.json.gz"
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download("allenai/c4", shard, repo_type="dataset"))
-    except Exception as error:  # the hub's client raises its HTTP library's errors too
-        raise ValueError(
-            f"cannot fetch C4 from the hub ({one_line(error)}); give a .txt or .jsonl file with --data"
-        ) from None
-
-
-def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> Tensor:
-    """The documents' first `num_tokens` tokens, each document followed by an empty line, as windows [N, T].
-
-    T is the least of 2048, the model's context and what there is; no bos is added, a last part window is left out.
-    """
-    tokens: list[int] = []
-    for source in data:
-        for text in read_documents(source):
-            tokens += tokenizer.encode(text)
-            if len(tokens) >= num_tokens:
-                break
-    length = min(WINDOW, context, num_tokens, len(tokens))
-    if length < min(MIN_WINDOW, context):
-        raise ValueError(f"{len(tokens)} tokens of text, {num_tokens} asked for: at least {MIN_WINDOW} are needed")
-    count = min(num_tokens, len(tokens)) // length
-    return torch.tensor(tokens[: count * length]).view(count, length)
-
-
 def calibration_tokens(
     folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int
 ) -> tuple[Tensor, str]:
-    """Windows [N, T] of `data` or, if None, of text that the model writes; and the text's name.
+    """Windows of token ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
     Raises:
         ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
@@ -411,7 +228,11 @@ def statistics_for(folder: Path, path: str | Path | None, model: SparseTransform
 
 
 def plot(statistics: Statistics, path: Path) -> None:
-    """Draws the densities of the four inputs (rows) of five layers (columns). Raises ValueError without matplotlib."""
+    """Draws the densities of the four inputs (rows) of five layers (columns) into a PNG.
+
+    Raises:
+        ValueError: matplotlib is not installed, or the disk is full.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -419,18 +240,24 @@ def plot(statistics: Statistics, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # five layers, from the first to the last
     last = statistics.n_layer - 1
     layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
     figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
+
     for row, projections in zip(axes, SITES.values(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
             values = statistics.get(layer, projections[0], "signed").double().numpy()
             mean, std, kurtosis = statistics.get(layer, projections[0], "pooled").tolist()
             cut = statistics.threshold(layer, projections[0], 0.5)
+
+            # the density of the middle 96 %, from the quantiles
             reach = np.abs(np.interp([0.02, 0.98], PROBABILITIES, values)).max()
             edges = np.linspace(-reach, reach, 82)
             density = np.diff(np.interp(edges, values, PROBABILITIES)) / np.diff(edges)
             axis.stairs(density, edges, fill=True, color="#9db8d9")
+
+            # what is cut, the mean, the moments
             axis.axvspan(-cut, cut, color="#d9772b", alpha=0.15, linewidth=0)
             axis.axvline(mean, color="#a01c1c", linewidth=0.8, linestyle="--")
             axis.set_title(f"std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
@@ -438,30 +265,15 @@ def plot(statistics: Statistics, path: Path) -> None:
             axis.locator_params(axis="x", nbins=5)
             axis.set_yticks([])
         row[0].set_ylabel(f"input of {', '.join(projections)}")
+
+    # titles
     for axis, layer in zip(axes[0], layers, strict=True):
         axis.annotate(f"layer {layer}", (0.5, 1.22), xycoords="axes fraction", ha="center", weight="bold")
     figure.suptitle("Inputs (96 % of them): density, mean (red), what 50 % sparsity cuts (shaded)", fontsize=10)
+
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)
     plt.close(figure)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of this name. Raises ValueError if torch cannot use it here."""
-    try:
-        device = torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported; cpu and cuda are")
-    return device
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device and --precision, of every script that runs a model."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="default: cuda if there is a GPU, else cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
 
 
 def main(
@@ -475,7 +287,7 @@ def main(
     precision: str = "bfloat16",
     seed: int = 0,
 ) -> Statistics:
-    """Takes or converts statistics and writes them. Raises ValueError for a user's mistake."""
+    """Takes or converts statistics, writes and returns them. Raises ValueError for a user's mistake."""
     if teal_histograms is not None:
         if output is None or plot_path is not None or data is not None:
             raise ValueError("--teal_histograms needs --output, and goes with neither --plot nor --data")
@@ -487,6 +299,7 @@ def main(
         output = output or folder / STATISTICS_NAME
         model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
         statistics = calibrate(folder, model, data, num_tokens, seed)
+
     statistics.save(output)
     about = ", ".join(f"{key} {value}" for key, value in statistics.metadata.items())
     print(f"{output}: statistics of {statistics.n_layer} layers ({about})")

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import PRECISIONS, add_device_arguments, resolve_device, statistics_for
-from convert_hf_checkpoint import command_line, resolve_checkpoint
+from calibrate import statistics_for
+from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from formats.default_model import resolve_checkpoint
+from formats.text import task_text
 from greedy import resolve_allocation, set_allocation
 from model import Transformer, read_config
 from sparse_model import SparseTransformer
@@ -29,19 +31,6 @@ from tokenizer import load_tokenizer
 
 TASKS = ("perplexity", "wikitext")
 GPU_WINDOWS = 4  # windows a forward pass on a GPU; logits are 4 x 512 x vocabulary in float32
-
-
-def task_text(task: str, data: Path | None) -> str:
-    """The text of a task: `data` as it is, or for wikitext its lines with an empty line between two."""
-    if data is None:
-        raise ValueError(f"--tasks {task} needs --data FILE, for wikitext WikiText-2's raw test split (wiki.test.raw)")
-    try:
-        text = data.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {data} as UTF-8 text: {error}") from None
-    if task == "wikitext":
-        return "\n\n".join(line + "\n" if line.strip() else "" for line in text.split("\n"))
-    return text
 
 
 def window_starts(num_tokens: int, context: int, window: int, num_windows: int) -> list[int]:

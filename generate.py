@@ -19,16 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibrate import (
-    PRECISIONS,
-    Statistics,
-    add_device_arguments,
-    calibrate_random,
-    command_line,
-    resolve_device,
-    statistics_for,
-)
-from convert_hf_checkpoint import atomic_write, resolve_checkpoint
+from calibrate import calibrate_random, statistics_for
+from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from formats.default_model import resolve_checkpoint
+from formats.files import atomic_write
+from formats.statistics import Statistics
 from greedy import resolve_allocation, set_allocation
 from kernels import cpu
 from model import ModelArgs, Transformer, read_config

@@ -29,19 +29,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import (
-    PRECISIONS,
-    STATISTICS_NAME,
-    Statistics,
-    add_device_arguments,
-    calibration_tokens,
-    check_fingerprint,
-    resolve_device,
-    statistics_for,
-    write_output,
-)
-from convert_hf_checkpoint import command_line, resolve_checkpoint
-from model import KVCache, TransformerBlock, fingerprint
+from calibrate import calibration_tokens, statistics_for
+from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from formats.checkpoint import check_fingerprint, fingerprint
+from formats.default_model import resolve_checkpoint
+from formats.files import write_output
+from formats.statistics import STATISTICS_NAME, Statistics
+from model import KVCache, TransformerBlock
 from refine import UPDATES, ThresholdTable, load_table, refine
 from sparse_model import PROJECTIONS, SparseTransformer
 

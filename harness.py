@@ -26,7 +26,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Transformer, one_line
+from formats.files import one_line
+from model import Transformer
 from tokenizer import Tokenizer
 
 # Examples before the question in TEAL's evaluation (arXiv 2408.14690, section 5.1); other tasks: as the harness has it.

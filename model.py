@@ -2,14 +2,15 @@
 
 One class, static shapes, GPT-Fast's parameter names. Projections that share an input are fused when a checkpoint is
 loaded (q|k|v into `wqkv`, gate|up into `w13`). Subclasses choose what a projection is through `projection_class`.
+
+To add a family: what is new goes into the block and gets a field in ModelArgs, the family gets a row of FAMILIES, and
+new tensors get their names in HF_NAMES of formats/huggingface.py and GGUF_NAMES of formats/gguf_file.py.
 """
 
-import hashlib
-import json
 import math
-import os
-import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,31 +18,33 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from formats.checkpoint import checkpoint_folder, load_weights
+from formats.config import architecture, config_fields
+from formats.files import read_json
 from kernels.quantized import dequantize
 
-SUPPORTED_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
+# architecture of config.json -> the fields of ModelArgs that it switches on
+FAMILIES: dict[str, dict] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
 }
-ROPE_KEYS = {  # what each type of rope scaling needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "factors": ("factors",),
-}
+FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}  # projections that a checkpoint may hold apart, in order
 
 
 @dataclass
 class ModelArgs:
     """Shape of a model. Widths that follow from others may be left at 0.
 
-    `rope_scaling` is None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
-    config.json ("factors": a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them).
-    `sliding_window` w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers`.
-    `quant` "int8": projections and lm_head are int8 with a scale an output; "int4": o, gate, up and down have 4 bits
-    and a scale and a minimum for `groupsize` outputs of an input, q, k, v and lm_head are int8. A tied lm_head is then
-    a tensor of its own.
+    Attributes:
+        block_size: positions of the context.
+        n_local_heads: key/value heads.
+        rope_scaling: None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
+            config.json. "factors" is a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them.
+        sliding_window: w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers` (default: all).
+        quant: "none", "int8" or "int4". int8: projections and lm_head are int8, with a scale per output. int4: o, gate,
+            up and down have 4 bits, with a scale and a minimum per input and group of `groupsize` outputs; q, k, v and
+            lm_head are int8. In both forms a tied lm_head becomes a tensor of its own.
     """
 
     block_size: int = 2048
@@ -74,47 +77,26 @@ class ModelArgs:
 
     @property
     def sensitive_quant(self) -> str:
-        """`quant` of wqkv and lm_head: where 4 bits cost most, int4 has int8."""
+        """`quant` of wqkv and lm_head, where 4 bits would cost the most quality: int4 has int8 there."""
         return "int8" if self.quant == "int4" else self.quant
 
     @classmethod
     def from_config(cls, config: dict, name: str = "") -> "ModelArgs":
-        """Reads a Hugging Face config.json.
+        """Reads a Hugging Face config.json; `name` is that of a model whose config has none.
 
         Raises:
             ValueError: an architecture or a feature that this model does not have, or a missing key.
         """
-        family = _architecture(config)
-        rope_base, rope_scaling = _rope(config)
+        found = architecture(config)
+        if found not in FAMILIES:
+            named = config.get("architectures") or config.get("model_type")
+            raise ValueError(f"unknown architecture {named!r}; supported: {', '.join(FAMILIES)}")
         for key in ("mlp_bias", "attention_bias"):
-            if config.get(key) and family != "qwen2":
+            if config.get(key) and not FAMILIES[found].get("qkv_bias"):
                 raise ValueError(f"config.json sets {key}, which this model does not have")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json has hidden_act {config['hidden_act']!r}; only 'silu' is supported")
-        args = cls(
-            block_size=_number(config, "max_position_embeddings", 2048),
-            vocab_size=_number(config, "vocab_size"),
-            n_layer=_number(config, "num_hidden_layers"),
-            n_head=_number(config, "num_attention_heads"),
-            dim=_number(config, "hidden_size"),
-            intermediate_size=_number(config, "intermediate_size"),
-            n_local_heads=_number(config, "num_key_value_heads", 0),
-            head_dim=_number(config, "head_dim", 0),
-            rope_base=rope_base,
-            norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            rope_scaling=rope_scaling,
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            **_quantization(config),
-            name=name,
-        )
-        args.sliding_window, args.windowed_layers = _windows(config, family, args.n_layer)
-        if args.n_head % args.n_local_heads or args.head_dim % 2:
-            raise ValueError(
-                f"config.json: {args.n_head} heads do not divide into {args.n_local_heads} key/value heads, "
-                f"or head_dim {args.head_dim} is odd"
-            )
-        return args
+        return cls(**config_fields(config, name) | FAMILIES[found])
 
     @classmethod
     def from_name(cls, name: str) -> "ModelArgs":
@@ -132,116 +114,62 @@ class ModelArgs:
         return cls(**transformer_configs[max(matches, key=len)], quant=quant, name=name)
 
 
-def _architecture(config: dict) -> str:
-    names = config.get("architectures") or []
-    family = SUPPORTED_ARCHITECTURES.get(names[0]) if names else config.get("model_type")
-    if family not in SUPPORTED_ARCHITECTURES.values():
-        found = names[0] if names else family
-        raise ValueError(f"unknown architecture {found!r}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
-    return family
-
-
-def _number(config: dict, key: str, default: float | None = None) -> float:
-    """config[key]; the default where it is absent or null."""
-    value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int | float):
-        raise ValueError(f"config.json needs a number as {key!r}, not {value!r}")
-    return value
-
-
-def _quantization(config: dict) -> dict:
-    """What quantize.py wrote into config.json. Raises ValueError for the quantisation of another program."""
-    found = config.get("quantization") or {}
-    mode, groupsize = "", 0
-    if isinstance(found, dict):
-        mode, groupsize = found.get("mode", "none"), found.get("groupsize", ModelArgs.groupsize)
-    if "quantization_config" in config or mode not in ("none", "int8", "int4") or not isinstance(groupsize, int):
-        found = config.get("quantization_config") or mode or found
-        raise ValueError(
-            f"config.json says the weights are quantised ({found}); only quantize.py's int8 and int4 are supported"
-        )
-    return {"quant": mode, "groupsize": groupsize}
-
-
-def _rope(config: dict) -> tuple[float, dict | None]:
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    base = _number(scaling, "rope_theta", _number(config, "rope_theta", 10000.0))
-    scaling.pop("rope_theta", None)
-    kind = scaling.pop("type", None)
-    kind = scaling.setdefault("rope_type", kind or "default")
-    if kind not in ROPE_KEYS:
-        raise ValueError(f"config.json has rope type {kind!r}; supported: {', '.join(ROPE_KEYS)}")
-    missing = [key for key in ROPE_KEYS[kind] if key not in scaling]
-    if missing:
-        raise ValueError(f"config.json's {kind} rope scaling has no {', '.join(missing)}")
-    return float(base), None if kind == "default" else scaling
-
-
-def _windows(config: dict, family: str, n_layer: int) -> tuple[int | None, list[int]]:
-    """The window and the layers that have it: all of Mistral's; Qwen2's from max_window_layers on, if it is in use."""
-    window = config.get("sliding_window")
-    if family == "llama" or not window or (family == "qwen2" and not config.get("use_sliding_window", False)):
-        return None, []
-    if config.get("layer_types"):
-        layers = [i for i, kind in enumerate(config["layer_types"]) if kind == "sliding_attention"]
-    else:
-        layers = list(range(config.get("max_window_layers", n_layer) if family == "qwen2" else 0, n_layer))
-    return (window, layers) if layers else (None, [])
-
-
-_LLAMA31_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_LLAMA3 = {"block_size": 8192, "vocab_size": 128256, "rope_base": 500000.0, "n_local_heads": 8}
-_LLAMA31 = {**_LLAMA3, "block_size": 131072, "rope_scaling": _LLAMA31_ROPE}
-_LLAMA32 = {**_LLAMA31, "rope_scaling": {**_LLAMA31_ROPE, "factor": 32.0}, "tie_embeddings": True}
-_8B = {"n_layer": 32, "n_head": 32, "dim": 4096, "intermediate_size": 14336}
-_70B = {"n_layer": 80, "n_head": 64, "dim": 8192, "intermediate_size": 28672}
-_QWEN25 = {"block_size": 32768, "rope_base": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+_LLAMA31_ROPE = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+_LLAMA3 = dict(block_size=8192, vocab_size=128256, rope_base=500000.0, n_local_heads=8)
+_LLAMA31 = dict(_LLAMA3, block_size=131072, rope_scaling=_LLAMA31_ROPE)
+_LLAMA32 = dict(_LLAMA31, rope_scaling=dict(_LLAMA31_ROPE, factor=32.0), tie_embeddings=True)
+_QWEN25 = dict(block_size=32768, rope_base=1e6, norm_eps=1e-6, qkv_bias=True)
+_7B = dict(n_layer=32, n_head=32, dim=4096)
+_8B = dict(n_layer=32, n_head=32, dim=4096, intermediate_size=14336)
+_13B = dict(n_layer=40, n_head=40, dim=5120)
+_70B = dict(n_layer=80, n_head=64, dim=8192, intermediate_size=28672)
 
 transformer_configs = {
-    "7B": {"n_layer": 32, "n_head": 32, "dim": 4096},
-    "13B": {"n_layer": 40, "n_head": 40, "dim": 5120},
-    "30B": {"n_layer": 60, "n_head": 52, "dim": 6656},
-    "34B": {**_70B, "n_layer": 48, "n_local_heads": 8, "intermediate_size": 22016, "rope_base": 1e6},
-    "70B": {**_70B, "n_local_heads": 8},
-    "stories15M": {"n_layer": 6, "n_head": 6, "dim": 288},
-    "stories110M": {"n_layer": 12, "n_head": 12, "dim": 768},
-    "CodeLlama-7b-Python-hf": {"block_size": 16384, "n_layer": 32, "n_head": 32, "dim": 4096, "rope_base": 1e6},
-    "llama-2-7b": {"block_size": 4096, "n_layer": 32, "n_head": 32, "dim": 4096},
-    "llama-2-13b": {"block_size": 4096, "n_layer": 40, "n_head": 40, "dim": 5120},
-    "llama-2-70b": {**_70B, "block_size": 4096, "n_local_heads": 8},
-    "llama-3-8b": {**_LLAMA3, **_8B},
-    "llama-3-70b": {**_LLAMA3, **_70B},
-    "llama-3.1-8b": {**_LLAMA31, **_8B},
-    "llama-3.1-70b": {**_LLAMA31, **_70B},
-    "llama-3.1-405b": {**_LLAMA31, "n_layer": 126, "n_head": 128, "dim": 16384, "intermediate_size": 53248},
-    "llama-3.2-1b": {**_LLAMA32, "n_layer": 16, "n_head": 32, "dim": 2048, "intermediate_size": 8192},
-    "llama-3.2-3b": {**_LLAMA32, "n_layer": 28, "n_head": 24, "dim": 3072, "intermediate_size": 8192},
-    "Mistral-7B": {**_8B, "block_size": 32768, "n_local_heads": 8, "sliding_window": 4096},
-    "qwen2.5-0.5b": {
-        **_QWEN25,
-        **{"n_layer": 24, "n_head": 14, "n_local_heads": 2, "dim": 896, "intermediate_size": 4864},
-        **{"vocab_size": 151936, "tie_embeddings": True},
-    },
-    "qwen2.5-7b": {
-        **_QWEN25,
-        **{"n_layer": 28, "n_head": 28, "n_local_heads": 4, "dim": 3584, "intermediate_size": 18944},
-        **{"vocab_size": 152064},
-    },
-    "smollm2-135m": {
-        **{"block_size": 8192, "vocab_size": 49152, "n_layer": 30, "n_head": 9, "n_local_heads": 3, "dim": 576},
-        **{"intermediate_size": 1536, "rope_base": 1e5, "tie_embeddings": True},
-    },
+    "7B": _7B,
+    "13B": _13B,
+    "stories15M": dict(n_layer=6, n_head=6, dim=288),
+    "stories110M": dict(n_layer=12, n_head=12, dim=768),
+    "CodeLlama-7b-Python-hf": dict(_7B, block_size=16384, rope_base=1e6),
+    "llama-2-7b": dict(_7B, block_size=4096),
+    "llama-2-13b": dict(_13B, block_size=4096),
+    "llama-2-70b": dict(_70B, block_size=4096, n_local_heads=8),
+    "llama-3-8b": dict(_LLAMA3, **_8B),
+    "llama-3-70b": dict(_LLAMA3, **_70B),
+    "llama-3.1-8b": dict(_LLAMA31, **_8B),
+    "llama-3.2-1b": dict(_LLAMA32, n_layer=16, n_head=32, dim=2048, intermediate_size=8192),
+    "llama-3.2-3b": dict(_LLAMA32, n_layer=28, n_head=24, dim=3072, intermediate_size=8192),
+    "Mistral-7B": dict(_8B, block_size=32768, n_local_heads=8, sliding_window=4096),
+    "qwen2.5-0.5b": dict(
+        _QWEN25,
+        n_layer=24,
+        n_head=14,
+        n_local_heads=2,
+        dim=896,
+        intermediate_size=4864,
+        vocab_size=151936,
+        tie_embeddings=True,
+    ),
+    "qwen2.5-7b": dict(
+        _QWEN25, n_layer=28, n_head=28, n_local_heads=4, dim=3584, intermediate_size=18944, vocab_size=152064
+    ),
+    "smollm2-135m": dict(
+        block_size=8192,
+        vocab_size=49152,
+        n_layer=30,
+        n_head=9,
+        n_local_heads=3,
+        dim=576,
+        intermediate_size=1536,
+        rope_base=1e5,
+        tie_embeddings=True,
+    ),
 }
 
 
 class UncastBuffers(nn.Module):
-    """A module whose own buffers keep their dtype when the model is cast: angles, thresholds, scales, counters."""
+    """A module whose own buffers (frequencies, thresholds, scales, counters) keep their dtype when a model is cast."""
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
@@ -308,12 +236,12 @@ class Embedding(nn.Embedding):
         """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
 
 
-def _fuse_on_load(fused: str, parts: list[str]):
-    """A load_state_dict pre-hook that stacks the tensors of `parts` into `fused`, where they come apart."""
+def _fuse_on_load(fused: str):
+    """A load_state_dict pre-hook that stacks the tensors of a fused projection, where they come apart."""
 
     def hook(module, state_dict, prefix, *_):
         for kind in ("weight", "bias", "scale"):
-            keys = [f"{prefix}{part}.{kind}" for part in parts]
+            keys = [f"{prefix}{part}.{kind}" for part in FUSED[fused]]
             if all(key in state_dict for key in keys):
                 state_dict[f"{prefix}{fused}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
 
@@ -355,6 +283,7 @@ def rope_inverse_frequencies(config: ModelArgs) -> Tensor:
         return freqs / scaling["factor"]
     if scaling["rope_type"] == "factors":
         return freqs / torch.tensor(scaling["factors"])
+
     # llama3: long wavelengths are stretched by `factor`, short ones kept, those between blended
     turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -370,6 +299,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Causal attention, grouped or not, with rotary embedding and, after `setup_caches`, a KV cache."""
+
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
         self.n_head, self.n_local_heads, self.head_dim = config.n_head, config.n_local_heads, config.head_dim
@@ -379,13 +310,16 @@ class Attention(nn.Module):
         )
         self.wo = projection(q, {"o": config.dim}, False, device, dtype, config.quant, config.groupsize)
         self.kv_cache: KVCache | None = None
-        self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv", ["wq", "wk", "wv"]))
+        self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv"))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        # project the input to queries, keys and values; queries and keys know their position
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, D]
         qk, v = qkv.split([self.n_head + self.n_local_heads, self.n_local_heads], dim=2)
         q, k = apply_rope(qk, *rope).split([self.n_head, self.n_local_heads], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
+
+        # attend: to the cache, or inside x alone
         if input_pos is not None:
             k, v = self.kv_cache.update(input_pos, k, v)
         grouped = self.n_head != self.n_local_heads
@@ -394,13 +328,15 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """The gated MLP: down(silu(gate x) * up x)."""
+
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
         hidden = config.intermediate_size
         form = (device, dtype, config.quant, config.groupsize)
         self.w13 = projection(config.dim, {"gate": hidden, "up": hidden}, False, *form)
         self.w2 = projection(hidden, {"down": config.dim}, False, *form)
-        self.register_load_state_dict_pre_hook(_fuse_on_load("w13", ["w1", "w3"]))
+        self.register_load_state_dict_pre_hook(_fuse_on_load("w13"))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -418,6 +354,33 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
         h = x + self.attention(self.attention_norm(x), rope, mask, input_pos)
         return h + self.feed_forward(self.ffn_norm(h))
+
+
+@dataclass
+class LayerPass:
+    """One layer of `Transformer.walk`.
+
+    Attributes:
+        index, block: the layer.
+        inputs: [B, T, dim] of each batch.
+        arguments: what the block takes after its input: (cos, sin) [T, head_dim / 2], mask [T, T] or None, positions
+            [T] or None.
+    """
+
+    index: int
+    block: TransformerBlock
+    inputs: list[Tensor]
+    arguments: tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """[B, T, dim] of each batch. The block runs when they are first asked for, and only then."""
+        return [self.block(x, *self.arguments) for x in self.inputs]
+
+    def arguments_at(self, part: slice) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """`arguments` for the positions of `part` alone; of a cached walk, whose mask and positions are tensors."""
+        (cos, sin), mask, positions = self.arguments
+        return (cos[part], sin[part]), mask[part], positions[part]
 
 
 class Transformer(UncastBuffers):
@@ -460,13 +423,13 @@ class Transformer(UncastBuffers):
         return self.norm.weight.dtype
 
     def bytes_per_step(self) -> int:
-        """Bytes of weights that one decode step reads: projections, lm_head, scales, norms, biases (no KV cache)."""
+        """Bytes of weights that one step reads: projections, lm_head, scales, norms, biases (no KV cache)."""
         small = sum(p.nbytes for p in self.parameters() if p.dim() == 1)
         small += sum(buffer.nbytes for name, buffer in self.named_buffers() if name.endswith(".scale"))
         return sum(p.weight.nbytes for p in self.projections) + self.output_weight.nbytes + small
 
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
-        """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], if it has none such.
+        """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], unless it has that.
 
         Raises:
             ValueError: seq_length is beyond the model's context.
@@ -495,6 +458,7 @@ class Transformer(UncastBuffers):
             rope, masks = self.rope_and_masks(torch.arange(idx.shape[1], device=idx.device))
         else:
             rope, masks = self.rope_and_masks(input_pos, self.layers[0].attention.kv_cache.k_cache.shape[2])
+
         x = self.tok_embeddings(idx)
         for i, block in enumerate(self.layers):
             x = block(x, rope, masks[i], input_pos)
@@ -507,7 +471,8 @@ class Transformer(UncastBuffers):
         """What the blocks need besides their input at `positions` [T], int64.
 
         Args:
-            cache_length: positions of the KV cache that is attended; None: `positions` attend each other, from 0 on.
+            cache_length: positions of the KV cache that they attend to; None: `positions`, from 0 on, attend to each
+                other.
 
         Returns:
             (cos, sin) [T, head_dim / 2], and for each layer its mask [T, keys], True where a query may look, or None
@@ -516,15 +481,48 @@ class Transformer(UncastBuffers):
         angles = positions[:, None] * self.inv_freq
         keys = positions if cache_length is None else torch.arange(cache_length, device=positions.device)
         causal = keys[None, :] <= positions[:, None]
+
         window = self.config.sliding_window
         windowed = causal & (keys[None, :] > positions[:, None] - window) if window else None
         full = None if cache_length is None else causal
         masks = [windowed if i in self.config.windowed_layers else full for i in range(self.config.n_layer)]
         return (angles.cos(), angles.sin()), masks
 
+    def walk(self, batches: Sequence[Tensor], cached: bool = False) -> Iterator["LayerPass"]:
+        """Goes layer by layer through the model with batches of token ids [B, T] (int64, one T for all).
+
+        Yields each layer before its block has run. The caller looks at the layer's `inputs`, sets hooks and asks for
+        its `outputs`, which are the next layer's inputs. Memory holds the inputs and outputs of one layer at a time.
+        `forward` has a loop of its own, since torch.compile does not take every generator.
+
+        Args:
+            cached: of one batch only: each block runs with a KV cache of T positions, which is taken from it when the
+                walk goes on. Else the caches of `setup_caches` are neither read nor written.
+        """
+        length = batches[0].shape[1] if len(batches) else 0
+        positions = torch.arange(length, device=self.device)
+        rope, masks = self.rope_and_masks(positions, length if cached else None)
+        cache = None
+        if cached:
+            shape = (len(batches[0]), self.config.n_local_heads, length, self.config.head_dim)
+            cache = KVCache(shape, self.device, self.dtype)
+        states = [self.tok_embeddings(batch.to(self.device)) for batch in batches]
+
+        for i, (block, mask) in enumerate(zip(self.layers, masks, strict=True)):
+            if cached:
+                block.attention.kv_cache = cache
+            layer = LayerPass(i, block, states, (rope, mask, positions if cached else None))
+            yield layer
+            states = layer.outputs
+            if cached:
+                block.attention.kv_cache = None
+
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
-        """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0."""
+        """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0.
+
+        Quantised weights get random integers, and scales for which they spread by about `std`.
+        """
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dtype == torch.int8:
@@ -535,11 +533,12 @@ class Transformer(UncastBuffers):
                 parameter.normal_(0.0, std, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
         for name, buffer in self.named_buffers():
             if name.endswith(".scale") and buffer.dim() == 1:
-                buffer.fill_(std / 73.3)  # of the integers from -127 to 127
+                buffer.fill_(std / 73.3)  # the integers -127 to 127 spread by 73.3
             elif name.endswith(".scale"):
-                buffer.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # of those from 0 to 15
+                buffer.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # those from 0 to 15 by 4.61
 
     @classmethod
     def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":
@@ -564,6 +563,7 @@ class Transformer(UncastBuffers):
                 f"{folder} holds a Hugging Face checkpoint; convert it first: "
                 f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
             )
+
         model = cls(read_config(folder), device=device, dtype=dtype)
         if model.output is None:
             state_dict.pop("output.weight", None)
@@ -576,92 +576,8 @@ class Transformer(UncastBuffers):
         return model.requires_grad_(False).eval()
 
 
-def checkpoint_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint, given it or any file in it.
-
-    Raises:
-        ValueError: the path does not exist, or holds no weights.
-    """
-    path = Path(os.path.abspath(path))  # "." has no name to choose a config by
-    folder = path if path.is_dir() else path.parent
-    if not path.exists():
-        raise ValueError(f"no checkpoint at {path}")
-    if not _weight_files(folder):
-        raise ValueError(f"{folder} has no model.safetensors, model.safetensors.index.json or model.pth")
-    return folder
-
-
-def fingerprint(folder: Path) -> str:
-    """Identifies a checkpoint by its config and by samples (64 x 4 KiB a file) of its weights; 32 hex digits.
-
-    Artifacts made from a checkpoint carry it, so that a statistics file or an allocation of another is noticed.
-    """
-    digest = hashlib.sha256()
-    config = folder / "config.json"
-    if config.is_file():
-        digest.update(config.read_bytes())
-    for path in _weight_files(folder):
-        size = os.path.getsize(path)
-        digest.update(str(size).encode())
-        with open(path, "rb") as f:
-            for i in range(64):
-                f.seek(i * size // 64)
-                digest.update(f.read(4096))
-    return digest.hexdigest()[:32]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Files that hold the weights: safetensors, as one or as the index's shards, else GPT-Fast's model.pth."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return indexed_files(index)
-    return [path for path in (folder / "model.safetensors", folder / "model.pth") if path.is_file()][:1]
-
-
-def indexed_files(index: Path) -> list[Path]:
-    """The weight files that a model.safetensors.index.json (or pytorch_model.bin.index.json) names, each once.
-
-    Raises:
-        ValueError: it is no such index, or names a file that is missing or not in its own folder.
-    """
-    try:
-        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
-    except (KeyError, AttributeError):
-        raise ValueError(f"{index} has no weight_map of tensors to files; get it again") from None
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index} names the shard {name!r} outside its folder")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names the shard {name!r}, which is missing; get it again")
-    return [index.parent / name for name in names]
-
-
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors by name, memory-mapped."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    state_dict = {}
-    for path in _weight_files(folder):
-        try:
-            if path.suffix == ".pth":
-                state_dict |= torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            else:
-                state_dict |= load_file(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError) as e:
-            raise ValueError(f"{path} cannot be read, it may be truncated: {one_line(e)}") from None
-    return state_dict
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message; its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def read_config(folder: Path) -> ModelArgs:
     """The config of a checkpoint: its config.json, or the named one that its folder is called like.
-
-    The name of a model with int8 or int4 weights ends in "-int8" or "-int4".
 
     Raises:
         ValueError: see `ModelArgs.from_config` and `ModelArgs.from_name`.
@@ -670,22 +586,23 @@ def read_config(folder: Path) -> ModelArgs:
     if not path.is_file():
         return ModelArgs.from_name(folder.name)
     config = read_json(path)
-    name, quant = config.get("_name_or_path") or folder.name, _quantization(config)["quant"]
-    name = name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}"
     try:
-        return ModelArgs.from_config(config, name)
+        return ModelArgs.from_config(config, folder.name)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); convert the checkpoint again") from None
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
+def expected_shapes(config: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors: those of the model, fused projections taken apart."""
+    model = Transformer(config, device="meta")
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        path, kind = name.rsplit(".", 1)
+        owner, _, last = path.rpartition(".")
+        if last in FUSED:
+            widths = model.get_submodule(path).segments.values()
+            for part, width in zip(FUSED[last], widths, strict=True):
+                shapes[f"{owner}.{part}.{kind}"] = (width, *tensor.shape[1:])
+        else:
+            shapes[name] = tuple(tensor.shape)
+    return shapes

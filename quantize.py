@@ -31,29 +31,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import (
-    PRECISIONS,
-    STATISTICS_NAME,
-    WINDOW,
-    Statistics,
-    add_device_arguments,
-    calibration_tokens,
-    load_statistics,
-    resolve_device,
-)
-from convert_hf_checkpoint import (
-    COPIED_FILES,
-    Source,
-    command_line,
-    convert,
-    lock,
-    resolve_checkpoint,
-    write_json,
-    write_weights,
-)
+from calibrate import calibration_tokens
+from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from formats.checkpoint import COPIED_FILES, Source, convert, fingerprint, load_weights, write_weights
+from formats.default_model import resolve_checkpoint
+from formats.files import lock, read_json, write_json
+from formats.statistics import STATISTICS_NAME, Statistics, load_statistics
+from formats.text import WINDOW
 from greedy import BESIDE, Allocation, load_any_allocation
 from kernels.quantized import pack_int4
-from model import ModelArgs, fingerprint, load_weights, read_config, read_json
+from model import ModelArgs, read_config
 from refine import ThresholdTable
 from sparse_model import SparseTransformer
 

@@ -36,7 +36,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import SITES, check_fingerprint, write_output
+from formats.checkpoint import check_fingerprint
+from formats.files import write_output
+from formats.statistics import SITES
 from sparse_model import SparseProjection, SparseTransformer
 
 FORMAT = "thresholds 1"

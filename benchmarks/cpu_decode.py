@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import command, model_columns, provenance, write_rows
-from calibrate import PRECISIONS
-from convert_hf_checkpoint import command_line, resolve_checkpoint
+from cli import PRECISIONS, command_line
+from formats.default_model import resolve_checkpoint
 from generate import ModelSource, count_kept
 from kernels import cpu
 from sparse_model import SparseTransformer

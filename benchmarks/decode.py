@@ -16,8 +16,8 @@ import shlex
 import torch
 
 from benchmarks.results import form, model_columns, provenance, short, write_rows
-from calibrate import add_device_arguments
-from convert_hf_checkpoint import command_line, resolve_checkpoint
+from cli import add_device_arguments, command_line
+from formats.default_model import resolve_checkpoint
 from generate import main as generate
 from model import ModelArgs, read_config
 

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.results import provenance, write_rows
-from convert_hf_checkpoint import command_line
+from cli import command_line
 from kernels.quantized import dequantize
 from kernels.triton_gemv import launch_gemv
 from model import ModelArgs

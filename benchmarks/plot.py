@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 
 from benchmarks.results import RESULTS, form, read_rows
-from convert_hf_checkpoint import atomic_write
+from formats.files import atomic_write
 
 # Datasheet bandwidths, GB/s: no decode step is faster than the bytes it reads over this.
 PEAK_BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3350, "NVIDIA H200": 4800}

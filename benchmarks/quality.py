@@ -20,17 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import command, model_columns, provenance, write_rows
-from calibrate import (
-    PRECISIONS,
-    Statistics,
-    add_device_arguments,
-    calibration_tokens,
-    command_line,
-    resolve_device,
-    statistics_for,
-)
-from convert_hf_checkpoint import resolve_checkpoint
-from eval import perplexity, task_text
+from calibrate import calibration_tokens, statistics_for
+from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from eval import perplexity
+from formats.default_model import resolve_checkpoint
+from formats.text import task_text
 from greedy import projection_sizes, resolve_allocation, set_allocation
 from model import FeedForward
 from sparse_model import PROJECTIONS, SparseTransformer

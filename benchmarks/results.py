@@ -9,7 +9,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from convert_hf_checkpoint import atomic_write
+from formats.files import atomic_write
 from model import ModelArgs
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,5 +1,5 @@
-import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,12 +7,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-
-TINY = {
-    **{"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
-    **{"num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 300},
-    **{"max_position_embeddings": 160, "bos_token_id": None, "eos_token_id": None},
-}
 
 
 def pytest_runtest_setup(item):
@@ -37,23 +31,13 @@ def data() -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A converted checkpoint of random weights with a tokenizer of 300 tokens. Tests that change it copy it first."""
-    from safetensors.torch import save_file
-    from tokenizers import ByteLevelBPETokenizer
+    from models import TINY, write_checkpoint
 
-    from convert_hf_checkpoint import expected_shapes
-    from model import ModelArgs
+    text = "Hello, my name is Ann and this is a story of rivers."
+    return write_checkpoint(tmp_path_factory.mktemp("org") / "tiny", TINY, text)
 
-    folder = tmp_path_factory.mktemp("org") / "tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(TINY))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * 0.2
-        for name, shape in expected_shapes(ModelArgs.from_config(TINY)).items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-    tokenizer = ByteLevelBPETokenizer()
-    sentences = ["Hello, my name is Ann and this is a story of rivers."] * 4
-    tokenizer.train_from_iterator(sentences, vocab_size=300, show_progress=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Path:
+    """A copy of `tiny` that a test may change."""
+    return shutil.copytree(tiny, tmp_path / "copy")

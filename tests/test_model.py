@@ -5,52 +5,50 @@ import os
 import pickle
 import shutil
 import struct
+from functools import partial
 
+import models
 import pytest
 import torch
+from models import CONFIG, LLAMA3_ROPE, SMALL, change_config, random_tokens, split_weights
 from safetensors.torch import load_file, save_file
 
+from formats.checkpoint import checkpoint_folder, fingerprint
 from model import (
+    FAMILIES,
     ModelArgs,
     Transformer,
     apply_rope,
-    checkpoint_folder,
-    fingerprint,
+    expected_shapes,
     rope_inverse_frequencies,
     transformer_configs,
 )
 
-LLAMA = {
-    **{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6},
-    **{"intermediate_size": 96, "vocab_size": 200, "num_key_value_heads": 2, "max_position_embeddings": 99},
-}
-SMALL = {"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "dim": 32, "intermediate_size": 48}
-
-
-def build(seed: int = 0, dtype=torch.float32, **changes) -> Transformer:
-    """Random weights, large enough that attention is far from uniform; norms and biases random too."""
-    model = Transformer(ModelArgs(**SMALL | changes), dtype=dtype)
-    model.init_weights(seed, std=0.3)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
-    return model.requires_grad_(False).eval()
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+LLAMA = CONFIG | {"num_hidden_layers": 6}
+build = partial(models.build, vector_std=0.2)
 
 
 # ---------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize(("name", "parameters"), [
-    ("llama-2-7b", 6.738e9), ("llama-2-13b", 13.016e9), ("llama-2-70b", 68.977e9), ("llama-3-8b", 8.030e9),
-    ("llama-3-70b", 70.554e9), ("llama-3.1-8b", 8.030e9), ("llama-3.2-1b", 1.236e9), ("llama-3.2-3b", 3.213e9),
-    ("mistral-7b", 7.242e9), ("qwen2.5-0.5b", 0.494e9), ("qwen2.5-7b", 7.616e9), ("smollm2-135m", 134.5e6),
-    ("stories15M", 24.4e6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6.738e9),
+        ("llama-2-13b", 13.016e9),
+        ("llama-2-70b", 68.977e9),
+        ("llama-3-8b", 8.030e9),
+        ("llama-3-70b", 70.554e9),
+        ("llama-3.1-8b", 8.030e9),
+        ("llama-3.2-1b", 1.236e9),
+        ("llama-3.2-3b", 3.213e9),
+        ("mistral-7b", 7.242e9),
+        ("qwen2.5-0.5b", 0.494e9),
+        ("qwen2.5-7b", 7.616e9),
+        ("smollm2-135m", 134.5e6),
+        ("stories15M", 24.4e6),
+    ],
+)
 def test_sizes_of_named_configs(name, parameters):
     found = sum(p.numel() for p in Transformer(ModelArgs.from_name(name), device="meta").parameters())
     assert found == pytest.approx(parameters, rel=1e-3)
@@ -64,11 +62,18 @@ def test_bytes_per_step_leaves_out_the_embedding():
     assert tied.bytes_per_step() == sum(p.nbytes for p in tied.parameters())  # the head is read, as the embedding
 
 
-@pytest.mark.parametrize(("name", "key"), [
-    ("Llama-2-7b-chat-hf", "llama-2-7b"), ("CodeLlama-7b-Python-hf", "CodeLlama-7b-Python-hf"),
-    ("Meta-Llama-3.1-8B", "llama-3.1-8b"), ("vicuna-13B", "13B"), ("Mistral-7B-v0.1", "Mistral-7B"),
-    ("stories15M", "stories15M"), ("SmolLM2-135M-Instruct", "smollm2-135m"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("CodeLlama-7b-Python-hf", "CodeLlama-7b-Python-hf"),
+        ("Meta-Llama-3.1-8B", "llama-3.1-8b"),
+        ("vicuna-13B", "13B"),
+        ("Mistral-7B-v0.1", "Mistral-7B"),
+        ("stories15M", "stories15M"),
+        ("SmolLM2-135M-Instruct", "smollm2-135m"),
+    ],
+)
 def test_the_longest_name_contained_decides(name, key):
     assert ModelArgs.from_name(name) == ModelArgs(**transformer_configs[key], name=name)
 
@@ -78,10 +83,16 @@ def test_unknown_name_lists_the_known_ones():
         ModelArgs.from_name("gpt-x")
 
 
+def test_a_row_of_the_families_switches_fields_on(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "MineForCausalLM", {"qkv_bias": True, "tie_embeddings": True})
+    args = ModelArgs.from_config(LLAMA | {"architectures": ["MineForCausalLM"]})
+    assert args.qkv_bias and args.tie_embeddings
+
+
 def test_from_config():
     args = ModelArgs.from_config(LLAMA | {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True})
     assert (args.n_layer, args.n_head, args.n_local_heads, args.dim, args.head_dim) == (6, 4, 2, 64, 16)
-    assert (args.intermediate_size, args.vocab_size, args.block_size) == (96, 200, 99)
+    assert (args.intermediate_size, args.vocab_size, args.block_size) == (96, 160, 128)
     assert (args.norm_eps, args.rope_base, args.tie_embeddings, args.qkv_bias) == (1e-5, 5e5, True, False)
     assert args.rope_scaling is None and args.sliding_window is None
     assert ModelArgs.from_config(LLAMA | {"head_dim": 24}).head_dim == 24
@@ -90,12 +101,15 @@ def test_from_config():
     assert ModelArgs.from_config(by_type).qkv_bias
 
 
-@pytest.mark.parametrize("scaling", [
-    {"factor": 4.0, "type": "linear"}, {"factor": 4.0, "rope_type": "linear"},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-     "original_max_position_embeddings": 8192},
-    {"rope_type": "factors", "factors": [1.0, 2.0, 4.0, 8.0, 1.0, 1.0, 1.0, 1.0]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"factor": 4.0, "type": "linear"},
+        {"factor": 4.0, "rope_type": "linear"},
+        LLAMA3_ROPE | {"original_max_position_embeddings": 8192},
+        {"rope_type": "factors", "factors": [1.0, 2.0, 4.0, 8.0, 1.0, 1.0, 1.0, 1.0]},
+    ],
+)
 def test_both_forms_of_rope_settings(scaling):
     old = ModelArgs.from_config(LLAMA | {"rope_theta": 3e4, "rope_scaling": scaling})
     new = ModelArgs.from_config(LLAMA | {"rope_parameters": {"rope_theta": 3e4, **scaling}})
@@ -124,38 +138,50 @@ MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
 TYPES = ["full_attention", "sliding_attention"] * 3
 
 
-@pytest.mark.parametrize(("config", "window", "layers"), [
-    (LLAMA | {"sliding_window": 7}, None, []),
-    (MISTRAL | {"sliding_window": 7}, 7, [0, 1, 2, 3, 4, 5]),
-    (MISTRAL | {"sliding_window": None}, None, []),
-    (MISTRAL, None, []),
-    (QWEN, None, []),
-    (QWEN | {"use_sliding_window": False, "max_window_layers": 2}, None, []),
-    (QWEN | {"use_sliding_window": True, "max_window_layers": 4}, 7, [4, 5]),
-    (QWEN | {"use_sliding_window": True, "max_window_layers": 6}, None, []),
-    (QWEN | {"use_sliding_window": True, "max_window_layers": 6, "layer_types": TYPES}, 7, [1, 3, 5]),
-    (QWEN | {"use_sliding_window": True, "layer_types": ["full_attention"] * 6}, None, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "window", "layers"),
+    [
+        (LLAMA | {"sliding_window": 7}, None, []),
+        (MISTRAL | {"sliding_window": 7}, 7, [0, 1, 2, 3, 4, 5]),
+        (MISTRAL | {"sliding_window": None}, None, []),
+        (MISTRAL, None, []),
+        (QWEN, None, []),
+        (QWEN | {"use_sliding_window": False, "max_window_layers": 2}, None, []),
+        (QWEN | {"use_sliding_window": True, "max_window_layers": 4}, 7, [4, 5]),
+        (QWEN | {"use_sliding_window": True, "max_window_layers": 6}, None, []),
+        (QWEN | {"use_sliding_window": True, "max_window_layers": 6, "layer_types": TYPES}, 7, [1, 3, 5]),
+        (QWEN | {"use_sliding_window": True, "layer_types": ["full_attention"] * 6}, None, []),
+    ],
+)
 def test_windows_of_a_config(config, window, layers):
     args = ModelArgs.from_config(config)
     assert (args.sliding_window, args.windowed_layers) == (window, layers)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"),
-    ({"architectures": None}, "unknown architecture None.*LlamaForCausalLM"),
-    ({"architectures": [], "model_type": "gemma"}, "'gemma'.*LlamaForCausalLM"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*linear, llama3"),
-    ({"rope_scaling": {"type": "linear"}}, "linear rope scaling has no factor"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor, high_freq_factor, original"),
-    ({"hidden_act": "gelu"}, "'gelu'.*'silu'"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"mlp_bias": True}, "mlp_bias"),
-    ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
-    ({"head_dim": 15}, "head_dim 15 is odd"),
-    ({"rope_theta": "1e4"}, "needs a number as 'rope_theta', not '1e4'"),
-    ({"hidden_size": None}, "needs a number as 'hidden_size', not None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+        ),
+        ({"architectures": None}, "unknown architecture None.*LlamaForCausalLM"),
+        ({"architectures": [], "model_type": "gemma"}, "'gemma'.*LlamaForCausalLM"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*linear, llama3"),
+        ({"rope_scaling": {"type": "linear"}}, "linear rope scaling has no factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "has no low_freq_factor, high_freq_factor, original",
+        ),
+        ({"hidden_act": "gelu"}, "'gelu'.*'silu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"rope_theta": "1e4"}, "needs a number as 'rope_theta', not '1e4'"),
+        ({"hidden_size": None}, "needs a number as 'hidden_size', not None"),
+    ],
+)
 def test_configs_that_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs.from_config(LLAMA | change)
@@ -184,7 +210,7 @@ VARIANTS = {
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding_with_a_cache_equals_the_full_forward(variant, batch):
-    model, idx = build(**VARIANTS[variant]), tokens(batch, 20)
+    model, idx = build(**VARIANTS[variant]), random_tokens(batch, 20)
     full = model(idx)
     assert full.shape == (batch, 20, 96)
     model.setup_caches(batch, 24)  # longer than what is used
@@ -192,17 +218,22 @@ def test_decoding_with_a_cache_equals_the_full_forward(variant, batch):
     parts += [model(idx[:, i : i + 1], torch.tensor([i])) for i in range(11, 20)]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=1e-4)
     # a second text in the same cache is not disturbed by what the first left behind
-    again = tokens(batch, 9, seed=2)
+    again = random_tokens(batch, 9, seed=2)
     torch.testing.assert_close(model(again, torch.arange(9)), model(again), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize(("layers", "windowed", "seen"), [
-    (1, [0], range(7, 11)),  # query 10 sees keys j with 6 < j <= 10
-    (2, [0, 1], range(4, 11)), (2, [0], range(11)), (2, [1], range(11)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layers", "windowed", "seen"),
+    [
+        (1, [0], range(7, 11)),  # query 10 sees keys j with 6 < j <= 10
+        (2, [0, 1], range(4, 11)),
+        (2, [0], range(11)),
+        (2, [1], range(11)),
+    ],
+)
 def test_a_window_sees_exactly_its_width(cached, layers, windowed, seen):
-    model, idx = build(n_layer=layers, sliding_window=4, windowed_layers=windowed), tokens(1, 12)
+    model, idx = build(n_layer=layers, sliding_window=4, windowed_layers=windowed), random_tokens(1, 12)
     model.setup_caches(1, 12)
 
     def last(idx):
@@ -221,7 +252,7 @@ def test_a_window_sees_exactly_its_width(cached, layers, windowed, seen):
 
 def test_the_window_is_in_its_layers():
     """Layer 0's window narrows what its later layers read; layer 1's does not touch layer 0."""
-    idx, logits = tokens(1, 12), {}
+    idx, logits = random_tokens(1, 12), {}
     for windowed in ((0,), (1,)):
         model = build(sliding_window=4, windowed_layers=list(windowed))
         inputs = []
@@ -249,7 +280,7 @@ def test_positions_are_relative():
 
 
 def test_num_logits():
-    model, idx = build(), tokens(2, 9)
+    model, idx = build(), random_tokens(2, 9)
     full = model(idx)
     assert torch.equal(model(idx, num_logits=0), full)
     for n in (1, 4, 9):
@@ -266,7 +297,7 @@ def test_cache_beyond_the_context_is_refused():
 def test_forward_without_positions_leaves_the_cache_alone():
     model = build()
     model.setup_caches(1, 16)
-    model(tokens(1, 5))
+    model(random_tokens(1, 5))
     assert not model.layers[0].attention.kv_cache.k_cache.any()
 
 
@@ -280,7 +311,7 @@ def test_a_cast_keeps_the_frequencies(dtype):
     assert "inv_freq" not in model.state_dict()
     model.setup_caches(1, 8)
     assert model.layers[0].attention.kv_cache.k_cache.dtype == dtype
-    assert model(tokens(1, 3), torch.arange(3)).dtype == dtype
+    assert model(random_tokens(1, 3), torch.arange(3)).dtype == dtype
 
 
 def test_default_dtype_does_not_matter():
@@ -303,7 +334,46 @@ def test_random_init(monkeypatch):
             assert not torch.equal(p, r) and p.std() == pytest.approx(0.02, rel=0.1)
         else:
             assert (p == (0 if name.endswith("bias") else 1)).all()
-    assert model(tokens(1, 4)).isfinite().all() and not model.training
+    assert model(random_tokens(1, 4)).isfinite().all() and not model.training
+
+
+# ---------------------------------------------------------------- layer by layer
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_walk_is_the_forward_pass(variant):
+    model = build(**VARIANTS[variant])
+    batches = [random_tokens(2, 12), random_tokens(1, 12, seed=3)]
+    for layer in model.walk(batches):
+        seen = [x.clone() for x in layer.inputs]
+        if layer.index == 0:
+            layer.outputs  # noqa: B018 asked for here or not, the next layer gets them
+        assert layer.block is model.layers[layer.index] and len(seen) == 2
+    for batch, x in zip(batches, layer.outputs, strict=True):
+        logits = model.norm(x) @ model.output_weight.t()
+        torch.testing.assert_close(logits, model(batch), atol=1e-5, rtol=1e-5)
+    assert list(model.walk([]))[-1].outputs == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cached_walk_runs_a_part_of_the_positions_again(variant):
+    model, tail = build(**VARIANTS[variant]), slice(9, None)
+    for layer in model.walk([random_tokens(3, 12)], cached=True):
+        (x,), (dense,) = layer.inputs, layer.outputs
+        again = layer.block(x[:, tail], *layer.arguments_at(tail))
+        torch.testing.assert_close(again, dense[:, tail], atol=1e-5, rtol=1e-5)
+    logits = model.norm(dense) @ model.output_weight.t()
+    torch.testing.assert_close(logits, model(random_tokens(3, 12)), atol=1e-4, rtol=1e-4)
+    assert all(block.attention.kv_cache is None for block in model.layers)
+
+
+def test_expected_shapes_are_those_of_a_checkpoint_with_projections_apart():
+    args = ModelArgs(**SMALL, n_local_heads=2, qkv_bias=True)
+    shapes = expected_shapes(args)
+    assert len(shapes) == 3 + 2 * 12 and shapes["output.weight"] == (96, 32)
+    assert shapes["layers.1.attention.wk.weight"] == (16, 32) and shapes["layers.1.attention.wk.bias"] == (16,)
+    assert shapes["layers.0.feed_forward.w3.weight"] == (48, 32) and shapes["layers.0.ffn_norm.weight"] == (32,)
+    assert "output.weight" not in expected_shapes(ModelArgs(**SMALL, tie_embeddings=True))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -331,27 +401,9 @@ def test_loads_what_the_file_holds(tiny):
     assert Transformer.from_checkpoint(tiny).norm.weight.dtype == torch.bfloat16
 
 
-def split(folder):
-    """Rewrites a checkpoint as two shards with an index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for i, part in enumerate((names[::2], names[1::2]), 1):
-        shard = f"model-0000{i}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / shard)
-        weight_map |= dict.fromkeys(part, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-@pytest.fixture
-def copy(tiny, tmp_path):
-    return shutil.copytree(tiny, tmp_path / "copy")
-
-
 def test_shards_equal_one_file(tiny, copy):
-    split(copy)
-    idx = tokens(1, 8)
+    split_weights(copy)
+    idx = random_tokens(1, 8)
     whole, parts = (Transformer.from_checkpoint(folder, dtype=torch.float32) for folder in (tiny, copy))
     assert torch.equal(whole(idx), parts(idx))
 
@@ -371,7 +423,7 @@ def test_gpt_fast_checkpoint(tiny, tmp_path, monkeypatch, tied):
     shape = {"n_layer": 2, "n_head": 4, "n_local_heads": 2, "dim": 32, "head_dim": 8, "intermediate_size": 48}
     shape |= {"vocab_size": 300, "norm_eps": 1e-6, "tie_embeddings": tied}
     monkeypatch.setitem(transformer_configs, "shrunk-7b", shape)
-    idx = tokens(2, 8)
+    idx = random_tokens(2, 8)
     whole = Transformer.from_checkpoint(tiny, dtype=torch.float32)
     if tied:
         whole.output.weight.data.copy_(tensors["output.weight"])
@@ -408,11 +460,6 @@ class Mischief:
         return print, ("a pickle was run",)
 
 
-def change_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 def rewrite(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -432,27 +479,27 @@ DAMAGE = {
         r"model\.pth cannot be read",
     ),
     "missing shard": (
-        lambda f: [split(f), (f / "model-00002-of-00002.safetensors").unlink()],
+        lambda f: [split_weights(f), (f / "model-00002-of-00002.safetensors").unlink()],
         "shard 'model-00002-of-00002.safetensors', which is missing",
     ),
     "shard outside": (
-        lambda f: [split(f), edit_index(f, lambda i: i["weight_map"].update(x="../model.safetensors"))],
+        lambda f: [split_weights(f), edit_index(f, lambda i: i["weight_map"].update(x="../model.safetensors"))],
         r"'\.\./model\.safetensors' outside its folder",
     ),
     "shard at an absolute path": (
-        lambda f: [split(f), edit_index(f, lambda i: i["weight_map"].update(x="/etc/passwd"))],
+        lambda f: [split_weights(f), edit_index(f, lambda i: i["weight_map"].update(x="/etc/passwd"))],
         "'/etc/passwd' outside its folder",
     ),
-    "index without a map": (lambda f: [split(f), edit_index(f, lambda i: i.clear())], "has no weight_map"),
+    "index without a map": (lambda f: [split_weights(f), edit_index(f, lambda i: i.clear())], "has no weight_map"),
     "index with a list": (
-        lambda f: [split(f), edit_index(f, lambda i: i.update(weight_map=["a"]))],
+        lambda f: [split_weights(f), edit_index(f, lambda i: i.update(weight_map=["a"]))],
         "has no weight_map",
     ),
     "index of numbers": (
-        lambda f: [split(f), edit_index(f, lambda i: i.update(weight_map={"x": 3}))],
+        lambda f: [split_weights(f), edit_index(f, lambda i: i.update(weight_map={"x": 3}))],
         "shard '3', which is missing",
     ),
-    "index cut": (lambda f: [split(f), truncate(f / "model.safetensors.index.json", 40)], "is not valid JSON"),
+    "index cut": (lambda f: [split_weights(f), truncate(f / "model.safetensors.index.json", 40)], "is not valid JSON"),
     "not converted": (as_hugging_face, "holds a Hugging Face checkpoint.*convert_hf_checkpoint.py --checkpoint_dir"),
     "other shapes": (lambda f: change_config(f, intermediate_size=64), r"do not fit.*w13\.weight"),
     "too many layers": (lambda f: change_config(f, num_hidden_layers=3), r"do not fit.*layers\.2\."),
@@ -463,10 +510,16 @@ DAMAGE = {
         "do not fit",
     ),
     "config not JSON": (lambda f: truncate(f / "config.json", 30), r"config\.json is not valid JSON"),
-    "no heads": (lambda f: change_config(f, num_attention_heads=0, head_dim=None), r"config\.json is damaged"),
+    "no heads": (
+        lambda f: change_config(f, num_attention_heads=0, head_dim=None),
+        r"config\.json is damaged",
+    ),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
     "config absent": (lambda f: (f / "config.json").unlink(), "no config is named like 'copy'"),
-    "other architecture": (lambda f: change_config(f, architectures=["BertModel"]), "BertModel.*LlamaForCausalLM"),
+    "other architecture": (
+        lambda f: change_config(f, architectures=["BertModel"]),
+        "BertModel.*LlamaForCausalLM",
+    ),
 }
 
 
@@ -489,7 +542,7 @@ def test_fingerprint(tiny, copy):
     weights = fingerprint(copy)
     change_config(copy, rope_theta=2e4)
     config = fingerprint(copy)
-    split(copy)
+    split_weights(copy)
     assert len({first, weights, config, fingerprint(copy)}) == 4
 
 
@@ -519,10 +572,18 @@ def test_stories_260k(data, tmp_path):
     kv = dim // heads * kv_heads
     state = {}
     for name, *shape in (
-        ("tok_embeddings", vocab, dim), ("attention_norm", dim), ("attention.wq", dim, dim), ("attention.wk", kv, dim),
-        ("attention.wv", kv, dim), ("attention.wo", dim, dim), ("ffn_norm", dim), ("feed_forward.w1", hidden, dim),
-        ("feed_forward.w2", dim, hidden), ("feed_forward.w3", hidden, dim), ("norm", dim),
-    ):  # fmt: skip
+        ("tok_embeddings", vocab, dim),
+        ("attention_norm", dim),
+        ("attention.wq", dim, dim),
+        ("attention.wk", kv, dim),
+        ("attention.wv", kv, dim),
+        ("attention.wo", dim, dim),
+        ("ffn_norm", dim),
+        ("feed_forward.w1", hidden, dim),
+        ("feed_forward.w2", dim, hidden),
+        ("feed_forward.w3", hidden, dim),
+        ("norm", dim),
+    ):
         keys = [name] if name in ("tok_embeddings", "norm") else [f"layers.{i}.{name}" for i in range(layers)]
         for key in keys:
             count = torch.Size(shape).numel()
@@ -530,9 +591,16 @@ def test_stories_260k(data, tmp_path):
     assert len(values) == context * (dim // heads)  # cosines and sines; the head is the embedding
 
     config = {
-        **{"architectures": ["LlamaForCausalLM"], "hidden_size": dim, "intermediate_size": hidden},
-        **{"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads},
-        **{"vocab_size": vocab, "max_position_embeddings": context, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": dim,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")

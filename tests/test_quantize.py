@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from calibrate import collect, load_statistics, statistics_for
+from formats.checkpoint import fingerprint
 from generate import Generator
 from generate import main as generate
 from greedy import resolve_allocation
 from kernels import cpu
 from kernels.quantized import dequantize, pack_int4
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
-from model import ModelArgs, Transformer, fingerprint, read_config
+from model import ModelArgs, Transformer, read_config
 from quantize import gptq, int8_scale, quantize_model, quantize_weight, round_int4, round_int8
 from quantize import main as quantize_main
 from refine import ThresholdTable

@@ -1,0 +1,51 @@
+"""What the scripts share on the command line: device and precision, and mistakes that end in one line."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from formats.files import one_line
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this name. Raises ValueError if torch cannot use it here."""
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported; cpu and cuda are")
+    return device
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --device and --precision, which every script that runs a model has."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
+
+
+def command_line(main: Callable, arguments: argparse.Namespace) -> None:
+    """Runs a script's main. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
+    warnings.formatwarning = lambda message, *_: f"{message}\n"  # no file and line of ours
+    try:
+        main(**vars(arguments))
+    except (ValueError, OSError, MemoryError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+
+    # memory that ran out: torch has a class for a GPU's alone
+    except RuntimeError as error:
+        _, on_cpu, message = str(error).rpartition("DefaultCPUAllocator: ")
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = ". ".join(" ".join(message.split()).split(". ")[:3])
+        advice = "take a smaller model or fewer tokens at once" + ("" if on_cpu else ", or --device cpu")
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {reason}: {advice}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

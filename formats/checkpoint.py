@@ -1,0 +1,279 @@
+"""A checkpoint: a folder with config.json, the weights and the tokenizer's files; read, identified, written.
+
+The weights have GPT-Fast's names, matrices are [out, in], and rotary pairs of q and k are adjacent. A folder of its
+final name is complete: `convert` builds it under another name and renames it at the end.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from formats.files import no_space_is_value_error, one_line, read_json, write_json
+
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
+COPIED_FILES = (
+    "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json chat_template.jinja chat_template.json"
+).split()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint, given it or any file in it.
+
+    Raises:
+        ValueError: the path does not exist, or holds no weights.
+    """
+    path = Path(os.path.abspath(path))  # "." has no name to choose a config by
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise ValueError(f"no checkpoint at {path}")
+    if not weight_files(folder):
+        raise ValueError(f"{folder} has no model.safetensors, model.safetensors.index.json or model.pth")
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files that hold the weights: safetensors, as one or as the index's shards, else GPT-Fast's model.pth."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return indexed_files(index)
+    return [path for path in (folder / "model.safetensors", folder / "model.pth") if path.is_file()][:1]
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The weight files that a model.safetensors.index.json (or pytorch_model.bin.index.json) names, each once.
+
+    Raises:
+        ValueError: it is no such index, or names a file that is missing or not in its own folder.
+    """
+    try:
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (KeyError, AttributeError):
+        raise ValueError(f"{index} has no weight_map of tensors to files; get it again") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the shard {name!r} outside its folder")
+        if not (index.parent / name).is_file():
+            raise ValueError(f"{index} names the shard {name!r}, which is missing; get it again")
+    return [index.parent / name for name in names]
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors by name, memory-mapped. Raises ValueError for a file that is truncated or no weight file."""
+    state_dict = {}
+    for path in weight_files(folder):
+        try:
+            if path.suffix == ".pth":
+                state_dict |= torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+            else:
+                state_dict |= load_file(path)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError) as e:
+            raise ValueError(f"{path} cannot be read, it may be truncated: {one_line(e)}") from None
+    return state_dict
+
+
+# ---------------------------------------------------------------- identity
+
+
+def fingerprint(folder: Path) -> str:
+    """Identifies a checkpoint by its config and by samples (64 x 4 KiB per file) of its weights; 32 hex digits.
+
+    Artifacts made from a checkpoint carry its fingerprint, so that one of another checkpoint is noticed.
+    """
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    if config.is_file():
+        digest.update(config.read_bytes())
+    for path in weight_files(folder):
+        size = os.path.getsize(path)
+        digest.update(str(size).encode())
+        with open(path, "rb") as f:
+            for i in range(64):
+                f.seek(i * size // 64)
+                digest.update(f.read(4096))
+    return digest.hexdigest()[:32]
+
+
+def check_fingerprint(found: str | None, folder: Path, what: str, script: str) -> None:
+    """Raises ValueError if an artifact's fingerprint is not that of the checkpoint in `folder`. None is unknown.
+
+    `what` opens the message ("the statistics are"); `script` is the one that makes the artifact anew.
+    """
+    if found is not None and found != (own := fingerprint(folder)):
+        raise ValueError(
+            f"{what} of another checkpoint than {folder} ({found} against {own}); "
+            f"to mend this: python {script} --checkpoint_path {folder}"
+        )
+
+
+# ---------------------------------------------------------------- writing
+
+
+class Source(NamedTuple):
+    """A tensor that is not read before load() is called."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
+    """Writes model.safetensors, or shards and their index, with one tensor in memory at a time.
+
+    Raises:
+        ValueError: the disk has no room for the tensors.
+    """
+    total, free = sum(source.nbytes for source in tensors.values()), shutil.disk_usage(folder).free
+    if total > free:
+        raise ValueError(f"{folder} needs {total:,} bytes, its disk has {free:,} free; free some, or set --output_dir")
+
+    # deal the tensors out to shards, in order
+    shards: list[dict[str, Source]] = [{}]
+    room = SHARD_BYTES if total > SINGLE_FILE_BYTES else total
+    for name, source in tensors.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + source.nbytes > room:
+            shards.append({})
+        shards[-1][name] = source
+
+    # name the files; several need an index
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+    with no_space_is_value_error(folder, total), tqdm(total=len(tensors), desc="converting", unit="tensor") as progress:
+        for file, shard in zip(files, shards, strict=True):
+            write_safetensors(folder / file, shard, progress)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Source], progress: tqdm) -> None:
+    """The safetensors format: the header's length, a header in JSON, the tensors' bytes."""
+    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that every tensor is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, source in ordered:
+        start, end = end, end + source.nbytes
+        header[name] = {"dtype": names[source.dtype], "shape": source.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, source in ordered:
+            tensor = source.load()
+            assert tuple(tensor.shape) == source.shape and tensor.dtype == source.dtype
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            progress.update()
+
+
+# ---------------------------------------------------------------- converting
+
+
+def check_absent(output: Path) -> None:
+    """Raises ValueError if there is something at `output` already, other than an empty folder."""
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"{output} is there already; delete it, or give another --output_dir")
+
+
+def convert(convert_source: Callable[[Path, Path], None], source: Path, output: Path) -> None:
+    """Runs convert_source(source, <output>.partial), then renames that folder; the caller holds the lock of output.
+
+    Raises:
+        ValueError: `output` is there already, the disk is full, and what convert_source raises.
+    """
+    check_absent(output)
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+    try:
+        with no_space_is_value_error(partial):
+            convert_source(source, partial)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def rename_tensors(
+    sources: dict[str, Source],
+    names: dict[str, str],
+    expected: dict[str, tuple[int, ...]] | None,
+    head_dim: int,
+    half_split: bool,
+) -> dict[str, Source]:
+    """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent.
+
+    Args:
+        names: another program's name of a module (without layer) -> ours.
+        expected: names and shapes of the model's tensors, for a source that may not fit; None checks names alone.
+        head_dim, half_split: whether rotary pairs are half of a head's head_dim rows apart, as Hugging Face has them.
+
+    Raises:
+        ValueError: unexpected or missing tensors, wrong shapes or dtypes.
+    """
+    tensors, unexpected = {}, []
+    for name, source in sources.items():
+        new = _our_name(name, names)
+        tied_head = new == "output.weight" and expected is not None and new not in expected
+        if name.endswith("rotary_emb.inv_freq") or tied_head:
+            continue
+        if new is None or (expected is not None and new not in expected):
+            unexpected.append(name)
+            continue
+        if expected is not None and source.shape != expected[new]:
+            raise ValueError(f"tensor {name} has shape {source.shape}; the config asks for {expected[new]}")
+        if source.dtype not in DTYPES.values():
+            raise ValueError(f"tensor {name} has dtype {source.dtype}; supported: {', '.join(DTYPES)}")
+
+        # of q and k: projections and their biases, and norms over a head
+        half = half_split and re.search(r"attention\.(w[qk]|[qk]_norm)\.", new)
+        tensors[new] = interleave(source, head_dim) if half else source
+
+    missing = [name for name in expected or () if name not in tensors]
+    for problem, found in (("unexpected", unexpected), ("missing", missing)):
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise ValueError(f"{problem} tensors for this config: {', '.join(found[:5])}{more}")
+    return tensors
+
+
+def _our_name(name: str, names: dict[str, str]) -> str | None:
+    match = re.fullmatch(r"(?:(?:model\.layers|blk)\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    if match is None or match[2] not in names:
+        return None
+    return (f"layers.{match[1]}." if match[1] else "") + f"{names[match[2]]}.{match[3]}"
+
+
+def interleave(source: Source, head_dim: int) -> Source:
+    """Puts the rows of each head in the order 0, d/2, 1, d/2 + 1, ...: rotary pairs become adjacent."""
+
+    def load() -> Tensor:
+        tensor = source.load()
+        return tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+    return source._replace(load=load)

@@ -1,0 +1,112 @@
+"""config.json in Hugging Face's form, as keyword arguments of `model.ModelArgs`."""
+
+ROPE_KEYS = {  # what each type of rope scaling needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "factors": ("factors",),
+}
+
+
+def architecture(config: dict) -> str | None:
+    """The architecture's name, such as "LlamaForCausalLM", also of a config that has only a model_type."""
+    names, model_type = config.get("architectures"), config.get("model_type")
+    return names[0] if names else model_type and architecture_of(model_type)
+
+
+def architecture_of(model_type: str) -> str:
+    return f"{model_type.capitalize()}ForCausalLM"
+
+
+def config_fields(config: dict, name: str = "") -> dict:
+    """Keyword arguments of `model.ModelArgs` that a config.json decides, whatever its architecture.
+
+    `name`: of a model whose config names none. Of int8 or int4 weights the name ends in "-int8" or "-int4".
+
+    Raises:
+        ValueError: a missing key, a value of another type, rope scaling or quantisation of an unknown kind.
+    """
+    rope_base, rope_scaling = _rope(config)
+    n_layer, n_head = _number(config, "num_hidden_layers"), _number(config, "num_attention_heads")
+    dim, n_local_heads = _number(config, "hidden_size"), _number(config, "num_key_value_heads", 0) or n_head
+    head_dim = _number(config, "head_dim", 0) or dim // n_head
+    if n_head % n_local_heads or head_dim % 2:
+        raise ValueError(
+            f"config.json: {n_head} heads do not divide into {n_local_heads} key/value heads, "
+            f"or head_dim {head_dim} is odd"
+        )
+    quantization = _quantization(config)
+    name, quant = config.get("_name_or_path") or name, quantization["quant"]
+    sliding_window, windowed_layers = _windows(config, n_layer)
+    return {
+        "block_size": _number(config, "max_position_embeddings", 2048),
+        "vocab_size": _number(config, "vocab_size"),
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "dim": dim,
+        "intermediate_size": _number(config, "intermediate_size"),
+        "n_local_heads": n_local_heads,
+        "head_dim": head_dim,
+        "rope_base": rope_base,
+        "norm_eps": _number(config, "rms_norm_eps", 1e-6),
+        "rope_scaling": rope_scaling,
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "sliding_window": sliding_window,
+        "windowed_layers": windowed_layers,
+        "name": name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}",
+        **quantization,
+    }
+
+
+def _number(config: dict, key: str, default: float | None = None) -> float:
+    """config[key]; the default where it is absent or null."""
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, int | float):
+        raise ValueError(f"config.json needs a number as {key!r}, not {value!r}")
+    return value
+
+
+def _quantization(config: dict) -> dict:
+    """What quantize.py wrote into config.json. Raises ValueError for the quantisation of another program."""
+    found = config.get("quantization") or {}
+    mode, groupsize = "", 0
+    if isinstance(found, dict):
+        mode, groupsize = found.get("mode", "none"), found.get("groupsize", 64)
+    if "quantization_config" in config or mode not in ("none", "int8", "int4") or not isinstance(groupsize, int):
+        found = config.get("quantization_config") or mode or found
+        raise ValueError(
+            f"config.json says the weights are quantised ({found}); only quantize.py's int8 and int4 are supported"
+        )
+    return {"quant": mode, "groupsize": groupsize}
+
+
+def _rope(config: dict) -> tuple[float, dict | None]:
+    """Base and scaling of the rotary embedding, from either of Hugging Face's two forms."""
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    base = _number(scaling, "rope_theta", _number(config, "rope_theta", 10000.0))
+    scaling.pop("rope_theta", None)
+    kind = scaling.pop("type", None)
+    kind = scaling.setdefault("rope_type", kind or "default")
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"config.json has rope type {kind!r}; supported: {', '.join(ROPE_KEYS)}")
+    missing = [key for key in ROPE_KEYS[kind] if key not in scaling]
+    if missing:
+        raise ValueError(f"config.json's {kind} rope scaling has no {', '.join(missing)}")
+    return float(base), None if kind == "default" else scaling
+
+
+def _windows(config: dict, n_layer: int) -> tuple[int | None, list[int]]:
+    """The sliding window and the layers that have it.
+
+    Llama has none. Mistral has one in all layers; others where the config says `use_sliding_window`, in
+    `layer_types`' sliding layers or from `max_window_layers` on.
+    """
+    family, window = architecture(config), config.get("sliding_window")
+    everywhere = family == "MistralForCausalLM"
+    if family == "LlamaForCausalLM" or not window or not (everywhere or config.get("use_sliding_window", False)):
+        return None, []
+    if config.get("layer_types"):
+        layers = [i for i, kind in enumerate(config["layer_types"]) if kind == "sliding_attention"]
+    else:
+        layers = list(range(0 if everywhere else config.get("max_window_layers", n_layer), n_layer))
+    return (window, layers) if layers else (None, [])

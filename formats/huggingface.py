@@ -1,0 +1,119 @@
+"""A checkpoint in Hugging Face's form, as a folder or in the hub, becomes one of ours."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from formats.checkpoint import COPIED_FILES, DTYPES, Source, indexed_files, rename_tensors, write_weights
+from formats.config import config_fields
+from formats.files import one_line, read_json
+
+HF_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
+
+
+def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict], dict[str, tuple[int, ...]]]) -> None:
+    """Writes the checkpoint of a Hugging Face folder to `partial`; see `formats.checkpoint.convert`.
+
+    `expected_shapes` gives names and shapes of the tensors that the model of a config.json has.
+
+    Raises:
+        ValueError: a missing or damaged file, tensors that do not fit the config, and what expected_shapes raises.
+    """
+    config = read_json(source / "config.json")
+    expected, head_dim = expected_shapes(config), config_fields(config)["head_dim"]
+    tensors = rename_tensors(folder_sources(source), HF_NAMES, expected, head_dim, half_split=True)
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / name)
+    write_weights(partial, tensors)
+
+
+def source_files(folder: Path) -> list[Path]:
+    """Files that hold the weights: safetensors or, where there are none, pickled ones. Raises ValueError for none."""
+    for single, others in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model*.bin")):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return [folder / single]
+        if index.is_file():
+            return indexed_files(index)
+        if files := sorted(f for f in folder.glob(others) if not f.name.startswith("consolidated")):
+            return files
+    raise ValueError(f"{folder} holds no *.safetensors and no pytorch_model*.bin")
+
+
+def folder_sources(folder: Path) -> dict[str, Source]:
+    """Every tensor of the folder's weight files; a file is opened anew for each tensor, so that only one is mapped."""
+    sources: dict[str, Source] = {}
+    for path in source_files(folder):
+        try:
+            found = _safetensors_sources(path) if path.suffix == ".safetensors" else _bin_sources(path)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
+            raise ValueError(f"{path} is truncated or not a weight file: {one_line(error)}") from None
+        if twice := sources.keys() & found.keys():
+            raise ValueError(f"{path} repeats the tensor {min(twice)} of another file")
+        sources |= found
+    return sources
+
+
+def _safetensors_sources(path: Path) -> dict[str, Source]:
+    def load(name: str) -> torch.Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {
+            name: Source(tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()), lambda n=name: load(n))
+            for name, s in slices.items()
+        }
+
+
+def _bin_sources(path: Path) -> dict[str, Source]:
+    def load() -> dict[str, torch.Tensor]:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    return {name: Source(tuple(t.shape), t.dtype, lambda n=name: load()[n]) for name, t in load().items()}
+
+
+def download_snapshot(repo_id: str) -> Path:
+    """The folder of a hub repository in Hugging Face's cache, fetched: safetensors, or .bin where there are none.
+
+    Raises:
+        ValueError: no such repository, no access to it, or no network; it says what to do.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    skipped = ["consolidated*", "original/*"]
+    try:
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            patterns = [weights, "*.index.json", *COPIED_FILES]
+            folder = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=skipped))
+            if any(folder.glob(weights)):
+                break
+        return folder
+    except GatedRepoError:
+        raise ValueError(f"{repo_id} is gated: accept its terms on huggingface.co, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"the hub has no repository {repo_id!r} (or it is private: `hf auth login`)") from None
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is not a repository id such as meta-llama/Llama-2-7b-hf: {error}") from None
+    except Exception as error:  # the hub's client raises its HTTP library's errors too
+        raise ValueError(f"cannot fetch {repo_id} from the hub ({one_line(error)}); run again to resume") from None
