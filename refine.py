@@ -1,47 +1,54 @@
-"""Thresholds that cost the model's output least: what `greedy.py --method global` makes, for every level of sparsity.
+"""Thresholds that cost the model's output least: checkpoint + text -> thresholds_refined, a cut table with shifts.
 
-All thresholds of the model, one a channel and projection, are bought at one price. Two steps:
+    python refine.py --data c4                                    # the default model
+    python refine.py --checkpoint_path DIR --data a.txt b.jsonl --updates 16
 
-1. Start. Cutting input x_i costs about 1/2 x_i^2 F_i of the model's loss, F_i the mean of (dL/dx_i)^2 over tokens, L
-   the loss with labels drawn from the model (the curvature of the KL divergence to it). It saves a row of the weight,
-   as long as the projection is wide. So x_i^2 F_i / width < price cuts: t_i = sqrt(price * width / F_i). Inputs are cut
-   around their channel's median c_i instead of 0: a cut input is taken to be c_i, which costs a vector added to the
-   output and no weights.
-2. Refinement. F is taken where nothing is cut, and errors add up otherwise where half the model is. So the gradient of
-   the KL divergence of the sparse model to the dense one is followed: with respect to c_i it is the sum of dL/dx_i over
-   cut inputs, with respect to log t_i that of -dL/dx_i (x_i - c_i) over inputs near the threshold (the step of the cut
-   smoothed over a factor e^`BAND` to either side). The price, the mean over the model of loss for a byte, is taken off,
-   so that bytes move to where they count most, and all thresholds are scaled together to keep the sparsity.
+Every input channel of every projection has a threshold of its own, and all thresholds of the model are bought at one
+price. Two steps:
 
-The weights stay as they are. At the end of each level the thresholds are scaled until the sparse model, running on a
-part of the calibration text that the updates did not see (up to an eighth), cuts that level's share of the weights or
-more in every window: on the text that they saw it cuts a little more than on any other, and texts differ.
+1. Initial cuts. Cutting input x_i costs about 1/2 x_i^2 F_i of the model's loss. F_i is the mean of (dL/dx_i)^2 over
+   tokens, where L is the loss with labels drawn from the model: the curvature of the KL divergence to it. The cut saves
+   a row of the weight, `width` weights long. So an input is cut where x_i^2 F_i / width < price, which gives the
+   threshold t_i = sqrt(price * width / F_i). A cut input is replaced by its channel's median c_i instead of 0; this
+   adds a constant vector to the output and reads no weights.
+2. Refinement. F is taken where nothing is cut, and errors add up otherwise where half of the model is cut. So we follow
+   the gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i
+   over cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the
+   step of the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per
+   weight, is subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the
+   sparsity.
 
-Cost: an update is two forward passes, a backward one and the segments' gradients once more, 8 P operations a token for
-P weights: Llama-2-7B, 5 levels x 32 updates x 16,384 tokens, 150 Pflop, estimated at 10 minutes on an H100 in bfloat16
-(not measured). SmolLM2-135M took 0.9 s an update there; on two CPU cores a level takes hours: give fewer --updates.
-Beside the model, memory holds the activations of one window at least, see `at_once`.
+The weights stay as they are. At the end of each level all thresholds are scaled until the sparse model cuts at least
+that level's share of the weights in every window of a held-out part of the text, up to an eighth, that the updates did
+not see. On the text that they saw the model cuts a little more than on any other, and texts differ. The perplexity on
+the held-out part is recorded in the table.
+
+Cost: an update is two forward passes, a backward one and the gradients of the segments once more, 8 P operations per
+token for P weights. One update of five levels took an 8B model 52 s on an H100 (random weights, 40 GB); SmolLM2-135M
+took 1.0 s per update there. On two CPU cores a level takes hours: give fewer --updates. Beside the model, memory holds
+the activations of at least one window, see `windows_per_pass`. A run that was stopped goes on after the last complete
+level, which `<output>.partial.safetensors` keeps.
 """
 
+import argparse
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 from tqdm import tqdm
 
-from formats.checkpoint import check_fingerprint
-from formats.files import write_output
-from formats.statistics import SITES
-from sparse_model import SparseProjection, SparseTransformer
+from calibrate import calibration_tokens
+from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from formats.default_model import resolve_checkpoint
+from sparse_model import SITES, SparseProjection, SparseTransformer
+from thresholds import Cuts, CutTable, resume_table, table_metadata
 
-FORMAT = "thresholds 1"
+NUM_TOKENS = 262144
 LEVELS = (0.25, 0.4, 0.5, 0.65, 0.8)  # sparsities that are refined; between two, thresholds are interpolated
 SPARSE_FRACTION = 0.99  # of each window, as in eval.py
 START_TOKENS = 16384  # of the text, for the start
@@ -52,90 +59,6 @@ TOLERANCE = 5e-4  # of a level's sparsity on the calibration text
 MEMORY = 24e9  # bytes of activations and logits on a GPU, by which windows are taken at once; at least one is
 
 Receive = Callable[[int, SparseProjection, Tensor, list[Tensor]], None]
-
-
-class ThresholdTable:
-    """Thresholds and shifts of a model's projections at several sparsities.
-
-    Attributes:
-        levels: [L] rising sparsities of the whole model, by weights.
-        tensors: "<layer>.<site>.threshold" [L, S, in] and "<layer>.<site>.shift" [L, in], float32, the sites those of
-            `calibrate.SITES`.
-        metadata: strings: method, fingerprint, text, tokens, window, updates, dtype, inputs.
-    """
-
-    def __init__(self, levels: list[float], tensors: dict[str, Tensor], metadata: dict[str, str]):
-        self.levels, self.tensors, self.metadata = levels, tensors, metadata
-
-    def row(self, i: int) -> list[tuple[Tensor, Tensor]]:
-        """(threshold [S, in], shift [in]) of every module of `SparseTransformer.projections` at level i."""
-        names = [f"{layer}.{site}" for layer in range(len(self.tensors) // (2 * len(SITES))) for site in SITES]
-        return [(self.tensors[f"{name}.threshold"][i], self.tensors[f"{name}.shift"][i]) for name in names]
-
-    @property
-    def covered(self) -> tuple[float, float]:
-        """The first and the last sparsity."""
-        return 0.0, self.levels[-1]
-
-    def at(self, sparsity: float) -> list[tuple[Tensor, Tensor]]:
-        """What `SparseTransformer.set_cuts` takes for a sparsity: linear between two levels, 0 thresholds at 0.
-
-        Raises:
-            ValueError: a sparsity beyond the last level.
-        """
-        if not 0 <= sparsity <= self.covered[1]:
-            raise ValueError(
-                f"sparsity {sparsity} is outside what the allocation covers, 0 to {self.covered[1]:.3f}; "
-                "choose one inside or --allocation uniform"
-            )
-        above = int(np.searchsorted(self.levels, sparsity))
-        upper = self.row(above)
-        lower = self.row(above - 1) if above else [(torch.zeros_like(t), c) for t, c in upper]
-        start = self.levels[above - 1] if above else 0.0
-        weight = (sparsity - start) / (self.levels[above] - start)
-        return [
-            (torch.lerp(t0, t1, weight), torch.lerp(c0, c1, weight))
-            for (t0, c0), (t1, c1) in zip(lower, upper, strict=True)
-        ]
-
-    def append(self, level: float, row: list[tuple[Tensor, Tensor]]) -> None:
-        for j, values in enumerate(row):
-            for kind, value in zip(("threshold", "shift"), values, strict=True):
-                name = f"{j // len(SITES)}.{list(SITES)[j % len(SITES)]}.{kind}"
-                value = value.detach().float().cpu()[None].clone()
-                self.tensors[name] = torch.cat((self.tensors[name], value)) if self.levels else value
-        self.levels.append(level)
-
-    def check_fingerprint(self, folder: Path) -> None:
-        """Raises ValueError if it was made for another checkpoint than the one in `folder`."""
-        check_fingerprint(self.metadata.get("fingerprint"), folder, "the allocation is", "greedy.py --method global")
-
-    def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
-        tensors = {**self.tensors, "levels": torch.tensor(self.levels, dtype=torch.float64)}
-        write_output(path, serialize(tensors, {"format": FORMAT, **self.metadata}))
-
-
-def load_table(path: str | Path) -> ThresholdTable:
-    """Reads what `ThresholdTable.save` wrote. Raises ValueError: no file there, or one that holds something else."""
-    again = "make it with greedy.py --method global"
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.pop("format", None) != FORMAT:
-                raise ValueError(f"{path} is not a file of thresholds of this version; {again}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise ValueError(f"no allocation file at {path}; {again}") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a file of thresholds ({error}); {again}") from None
-    levels = tensors.pop("levels", torch.zeros(0)).flatten().tolist()
-    layers = len(tensors) // (2 * len(SITES))
-    names = {f"{layer}.{site}.{kind}" for layer in range(layers) for site in SITES for kind in ("threshold", "shift")}
-    whole = set(tensors) == names and all(len(tensor) == len(levels) for tensor in tensors.values())
-    if not levels or not layers or not whole or sorted(set(levels)) != levels:
-        raise ValueError(f"{path} is damaged: levels or tensors are missing; {again}")
-    return ThresholdTable(levels, tensors, metadata)
 
 
 @contextmanager
