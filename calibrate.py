@@ -245,7 +245,8 @@ def plot(statistics: Statistics, path: Path) -> None:
     layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
     figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
 
-    for row, projections in zip(axes, SITES.values(), strict=True):
+    for row, site in zip(axes, SITES, strict=True):
+        projections = [projection for projection in SITE_OF if SITE_OF[projection] == site]
         for axis, layer in zip(row, layers, strict=True):
             values = statistics.get(layer, projections[0], "signed").double().numpy()
             mean, std, kurtosis = statistics.get(layer, projections[0], "pooled").tolist()

@@ -436,11 +436,10 @@ class Transformer(UncastBuffers):
         """
         if seq_length > self.config.block_size:
             raise ValueError(f"{seq_length} positions do not fit the model's context of {self.config.block_size}")
-        weight = self.norm.weight
         shape = (batch_size, self.config.n_local_heads, seq_length, self.config.head_dim)
         for attention in (block.attention for block in self.layers):
             if attention.kv_cache is None or attention.kv_cache.k_cache.shape != shape:
-                attention.kv_cache = KVCache(shape, weight.device, weight.dtype)
+                attention.kv_cache = KVCache(shape, self.device, self.dtype)
 
     def forward(self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0) -> Tensor:
         """Logits of the next token.
@@ -499,13 +498,12 @@ class Transformer(UncastBuffers):
             cached: of one batch only: each block runs with a KV cache of T positions, which is taken from it when the
                 walk goes on. Else the caches of `setup_caches` are neither read nor written.
         """
-        length = batches[0].shape[1] if len(batches) else 0
+        assert not cached or len(batches) == 1
+        rows, length = batches[0].shape if len(batches) else (0, 0)
         positions = torch.arange(length, device=self.device)
         rope, masks = self.rope_and_masks(positions, length if cached else None)
-        cache = None
-        if cached:
-            shape = (len(batches[0]), self.config.n_local_heads, length, self.config.head_dim)
-            cache = KVCache(shape, self.device, self.dtype)
+        shape = (rows, self.config.n_local_heads, length, self.config.head_dim)
+        cache = KVCache(shape, self.device, self.dtype) if cached else None
         states = [self.tok_embeddings(batch.to(self.device)) for batch in batches]
 
         for i, (block, mask) in enumerate(zip(self.layers, masks, strict=True)):
@@ -593,7 +591,7 @@ def read_config(folder: Path) -> ModelArgs:
 
 
 def expected_shapes(config: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's tensors: those of the model, fused projections taken apart."""
+    """Names and shapes of a checkpoint's tensors: those of the model, with fused projections taken apart."""
     model = Transformer(config, device="meta")
     shapes = {}
     for name, tensor in model.state_dict().items():

@@ -238,6 +238,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     path = next((folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None)
     if path is None:
         raise ValueError(f"no tokenizer in {folder}: put the checkpoint's tokenizer.json or tokenizer.model there")
+
+    # its backend, and the files around it
     names = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
     config, generation, settings, special_map = (_read_json(folder / name) for name in names)
     data = path.read_bytes()
@@ -250,6 +252,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         raise ValueError(
             f"{path} does not load as {backend.__name__} ({error}): copy the model's tokenizer files again"
         ) from error
+
+    # it must fit the model
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary is "
@@ -264,6 +268,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         ids = [i for value in values for i in (value if isinstance(value, list | tuple) else [value])]
         return [i for i in dict.fromkeys(ids) if isinstance(i, int) and 0 <= i < tokenizer.vocab_size]
 
+    # bos and eos: the first that is given, and all that are given
     bos, eos = named("bos_token"), named("eos_token")
     given = tokenizer.token_id(bos or ""), config.get("bos_token_id"), generation.get("bos_token_id"), tokenizer.bos_id
     tokenizer.bos_id = next(iter(known(*given)), None)
@@ -273,6 +278,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     strings = {i: token for token, i in tokenizer.special.items()}
     tokenizer.bos_token = bos or ("" if "bos_token" in settings else strings.get(tokenizer.bos_id, ""))
     tokenizer.eos_token = eos or next((strings[i] for i in tokenizer.eos_ids if i in strings), "")
+
+    # the chat template: a file of its own, or a setting
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")

@@ -26,7 +26,7 @@ def config_fields(config: dict, name: str = "") -> dict:
     Raises:
         ValueError: a missing key, a value of another type, rope scaling or quantisation of an unknown kind.
     """
-    rope_base, rope_scaling = _rope(config)
+    # widths, some of which follow from others
     n_layer, n_head = _number(config, "num_hidden_layers"), _number(config, "num_attention_heads")
     dim, n_local_heads = _number(config, "hidden_size"), _number(config, "num_key_value_heads", 0) or n_head
     head_dim = _number(config, "head_dim", 0) or dim // n_head
@@ -35,9 +35,13 @@ def config_fields(config: dict, name: str = "") -> dict:
             f"config.json: {n_head} heads do not divide into {n_local_heads} key/value heads, "
             f"or head_dim {head_dim} is odd"
         )
+
+    # parts with rules of their own
+    rope_base, rope_scaling = _rope(config)
     quantization = _quantization(config)
     name, quant = config.get("_name_or_path") or name, quantization["quant"]
     sliding_window, windowed_layers = _windows(config, n_layer)
+
     return {
         "block_size": _number(config, "max_position_embeddings", 2048),
         "vocab_size": _number(config, "vocab_size"),

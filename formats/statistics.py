@@ -13,8 +13,9 @@ from formats.files import one_line, write_output
 
 STATISTICS_NAME = "calibration.safetensors"  # beside the checkpoint it belongs to
 FORMAT = "activation statistics 1"
-SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-SITE_OF = {projection: site for site, projections in SITES.items() for projection in projections}
+# projection -> the name of its site, under which what the projections of a site share is stored
+SITE_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
+SITES = tuple(dict.fromkeys(SITE_OF.values()))  # in the order of a block
 PROBABILITIES = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
 
 
@@ -129,10 +130,10 @@ def teal_statistics(folder: str | Path) -> Statistics:
         for path in Path(folder).glob(f"layer-*/{part}/histograms.pt"):
             try:
                 layer = int(path.parts[-3].removeprefix("layer-"))
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                histograms = torch.load(path, map_location="cpu", weights_only=True)
                 for site, name in zip(sites, ("h1", "h2"), strict=True):
-                    tensors[f"{layer}.{site}.cumulative"] = found[name].double().cumsum(0)
-                    tensors[f"{layer}.{site}.centers"] = found[f"{name}_centers"].double()
+                    tensors[f"{layer}.{site}.cumulative"] = histograms[name].double().cumsum(0)
+                    tensors[f"{layer}.{site}.centers"] = histograms[f"{name}_centers"].double()
             except Exception as error:  # unpickling fails in many ways
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 raise ValueError(f"{path} is not a file of TEAL's histograms ({reason})") from None
