@@ -23,15 +23,6 @@ from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
 from formats.checkpoint import fingerprint
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write
-from formats.statistics import (
-    PROBABILITIES,
-    SITE_OF,
-    SITES,
-    STATISTICS_NAME,
-    Statistics,
-    load_statistics,
-    teal_statistics,
-)
 from formats.text import WINDOW, text_windows
 from sparse_model import SparseProjection, SparseTransformer
 from tokenizer import load_tokenizer
@@ -98,7 +89,7 @@ class Recorder:
         kurtosis = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2
 
         # distributions: row 0 of the counts is x >= 0, row 1 is x < 0
-        site, edges, counts = SITE_OF[self.projections[0]], bin_edges(), self.counts.cpu().numpy()
+        site, edges, counts = PROJECTIONS[self.projections[0]], bin_edges(), self.counts.cpu().numpy()
         signed = np.concatenate([counts[1, ::-1], counts[0]]), np.concatenate([-edges[:0:-1], edges])
         tensors = {
             f"{site}.signed": quantiles(*signed),
@@ -246,7 +237,7 @@ def plot(statistics: Statistics, path: Path) -> None:
     figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
 
     for row, site in zip(axes, SITES, strict=True):
-        projections = [projection for projection in SITE_OF if SITE_OF[projection] == site]
+        projections = SITES[site].projections
         for axis, layer in zip(row, layers, strict=True):
             values = statistics.get(layer, projections[0], "signed").double().numpy()
             mean, std, kurtosis = statistics.get(layer, projections[0], "pooled").tolist()

@@ -33,6 +33,7 @@ level, which `<output>.partial.safetensors` keeps.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,19 +52,20 @@ from thresholds import Cuts, CutTable, resume_table, table_metadata
 NUM_TOKENS = 262144
 LEVELS = (0.25, 0.4, 0.5, 0.65, 0.8)  # sparsities that are refined; between two, thresholds are interpolated
 SPARSE_FRACTION = 0.99  # of each window, as in eval.py
-START_TOKENS = 16384  # of the text, for the start
-UPDATES, ROWS = 32, 8  # updates of a level, and windows each of them looks at
-RATE_SCALE, RATE_SHAPE, RATE_SHIFT = 0.005, 0.0025, 0.03  # of Adam: log t a projection, a channel; c in units of spread
-BAND = 0.35
+CURVATURE_TOKENS = 16384  # of the text, for the initial cuts
+UPDATES, WINDOWS = 32, 8  # updates per level, and windows that each of them looks at
+BAND = 0.35  # a cut counts as smoothed between threshold * e^-BAND and threshold * e^BAND
 TOLERANCE = 5e-4  # of a level's sparsity on the calibration text
-MEMORY = 24e9  # bytes of activations and logits on a GPU, by which windows are taken at once; at least one is
+MEMORY = 24e9  # bytes of activations and logits on a GPU, which bound the windows per pass; one window always runs
+# Adam's learning rates: log t per projection, log t per channel, c in units of its channel's spread
+RATE_PROJECTION, RATE_CHANNEL, RATE_SHIFT = 0.005, 0.0025, 0.03
 
 Receive = Callable[[int, SparseProjection, Tensor, list[Tensor]], None]
 
 
 @contextmanager
 def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[None]:
-    """Inside it every backward pass calls `receive(j, module, x, grads)` for each of `projections`.
+    """Inside it every backward pass calls `receive(j, module, x, grads)` for site module j of the model.
 
     x [B, T, in] is the module's input; grads are the loss's gradients by x through each of its segments alone, S x
     [B, T, in]. No parameter needs a gradient: it flows from the embeddings on.
@@ -81,7 +83,7 @@ def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[No
 
         return forward_hook
 
-    hooks = [module.register_forward_hook(watch(j)) for j, module in enumerate(model.projections)]
+    hooks = [module.register_forward_hook(watch(j)) for j, module in enumerate(model.sites)]
     hooks.append(
         model.tok_embeddings.register_forward_hook(
             lambda module, args, y: y.requires_grad_() if torch.is_grad_enabled() else y
@@ -94,7 +96,7 @@ def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[No
             hook.remove()
 
 
-def at_once(model: SparseTransformer, length: int) -> int:
+def windows_per_pass(model: SparseTransformer, length: int) -> int:
     """Windows of `length` tokens that a forward and backward pass takes within `MEMORY`; on a CPU one."""
     config = model.config
     token = 20 * config.vocab_size + 4 * config.n_layer * (12 * config.dim + 6 * config.intermediate_size)
@@ -106,18 +108,23 @@ def dense_prefix(length: int) -> int:
     return max(1, round(length * (1 - SPARSE_FRACTION)))
 
 
-def start(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Thresholds at price 1 and shifts (medians, averaged over windows), from windows `tokens` [N, T]."""
+def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cuts:
+    """Thresholds at price 1 and shifts (medians, averaged over windows), from windows `tokens` [N, T].
+
+    Raises:
+        ValueError: outputs or gradients that are not finite (float16 overflows in some models).
+    """
     prefix, device = dense_prefix(tokens.shape[1]), model.device
     generator = torch.Generator(device).manual_seed(seed)
-    fisher = [torch.zeros_like(module.threshold) for module in model.projections]
-    median = [torch.zeros_like(module.threshold[0]) for module in model.projections]
+    fisher = [torch.zeros_like(module.threshold) for module in model.sites]
+    median = [torch.zeros_like(module.threshold[0]) for module in model.sites]
 
     def receive(j: int, module: SparseProjection, x: Tensor, grads: list[Tensor]) -> None:
         for s, grad in enumerate(grads):
             fisher[j][s] += grad[:, prefix:].float().square().mean((0, 1)) / len(tokens)
         median[j].add_(x[0, prefix:].float().median(0).values / len(tokens))
 
+    # gradients of the loss with labels drawn from the model itself
     with segment_gradients(model, receive), tqdm(total=tokens.numel(), desc="curvature", unit="tok") as progress:
         for window in tokens.split(1):
             with torch.enable_grad():
@@ -127,132 +134,223 @@ def start(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> list[tuple
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, labels, reduction="sum").backward()
             progress.update(window.numel())
-    found = []
-    for j, module in enumerate(model.projections):
+
+    # t = sqrt(width / F); a channel that seems to cost nothing costs a millionth of the mean
+    thresholds = []
+    for j, module in enumerate(model.sites):
         if not fisher[j].isfinite().all():
-            raise ValueError(f"gradients of layer {j // 4} are not finite; choose another --precision")
+            raise ValueError(f"gradients of layer {j // len(SITES)} are not finite; choose another --precision")
         widths = torch.tensor(module.widths, device=device)[:, None]
-        found.append(((widths / fisher[j].clamp_min(fisher[j].mean() * 1e-6)).sqrt(), median[j]))
-    return found
+        thresholds.append((widths / fisher[j].clamp_min(fisher[j].mean() * 1e-6)).sqrt())
+    return Cuts(0.0, thresholds, median)
 
 
 @torch.no_grad()
-def settle(model: SparseTransformer, windows: Tensor, level: float, cuts: list[tuple], every=False) -> list[tuple]:
-    """The cuts with all thresholds scaled alike, so that the model cuts `level` of its weights on `windows`, in every
-    one at least that if `every`, to within `TOLERANCE`; set."""
-    scale, low, high = 0.0, -math.inf, math.inf  # logarithms
+def scaled_to(model: SparseTransformer, windows: Tensor, level: float, cuts: Cuts, every: bool = False) -> Cuts:
+    """The cuts with all thresholds scaled by one factor, so that the model cuts `level` of its weights; they stay set.
+
+    Args:
+        windows: [N, T], the text on which that holds to within `TOLERANCE`.
+        every: each window by itself cuts at least that much, not only all of them together.
+    """
+    log_factor, low, high = 0.0, -math.inf, math.inf
     for _ in range(40):
-        scaled = [(threshold * math.exp(scale), shift) for threshold, shift in cuts]
+        scaled = Cuts(level, [threshold * math.exp(log_factor) for threshold in cuts.thresholds], cuts.shifts)
         model.set_cuts(scaled)
-        reached = []
-        for some in windows.split(1 if every else at_once(model, windows.shape[1])):
-            if every or not reached:
+
+        # the sparsity of all windows together, or the least of any
+        achieved = []
+        for batch in windows.split(1 if every else windows_per_pass(model, windows.shape[1])):
+            if every or not achieved:
                 model.reset_counts()
-            model(some.to(model.device), num_logits=1, dense_prefix=dense_prefix(windows.shape[1]))
-            reached.append(model.achieved_sparsity())
-        found = min(reached) if every else reached[-1]
-        if abs(found - level) < TOLERANCE:
+            model(batch.to(model.device), num_logits=1, dense_prefix=dense_prefix(windows.shape[1]))
+            achieved.append(model.achieved_sparsity())
+        reached = min(achieved) if every else achieved[-1]
+        if abs(reached - level) < TOLERANCE:
             break
-        low, high = (scale, high) if found < level else (low, scale)
-        # as if sparsity rose as 1 - exp(-a t)
-        scale += math.log(math.log1p(-level) / math.log1p(-min(max(found, 1e-3), 0.9999)))
-        if not low < scale < high:
-            scale = (low + high) / 2
+
+        # the next factor: as if sparsity rose as 1 - exp(-a t), inside what is bracketed already
+        low, high = (log_factor, high) if reached < level else (low, log_factor)
+        log_factor += math.log(math.log1p(-level) / math.log1p(-min(max(reached, 1e-3), 0.9999)))
+        if not low < log_factor < high:
+            log_factor = (low + high) / 2
     return scaled
 
 
 class Refinement:
     """Adam on all thresholds and shifts of a model, with the sparsity held."""
 
-    def __init__(self, model: SparseTransformer, cuts: list[tuple[Tensor, Tensor]], spread: list[Tensor]):
-        self.model, self.spread = model, spread
-        self.shape = [threshold.clamp_min(1e-9).log() for threshold, _ in cuts]
-        self.scale = [torch.zeros_like(shape[:, :1]) for shape in self.shape]
-        self.shift = [shift / s for (_, shift), s in zip(cuts, spread, strict=True)]  # in units of its spread
-        rates = (RATE_SCALE, self.scale), (RATE_SHAPE, self.shape), (RATE_SHIFT, self.shift)
+    def __init__(self, model: SparseTransformer, cuts: Cuts, spread: list[Tensor]):
+        self.model, self.level, self.spread = model, cuts.sparsity, spread
+        # log t = channel + projection; c = shift * spread
+        self.channel = [threshold.clamp_min(1e-9).log() for threshold in cuts.thresholds]
+        self.projection = [torch.zeros_like(channel[:, :1]) for channel in self.channel]
+        self.shift = [shift / s for shift, s in zip(cuts.shifts, spread, strict=True)]
+        rates = (RATE_PROJECTION, self.projection), (RATE_CHANNEL, self.channel), (RATE_SHIFT, self.shift)
         self.optimizer = torch.optim.Adam([{"params": p, "lr": r} for r, p in rates], betas=(0.9, 0.98))
         self.rates = [rate for rate, _ in rates]
 
-    def cuts(self) -> list[tuple[Tensor, Tensor]]:
-        groups = zip(self.shape, self.scale, self.shift, self.spread, strict=True)
-        return [((shape + scale).exp(), shift * spread) for shape, scale, shift, spread in groups]
+    def cuts(self) -> Cuts:
+        thresholds = [(c + p).exp() for c, p in zip(self.channel, self.projection, strict=True)]
+        return Cuts(self.level, thresholds, [c * s for c, s in zip(self.shift, self.spread, strict=True)])
 
-    def update(self, windows: Tensor, level: float, rate: float) -> float:
-        """One step over `windows` [N, T], learning rates times `rate`; returns the KL divergence, nats a token."""
+    def update(self, windows: Tensor, rate: float) -> float:
+        """One step over `windows` [N, T], learning rates times `rate`; returns the KL divergence, nats per token."""
         model, prefix = self.model, dense_prefix(windows.shape[1])
         cuts = self.cuts()
-        slope = [torch.zeros_like(threshold) for threshold, _ in cuts]  # of the divergence, by log t
-        volume = [torch.zeros_like(threshold) for threshold, _ in cuts]  # of the cut weights, by log t
-        pull = [torch.zeros_like(shift) for _, shift in cuts]  # of the divergence, by c
+        slope = [torch.zeros_like(threshold) for threshold in cuts.thresholds]  # of the divergence, by log t
+        volume = [torch.zeros_like(threshold) for threshold in cuts.thresholds]  # of the cut weights, by log t
+        pull = [torch.zeros_like(shift) for shift in cuts.shifts]  # of the divergence, by c
 
         def receive(j: int, module: SparseProjection, x: Tensor, grads: list[Tensor]) -> None:
-            threshold, shift = cuts[j]
-            moved = x[:, prefix:].float() - shift
-            size = moved.abs()
+            compared = x[:, prefix:].float() - cuts.shifts[j]
+            size = compared.abs()
             for s, grad in enumerate(grads):
-                grad, t = grad[:, prefix:].float(), threshold[s]
+                grad, t = grad[:, prefix:].float(), cuts.thresholds[j][s]
                 near = (size > t * math.exp(-BAND)) & (size < t * math.exp(BAND))
-                slope[j][s] -= (grad * moved * near).sum((0, 1)) / (2 * BAND)
+                slope[j][s] -= (grad * compared * near).sum((0, 1)) / (2 * BAND)
                 volume[j][s] += near.sum((0, 1)) * (module.widths[s] / (2 * BAND))
                 pull[j] += (grad * (size <= t)).sum((0, 1))
 
+        # the divergence from the dense model and its gradients
         model.set_cuts(cuts)
         model.reset_counts()
         divergence = 0.0
         with segment_gradients(model, receive):
-            for some in windows.split(at_once(model, windows.shape[1])):
-                some = some.to(model.device)
+            for batch in windows.split(windows_per_pass(model, windows.shape[1])):
+                batch = batch.to(model.device)
                 with torch.no_grad():
-                    dense = torch.log_softmax(model(some).float(), -1)
+                    dense = torch.log_softmax(model(batch).float(), -1)
                 with torch.enable_grad():
-                    sparse = torch.log_softmax(model(some, dense_prefix=prefix).float(), -1)
+                    sparse = torch.log_softmax(model(batch, dense_prefix=prefix).float(), -1)
                     loss = F.kl_div(sparse, dense, log_target=True, reduction="sum")
                     loss.backward()
                 divergence += loss.item() / windows.numel()
+
+        # one step of Adam, the price of the cut weights subtracted
         price = sum(s.sum() for s in slope) / sum(v.sum() for v in volume).clamp_min(1)
         for j, spread in enumerate(self.spread):
-            self.shape[j].grad = slope[j] - price * volume[j]
-            self.scale[j].grad = self.shape[j].grad.sum(1, keepdim=True)
+            self.channel[j].grad = slope[j] - price * volume[j]
+            self.projection[j].grad = self.channel[j].grad.sum(1, keepdim=True)
             self.shift[j].grad = pull[j] * spread
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate
         self.optimizer.step()
-        weights = sum(module.threshold.shape[1] * sum(module.widths) for module in model.projections)
+
+        # half a step back to the sparsity: by how much it rises with log t
+        weights = sum(module.threshold.shape[1] * sum(module.widths) for module in model.sites)
         rise = sum(v.sum().item() for v in volume) / (weights * windows.shape[0] * (windows.shape[1] - prefix))
-        missing = (level - model.achieved_sparsity()) / max(rise, 0.05)
-        for scale in self.scale:
-            scale += 0.5 * min(max(missing, -0.2), 0.2)
+        missing = (self.level - model.achieved_sparsity()) / max(rise, 0.05)
+        for projection in self.projection:
+            projection += 0.5 * min(max(missing, -0.2), 0.2)
         return divergence
 
 
-def refine(
-    model: SparseTransformer, tokens: Tensor, table: ThresholdTable, updates: int, seed: int = 0
-) -> Iterator[None]:
-    """Appends the levels that `table` lacks, one an iteration, from windows `tokens` [N, T] (int64, T > 1).
+@torch.no_grad()
+def perplexity_of(model: SparseTransformer, windows: Tensor, cut: bool) -> float:
+    """Perplexity on windows [N, T], cut after each window's dense prefix or dense."""
+    prefix = dense_prefix(windows.shape[1]) if cut else None
+    loss = 0.0
+    for batch in windows.split(windows_per_pass(model, windows.shape[1])):
+        batch = batch.to(model.device)
+        logits = model(batch[:, :-1], dense_prefix=prefix).float()
+        loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(loss / windows[:, 1:].numel())
+
+
+def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: int, seed: int = 0) -> Iterator[None]:
+    """Appends the levels that `table` lacks, one per iteration, from windows `tokens` [N, T] (int64, T > 1).
 
     Raises:
         ValueError: gradients that are not finite (float16 overflows in some models).
     """
-    cuts = start(model, tokens[: max(1, START_TOKENS // tokens.shape[1])], seed)
+    # initial cuts, and the part of the text that no update sees
+    cuts = initial_cuts(model, tokens[: max(1, CURVATURE_TOKENS // tokens.shape[1])], seed)
     device = model.device
-    held_out = min(len(tokens) // 8, 2 * ROWS)
+    held_out = min(len(tokens) // 8, 2 * WINDOWS)
     unseen, tokens = (tokens[-held_out:], tokens[:-held_out]) if held_out else (tokens, tokens)
     few = unseen[:2]
-    # the spread of a channel is measured by its threshold at the start, which is small where the loss is steep
-    spread = [threshold.amin(0) for threshold, _ in settle(model, few, 0.5, cuts)]
+
+    # the spread of a channel is its initial threshold at 50 %, which is small where the loss is steep
+    spread = [threshold.amin(0) for threshold in scaled_to(model, few, 0.5, cuts).thresholds]
     if table.levels:
-        cuts = [(threshold.to(device), shift.to(device)) for threshold, shift in table.row(-1)]
+        last = table.level(-1)
+        cuts = Cuts(last.sparsity, [t.to(device) for t in last.thresholds], [c.to(device) for c in last.shifts])
+    else:
+        record = {"text": "held-out calibration text", "perplexity": [(0.0, perplexity_of(model, unseen, cut=False))]}
+        table.metadata["quality"] = json.dumps(record)
+
     done = len(table.levels)
     with tqdm(total=len(LEVELS) * updates, initial=done * updates, desc="refining", unit="update") as progress:
         for level in LEVELS[done:]:
-            state = Refinement(model, settle(model, few, level, cuts), spread)
-            generator, epochs = torch.Generator().manual_seed(seed), -(-updates * ROWS // len(tokens))
+            # every update looks at other windows, as long as there are any
+            state = Refinement(model, scaled_to(model, few, level, cuts), spread)
+            generator, epochs = torch.Generator().manual_seed(seed), -(-updates * WINDOWS // len(tokens))
             order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(max(1, epochs))])
             for i in range(updates):
                 rate = 0.1 + 0.45 * (1 + math.cos(math.pi * i / updates))
-                divergence = state.update(tokens[order[i * ROWS : (i + 1) * ROWS]], level, rate)
-                progress.set_postfix_str(f"at {level:.0%}: {divergence:.4f} nats a token from dense")
+                divergence = state.update(tokens[order[i * WINDOWS : (i + 1) * WINDOWS]], rate)
+                progress.set_postfix_str(f"at {level:.0%}: {divergence:.4f} nats per token from dense")
                 progress.update()
-            cuts = settle(model, unseen, level, settle(model, few, level, state.cuts()), every=True)
-            table.append(level, cuts)
+
+            # hold the sparsity on text that the updates did not see, and record the quality there
+            cuts = scaled_to(model, unseen, level, scaled_to(model, few, level, state.cuts()), every=True)
+            record = json.loads(table.metadata["quality"])
+            record["perplexity"].append((level, perplexity_of(model, unseen, cut=True)))
+            table.metadata["quality"] = json.dumps(record)
+            table.append(cuts)
             yield
+
+
+def main(
+    checkpoint_path: Path | None = None,
+    statistics: Path | None = None,
+    data: list[str] | None = None,
+    num_tokens: int = NUM_TOKENS,
+    updates: int = UPDATES,
+    output: Path | None = None,
+    device: str = "cpu",
+    precision: str = "bfloat16",
+    seed: int = 0,
+) -> CutTable:
+    """Makes the cut table of rule `refined`, writes and returns it. Raises ValueError for a user's mistake."""
+    if updates < 0:
+        raise ValueError(f"--updates {updates} is below 0; {UPDATES} is usual")
+    if num_tokens < 2:
+        raise ValueError(f"--num_tokens {num_tokens} is too few; {NUM_TOKENS} is usual")
+
+    if statistics:
+        print("--statistics is not read: refined thresholds come from gradients", file=sys.stderr)
+
+    # load the model and the text
+    folder = resolve_checkpoint(checkpoint_path)
+    output = output or folder / "thresholds_refined.safetensors"
+    model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
+    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
+
+    # go on where a run with the same inputs stopped
+    metadata = table_metadata("refined", folder, text, tokens, [tokens], updates=updates, dtype=precision)
+    table, part = resume_table(output, CutTable([], {}, metadata))
+
+    # refine level by level
+    for _ in refine(model, tokens, table, updates):
+        table.save(part)
+    table.save(output)
+    part.unlink(missing_ok=True)
+    print(f"{output}: refined cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
+    for sparsity, perplexity in json.loads(table.metadata["quality"])["perplexity"]:
+        print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on held-out calibration text")
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--statistics", type=Path, help="not read: refined thresholds come from gradients")
+    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
+    parser.add_argument("--num_tokens", type=int, default=NUM_TOKENS, help="length of the text (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="per level of sparsity (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="default: thresholds_refined.safetensors beside the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
+    add_device_arguments(parser)
+    command_line(main, parser.parse_args())

@@ -9,6 +9,7 @@
 rule is a function of (RuleInputs, sparsity) and its row in `RULES`.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable
@@ -23,14 +24,139 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from formats.checkpoint import check_fingerprint, fingerprint
-from formats.files import write_output
-from formats.statistics import Statistics
-from sparse_model import SITES
+from formats.files import one_line, write_output
+from sparse_model import PROJECTIONS, SITES
 
-FORMAT = "cut table 1"
+STATISTICS_NAME = "calibration.safetensors"  # beside the checkpoint it belongs to
+STATISTICS_FORMAT = "activation statistics 1"
+PROBABILITIES = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
+TABLE_FORMAT = "cut table 1"
 ASSETS = Path(__file__).parent / "assets"  # tables that come with this repository, a folder per model
 SCRIPTS = {"greedy": "greedy.py", "refined": "refine.py"}  # rule -> the script that makes its table
 OLD_FILES = {"allocation_greedy.json": "greedy", "allocation_global.safetensors": "refined"}
+
+
+class Statistics:
+    """Distributions of the inputs of a model's projections, by layer and projection (q k v o gate up down).
+
+    Attributes:
+        tensors: by "<layer>.<site or projection>.<name>"; see `calibrate.Recorder.results` and `teal_statistics`.
+        metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
+        self.tensors, self.metadata = tensors, metadata
+        self.n_layer = 1 + max(int(name.split(".")[0]) for name in tensors)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """`formats.checkpoint.fingerprint` of the checkpoint they were taken from, or of its int8 form.
+
+        None if it is unknown, as for TEAL's.
+        """
+        return self.metadata.get("fingerprint")
+
+    def get(self, layer: int, projection: str, name: str) -> Tensor:
+        """One tensor, float32 unless said otherwise, of a projection's input (or of that and the projection's weights).
+
+        Args:
+            name: signed, magnitude [1001]: quantiles at PROBABILITIES of x and of |x| (least and greatest at the ends);
+                weighted [1001]: those of |x_i| * c_i; column_norms [in]: c, the 2-norm of each input's weights;
+                channel_mean, channel_second_moment [in]: of each input channel;
+                pooled [3]: mean, standard deviation and kurtosis (3 for a Gaussian) over all channels and tokens.
+
+        Raises:
+            ValueError: an unknown projection, a layer that is not there, a name that TEAL's histograms do not have.
+        """
+        if projection not in PROJECTIONS:
+            raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
+        for owner in (projection, PROJECTIONS[projection]):
+            if f"{layer}.{owner}.{name}" in self.tensors:
+                return self.tensors[f"{layer}.{owner}.{name}"]
+        layers = sorted({int(key.split(".")[0]) for key in self.tensors})
+        if layer in layers:
+            raise ValueError(f"these statistics hold no {name} ({self.metadata['kind']}); run calibrate.py on a text")
+        raise ValueError(f"no statistics of layer {layer}; there are {len(layers)}, {layers[0]} to {layers[-1]}")
+
+    def threshold(self, layer: int, projection: str, sparsity: float) -> float:
+        """The t for which a share `sparsity` of the projection's inputs has |x| <= t; 0 for sparsity 0.
+
+        Precise to 0.001 of sparsity (in bfloat16 to the share of one value). TEAL's histograms give TEAL's own
+        threshold, the quantile (1 + sparsity) / 2 of x, which supposes symmetry.
+
+        Raises:
+            ValueError: sparsity outside [0, 1), an unknown projection, a layer that is not there.
+        """
+        if self.metadata["kind"] == "own":
+            return self._quantile(layer, projection, "magnitude", sparsity)
+        cumulative, centers = (self.get(layer, projection, name).numpy() for name in ("cumulative", "centers"))
+        _check_sparsity(sparsity)
+        return float(np.interp((0.5 + sparsity / 2) * cumulative[-1], cumulative, centers)) if sparsity else 0.0
+
+    def weighted_threshold(self, layer: int, projection: str, sparsity: float) -> float:
+        """The t for which a share `sparsity` has |x_i| * c_i <= t, c the `column_norms`. Raises as `threshold` does."""
+        return self._quantile(layer, projection, "weighted", sparsity)
+
+    def _quantile(self, layer: int, projection: str, name: str, sparsity: float) -> float:
+        values = self.get(layer, projection, name)
+        _check_sparsity(sparsity)
+        return float(np.interp(sparsity, PROBABILITIES, values.numpy())) if sparsity else 0.0
+
+    def check_fingerprint(self, folder: Path) -> None:
+        """Raises ValueError if they were taken from another checkpoint than the one in `folder`."""
+        check_fingerprint(self.fingerprint, folder, "the statistics are", "calibrate.py")
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        write_output(path, serialize(tensors, {"format": STATISTICS_FORMAT, **self.metadata}))
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
+
+
+def load_statistics(path: str | Path) -> Statistics:
+    """Reads what `Statistics.save` wrote.
+
+    Raises:
+        ValueError: no file there, a truncated one, or one that holds something else.
+    """
+    again = "make it with calibrate.py"
+    if not Path(path).is_file():
+        raise ValueError(f"no statistics file at {path}; {again}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.pop("format", None) != STATISTICS_FORMAT:
+                raise ValueError(f"{path} is not a statistics file of this version; {again}")
+            return Statistics({name: file.get_tensor(name) for name in file.keys()}, metadata)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not a statistics file ({error}); {again}") from None
+
+
+def teal_statistics(folder: str | Path) -> Statistics:
+    """TEAL's published histograms: layer-{i}/{self_attn,mlp}/histograms.pt. Layers that are missing stay absent.
+
+    Raises:
+        ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
+    """
+    tensors = {}
+    for part, sites in (("self_attn", ("qkv", "o")), ("mlp", ("gate_up", "down"))):
+        for path in Path(folder).glob(f"layer-*/{part}/histograms.pt"):
+            try:
+                layer = int(path.parts[-3].removeprefix("layer-"))
+                histograms = torch.load(path, map_location="cpu", weights_only=True)
+                for site, name in zip(sites, ("h1", "h2"), strict=True):
+                    tensors[f"{layer}.{site}.cumulative"] = histograms[name].double().cumsum(0)
+                    tensors[f"{layer}.{site}.centers"] = histograms[f"{name}_centers"].double()
+            except Exception as error:  # unpickling fails in many ways
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                raise ValueError(f"{path} is not a file of TEAL's histograms ({reason})") from None
+    if not tensors:
+        raise ValueError(f"{folder} holds no layer-*/self_attn/histograms.pt; give TEAL's folder `histograms`")
+    return Statistics(tensors, {"kind": "teal"})
 
 
 class Cuts(NamedTuple):
@@ -54,7 +180,8 @@ class CutTable:
     Attributes:
         levels: [L], the sparsities, rising.
         tensors: "<layer>.<site>.threshold" [L, S, in] or [L, S, 1], and where the rule has shifts
-            "<layer>.<site>.shift" [L, in]; the sites are those of `sparse_model.SITES`.
+            "<layer>.<site>.shift" [L, in]; the sites are those of `sparse_model.SITES`. From greedy.py also
+            "<layer>.shares" [L, 7], the sparsity of each projection's input.
         metadata: strings: rule, fingerprint of the checkpoint, text, tokens, ...; `quality`, if known, is JSON: "text"
             and "perplexity", pairs of (sparsity, perplexity on that text) that start with the dense model's.
     """
@@ -124,7 +251,7 @@ class CutTable:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
         tensors = {**self.tensors, "levels": torch.tensor(self.levels, dtype=torch.float64)}
-        write_output(path, serialize(tensors, {"format": FORMAT, **self.metadata}))
+        write_output(path, serialize(tensors, {"format": TABLE_FORMAT, **self.metadata}))
 
 
 def load_table(path: str | Path) -> CutTable:
@@ -138,7 +265,7 @@ def load_table(path: str | Path) -> CutTable:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.pop("format", None) != FORMAT:
+            if metadata.pop("format", None) != TABLE_FORMAT:
                 raise ValueError(f"{path} is not a cut table of this version; {again}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
@@ -151,10 +278,35 @@ def load_table(path: str | Path) -> CutTable:
     table = CutTable(levels, tensors, metadata)
     needed = {f"{layer}.{site}.threshold" for layer in range(table.n_layer) for site in SITES}
     allowed = needed | {name.replace(".threshold", ".shift") for name in needed}
+    allowed |= {f"{layer}.shares" for layer in range(table.n_layer)}
     complete = needed and needed <= set(tensors) <= allowed and all(len(t) == len(levels) for t in tensors.values())
     if not levels or not complete or sorted(set(levels)) != levels or not 0 < levels[0] <= levels[-1] < 1:
         raise ValueError(f"{path} is damaged: levels or tensors are missing; {again}")
     return table
+
+
+def table_metadata(rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options) -> dict[str, str]:
+    """How a table is made: what a run must share with an interrupted one to go on with its table.
+
+    inputs: all that the table is made from, besides the checkpoint in `folder` and the options.
+    """
+    digest = hashlib.sha256()
+    for tensor in inputs:
+        digest.update(tensor.cpu().numpy().tobytes())
+    facts = {"rule": rule, "fingerprint": fingerprint(folder), "text": text, "tokens": tokens.numel()}
+    facts |= {"window": tokens.shape[1], **options, "inputs": digest.hexdigest()[:32]}
+    return {name: str(value) for name, value in facts.items()}
+
+
+def resume_table(output: Path, new: CutTable) -> tuple[CutTable, Path]:
+    """The table that an interrupted run for `output` left, if it was to be made like `new`, else `new`; and its file."""
+    part = Path(f"{output}.partial.safetensors")
+    try:
+        table = load_table(part) if part.is_file() else new
+    except ValueError:  # damaged, or of another version
+        return new, part
+    same = {k: v for k, v in table.metadata.items() if k != "quality"} == new.metadata
+    return (table if same else new), part
 
 
 @dataclass
@@ -173,11 +325,7 @@ class RuleInputs:
 def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
     """TEAL's uniform rule (arXiv 2408.14690, section 4.1): every projection's inputs are cut to the same sparsity."""
     statistics = inputs.statistics()
-    return cuts_of_shares(statistics, [dict.fromkeys(site_projections(), sparsity)] * statistics.n_layer, sparsity)
-
-
-def site_projections() -> list[str]:
-    return [projection for site in SITES.values() for projection in site.projections]
+    return cuts_of_shares(statistics, [dict.fromkeys(PROJECTIONS, sparsity)] * statistics.n_layer, sparsity)
 
 
 def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], sparsity: float) -> Cuts:
