@@ -29,10 +29,11 @@ from calibrate import (
     statistics_for,
 )
 from convert_hf_checkpoint import atomic_write, resolve_checkpoint
+from decoder import FusedCpuStep, FusedGpuStep, unfusable
 from greedy import resolve_allocation, set_allocation
 from kernels import cpu
 from model import ModelArgs, Transformer, read_config
-from sparse_model import FusedDecoder, SparseTransformer
+from sparse_model import SparseTransformer
 from tokenizer import load_tokenizer
 
 DEFAULT_PROMPT = "Hello, my name is"
@@ -85,10 +86,10 @@ class Generator:
             takes it from those before.
         batch_size, max_length: rows and positions of the cache.
         temperature, top_k: of the sampling; temperature 0 is greedy.
-        compile: one row: the fused kernels, on a GPU in a CUDA graph (`FusedDecoder`), on a CPU in one call
-            (`CpuDecoder`); else torch.compile of the decode step, with CUDA graphs on a GPU.
+        compile: one row: the fused kernels, on a GPU in a CUDA graph (`FusedGpuStep`), on a CPU in one call
+            (`FusedCpuStep`); else torch.compile of the decode step, with CUDA graphs on a GPU.
         compile_prefill: torch.compile of the prompt's pass.
-        sparsity: about the share that the thresholds cut; 0 takes the fused kernels without their test: a dense model.
+        dense: takes the fused kernels without their test: a dense model. So does a model whose `sparsity` is 0.
         static_prompt: prompts keep their length, so that with fused kernels the prompt's pass is a CUDA graph too.
     """
 
@@ -101,7 +102,7 @@ class Generator:
         top_k: int = 200,
         compile: bool = False,
         compile_prefill: bool = False,
-        sparsity: float = 0.5,
+        dense: bool = False,
         static_prompt: bool = True,
     ):
         self.model, self.temperature, self.top_k = model, temperature, top_k
@@ -111,11 +112,11 @@ class Generator:
         self._decode, self._prefill = decode_one_token, prefill
         if compile_prefill:
             self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
-        self._fused: FusedDecoder | cpu.CpuDecoder | None = None
+        self._fused: FusedGpuStep | FusedCpuStep | None = None
         fits = can_fuse(self.device, batch_size, top_k)
-        if compile and isinstance(model, SparseTransformer) and fits:
-            fused_class = cpu.CpuDecoder if self.device.type == "cpu" else FusedDecoder
-            self._fused = fused_class(model, sparsity, temperature, top_k)
+        if compile and isinstance(model, SparseTransformer) and fits and unfusable(model.config) is None:
+            fused_class = FusedCpuStep if self.device.type == "cpu" else FusedGpuStep
+            self._fused = fused_class(model, temperature, top_k, dense=dense)
             if static_prompt and self.device.type == "cuda":
                 self._prefill = GraphedPrefill(self._prefill)
         elif compile:
@@ -450,17 +451,16 @@ def main(
     model = source.load(SparseTransformer if sparsity else dense_class)
     if sparsity:
         source.set_sparsity(model, shares, statistics)
+        model.sparsity = sparsity
     weights = "random weights (normal, std 0.02)" if folder is None else "trained weights"
 
     if interactive:
-        generator = Generator(
-            model, 1, length, temperature, top_k, compile, compile_prefill, sparsity, static_prompt=False
-        )
+        generator = Generator(model, 1, length, temperature, top_k, compile, compile_prefill, static_prompt=False)
         torch.manual_seed(seed)
         chat(generator, tokenizer, max_new_tokens, length)
         return {}
 
-    generators = [Generator(model, batch_size, length, temperature, top_k, compile, compile_prefill, sparsity)]
+    generators = [Generator(model, batch_size, length, temperature, top_k, compile, compile_prefill)]
     backend = "torch linear" + (", compiled" if compile else "")
     if fused:
         kernels = "one C++ call" if torch_device.type == "cpu" else "one CUDA graph"
@@ -478,12 +478,12 @@ def main(
             backend = fastest + (", compiled" if compile else "")
         elif dense_model is None:
             dense_model = source.load(dense_class)
-        generators.append(Generator(dense_model, batch_size, length, temperature, top_k, compile, compile_prefill, 0.0))
+        generators.append(Generator(dense_model, batch_size, length, temperature, top_k, compile, compile_prefill, True))
     tokens = torch.tensor(ids, device=torch_device).repeat(batch_size, 1)
 
     torch.manual_seed(seed)
     start = time.perf_counter()
-    if compile and not all(isinstance(generator._fused, cpu.CpuDecoder) for generator in generators):
+    if compile and not all(isinstance(generator._fused, FusedCpuStep) for generator in generators):
         print("compiling (a minute or two on a CPU the first time, cached after)", file=sys.stderr)
     measure(generators, tokens, min(max_new_tokens, 5), 1)  # compiles, records the graphs, warms up
     compile_s = time.perf_counter() - start if compile else None

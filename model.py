@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.quantized import dequantize
+from kernels.quantized import Form, dequantize, transposed
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -255,52 +255,36 @@ class UncastBuffers(nn.Module):
 class Projection(UncastBuffers, nn.Linear):
     """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width.
 
-    A quantised one holds `weight` and `scale` of `kernels.quantized.dequantize` with inputs and outputs swapped: int8
-    [out, in] and [out], or uint8 [out / 2, in] and [groups, in, 2]. Else scale is None.
+    A quantised one holds the weight and scale of a `kernels.quantized.Form`, transposed: int8 [out, in] and [out], or
+    uint8 [out / 2, in] and [groups, in, 2]. Else scale is None.
     """
 
     def __init__(
-        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none",
+        self,
+        in_features: int,
+        segments: dict[str, int],
+        bias=False,
+        device=None,
+        dtype=None,
+        quant: str = "none",
         groupsize: int = 0,
-    ):  # fmt: skip
+    ):
         super().__init__(in_features, sum(segments.values()), bias, device, dtype)
         self.segments = segments
-        hold_quantized(self, quant, groupsize, out_dim=0)
+        self.register_buffer("scale", None)
+        if quant != "none":
+            form = Form.named(quant, dtype, groupsize)
+            weight, self.scale = form.empty(in_features, segments, device, out_first=True)
+            self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if self.scale is not None:
-            scale = self.scale.transpose(0, 1) if self.scale.dim() == 3 else self.scale
-            weight = dequantize(weight.t(), scale, x.dtype).t()
+            weight = dequantize(*transposed(weight, self.scale), x.dtype).t()
         return F.linear(x, weight, self.bias)
 
     def reset_parameters(self):
         """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
-
-
-def hold_quantized(module: nn.Module, quant: str, groupsize: int, out_dim: int) -> None:
-    """Gives a new linear layer its `scale`, and the weight that goes with it; `out_dim` is the weight's of outputs.
-
-    Raises:
-        ValueError: groups of int4 that do not divide a segment.
-    """
-    module.register_buffer("scale", None)
-    if quant == "none":
-        return
-    shape, device = list(module.weight.shape), module.weight.device
-    if quant == "int8":
-        dtype, module.scale = torch.int8, torch.empty(shape[out_dim], device=device, dtype=torch.float32)
-    else:
-        for name, width in module.segments.items():
-            if groupsize < 16 or groupsize % 16 or width % groupsize:
-                raise ValueError(
-                    f"group size {groupsize}: int4 needs a multiple of 16 that divides {name}'s {width} outputs"
-                )
-        groups = list(shape)
-        groups[out_dim] //= groupsize
-        shape[out_dim] //= 2
-        dtype, module.scale = torch.uint8, torch.empty(*groups, 2, device=device, dtype=torch.bfloat16)
-    module.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
 class Embedding(nn.Embedding):

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from benchmarks.results import provenance, write_rows
 from convert_hf_checkpoint import command_line
-from kernels.quantized import dequantize
-from kernels.triton_gemv import launch_gemv
+from kernels.quantized import dequantize, form_of
+from kernels.triton_gemv import Product, launch_gemv
 from model import ModelArgs
 
 COLUMNS = (
@@ -134,10 +134,9 @@ class Problem:
 
     def bytes_read(self, kept: int) -> int:
         """Of the weight's `kept` rows, with its scales."""
-        weight, scale = self.matrices[0]
-        if scale is None:
-            return kept * weight[0].nbytes
-        return kept * weight[0].nbytes + (scale.nbytes if scale.dim() == 1 else kept * scale[0].nbytes)
+        form = form_of(*self.matrices[0])
+        shared = self.matrices[0][1].nbytes if form.name == "int8" else 0  # int8's scales, whatever is kept
+        return kept * form.row_bytes(self.n_out) + shared
 
 
 def graph_us(launch: Callable[[Matrix], None], matrices: list[Matrix]) -> float:
@@ -173,10 +172,8 @@ def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Ma
 
     def ours(matrix: Matrix) -> None:
         (weight, scale), (out, other) = matrix, next(turns)
-        launch_gemv(
-            "given", x[None], weight, thresholds, out, [n_out], sparsity=problem.sparsity, dtype=x.dtype,
-            weight_scale=scale, zero=other, pdl=pdl,
-        )  # fmt: skip
+        product = Product(weight, thresholds, [n_out], problem.sparsity, scale)
+        launch_gemv("given", x[None], product, out, dtype=x.dtype, zero=other, pdl=pdl)
 
     if problem.matrices[0][1] is not None:
         return {"ours": [(ours, sums)]}
