@@ -478,7 +478,9 @@ def main(
             backend = fastest + (", compiled" if compile else "")
         elif dense_model is None:
             dense_model = source.load(dense_class)
-        generators.append(Generator(dense_model, batch_size, length, temperature, top_k, compile, compile_prefill, True))
+        generators.append(
+            Generator(dense_model, batch_size, length, temperature, top_k, compile, compile_prefill, True)
+        )
     tokens = torch.tensor(ids, device=torch_device).repeat(batch_size, 1)
 
     torch.manual_seed(seed)

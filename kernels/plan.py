@@ -196,17 +196,17 @@ def _prefetch(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int
 AHEAD_ROWS, AHEAD_BYTES = 128, 2048
 
 # How many rows of gate|up are considered then: all of them are fetched in a dense step, in a sparse one those that are
-# guessed to be kept. llama-3-8b's step with 0 / 256 / 512 / 768 / 1,024 rows: 2.987 / 2.974 / 2.956 / 2.939 / 2.950 ms at
-# 50 %, dense 5.159 / 5.114 / 5.122 / 5.132 / 5.170.
+# guessed to be kept. llama-3-8b's step at 50 % with 0 / 256 / 512 / 768 / 1,024 rows: 2.987 / 2.974 / 2.956 / 2.939 /
+# 2.950 ms, dense 5.159 / 5.114 / 5.122 / 5.132 / 5.170.
 DENSE_ROWS_AHEAD, ROWS_AHEAD = 256, 768
 
 
 def attention_prefetch(n_in: int, n_out: int, sparsity: float, form: Form, programs: int) -> int:
     """How many pieces of gate|up [n_in, n_out] are prefetched beside `programs` programs of attention.
 
-    llama-3-8b's step is 1.0, 1.4 and 1.4 % shorter with it at 40, 50 and 65 %, llama-2-7b's 1.1 and 1.2 % at 50 and 65
-    %, dense 0.8 %; int8's and int4's is level. Beside 256 programs (8 key/value heads from 6,145 positions on) it is 0.6
-    to 1.3 % longer.
+    llama-3-8b's step is 1.0, 1.4 and 1.4 % shorter with it at 40, 50 and 65 %, dense 0.8 %, llama-2-7b's 1.1 and 1.2 %
+    at 50 and 65 %; int8's and int4's is level. Beside 256 programs (8 key/value heads from 6,145 positions on) it is
+    0.6 to 1.3 % longer.
     """
     half_bytes = n_out * form.bits // 16  # of gate's row, and of up's
     if form.bits < 16 or n_in * n_out < LARGE or programs > 128 or half_bytes % 16:

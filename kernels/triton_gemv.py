@@ -316,8 +316,8 @@ def _gemv_kernel(
 ):
     """out += W^T cut(x - shift) + offset: a program takes BLOCKS blocks of inputs, one tile of outputs, one row of x.
 
-    PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up. Integers of BITS 8 or 4 come as int32
-    words of four or eight outputs, by row only.
+    PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up. Integers of BITS 8 or 4 come as
+    int32 words of four or eight outputs, by row only.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
