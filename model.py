@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.quantized import Form, dequantize, transposed
+from kernels.quantized import Form, dequantize, fill_random, transposed
 
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -510,20 +510,12 @@ class Transformer(UncastBuffers):
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dtype == torch.int8:
-                parameter.random_(-127, 128, generator=generator)
-            elif parameter.dtype == torch.uint8:
-                parameter.random_(0, 256, generator=generator)
-            elif parameter.dim() == 2:
-                parameter.normal_(0.0, std, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        for name, buffer in self.named_buffers():
-            if name.endswith(".scale") and buffer.dim() == 1:
-                buffer.fill_(std / 73.3)  # of the integers from -127 to 127
-            elif name.endswith(".scale"):
-                buffer.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # of those from 0 to 15
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    fill_random(parameter, getattr(module, "scale", None), std, generator)
+                else:
+                    parameter.fill_(0.0 if name == "bias" else 1.0)
 
     @classmethod
     def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":

@@ -82,6 +82,18 @@ def transposed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | N
     return weight.t(), scale.transpose(0, 1) if per_input else scale
 
 
+def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: torch.Generator) -> None:
+    """Fills a weight of any form, `transposed` or not. What it stands for has about mean 0 and deviation `std`."""
+    if weight.dtype == torch.uint8:
+        weight.random_(0, 256, generator=generator)
+        scale.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # 4.61: the deviation of 0 to 15
+    elif scale is not None:
+        weight.random_(-127, 128, generator=generator)
+        scale.fill_(std / 73.3)  # the deviation of -127 to 127
+    else:
+        weight.normal_(0.0, std, generator=generator)
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """[in, out / 2] uint8 of codes [in, out] (0 to 15, uint8): the even output of two in the low nibble."""
     return codes[:, ::2] | codes[:, 1::2] << 4
