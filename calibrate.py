@@ -24,7 +24,8 @@ from formats.checkpoint import fingerprint
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write
 from formats.text import WINDOW, text_windows
-from sparse_model import SparseProjection, SparseTransformer
+from sparse_model import PROJECTIONS, SITES, SparseProjection, SparseTransformer
+from thresholds import PROBABILITIES, STATISTICS_NAME, Statistics, load_statistics, teal_statistics
 from tokenizer import load_tokenizer
 
 OWN_TOKENS, OWN_ROW, OWN_ROWS = 4096, 128, 32  # of self-written text: tokens, tokens per row, rows at once
@@ -114,8 +115,8 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
 
     # every input is counted on its way into its projections
-    recorders = [Recorder(module) for module in model.projections]
-    pairs = zip(model.projections, recorders, strict=True)
+    recorders = [Recorder(module) for module in model.sites]
+    pairs = zip(model.sites, recorders, strict=True)
     hooks = [module.register_forward_pre_hook(recorder) for module, recorder in pairs]
     try:
         with tqdm(total=tokens.numel(), desc="calibrating", unit="tok") as progress:

@@ -31,6 +31,17 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
 
 
+def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -> None:
+    """Makes each flag of an earlier version an error of one line that says what it is now."""
+
+    class Refuse(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            raise SystemExit(f"{parser.prog}: {option_string} is now {renamed[option_string]}")
+
+    for flag in renamed:
+        parser.add_argument(flag, action=Refuse, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
 def command_line(main: Callable, arguments: argparse.Namespace) -> None:
     """Runs a script's main. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # no file and line of ours

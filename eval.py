@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import statistics_for
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, command_line, refuse_old_flags, resolve_device
 from formats.default_model import resolve_checkpoint
 from formats.text import task_text
-from greedy import resolve_allocation, set_allocation
 from model import Transformer, read_config
 from sparse_model import SparseTransformer
+from thresholds import Statistics, cuts_for
 from tokenizer import load_tokenizer
 
 TASKS = ("perplexity", "wikitext")
@@ -90,10 +90,45 @@ def perplexity(
     return math.exp(loss / seen)
 
 
+def check_options(options: dict) -> None:
+    """Raises ValueError if an option of eval.py is out of its range or does not go with another."""
+    tasks, data = options["tasks"], options["data"]
+    if not 0 <= options["sparsity"] < 1:
+        raise ValueError(f"--sparsity {options['sparsity']} is outside [0, 1)")
+    if not 0 < options["sparse_fraction"] <= 1:
+        raise ValueError(f"--sparse_fraction {options['sparse_fraction']} is outside (0, 1]")
+    for flag in ("batch_size", "limit"):
+        if options[flag] is not None and options[flag] < 1:
+            raise ValueError(f"--{flag} {options[flag]} must be at least 1")
+    if tasks in TASKS:
+        return
+    named = tasks.split(",")
+    if mixed := [name for name in named if name in TASKS]:
+        raise ValueError(f"--tasks {tasks}: {mixed[0]} is a run of its own; leave out the others")
+    if data is not None and not all(name.endswith((".yaml", ".yml")) for name in named):
+        raise ValueError(f"--data is the text of perplexity and of task files; {tasks} has data of its own")
+
+
+def load_model(
+    folder: Path, sparsity: float, thresholds: str, statistics: Path | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Transformer, str]:
+    """The model that is evaluated, with its cuts set, and the rule's name."""
+    if not sparsity:
+        return Transformer.from_checkpoint(folder, device, dtype), "none"
+
+    def given_statistics() -> Statistics:
+        return statistics_for(folder, statistics, SparseTransformer.from_checkpoint(folder, device, dtype))
+
+    rule, cuts = cuts_for(thresholds, sparsity, folder, given_statistics, statistics is not None)
+    model = SparseTransformer.from_checkpoint(folder, device, dtype)
+    model.set_cuts(cuts)
+    return model, rule
+
+
 def main(
     checkpoint_path: Path | None = None,
     sparsity: float = 0.0,
-    allocation: str = "best",
+    thresholds: str = "best",
     statistics: Path | None = None,
     sparse_fraction: float = 0.99,
     tasks: str = "perplexity",
@@ -109,31 +144,20 @@ def main(
     json_line: bool = False,
 ) -> dict:
     """Evaluates and prints; returns what --json prints. Raises ValueError for a user's mistake."""
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"--sparsity {sparsity} is outside [0, 1)")
-    if not 0 < sparse_fraction <= 1:
-        raise ValueError(f"--sparse_fraction {sparse_fraction} is outside (0, 1]")
-    for flag, value in (("batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} {value} must be at least 1")
-    if tasks not in TASKS:
-        named = tasks.split(",")
-        if mixed := [name for name in named if name in TASKS]:
-            raise ValueError(f"--tasks {tasks}: {mixed[0]} is a run of its own; leave out the others")
-        if data is not None and not all(name.endswith((".yaml", ".yml")) for name in named):
-            raise ValueError(f"--data is the text of perplexity and of task files; {tasks} has data of its own")
+    check_options(locals())
     torch_device, dtype = resolve_device(device), PRECISIONS[precision]
+
+    # the text, or the harness; a text that is too short is an error before anything is made
     text = task_text(tasks, data) if tasks in TASKS else None
     harness = None if tasks in TASKS else load_harness(tasks)
     folder = resolve_checkpoint(checkpoint_path)
-    allocation, shares = resolve_allocation(allocation, folder, sparsity, statistics)
     tokenizer = load_tokenizer(folder, read_config(folder).vocab_size)
     if text is not None:
         tokens = torch.tensor(tokenizer.encode(text))
-        window_starts(len(tokens), context, window, num_windows)  # a text too short is said before anything is made
-    model = (SparseTransformer if sparsity else Transformer).from_checkpoint(folder, torch_device, dtype)
-    if sparsity:
-        set_allocation(model, shares, lambda: statistics_for(folder, statistics, model))
+        window_starts(len(tokens), context, window, num_windows)
+    model, rule = load_model(folder, sparsity, thresholds, statistics, torch_device, dtype)
+
+    # evaluate
     result = {"task": tasks, "model": model.config.name}
     if text is not None:
         dense_prefix = round((context + window) * (1 - sparse_fraction)) if sparsity else None
@@ -149,9 +173,11 @@ def main(
     result |= {
         "sparsity": sparsity,
         "achieved_sparsity": model.achieved_sparsity() if sparsity else 0.0,
-        "allocation": allocation,
+        "thresholds": rule,
         "sparse_fraction": sparse_fraction,
     }
+
+    # say so
     if text is not None:
         print(f"{tasks} of {model.config.name}, {precision} on {torch_device}: perplexity {result['perplexity']:.4f}")
         print(f"over {result['tokens']} tokens: {num_windows} windows of {context} + {window}")
@@ -161,7 +187,7 @@ def main(
             print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
     if sparsity:
         print(
-            f"sparsity {sparsity:.0%} asked for ({allocation} allocation), {result['achieved_sparsity']:.1%} achieved; "
+            f"sparsity {sparsity:.0%} asked for ({rule} thresholds), {result['achieved_sparsity']:.1%} achieved; "
             f"{dense_part}, the rest is cut"
         )
     if json_line:
@@ -173,7 +199,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure a checkpoint, dense or sparse: perplexity or tasks.")
     parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
     parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
-    parser.add_argument("--allocation", default="best", help="best, uniform, greedy, global or a file")
+    parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
     parser.add_argument("--statistics", type=Path, help="default: calibration.safetensors beside the checkpoint")
     parser.add_argument("--sparse_fraction", type=float, default=0.99, help="share of a window that is cut, its end")
     parser.add_argument(
@@ -188,4 +214,5 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=8, help="requests of a task at once")
     parser.add_argument("--json", dest="json_line", action="store_true", help="a last line of JSON")
     add_device_arguments(parser)
+    refuse_old_flags(parser, {"--allocation": "--thresholds {best,uniform,greedy,refined,FILE}"})
     command_line(main, parser.parse_args())

@@ -10,10 +10,10 @@ dense output, averaged over the tokens of the last quarter of each window. The t
 so is every block's input. From all rounds the sparsity of each projection is read for each level of the cut table, and
 its threshold from the statistics.
 
-Cost, with P the weights of a block and Q those of q: P / (step Q) rounds of at most 7 passes of the block over a quarter
-of the tokens, 2 P operations per token. An 8B model took 72 s on an H100 in bfloat16, SmolLM2-135M 3.5 minutes per block
-on one busy core. Beside the model, memory holds one block's activations over all tokens. A run that was stopped goes on
-after the last complete block, which `<output>.partial.safetensors` keeps.
+Cost, with P the weights of a block and Q those of q: P / (step Q) rounds of at most 7 passes of the block over a
+quarter of the tokens, 2 P operations per token. An 8B model took 72 s on an H100 in bfloat16, SmolLM2-135M 3.5 minutes
+per block on one busy core. Beside the model, memory holds one block's activations over all tokens. A run that was
+stopped goes on after the last complete block, which `<output>.partial.safetensors` keeps.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import calibration_tokens, statistics_for
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, command_line, refuse_old_flags, resolve_device
 from formats.default_model import resolve_checkpoint
 from model import TransformerBlock
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
@@ -63,7 +63,7 @@ def greedy_path(
         the name of each projection the sparsity of its input.
     """
     modules = {p: model.sites[layer * len(SITES) + list(SITES).index(site)] for p, site in PROJECTIONS.items()}
-    sizes = projection_sizes(model)
+    sizes = model.projection_sizes()
     steps = {projection: step * sizes["q"] / size for projection, size in sizes.items()}
     path: dict[str, list] = {name: [] for name in ("level", "error", *PROJECTIONS)}
     shares = dict.fromkeys(PROJECTIONS, 0.0)
@@ -101,11 +101,6 @@ def greedy_path(
     return path
 
 
-def projection_sizes(model: SparseTransformer) -> dict[str, int]:
-    """Weights of each projection of a block; all blocks are alike."""
-    return {p: m.threshold.shape[1] * width for m in model.sites[: len(SITES)] for p, width in m.segments.items()}
-
-
 @torch.no_grad()
 def greedy_paths(
     model: SparseTransformer, statistics: Statistics, tokens: Tensor, step: float, skip: int = 0
@@ -123,7 +118,7 @@ def greedy_paths(
     tail = slice(length - max(1, length // 4), None)
 
     # as many rounds as each projection takes alone, since a round raises one
-    sizes = projection_sizes(model)
+    sizes = model.projection_sizes()
     rounds = sum(math.ceil(MOST * size / (step * sizes["q"])) for size in sizes.values())
     layers = model.config.n_layer
     with tqdm(total=layers * rounds, initial=skip * rounds, desc="greedy", unit="round") as progress:
@@ -212,4 +207,5 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, help="default: thresholds_greedy.safetensors beside the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
     add_device_arguments(parser)
+    refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py the refined ones"})
     command_line(main, parser.parse_args())

@@ -21,7 +21,7 @@ from torch import Tensor
 from formats.checkpoint import checkpoint_folder, load_weights
 from formats.config import architecture, config_fields
 from formats.files import read_json
-from kernels.quantized import dequantize
+from kernels.quantized import Form, dequantize, fill_random, transposed
 
 # architecture of config.json -> the fields of ModelArgs that it switches on
 FAMILIES: dict[str, dict] = {
@@ -183,52 +183,36 @@ class UncastBuffers(nn.Module):
 class Projection(UncastBuffers, nn.Linear):
     """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width.
 
-    A quantised one holds `weight` and `scale` of `kernels.quantized.dequantize` with inputs and outputs swapped: int8
-    [out, in] and [out], or uint8 [out / 2, in] and [groups, in, 2]. Else scale is None.
+    A quantised one holds the weight and scale of a `kernels.quantized.Form`, transposed: int8 [out, in] and [out], or
+    uint8 [out / 2, in] and [groups, in, 2]. Else scale is None.
     """
 
     def __init__(
-        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none",
+        self,
+        in_features: int,
+        segments: dict[str, int],
+        bias=False,
+        device=None,
+        dtype=None,
+        quant: str = "none",
         groupsize: int = 0,
-    ):  # fmt: skip
+    ):
         super().__init__(in_features, sum(segments.values()), bias, device, dtype)
         self.segments = segments
-        hold_quantized(self, quant, groupsize, out_dim=0)
+        self.register_buffer("scale", None)
+        if quant != "none":
+            form = Form.named(quant, dtype, groupsize)
+            weight, self.scale = form.empty(in_features, segments, device, out_first=True)
+            self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if self.scale is not None:
-            scale = self.scale.transpose(0, 1) if self.scale.dim() == 3 else self.scale
-            weight = dequantize(weight.t(), scale, x.dtype).t()
+            weight = dequantize(*transposed(weight, self.scale), x.dtype).t()
         return F.linear(x, weight, self.bias)
 
     def reset_parameters(self):
         """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
-
-
-def hold_quantized(module: nn.Module, quant: str, groupsize: int, out_dim: int) -> None:
-    """Gives a new linear layer its `scale`, and the weight that goes with it; `out_dim` is the weight's of outputs.
-
-    Raises:
-        ValueError: groups of int4 that do not divide a segment.
-    """
-    module.register_buffer("scale", None)
-    if quant == "none":
-        return
-    shape, device = list(module.weight.shape), module.weight.device
-    if quant == "int8":
-        dtype, module.scale = torch.int8, torch.empty(shape[out_dim], device=device, dtype=torch.float32)
-    else:
-        for name, width in module.segments.items():
-            if groupsize < 16 or groupsize % 16 or width % groupsize:
-                raise ValueError(
-                    f"group size {groupsize}: int4 needs a multiple of 16 that divides {name}'s {width} outputs"
-                )
-        groups = list(shape)
-        groups[out_dim] //= groupsize
-        shape[out_dim] //= 2
-        dtype, module.scale = torch.uint8, torch.empty(*groups, 2, device=device, dtype=torch.bfloat16)
-    module.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
 class Embedding(nn.Embedding):
@@ -408,10 +392,10 @@ class Transformer(UncastBuffers):
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     @property
-    def projections(self) -> list[nn.Module]:
-        """wqkv, wo, w13, w2 of every layer, in order."""
+    def sites(self) -> list[nn.Module]:
+        """The modules whose inputs can be cut: wqkv, wo, w13, w2 of every layer, in order."""
         blocks = ((b.attention.wqkv, b.attention.wo, b.feed_forward.w13, b.feed_forward.w2) for b in self.layers)
-        return [projection for block in blocks for projection in block]
+        return [module for block in blocks for module in block]
 
     @property
     def device(self) -> torch.device:
@@ -426,7 +410,7 @@ class Transformer(UncastBuffers):
         """Bytes of weights that one step reads: projections, lm_head, scales, norms, biases (no KV cache)."""
         small = sum(p.nbytes for p in self.parameters() if p.dim() == 1)
         small += sum(buffer.nbytes for name, buffer in self.named_buffers() if name.endswith(".scale"))
-        return sum(p.weight.nbytes for p in self.projections) + self.output_weight.nbytes + small
+        return sum(module.weight.nbytes for module in self.sites) + self.output_weight.nbytes + small
 
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
         """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], unless it has that.
@@ -522,21 +506,12 @@ class Transformer(UncastBuffers):
         Quantised weights get random integers, and scales for which they spread by about `std`.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dtype == torch.int8:
-                parameter.random_(-127, 128, generator=generator)
-            elif parameter.dtype == torch.uint8:
-                parameter.random_(0, 256, generator=generator)
-            elif parameter.dim() == 2:
-                parameter.normal_(0.0, std, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-
-        for name, buffer in self.named_buffers():
-            if name.endswith(".scale") and buffer.dim() == 1:
-                buffer.fill_(std / 73.3)  # the integers -127 to 127 spread by 73.3
-            elif name.endswith(".scale"):
-                buffer.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # those from 0 to 15 by 4.61
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    fill_random(parameter, getattr(module, "scale", None), std, generator)
+                else:
+                    parameter.fill_(0.0 if name == "bias" else 1.0)
 
     @classmethod
     def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":

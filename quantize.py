@@ -16,7 +16,7 @@ rounded, starting from the weights in --precision. Memory: the model, the text's
 in float32 for the layer at hand, lm_head twice in float32, and the rounded weights in the host's. A run that ends early
 leaves nothing; start it again.
 
-Allocations beside the checkpoint, refined thresholds among them, go along, and to int8 statistics, too. int4 has better
+Cut tables of the checkpoint go along, and to int8 its statistics, too. int4 has better
 ones of its own: with the original's its perplexity was 0.2 to 0.6 % higher at 40 % and more (SmolLM2-135M).
 """
 
@@ -36,15 +36,12 @@ from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
 from formats.checkpoint import COPIED_FILES, Source, convert, fingerprint, load_weights, write_weights
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, read_json, write_json
-from formats.statistics import STATISTICS_NAME, Statistics, load_statistics
 from formats.text import WINDOW
-from greedy import BESIDE, Allocation, load_any_allocation
 from kernels.quantized import pack_int4
 from model import ModelArgs, read_config
-from refine import ThresholdTable
-from sparse_model import SparseTransformer
+from sparse_model import SITES, SparseTransformer
+from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, load_statistics, table_of, table_path
 
-MODULES = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2")
 QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1", "w3", "w13", "w2", "output")}
 DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
 SPANS = (0.8, 1.0, 5)  # of a group's range, from which int4's least squares start: first, last, how many
@@ -149,10 +146,7 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
     Raises:
         ValueError: see `quantize_weight`.
     """
-    device = model.device
-    rope, masks = model.rope_and_masks(torch.arange(windows.shape[1], device=device))
-    batches = windows.to(device).split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
-    states = [model.tok_embeddings(batch) for batch in batches]
+    batches = windows.split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
     sensitive = replace(model.config, quant=mode).sensitive_quant
     tensors = {}
 
@@ -164,43 +158,50 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
         return hook
 
     def zeros(n_in: int) -> Tensor:
-        return torch.zeros(n_in, n_in, device=device)
+        return torch.zeros(n_in, n_in, device=model.device)
 
-    for i, block in enumerate(tqdm(model.layers, desc="quantising", unit="layer")):
-        modules = [block.get_submodule(name) for name in MODULES]
-        hessians = [zeros(len(module.weight)) for module in modules]
-        hooks = [m.register_forward_pre_hook(watch(hessian)) for m, hessian in zip(modules, hessians, strict=True)]
-        states = [block(x, rope, masks[i], None) for x in states]
+    for layer in tqdm(model.walk(batches), total=model.config.n_layer, desc="quantising", unit="layer"):
+        # the second moments of each site's inputs
+        modules = {site: layer.block.get_submodule(place.module) for site, place in SITES.items()}
+        hessians = {site: zeros(len(module.weight)) for site, module in modules.items()}
+        hooks = [modules[site].register_forward_pre_hook(watch(hessian)) for site, hessian in hessians.items()]
+        states = layer.outputs
         for hook in hooks:
             hook.remove()
-        for name, module, hessian in zip(MODULES, modules, hessians, strict=True):
-            bits = sensitive if name == "attention.wqkv" else mode
-            tensors |= quantize_weight(f"layers.{i}.{name}", module.weight, hessian, bits, groupsize)
+
+        # round with them
+        for site, module in modules.items():
+            form = sensitive if site == "qkv" else mode
+            name = f"layers.{layer.index}.{SITES[site].module}"
+            tensors |= quantize_weight(name, module.weight, hessians[site], form, groupsize)
+
     hessian = zeros(model.config.dim)
     for x in states:
         watch(hessian)(None, (model.norm(x),))
     return tensors | quantize_weight("output", model.output_weight.t(), hessian, sensitive, groupsize)
 
 
-def taken_along(folder: Path, mode: str) -> dict[str, Statistics | Allocation | ThresholdTable]:
-    """Statistics (int8 only) and allocations beside the checkpoint in `folder`, by the names of their files.
+def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
+    """Statistics (int8 only) and cut tables of the checkpoint in `folder`, by the names of their files.
 
     Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
     """
-    found = {}
-    for name in (STATISTICS_NAME, *BESIDE.values()):
-        if not (folder / name).is_file():
+    artifacts = {}
+    for path in (folder / STATISTICS_NAME, *(table_path(rule, folder) for rule in SCRIPTS)):
+        if path is None or not path.is_file():
             continue
         try:
-            artifact = (load_statistics if name == STATISTICS_NAME else load_any_allocation)(folder / name)
-            artifact.check_fingerprint(folder)
+            if path.name == STATISTICS_NAME:
+                artifacts[path.name] = load_statistics(path)
+                artifacts[path.name].check_fingerprint(folder)
+            else:
+                artifacts[path.name] = table_of(path, folder)
         except ValueError as error:
-            print(f"{name} stays behind: {error}", file=sys.stderr)
-        else:
-            found[name] = artifact
-    if mode == "int4" and found.pop(STATISTICS_NAME, None):
+            artifacts.pop(path.name, None)
+            print(f"{path.name} stays behind: {error}", file=sys.stderr)
+    if mode == "int4" and artifacts.pop(STATISTICS_NAME, None):
         print(f"{STATISTICS_NAME} stays behind: int4 needs its own; make it with calibrate.py", file=sys.stderr)
-    return found
+    return artifacts
 
 
 def main(
@@ -237,19 +238,24 @@ def main(
         windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, to nearest"
         if num_tokens:
             windows, text = calibration_tokens(folder, model, data, num_tokens, seed)
-        found = quantize_model(model, windows, mode, groupsize)
+        quantized = quantize_model(model, windows, mode, groupsize)
+
+        # what is not quantised stays as it is
         weights = {n: w for n, w in load_weights(folder).items() if ".".join(n.split(".")[-2:]) not in QUANTIZED}
         for name in COPIED_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
-        made = {"mode": mode, "text": text, "tokens": windows.numel()} | (
-            {"groupsize": groupsize} if mode == "int4" else {}
-        )
+        made = {"mode": mode, "text": text, "tokens": windows.numel()}
+        if mode == "int4":
+            made["groupsize"] = groupsize
         write_json(partial / "config.json", {**read_json(folder / "config.json"), "quantization": made})
-        tensors = (weights | found).items()
+        tensors = (weights | quantized).items()
         write_weights(partial, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
+
+        # the artifacts belong to the new checkpoint; a table's quality was that of the original
         own = fingerprint(partial)
         for name, artifact in artifacts.items():
+            artifact.metadata.pop("quality", None)
             if "fingerprint" in artifact.metadata:
                 artifact.metadata["fingerprint"] = own
             artifact.save(partial / name)

@@ -295,10 +295,11 @@ def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: i
 
             # hold the sparsity on text that the updates did not see, and record the quality there
             cuts = scaled_to(model, unseen, level, scaled_to(model, few, level, state.cuts()), every=True)
+            table.append(cuts)
+            model.set_cuts(table.level(-1))
             record = json.loads(table.metadata["quality"])
             record["perplexity"].append((level, perplexity_of(model, unseen, cut=True)))
             table.metadata["quality"] = json.dumps(record)
-            table.append(cuts)
             yield
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kernels.quantized import dequantize
+from kernels.quantized import Form, dequantize, form_of
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
-from model import Transformer, UncastBuffers, hold_quantized
+from model import Transformer, UncastBuffers
 
 if TYPE_CHECKING:
     from thresholds import Cuts
@@ -41,7 +41,7 @@ class SparseProjection(UncastBuffers):
 
     Attributes:
         weight: [in, out], contiguous: a kept input reads one row. int4 is packed to [in, out / 2], uint8.
-        scale: [out], float32, of int8; [in, groups, 2], bfloat16, of int4; else None. See `kernels.quantized`.
+        scale: [out], float32, of int8; [in, groups, 2], bfloat16, of int4; else None. See `kernels.quantized.Form`.
         segments: name and width of each of the S projections fused along out.
         threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
         shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
@@ -51,15 +51,22 @@ class SparseProjection(UncastBuffers):
     """
 
     def __init__(
-        self, in_features: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant: str = "none",
+        self,
+        in_features: int,
+        segments: dict[str, int],
+        bias=False,
+        device=None,
+        dtype=None,
+        quant: str = "none",
         groupsize: int = 0,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.segments = segments
         self.widths = list(segments.values())
         n_out = sum(self.widths)
-        self.weight = nn.Parameter(torch.empty(in_features, n_out, device=device, dtype=dtype))
-        hold_quantized(self, quant, groupsize, out_dim=1)
+        weight, scale = Form.named(quant, dtype, groupsize).empty(in_features, segments, device)
+        self.weight = nn.Parameter(weight, requires_grad=quant == "none")
+        self.register_buffer("scale", scale)
         self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
         threshold = torch.zeros(len(segments), in_features, device=device, dtype=torch.float32)
         self.register_buffer("threshold", threshold)
@@ -114,10 +121,9 @@ class SparseProjection(UncastBuffers):
         return dequantize(self.weight, self.scale, dtype)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one input's weights, with the scales of its own that int4 has."""
-        own = self.scale[0].nbytes if self.scale is not None and self.scale.dim() == 3 else 0
-        return self.weight[0].nbytes + own
+    def form(self) -> Form:
+        """How the weight is stored now; a cast of the model changes it."""
+        return form_of(self.weight, self.scale)
 
     def column_norms(self) -> Tensor:
         """2-norm of each input's weights (a column of the usual [out, in] matrix), [S, in], float32."""
@@ -160,13 +166,13 @@ class SparseTransformer(Transformer):
     @contextmanager
     def cut_after(self, dense_prefix: int) -> Iterator[None]:
         """Inside it every projection cuts positions [dense_prefix:] of its input by plain masking and counts them."""
-        for projection in self.projections:
-            projection.dense_prefix = dense_prefix
+        for module in self.sites:
+            module.dense_prefix = dense_prefix
         try:
             yield
         finally:
-            for projection in self.projections:
-                projection.dense_prefix = None
+            for module in self.sites:
+                module.dense_prefix = None
 
     @torch.no_grad()
     def set_cuts(self, cuts: "Cuts") -> None:
@@ -175,7 +181,7 @@ class SparseTransformer(Transformer):
         Raises:
             ValueError: the cuts are of another model; nothing was set then.
         """
-        shapes = [tuple(module.threshold.shape) for module in self.projections]
+        shapes = [tuple(module.threshold.shape) for module in self.sites]
         fits = len(cuts.thresholds) == len(cuts.shifts) == len(shapes) and all(
             tuple(threshold.shape) in ((segments, n_in), (segments, 1)) and (shift is None or len(shift) == n_in)
             for threshold, shift, (segments, n_in) in zip(cuts.thresholds, cuts.shifts, shapes, strict=True)
@@ -186,15 +192,19 @@ class SparseTransformer(Transformer):
                 f"the thresholds are of another model: they are for {len(cuts.thresholds)} sites, of which the first "
                 f"is {given}; this model has {len(shapes)}, of which the first is {shapes[0]}"
             )
-        for module, threshold, shift in zip(self.projections, cuts.thresholds, cuts.shifts, strict=True):
+        for module, threshold, shift in zip(self.sites, cuts.thresholds, cuts.shifts, strict=True):
             module.set_cut(threshold, shift)
         self.sparsity = cuts.sparsity
 
+    def projection_sizes(self) -> dict[str, int]:
+        """Weights of each projection of a block; all blocks are alike."""
+        return {p: m.threshold.shape[1] * width for m in self.sites[: len(SITES)] for p, width in m.segments.items()}
+
     def reset_counts(self) -> None:
-        for projection in self.projections:
-            projection.kept.zero_()
-            projection.read.zero_()
-            projection.seen = projection.steps = 0
+        for module in self.sites:
+            module.kept.zero_()
+            module.read.zero_()
+            module.seen = module.steps = 0
 
     def bytes_per_step(self) -> int:
         """See `Transformer.bytes_per_step`; of the projections the rows that the counted steps read, on average.
@@ -202,138 +212,19 @@ class SparseTransformer(Transformer):
         All rows where no step was counted. Offsets are in it, thresholds and shifts are not.
         """
         unread = 0.0
-        for module in self.projections:
+        for module in self.sites:
             unread -= 0 if module.offset is None else module.offset.nbytes
+            n_in, n_out = module.threshold.shape[1], sum(module.widths)
             for read, width in zip(module.read.tolist(), module.widths, strict=True):
-                rows = read / module.steps if module.steps else module.weight.shape[0]
-                unread += (module.weight.shape[0] - rows) * module.row_bytes * width / sum(module.widths)
+                rows = read / module.steps if module.steps else n_in
+                unread += (n_in - rows) * module.form.row_bytes(n_out) * width / n_out
         return super().bytes_per_step() - round(unread)
 
     def achieved_sparsity(self) -> float:
         """Share of the projections' weights that cut positions did not need, since `reset_counts`."""
         total = kept = 0.0
-        for module in self.projections:
+        for module in self.sites:
             n_in = module.weight.shape[0]
             total += n_in * sum(module.widths) * module.seen
             kept += sum(k * width for k, width in zip(module.kept.tolist(), module.widths, strict=True))
         return 1.0 - kept / total if total else 0.0
-
-
-class FusedDecoder:
-    """Decode steps of a SparseTransformer at batch 1 on a GPU, through the fused kernels and one CUDA graph.
-
-    A step takes a token to the next one, sampling included, and leaves nothing for the host to do: `replay` it as often
-    as wanted, then read `tokens`.
-
-    Args:
-        model: with its cache set up for one row, and its thresholds and shifts set: a later change needs a new decoder.
-        sparsity: about the share that the thresholds cut; 0 runs the same kernels with the test compiled out: the dense
-            model.
-        temperature, top_k: of the sampling; temperature 0 is greedy.
-    """
-
-    def __init__(self, model: SparseTransformer, sparsity: float, temperature: float, top_k: int):
-        from kernels import decode, triton_gemv
-
-        self.kernels, self.launch_gemv = decode, triton_gemv.launch_gemv
-        self.model, self.sparsity = model, sparsity
-        self.temperature, self.top_k = temperature, min(top_k, model.config.vocab_size)
-        config, device = model.config, model.device
-        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        cache = model.layers[0].attention.kv_cache.k_cache
-        splits = decode.attention_splits(cache.shape[2], config.n_local_heads)
-
-        def buffer(*shape: int, dtype=torch.float32) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
-
-        self.h = buffer(config.dim)
-        scale = triton_gemv.SCALE_BUFFER  # behind the outputs of a product with a norm before it
-        self.qkv = buffer((config.n_head + 2 * config.n_local_heads) * config.head_dim + scale)
-        self.gate_up = buffer(2 * config.intermediate_size + scale)
-        self.y = buffer(config.n_layer, config.n_head * config.head_dim, dtype=model.dtype)  # kept: o guesses by it
-        self.parts, self.lse = buffer(splits, self.y.shape[1]), buffer(splits, config.n_head)
-        self.arrived = buffer(config.n_local_heads, dtype=torch.int32)
-        self.logits = buffer(config.vocab_size + scale)
-        self.scales = buffer(2 * config.n_layer, 1)
-        self.top = buffer(-(-config.vocab_size // decode.HEAD_ROWS))
-        self.groups = buffer(1 << (self.top_k + 31).bit_length(), dtype=torch.int32)
-        self.token, self.position, self.seed = (buffer(1, dtype=torch.int64) for _ in range(3))
-        self.tokens = buffer(cache.shape[2] + 1, dtype=torch.int64)
-        shifted = [module for module in model.projections if sparsity and module.shift is not None]
-        self.shifted = {
-            m: (torch.stack((m.threshold, m.shift.expand_as(m.threshold)), dim=2), m.offset) for m in shifted
-        }
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def start(self, token: Tensor, position: int, seed: int) -> None:
-        """Sets the token to feed next, its position, and the seed of the draws."""
-        self.token.copy_(token.view(1))
-        self.tokens[position] = token.view(())
-        self.position.fill_(position)
-        self.seed.fill_(seed)
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Compiles the kernels and records the graph. The one step that it runs is undone, but for the cache at
-        its position, which the first replay writes again."""
-        token, position = self.token.clone(), self.position.clone()
-        stream = torch.cuda.Stream(self.h.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.token.copy_(token)
-        self.position.copy_(position)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph
-
-    def replay(self) -> None:
-        """One step; the first call records it."""
-        if self.graph is None:
-            self.graph = self._capture()
-        self.graph.replay()
-
-    def step(self) -> None:
-        """Launches the kernels of one step."""
-        k, model, config, pdl = self.kernels, self.model, self.model.config, self.pdl
-        k.launch_embed(self.token, model.tok_embeddings.weight, self.h, self.logits, pdl)
-        for i, block in enumerate(model.layers):
-            attention, feed_forward = block.attention, block.feed_forward
-            self._product(
-                "norm", self.h, attention.wqkv, self.qkv, gain=block.attention_norm.weight, eps=config.norm_eps,
-                zero=self.gate_up, last_scale=self.scales[2 * i],
-            )  # fmt: skip
-            cache = attention.kv_cache
-            window = config.sliding_window if i in config.windowed_layers else None
-            k.launch_attention(
-                self.qkv, attention.wqkv.bias, cache.k_cache, cache.v_cache, self.position, model.inv_freq,
-                self.parts, self.lse, self.arrived, self.y[i], window, pdl, h=self.h, gain=block.ffn_norm.weight,
-                threshold=self._cut_by(feed_forward.w13)[0], last_scale=self.scales[2 * i + 1],
-                weight=feed_forward.w13.weight, sparsity=self.sparsity,
-            )  # fmt: skip
-            self._product("given", self.y[i : i + 1], attention.wo, self.h[None])
-            self._product(
-                "norm", self.h, feed_forward.w13, self.gate_up, gain=block.ffn_norm.weight, eps=config.norm_eps,
-                zero=self.qkv, last_scale=self.scales[2 * i + 1],
-            )  # fmt: skip
-            self._product("silu", self.gate_up, feed_forward.w2, self.h)
-        head_scale = None if model.output is None else model.output.scale
-        k.launch_head(
-            self.h, model.norm.weight, model.output_weight, head_scale, self.logits, self.top, config.norm_eps, pdl
-        )  # fmt: skip
-        k.launch_sample(
-            self.logits, self.top, self.groups, self.seed, self.position, self.token, self.tokens,
-            self.temperature, self.top_k, pdl,
-        )  # fmt: skip
-
-    def _cut_by(self, module: SparseProjection) -> tuple[Tensor, Tensor | None]:
-        """The thresholds, with the shifts if there are any, and the offset."""
-        return self.shifted.get(module, (module.threshold, None))
-
-    def _product(self, prologue: str, x: Tensor, module: SparseProjection, out: Tensor, **options) -> None:
-        threshold, offset = self._cut_by(module)
-        self.launch_gemv(
-            prologue, x, module.weight, threshold, out, module.widths, sparsity=self.sparsity,
-            dtype=self.model.dtype, weight_scale=module.scale, offset=offset, pdl=self.pdl, **options,
-        )  # fmt: skip

@@ -226,12 +226,12 @@ class CutTable:
         )
 
     def append(self, cuts: Cuts) -> None:
-        """Adds a level above the others."""
+        """Adds a level above the others, rounded to float16, which halves the file."""
         for j, (threshold, shift) in enumerate(zip(cuts.thresholds, cuts.shifts, strict=True)):
             name = f"{j // len(SITES)}.{list(SITES)[j % len(SITES)]}"
             for kind, value in (("threshold", threshold), ("shift", shift)):
                 if value is not None:
-                    value = value.detach().float().cpu()[None].clone()
+                    value = value.detach().half().cpu()[None].clone()
                     before = [self.tensors[f"{name}.{kind}"]] if self.levels else []
                     self.tensors[f"{name}.{kind}"] = torch.cat([*before, value])
         self.levels.append(cuts.sparsity)
@@ -285,7 +285,9 @@ def load_table(path: str | Path) -> CutTable:
     return table
 
 
-def table_metadata(rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options) -> dict[str, str]:
+def table_metadata(
+    rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options
+) -> dict[str, str]:
     """How a table is made: what a run must share with an interrupted one to go on with its table.
 
     inputs: all that the table is made from, besides the checkpoint in `folder` and the options.
@@ -299,7 +301,7 @@ def table_metadata(rule: str, folder: Path, text: str, tokens: Tensor, inputs: l
 
 
 def resume_table(output: Path, new: CutTable) -> tuple[CutTable, Path]:
-    """The table that an interrupted run for `output` left, if it was to be made like `new`, else `new`; and its file."""
+    """The table that an interrupted run for `output` left, if it was made like `new`, else `new`; and its file."""
     part = Path(f"{output}.partial.safetensors")
     try:
         table = load_table(part) if part.is_file() else new
@@ -446,3 +448,9 @@ def cuts_for(
     if own_statistics and rule in SCRIPTS:
         raise ValueError(f"--statistics says nothing to --thresholds {rule}, whose table holds thresholds; drop one")
     return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
+
+
+def recorded_perplexity(rule: str, folder: Path | None, sparsity: float) -> tuple[float, float, str] | None:
+    """`CutTable.perplexity_at` of the table that `cuts_for` took for this rule or file; None without a record."""
+    path = table_path(rule, folder) if rule in RULES else Path(rule)
+    return load_table(path).perplexity_at(sparsity) if path else None

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from benchmarks.results import command, model_columns, provenance, write_rows
 from cli import PRECISIONS, command_line
+from decoder import FusedCpuStep
 from formats.default_model import resolve_checkpoint
 from generate import ModelSource, count_kept
 from kernels import cpu
 from sparse_model import SparseTransformer
+from thresholds import Cuts, cuts_for
 
 KEY = "device model weights dtype quant threads what sparsity"
 PROMPT, CACHE = 5, 512
@@ -74,16 +76,16 @@ class LlamaCpp:
 
 @dataclass
 class Variant:
-    """One way to decode: its thresholds (None: all 0), the bytes that a token reads, and the seconds of each round."""
+    """One way to decode: its cuts (None: nothing is cut), the bytes that a token reads, and the seconds per round."""
 
     what: str
     sparsity: float
     bytes_per_token: int
-    thresholds: list[Tensor] | None = None
+    cuts: Cuts | None = None
     seconds: list[float] = field(default_factory=list)
 
 
-def our_seconds_per_token(decoder: cpu.CpuDecoder, steps: int) -> float:
+def our_seconds_per_token(decoder: FusedCpuStep, steps: int) -> float:
     decoder.start(torch.tensor(5), PROMPT, 1)
     start = time.perf_counter()
     for _ in range(steps):
@@ -97,7 +99,6 @@ def measure(
 ) -> float:
     """Adds the seconds of each round to the variants; returns the median read bandwidth, GB/s. Round 1 warms up."""
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    decoders = {cut: cpu.CpuDecoder(model, float(cut), 0.8, 200) for cut in (False, True)}
     block = torch.zeros(model.bytes_per_step(), dtype=torch.uint8)
     cpu.library().use_huge_pages(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes))
     bandwidths = []
@@ -109,14 +110,14 @@ def measure(
         # the variants take turns at what comes first, and behind llama.cpp
         first = turn % len(variants)
         for variant in variants[first:] + variants[:first]:
-            for i, module in enumerate(model.projections):
-                module.threshold.copy_(variant.thresholds[i] if variant.thresholds else torch.zeros(()))
+            if variant.cuts:
+                model.set_cuts(variant.cuts)
             model(prompt, torch.arange(PROMPT))
-            decoder = decoders[variant.what != "dense"]
+            decoder = FusedCpuStep(model, 0.8, 200, dense=variant.cuts is None)
             variant.seconds.append(our_seconds_per_token(decoder, steps))
 
             # the first round counts the bytes, in an untimed pass over its tokens
-            if variant.thresholds and turn == 1:
+            if variant.cuts and turn == 1:
                 tokens = decoder.tokens[PROMPT : PROMPT + steps + 1]
                 count_kept(model, torch.cat((prompt, tokens[None]), 1), PROMPT)
                 variant.bytes_per_token = model.bytes_per_step()
@@ -146,15 +147,16 @@ def main(
     folder = None if random_init else resolve_checkpoint(checkpoint_path)
     source = ModelSource(folder, random_init, 1234, torch.device("cpu"), PRECISIONS[precision])
     model = source.load(SparseTransformer)
+    zeros = [torch.zeros(len(module.widths), 1) for module in model.sites]
+    nothing = Cuts(1e-9, zeros, [None] * len(zeros))  # all but exact zeros kept, with the test in place
     threads = torch.get_num_threads()
 
     # the variants: dense, nothing cut, each sparsity; llama.cpp reads what our dense model does
     dense_bytes = model.bytes_per_step()
-    variants = [Variant("dense", 0.0, dense_bytes), Variant("threshold 0", 0.0, dense_bytes)]
+    variants = [Variant("dense", 0.0, dense_bytes), Variant("threshold 0", 0.0, dense_bytes, nothing)]
     for sparsity in sparsities:
-        source.set_sparsity(model, sparsity, None)
-        thresholds = [module.threshold.clone() for module in model.projections]
-        variants.append(Variant("sparse", sparsity, dense_bytes, thresholds))
+        _, cuts = cuts_for("uniform", sparsity, folder, lambda: source.statistics(model, None))
+        variants.append(Variant("sparse", sparsity, dense_bytes, cuts))
     llama = (LlamaCpp(llama_python, gguf, threads), Variant("llama.cpp", 0.0, dense_bytes)) if gguf else None
 
     # caches come after a calibration, which has caches of its own

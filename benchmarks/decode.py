@@ -100,7 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--prompt", help="text, or a number of tokens")
     parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    parser.add_argument("--allocation", default="uniform", help="as generate.py's; rows of another replace each other")
+    parser.add_argument("--thresholds", default="uniform", help="as generate.py's; rows of another replace each other")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--num_samples", type=int, default=5)
     add_device_arguments(parser)

@@ -25,7 +25,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
@@ -34,8 +33,8 @@ from torch import Tensor
 
 from benchmarks.results import provenance, write_rows
 from cli import command_line
-from kernels.quantized import dequantize
-from kernels.triton_gemv import launch_gemv
+from kernels.quantized import dequantize, form_of
+from kernels.triton_gemv import Product, launch_gemv
 from model import ModelArgs
 
 KEY = "device kernel in_features out_features dtype sparsity"
@@ -137,10 +136,9 @@ class Problem:
 
     def bytes_read(self, kept: int) -> int:
         """Of the weight's `kept` rows, with its scales."""
-        weight, scale = self.matrices[0]
-        if scale is None:
-            return kept * weight[0].nbytes
-        return kept * weight[0].nbytes + (scale.nbytes if scale.dim() == 1 else kept * scale[0].nbytes)
+        form = form_of(*self.matrices[0])
+        shared = self.matrices[0][1].nbytes if form.name == "int8" else 0  # int8's scales, whatever is kept
+        return kept * form.row_bytes(self.n_out) + shared
 
 
 def graph_us(launch: Callable[[Matrix], None], matrices: list[Matrix]) -> float:
@@ -174,11 +172,10 @@ def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Ma
     turns = itertools.cycle(((sums[0], sums[1]), (sums[1], sums[0])))
     thresholds = torch.full((1, n_in), threshold, device=device)
 
-    product = partial(launch_gemv, "given", sparsity=problem.sparsity, dtype=x.dtype, pdl=pdl)
-
     def ours(matrix: Matrix) -> None:
         (weight, scale), (out, other) = matrix, next(turns)
-        product(x[None], weight, thresholds, out, [n_out], weight_scale=scale, zero=other)
+        product = Product(weight, thresholds, [n_out], problem.sparsity, scale)
+        launch_gemv("given", x[None], product, out, dtype=x.dtype, zero=other, pdl=pdl)
 
     if problem.matrices[0][1] is not None:
         return {"ours": [(ours, sums)]}

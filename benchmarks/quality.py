@@ -25,9 +25,10 @@ from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
 from eval import perplexity
 from formats.default_model import resolve_checkpoint
 from formats.text import task_text
-from greedy import projection_sizes, resolve_allocation, set_allocation
 from model import FeedForward
-from sparse_model import PROJECTIONS, SparseTransformer
+from sparse_model import PROJECTIONS, SITES, SparseTransformer
+from thresholds import RULES as THRESHOLD_RULES
+from thresholds import Cuts, RuleInputs, Statistics, cuts_of_shares
 from tokenizer import load_tokenizer
 
 RULES = ("dense", "uniform", "greedy", "refined", "norms", "cats", "relu", "up-input", "up-output")
@@ -57,7 +58,7 @@ class GatedFeedForward(nn.Module):
 
 def share_of(model: SparseTransformer, *projections: str) -> float:
     """These projections' share of the weights of all."""
-    sizes = projection_sizes(model)
+    sizes = model.projection_sizes()
     return sum(sizes[p] for p in projections) / sum(sizes.values())
 
 
@@ -84,12 +85,15 @@ def gate(model: SparseTransformer, activation=F.silu) -> None:
         block.feed_forward = GatedFeedForward(block.feed_forward, activation)
 
 
-def set_norms(model: SparseTransformer, statistics: Statistics, sparsity: float) -> None:
-    for layer in range(len(model.layers)):
-        for projection in PROJECTIONS:
-            t = statistics.weighted_threshold(layer, projection, sparsity)
-            norms = statistics.get(layer, projection, "column_norms").to(model.device)
-            model.set_threshold(layer, projection, torch.where(norms > 0, t / norms, math.inf))
+def norm_cuts(statistics: Statistics, sparsity: float) -> Cuts:
+    """Cuts input i where |x_i| * c_i is small, c_i the norm of its weights: each channel has a threshold of its own."""
+    thresholds = []
+    for layer in range(statistics.n_layer):
+        for site in SITES.values():
+            limits = [statistics.weighted_threshold(layer, p, sparsity) for p in site.projections]
+            norms = torch.stack([statistics.get(layer, p, "column_norms") for p in site.projections])
+            thresholds.append(torch.where(norms > 0, torch.tensor(limits)[:, None] / norms, math.inf))
+    return Cuts(sparsity, thresholds, [None] * len(thresholds))
 
 
 def prepare(
@@ -103,11 +107,10 @@ def prepare(
     Raises:
         ValueError: a sparsity that the rule cannot reach, or a missing cut table.
     """
-    if rule in ("uniform", "greedy", "refined"):
-        name = "global" if rule == "refined" else rule
-        set_allocation(model, resolve_allocation(name, folder, sparsity)[1], lambda: statistics)
+    if rule in THRESHOLD_RULES:
+        model.set_cuts(THRESHOLD_RULES[rule](RuleInputs(folder, lambda: statistics), sparsity))
     elif rule == "norms":
-        set_norms(model, statistics, sparsity)
+        model.set_cuts(norm_cuts(statistics, sparsity))
     elif rule == "relu":
         gate(model, F.relu)
         return share_of(model, "up", "down") / share_of(model, "down")
@@ -120,7 +123,7 @@ def prepare(
     if not share < 1:
         raise ValueError(f"{rule} cuts at most {share_of(model, *cut):.1%} of the weights, not {sparsity:.0%}")
     if rule == "up-input":
-        model.set_sparsity(statistics, [only(share, "up")] * len(model.layers))
+        model.set_cuts(cuts_of_shares(statistics, [only(share, "up")] * len(model.layers), sparsity))
         return 1.0
     gate(model)
     set_gates(model, tokens, share)

@@ -1,11 +1,11 @@
 // Batch-1 decoding on a CPU: the product that reads only the weight rows of kept inputs, and a whole decode step made
-// of it. Built and called by cpu.py.
+// of it. cpu.py builds it and calls the product, decoder.py the step.
 //
-// The product alone: a thread takes a range of the outputs, so sums have one order, whatever the number of threads. In a
-// step: a thread takes a part of the kept inputs at full width, so its rows are long streams, and the sums are added when
-// the threads have met. Either way a thread lists the kept inputs, then adds eight kept rows at a time to float32 sums
-// that stay in the first-level cache, fetching later ones meanwhile. Values are rounded to the model's dtype where the
-// plain torch path rounds them, but for the attention's inside, which keeps float32.
+// The product alone: a thread takes a range of the outputs, so sums have one order, whatever the number of threads. In
+// a step: a thread takes a part of the kept inputs at full width, so its rows are long streams, and the sums are added
+// when the threads have met. Either way a thread lists the kept inputs, then adds eight kept rows at a time to float32
+// sums that stay in the first-level cache, fetching later ones meanwhile. Values are rounded to the model's dtype where
+// the plain torch path rounds them; only the inside of attention keeps float32.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -123,7 +123,7 @@ struct Int8 {  // of a weight alone; the scale of its output makes it what it st
 
 struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the low nibble; see kernels/quantized.py
   uint8_t codes;
-  // The codes of 2 LANES outputs, even and odd ones apart: putting them in order here would take as long again.
+  // The codes of 2 LANES outputs, even and odd ones apart. Putting them in order here would double the time.
   static void load(const Int4* from, Floats& even, Floats& odd) {
 #if defined(__AVX512F__)
     const __m512i codes = _mm512_cvtepu8_epi32(read<__m128i>(from));
@@ -151,7 +151,7 @@ void round_all(const float* from, float* to, int64_t n) {
   for (int64_t j = 0; j < n; j++) to[j] = rounded<T>(from[j]);
 }
 
-// exp to 2 ulp for what does not overflow; below -87 the result stays at e^-87, NaN stays NaN. Vectorises.
+// exp, right to 2 ulp for x from -87 to 88. A smaller x gives e^-87, a larger one e^88, NaN gives NaN. Vectorises.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // the nearest integer to x / ln 2, in the low bits
@@ -195,7 +195,7 @@ constexpr int64_t LINE<Int4> = 128;
 template <typename W>
 struct Matrix {
   const W* weight;
-  const void* scale;  // of Int4 a scale and a minimum, BFloat16, for every `group` outputs of an input; of others unused
+  const void* scale;  // of Int4: scale and minimum, BFloat16, of every `group` outputs of an input; of others unused
   int64_t n_out, group;
 
   Row<W> row(int64_t input, int64_t output) const {
@@ -207,8 +207,9 @@ struct Matrix {
   }
 };
 
-// sums[j] += value[k] * row[k][j] over N rows; fetches next[k] into the second-level cache: the first has too few
-// misses in flight (a step of SmolLM2-135M at 50 %, bfloat16, two cores of an EPYC: 8.9 to 9.8 ms, so 7.0 to 7.5).
+// sums[j] += value[k] * row[k][j] over N rows. Meanwhile it fetches next[k] into the second-level cache, since the
+// first has too few misses in flight: a step of SmolLM2-135M at 50 %, bfloat16, takes 7.0 to 7.5 ms on two cores of an
+// EPYC, 8.9 to 9.8 with the first.
 template <int N, typename T>
 void add_rows(const Row<T>* row, const Row<T>* next, const float* value, float* sums, int64_t width, int64_t = 0) {
   int64_t j = 0;
@@ -223,11 +224,13 @@ void add_rows(const Row<T>* row, const Row<T>* next, const float* value, float* 
     for (int k = 0; k < N; k++) sums[j] += value[k] * float(row[k].weights[j]);
 }
 
-// The same of codes, of whole groups; `in_order` puts the sums of even and odd outputs in their places.
+// The same of int4's codes, whole groups at a time. It leaves the sums of even and odd outputs apart; `in_order` puts
+// them in their places.
 template <int N>
 void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, float* sums, int64_t width,
               int64_t group) {
   for (int64_t begin = 0; begin < width; begin += group) {
+    // the rows' scales and minima, times their inputs
     const int64_t pair = begin / group * 2;
     float scale[N], minimum = 0;
     for (int k = 0; k < N; k++) {
@@ -235,6 +238,8 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, f
       minimum += value[k] * float(row[k].pairs[pair + 1]);
       if (pair % 32 == 0) __builtin_prefetch(next[k].pairs + pair, 0, 2);
     }
+
+    // two vectors of outputs at a time, then what is left of the group one by one
     int64_t j = begin;
     for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
       if (j % LINE<Int4> < 2 * LANES)
@@ -264,8 +269,8 @@ inline void in_order(float* sums, int64_t width, int64_t group) {
     }
 }
 
-// A row's product with x. One row after the other is one stream, which the CPU fetches ahead by itself: 28 to 33 GB/s
-// where four rows at a time made 10 to 15 (113 MB, two cores of an EPYC).
+// A row's product with x. One row after the other is one stream, which the CPU fetches ahead by itself: it reads 28 to
+// 33 GB/s, four rows at a time 10 to 15 (113 MB, two cores of an EPYC).
 template <typename T>
 float dot(const T* row, const float* x, int64_t width) {
   Floats total[4] = {};
@@ -286,7 +291,7 @@ struct Kept {
 
   explicit Kept(int64_t most) : index(most + LANES), value(most + LANES) {}  // room to write behind the last one
 
-  // Leaves the part of them that a thread takes.
+  // Keeps only the part of the list that a thread takes.
   void take(int thread, int threads) {
     const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
     std::copy(index.begin() + begin, index.begin() + end, index.begin());
@@ -328,14 +333,18 @@ void outputs(const Matrix<W>& matrix, const Kept& kept, int64_t begin, int64_t e
   for (int64_t column = begin; column < end; column += columns) {
     const int64_t width = std::min(columns, end - column);
     const int64_t ahead = std::max<int64_t>(1, AHEAD / (ROWS * width * 64 / LINE<W>)) * ROWS;
+
+    // the r-th kept row, and the first ones, whose fetching no earlier rows cover
     const auto at = [&](int64_t r) {  // behind the last row come the next columns' first ones
       const bool wraps = r >= kept.n && column + columns < end;
       r = wraps ? std::min(r - kept.n, kept.n - 1) : std::min(r, kept.n - 1);
       return matrix.row(kept.index[r], column + (wraps ? columns : 0));
     };
-    for (int64_t r = 0; column == begin && r < std::min(ahead, kept.n); r++)  // whose fetching no earlier rows cover
+    for (int64_t r = 0; column == begin && r < std::min(ahead, kept.n); r++)
       for (int64_t line = 0; line * LINE<W> < width; line++)
         __builtin_prefetch(reinterpret_cast<const char*>(at(r).weights) + line * 64, 0, 2);
+
+    // ROWS rows at a time, then the rest one by one
     int64_t r = 0;
     for (; r + ROWS <= kept.n; r += ROWS) {
       Row<W> row[ROWS], next[ROWS];
@@ -360,7 +369,7 @@ struct Range {
   }
 };
 
-// 1 where memory is short, else 0: an exception may not leave a parallel region.
+// Returns 1 where memory is short, else 0: an exception may not leave a parallel region.
 template <typename T, typename W>
 int product(const T* x, const Matrix<W>& matrix, const float* threshold, T* out, int64_t batch, int64_t n_in,
             int64_t n_segments, const int64_t* segments, int threads) {
@@ -393,7 +402,8 @@ int product(const T* x, const Matrix<W>& matrix, const float* threshold, T* out,
 
 // ---- the decode step
 
-// What cpu.py passes; keep both in the same order. The embedding and the output are [vocab, dim].
+// What decoder.py passes through the structures of cpu.py; keep both in the same order. The embedding and the output
+// are [vocab, dim].
 struct Projection {
   const void *weight, *bias;  // [in, out], [out] or null
   const void* scale;          // of int8 [out] float, of int4 see Matrix, else null
@@ -402,12 +412,14 @@ struct Projection {
   const float* offset;        // [out] or null: the product of the shift
   int64_t group;              // of int4, else 0
 };
+
 struct Layer {
   const void *attention_norm, *ffn_norm;
   Projection wqkv, wo, w13, w2;
   void *k_cache, *v_cache;  // [n_local_heads, cache_length, head_dim]
   int64_t window;           // keys that a query sees, itself included
 };
+
 struct Model {
   int64_t n_layer, n_head, n_local_heads, head_dim, dim, hidden, vocab, cache_length;
   const Layer* layers;
@@ -444,7 +456,7 @@ class Barrier {
   }
 };
 
-// One thread's part of a step: T holds all but the weights of projections, W, and those of wqkv and output, V.
+// One thread's part of a step. W is the type of the projections' weights, but V of wqkv's and output's; T of all else.
 template <typename T, typename W, typename V>
 class Worker {
   const Model& m;
@@ -465,6 +477,7 @@ class Worker {
         scores(position + 1), cos(m.head_dim / 2), sin(m.head_dim / 2), head(2 * m.head_dim) {}
 
   void step(int64_t token) {
+    // h = the token's embedding, and the rotation at this position
     const T* embedding = static_cast<const T*>(m.embedding) + token * m.dim;
     const Range mine(m.dim, thread, threads, GRAIN);
     for (int64_t i = mine.begin; i < mine.end; i++) m.h[i] = embedding[i];
@@ -474,6 +487,7 @@ class Worker {
       sin[i] = std::sin(angle);
     }
     barrier.wait(threads);
+
     for (int64_t l = 0; l < m.n_layer; l++) {
       const Layer& layer = m.layers[l];
       project_qkv(layer);
@@ -487,6 +501,8 @@ class Worker {
       add_product(m.act, m.hidden, layer.w2);
       barrier.wait(threads);
     }
+
+    // logits of this thread's groups of tokens, and the largest of each
     normalize(m.norm);
     const Range rows(m.vocab, thread, threads, GROUP);
     for (int64_t v = rows.begin; v < rows.end; v += GROUP) {
@@ -506,9 +522,9 @@ class Worker {
     float total = 0;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < m.dim; i++) total += m.h[i] * m.h[i];
-    const float scale = 1.0f / std::sqrt(total / m.dim + m.eps);
+    const float rstd = 1.0f / std::sqrt(total / m.dim + m.eps);
 #pragma omp simd
-    for (int64_t i = 0; i < m.dim; i++) x[i] = rounded<T>(rounded<T>(m.h[i] * scale) * float(weight[i]));
+    for (int64_t i = 0; i < m.dim; i++) x[i] = rounded<T>(rounded<T>(m.h[i] * rstd) * float(weight[i]));
   }
 
   // The inputs that the thresholds test: x - shift.
@@ -519,8 +535,8 @@ class Worker {
     return shifted.data();
   }
 
-  // The product's sums over this thread's share of the kept inputs, then a meeting. Segments with the same thresholds
-  // are one: at threshold 0 the rows are as long as the dense product's.
+  // This thread's sums over its share of the kept inputs; then the threads meet. Segments with the same thresholds are
+  // taken as one: at threshold 0 the rows are as long as the dense product's.
   template <typename M>
   void multiply(const float* from, const Projection& projection, int64_t n_in, std::initializer_list<int64_t> widths) {
     const int64_t n_out = std::accumulate(widths.begin(), widths.end(), int64_t(0));
@@ -528,6 +544,7 @@ class Worker {
     int64_t begin = 0, end = 0;
     second = !second;
     float* sums = partials + (second * threads + thread) * most;
+
     if (!m.cut) {
       kept.list_all(from, n_in);
       kept.take(thread, threads);
@@ -544,7 +561,8 @@ class Worker {
         outputs(matrix, kept, begin, end, sums + begin);
         begin = end;
       }
-      if (projection.offset)  // else `gather` waits for it: 30 to 45 us of a step of SmolLM2-135M, two cores of an EPYC
+      // else `gather` would wait for the offset: 30 to 45 us of a step of SmolLM2-135M, two cores of an EPYC
+      if (projection.offset)
         for (int64_t j = 0; j < n_out; j += 16) __builtin_prefetch(projection.offset + j, 0, 2);
     }
     barrier.wait(threads);
@@ -556,6 +574,8 @@ class Worker {
     std::copy(from + begin, from + end, to);
     for (int t = 1; t < threads; t++)
       for (int64_t j = begin; j < end; j++) to[j - begin] += from[t * most + j];
+
+    // int8's scale, then offset and bias, rounded after each as the plain model rounds
     if (projection.scale && !projection.group)
       for (int64_t j = begin; j < end; j++) to[j - begin] *= static_cast<const float*>(projection.scale)[j];
     round_all<T>(to, to, end - begin);
@@ -583,26 +603,33 @@ class Worker {
 
   // y of one head. Its new key and value are not read from the cache, which another thread may be writing.
   void attend(const Layer& layer, int64_t h) {
-    const int64_t group = m.n_head / m.n_local_heads, kv = h / group, d = m.head_dim;
+    const int64_t heads_per_kv = m.n_head / m.n_local_heads, kv = h / heads_per_kv, d = m.head_dim;
     const int64_t first = std::max<int64_t>(0, position - layer.window + 1), n = position - first;
     T* keys = static_cast<T*>(layer.k_cache) + kv * m.cache_length * d;
     T* values = static_cast<T*>(layer.v_cache) + kv * m.cache_length * d;
+
+    // the new query and key, rotated; the first of a key/value head's queries caches key and value
     float *q = head.data(), *k = q + d, *y = m.y + h * d;
     const float* v = m.qkv + (m.n_head + m.n_local_heads + kv) * d;
     rotate(m.qkv + h * d, q);
     rotate(m.qkv + (m.n_head + kv) * d, k);
-    if (h % group == 0)
+    if (h % heads_per_kv == 0)
       for (int64_t i = 0; i < d; i++) {
         keys[position * d + i] = T::from(k[i]);
         values[position * d + i] = T::from(v[i]);
       }
+
+    // scores, and their softmax's exponentials and total
     for (int64_t j = 0; j < n; j++) scores[j] = dot(keys + (first + j) * d, q, d);
     scores[n] = 0;
     for (int64_t i = 0; i < d; i++) scores[n] += q[i] * k[i];
-    const float scale = 1.0f / std::sqrt(float(d)), top = *std::max_element(scores.begin(), scores.begin() + n + 1);
+    const float softmax_scale = 1.0f / std::sqrt(float(d));
+    const float top = *std::max_element(scores.begin(), scores.begin() + n + 1);
     float total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j <= n; j++) total += scores[j] = exponential((scores[j] - top) * scale);
+    for (int64_t j = 0; j <= n; j++) total += scores[j] = exponential((scores[j] - top) * softmax_scale);
+
+    // y = the values, weighted
     for (int64_t i = 0; i < d; i++) y[i] = scores[n] * v[i];
     Row<T> row[ROWS];
     int64_t j = 0;
@@ -650,6 +677,8 @@ int64_t sample(const Model& m, uint64_t seed) {
     std::nth_element(tops.begin(), tops.begin() + m.top_k - 1, tops.end(), std::greater<float>());
     bound = tops[m.top_k - 1];
   }
+
+  // the logits that reach it, with their tokens
   std::vector<std::pair<float, int64_t>> best;
   size_t n = 0;
   for (int64_t g = 0; g < groups; g++) {
@@ -661,12 +690,16 @@ int64_t sample(const Model& m, uint64_t seed) {
     }
   }
   best.resize(n);
+
+  // the top_k-th largest of them, and the largest
   const auto larger = [](const auto& a, const auto& b) { return a.first > b.first; };
   const int64_t last = std::min<int64_t>(m.top_k, best.size()) - 1;
   std::nth_element(best.begin(), best.begin() + last, best.end(), larger);
   const float kth = best[last].first, top = std::max_element(best.begin(), best.end(), [&](auto& a, auto& b) {
                                               return larger(b, a);
                                             })->first;
+
+  // running sums of the softmax's terms, and where a hash of the seed falls among them
   std::vector<double> until;
   double total = 0;
   for (const auto& [logit, token] : best)
@@ -677,7 +710,7 @@ int64_t sample(const Model& m, uint64_t seed) {
   return best[std::min<int64_t>(drawn, best.size() - 1)].second;
 }
 
-// 1 where memory is short, else 0. No thread starts before all have their memory: none may miss a meeting.
+// Returns 1 where memory is short, else 0. No thread starts before all have their memory: none may miss a meeting.
 template <typename T, typename W, typename V>
 int decode(const Model& m, int64_t position, uint64_t seed, int threads) try {
   Barrier barrier;

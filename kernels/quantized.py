@@ -1,11 +1,97 @@
-"""The form of a quantised weight in memory: int8 with a scale an output, or int4 with a scale and a minimum a group.
+"""The form of a weight in memory: floating, int8 with a scale per output, or int4 with a scale and a minimum per group.
 
-int4 is packed along the outputs, and so are its groups: all that an input's row needs lies in that row, so that a cut
-input skips its scales too. [in, out] stands for s * n + m, n of 0 to 15.
+int4 is packed along the outputs, and its groups lie along them too. So a row holds all that its input needs, and a cut
+input skips its scales as well.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_STORED_AS = {"int8": torch.int8, "int4": torch.uint8}
+
+
+class Form(NamedTuple):
+    """How a weight [in, out] is stored.
+
+    | name | weight | scale |
+    |---|---|---|
+    | "none" | [in, out], a floating `dtype` | None |
+    | "int8" | [in, out], int8 | [out], float32 |
+    | "int4" | [in, out / 2], uint8, see `pack_int4` | [in, out / groupsize, 2], bfloat16: s and m of each group |
+
+    An int4 code n of 0 to 15 stands for s * n + m. `name` is ModelArgs.quant; groupsize is 0 but for int4.
+    """
+
+    name: str
+    dtype: torch.dtype
+    groupsize: int = 0
+
+    @classmethod
+    def named(cls, name: str, dtype: torch.dtype | None, groupsize: int) -> "Form":
+        """The form that ModelArgs.quant and .groupsize name; `dtype`: the model's own, None for torch's default."""
+        return cls(name, _STORED_AS.get(name) or dtype or torch.get_default_dtype(), groupsize * (name == "int4"))
+
+    @property
+    def bits(self) -> int:
+        """Of one weight."""
+        return 4 if self.name == "int4" else 8 * self.dtype.itemsize
+
+    def row_bytes(self, n_out: int) -> int:
+        """Bytes of one input's weights, with the scales that are its own in int4."""
+        return n_out * self.bits // 8 + (4 * n_out // self.groupsize if self.groupsize else 0)
+
+    def empty(
+        self, n_in: int, segments: dict[str, int], device=None, out_first: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """A new weight [in, out] of this form and its scale, not filled; out_first: both `transposed`.
+
+        Args:
+            segments: name and width of each projection fused along the outputs.
+
+        Raises:
+            ValueError: groups of int4 that do not divide a segment.
+        """
+        for name, width in segments.items() if self.name == "int4" else ():
+            if self.groupsize < 16 or self.groupsize % 16 or width % self.groupsize:
+                raise ValueError(
+                    f"group size {self.groupsize}: int4 needs a multiple of 16 that divides {name}'s {width} outputs"
+                )
+        n_out, scale = sum(segments.values()), None
+        weight = torch.empty(n_in, n_out * self.bits // (8 * self.dtype.itemsize), device="meta", dtype=self.dtype)
+        if self.name == "int8":
+            scale = torch.empty(n_out, device="meta", dtype=torch.float32)
+        elif self.name == "int4":
+            scale = torch.empty(n_in, n_out // self.groupsize, 2, device="meta", dtype=torch.bfloat16)
+
+        shapes = transposed(weight, scale) if out_first else (weight, scale)
+        return tuple(t if t is None else torch.empty(t.shape, device=device, dtype=t.dtype) for t in shapes)
+
+
+def form_of(weight: Tensor, scale: Tensor | None) -> Form:
+    """The form of a weight [in, out] and its scale, for callers that see nothing but these tensors."""
+    if weight.dtype == torch.uint8:
+        return Form("int4", weight.dtype, 2 * weight.shape[1] // scale.shape[1])
+    return Form("none" if scale is None else "int8", weight.dtype)
+
+
+def transposed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Views of a weight and its scale with inputs and outputs swapped: [in, out] <-> [out, in]."""
+    per_input = scale is not None and scale.dim() > 1  # int4's; one scale per output has nothing to swap
+    return weight.t(), scale.transpose(0, 1) if per_input else scale
+
+
+def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: torch.Generator) -> None:
+    """Fills a weight of any form, `transposed` or not. What it stands for has about mean 0 and deviation `std`."""
+    if weight.dtype == torch.uint8:
+        weight.random_(0, 256, generator=generator)
+        scale.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # 4.61: the deviation of 0 to 15
+    elif scale is not None:
+        weight.random_(-127, 128, generator=generator)
+        scale.fill_(std / 73.3)  # the deviation of -127 to 127
+    else:
+        weight.normal_(0.0, std, generator=generator)
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -14,16 +100,12 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What a weight stands for, [in, out], computed in float32 and given in `dtype`.
-
-    Args:
-        weight: [in, out] of a floating dtype or int8, or [in, out / 2] uint8 of `pack_int4`.
-        scale: None; of int8 [out], float32; of int4 [in, groups, 2], bfloat16: s and m of every group of outputs.
-    """
-    if scale is not None and weight.dtype == torch.uint8:
+    """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`."""
+    form = form_of(weight, scale)
+    if form.name == "int4":
         codes = torch.stack((weight & 15, weight >> 4), dim=-1)
         s, m = scale.float().unsqueeze(-2).unbind(-1)
         weight = (codes.view(*scale.shape[:2], -1) * s + m).flatten(1)
-    elif scale is not None:
+    elif form.name == "int8":
         weight = weight * scale
     return weight.to(dtype)

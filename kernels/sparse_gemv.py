@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
-from kernels.quantized import dequantize
+from kernels.quantized import dequantize, form_of
 
 
 def keep_mask(x: Tensor, threshold: Tensor) -> Tensor:
@@ -37,14 +37,14 @@ def sparse_gemv(
         weight: [in, out], contiguous, the dtype of x, or int8; [in, out / 2], uint8, of int4.
         threshold: [S, in], float32, a row for each output segment.
         segments: widths of the S output segments, which add up to out.
-        scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized`. Kernels
-            want groups of a multiple of 16 outputs that divide the segments; of int8 the GPU's wants segments of a
+        scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized.Form`. The
+            kernels want groups of a multiple of 16 outputs that divide the segments; int8 on a GPU wants segments of a
             multiple of 4.
 
     Returns:
         [B, out], the dtype of x, accumulated in float32.
     """
-    if weight.dtype not in (x.dtype, *cpu.INTEGERS) or cpu.library() is None:
+    if not cpu.has_kernel(x.dtype, form_of(weight, scale)) or cpu.library() is None:
         return sparse_gemv_ref(x, weight, threshold, segments, scale)
     return cpu.launch_sparse_gemv(x, weight, threshold, segments, scale)
 

@@ -127,9 +127,7 @@ def test_bins_at_the_ends():
 
 def recorded_inputs(model: SparseTransformer, tokens: torch.Tensor) -> list[torch.Tensor]:
     inputs = []
-    hooks = [
-        m.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1))) for m in model.projections
-    ]
+    hooks = [m.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1))) for m in model.sites]
     model(tokens)
     for hook in hooks:
         hook.remove()
@@ -144,7 +142,7 @@ def test_collect_against_the_inputs_themselves(model, dtype):
     inputs = recorded_inputs(model, tokens)
     values = np.linspace(0.02, 0.98, 25)
     tolerance = 0.002 if dtype == torch.float32 else 0.008  # 300 tokens, and the share of one bfloat16 value
-    for i, (module, x) in enumerate(zip(model.projections, inputs, strict=True)):
+    for i, (module, x) in enumerate(zip(model.sites, inputs, strict=True)):
         layer, x = i // 4, x.double()
         for projection, weight in zip(module.segments, module.weight.split(module.widths, 1), strict=True):
             norms = weight.double().pow(2).sum(1).sqrt()
@@ -179,7 +177,7 @@ def test_collect_is_dense_and_leaves_no_hook(model):
             model.set_threshold(layer, projection, 1e9)
     after = collect(model, tokens)
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
-    assert not any(module._forward_pre_hooks for module in model.projections)
+    assert not any(module._forward_pre_hooks for module in model.sites)
 
 
 def test_collect_refuses_infinite_inputs(model):

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from decoder import FusedCpuStep
 from kernels import cpu
-from kernels.quantized import dequantize, pack_int4
+from kernels.quantized import Form, dequantize, pack_int4
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
 from model import ModelArgs
 from sparse_model import SparseTransformer
@@ -141,12 +142,12 @@ def test_a_step_cuts_each_segment_by_itself(quant, shifted):
     """Thresholds 0 or far above every input, each segment's of its own: no input is near one."""
     model = build(torch.float32, shifted, quant=quant, groupsize=16, intermediate_size=176)
     generator = torch.Generator().manual_seed(2)
-    for module in model.projections:
+    for module in model.sites:
         module.threshold.copy_(torch.randint(2, module.threshold.shape, generator=generator) * 1e9)
     model.setup_caches(1, 8)
     logits = model(torch.tensor([[3]]), torch.tensor([0]))[0, -1]
     for threads in (1, 2, 5):
-        decoder = cpu.CpuDecoder(model, 0.5, temperature=0.0, top_k=1)
+        decoder = FusedCpuStep(model, temperature=0.0, top_k=1)
         with threads_of(threads):
             decoder.start(torch.tensor(3), 0, seed=0)
             decoder.replay()
@@ -157,13 +158,13 @@ def test_a_step_cuts_each_segment_by_itself(quant, shifted):
 def test_no_memory_is_an_error_of_one_line(monkeypatch):
     model = build()
     model.setup_caches(1, 8)
-    decoder = cpu.CpuDecoder(model, 0.5, temperature=0.0, top_k=1)
+    decoder = FusedCpuStep(model, temperature=0.0, top_k=1)
     decoder.start(torch.tensor(3), 0, seed=0)
     decoder.position, decoder._model.cache_length = 2**46, 2**47  # more scores than there are addresses
     with pytest.raises(MemoryError, match="no memory for a decode step at position 70368744177664"):
         decoder.replay()
     pointers, sizes = [None] * 5, [ctypes.c_int64(n) for n in (1, 2**46, 33, 0, 1)]
-    product = cpu.kernel("sparse_gemv", torch.float32, torch.float32)
+    product = cpu.kernel("sparse_gemv", torch.float32, Form("none", torch.float32))
     assert product(*pointers, *sizes, (ctypes.c_int64 * 1)(33), ctypes.c_int(2)) == 1
     monkeypatch.setattr(cpu, "kernel", lambda *_: lambda *_: 1)
     with pytest.raises(MemoryError, match=r"no memory for a product of \(1, 64\) by \(64, 33\)"):
@@ -228,12 +229,13 @@ def build(dtype=torch.float32, shifted=False, **options) -> SparseTransformer:
     model = SparseTransformer(ModelArgs(**{**BASE, "intermediate_size": 173, **options}), "cpu", dtype)
     model.requires_grad_(False).eval().init_weights(0, std=0.3)
     generator = torch.Generator().manual_seed(1)
-    for module in model.projections:
+    for module in model.sites:
         module.threshold.uniform_(0, 0.3, generator=generator)
         if module.bias is not None:
             torch.nn.init.normal_(module.bias, generator=generator)
         if shifted:
             module.set_shift(torch.rand(module.weight.shape[0], generator=generator) * 0.4 - 0.2)
+    model.sparsity = 0.5
     return model
 
 
@@ -249,7 +251,7 @@ def test_decode_steps_equal_plain_ones(name, dtype, cut):
     prompt, steps = 20, 4
     model = build(dtype, **MODELS[name])
     if dtype != torch.float32:  # else an input within rounding of its threshold is cut in one and kept in the other
-        for module in model.projections:
+        for module in model.sites:
             module.threshold.copy_((module.threshold > 0.15) * 1e9)
     model.setup_caches(1, prompt + steps)
     model(torch.randint(101, (1, prompt), generator=torch.Generator().manual_seed(0)), torch.arange(prompt))
@@ -265,7 +267,7 @@ def test_decode_steps_equal_plain_ones(name, dtype, cut):
     for threads in (1, 2, 8, 8):
         for tensor, old in zip(caches(model), before, strict=True):
             tensor.copy_(old)
-        decoder = cpu.CpuDecoder(model, 0.5 if cut else 0.0, temperature=0.0, top_k=1)
+        decoder = FusedCpuStep(model, temperature=0.0, top_k=1, dense=not cut)
         results.append([])
         with threads_of(threads):
             for i, token in enumerate(idx):
@@ -288,7 +290,7 @@ def test_greedy_generations_equal_plain_ones(shifted):
     prompt = torch.tensor([[1, 2, 3]])
     plain = Generator(model, 1, 60, temperature=0)(prompt, 57).tokens
     fused = Generator(model, 1, 60, temperature=0, compile=True)
-    assert isinstance(fused._fused, cpu.CpuDecoder)
+    assert isinstance(fused._fused, FusedCpuStep)
     assert torch.equal(fused(prompt, 57).tokens, plain)
     seen = []
     fused(prompt, 5, lambda token: seen.append(token.item()))
@@ -301,7 +303,7 @@ def test_what_is_not_finite_in_a_step_ends_in_not_a_number(value):
     model = build()
     model.setup_caches(1, 8)
     model.tok_embeddings.weight[3] = value
-    decoder = cpu.CpuDecoder(model, 0.5, temperature=0.8, top_k=3)
+    decoder = FusedCpuStep(model, temperature=0.8, top_k=3)
     decoder.start(torch.tensor(3), 0, seed=0)
     decoder.replay()
     assert decoder.logits.isnan().all() and 0 <= decoder.tokens[1] < 101
@@ -310,12 +312,12 @@ def test_what_is_not_finite_in_a_step_ends_in_not_a_number(value):
 def draws(logits, temperature, top_k, n):
     """n draws by the decoder's sampling from the same logits: those of a model whose embedding is all that counts."""
     model = build(n_layer=1, vocab_size=len(logits), dim=64)
-    for module in model.projections:
+    for module in model.sites:
         module.weight.zero_()
     model.tok_embeddings.weight.zero_()[:, 0] = 1.0  # normalised: (8, 0, 0, ...)
     model.output.weight.zero_()[:, 0] = logits / 8
     model.setup_caches(1, 256)
-    decoder = cpu.CpuDecoder(model, 0.5, temperature, top_k)
+    decoder = FusedCpuStep(model, temperature, top_k)
     drawn = []
     for seed in range(-(-n // 250)):
         decoder.start(torch.tensor(0), 0, seed)

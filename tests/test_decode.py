@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import torch
 
+from decoder import FUSED_FIELDS, FusedGpuStep, unfusable
 from model import ModelArgs
-from sparse_model import FusedDecoder, SparseTransformer
+from sparse_model import SparseTransformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE = {"block_size": 256, "vocab_size": 101, "n_layer": 2, "n_head": 4, "n_local_heads": 2, "dim": 64}
@@ -31,9 +33,16 @@ MODELS = {
 # widths that tiles divide, so that rows are prefetched on Hopper; gate and up in the widest products' tiles, some of
 # their rows prefetched during attention; qkv in three blocks of inputs
 WIDE = {
-    "dim": 512, "n_head": 8, "n_local_heads": 8, "intermediate_size": 5120, "std": 0.05, "by_channel": True,
-    "resident": 80, "very_wide": 8192, "large": 1,
-}  # fmt: skip
+    "dim": 512,
+    "n_head": 8,
+    "n_local_heads": 8,
+    "intermediate_size": 5120,
+    "std": 0.05,
+    "by_channel": True,
+    "resident": 80,
+    "very_wide": 8192,
+    "large": 1,
+}
 WIDE_MODELS = {
     "wide": WIDE,
     "wide, shifted": WIDE | {"shifted": True},
@@ -48,7 +57,7 @@ def build(shifted: bool = False, std: float = 0.3, by_channel: bool = False, **o
     model = SparseTransformer(ModelArgs(**{**BASE, "intermediate_size": 172, **options}), DEVICE, torch.float32)
     model.init_weights(0, std=std)
     generator = torch.Generator(DEVICE).manual_seed(1)
-    for module in model.projections:
+    for module in model.sites:
         module.threshold.uniform_(0, 0.3, generator=generator)
         if by_channel:  # cut always or never: of so many inputs some would be within rounding of their thresholds
             module.threshold.copy_(1e3 * (module.threshold < 0.15))
@@ -56,6 +65,7 @@ def build(shifted: bool = False, std: float = 0.3, by_channel: bool = False, **o
             torch.nn.init.normal_(module.bias, generator=generator)
         if shifted:
             module.set_shift(torch.rand(module.weight.shape[0], generator=generator, device=DEVICE) - 0.5)
+    model.sparsity = 0.5
     return model.requires_grad_(False).eval()
 
 
@@ -76,7 +86,7 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     options |= (MODELS | WIDE_MODELS)[name]
     prompt, cache, steps = options.pop("prompt"), options.pop("cache"), 4
     for constant in constants:
-        monkeypatch.setattr(f"kernels.triton_gemv.{constant.upper()}", options.pop(constant))
+        monkeypatch.setattr(f"kernels.plan.{constant.upper()}", options.pop(constant))
     model = build(**options)
     if model.config.quant != "none" and DEVICE == "cpu":
         steps = 1  # of integers the interpreter makes long work
@@ -100,14 +110,15 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     ):
         tensor.copy_(old)
 
-    decoder = FusedDecoder(model, sparsity, temperature=0.0, top_k=1)
+    model.sparsity = sparsity
+    decoder = FusedGpuStep(model, temperature=0.0, top_k=1)
     decoder.start(torch.tensor([3], device=DEVICE), prompt, seed=0)
     for expected in logits:
         decoder.step()
         torch.testing.assert_close(decoder.logits[:101], expected, rtol=1e-4, atol=tolerance)
     assert decoder.tokens[prompt : prompt + steps + 1].tolist() == [3, *tokens]
     assert decoder.position.item() == prompt + steps
-    assert not decoder.arrived.any()
+    assert not decoder.chunks.arrived.any()
     for fused, plain in zip(snapshot(model), after, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=tolerance)
 
@@ -117,24 +128,25 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     ("splits", "sparsity", "shifted"), [(2, 0.0, False), (2, 0.5, False), (2, 0.5, True), (32, 0.0, False)]
 )
 def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(splits, sparsity, shifted, monkeypatch):
-    """By h as it is then and its norm's last scale, once each: 12 pieces beside 8 heads; none beside 256 programs.
+    """By h as it is then and its norm's last rstd, once each: 12 pieces beside 8 heads; none beside 256 programs.
 
     160 inputs make two groups of 128 rows, the second one short, and 4,128 bytes three pieces, the last one short.
     """
     import triton.language as tl
 
-    from kernels import decode
+    from kernels import fused_step, plan
 
-    fetched, expected, attend = [], [], decode.launch_attention
+    fetched, expected, attend = [], [], fused_step.launch_attention
 
     def prefetch(rows_ptr, wanted, n_bytes):
         at = [address for address, want in zip(rows_ptr.handle.data, wanted.handle.data, strict=True) if want]
         fetched.extend((int(address), int(n_bytes.handle.data[0])) for address in at)
 
     monkeypatch.setattr("kernels.triton_gemv._prefetch", prefetch)
-    monkeypatch.setattr("kernels.triton_gemv.prefetch_for", lambda *product: (0, 0, False))
-    monkeypatch.setattr(decode, "rows_ahead", lambda *product: 256)
-    monkeypatch.setattr(decode, "attention_splits", lambda *cache: splits)
+    monkeypatch.setattr(plan, "_prefetch", lambda *product: (0, 0, False))
+    monkeypatch.setattr(plan, "LARGE", 1)
+    monkeypatch.setattr(plan, "attention_splits", lambda *cache: splits)
+    monkeypatch.setattr(plan, "ROWS_AHEAD", 256)
     for name in ("gdc_wait", "gdc_launch_dependents"):
         monkeypatch.setattr(tl.extra.cuda, name, lambda **options: None)
     model = build(shifted=shifted, n_layer=1, n_head=16, n_local_heads=8, dim=160, intermediate_size=1032)
@@ -143,11 +155,12 @@ def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(splits, spars
     gain.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
     gain[::7] = 0
     w13.threshold[:, ::7] = w13.shift[::7].abs() if shifted else 0  # ties: cut
-    decoder = FusedDecoder(model, sparsity, temperature=0.0, top_k=1)
+    model.sparsity = sparsity
+    decoder = FusedGpuStep(model, temperature=0.0, top_k=1)
     decoder.pdl = True
 
     def launch(*arguments, **options):
-        x = decoder.h * decoder.scales[1] * gain
+        x = decoder.h * decoder.last_rstds[1] * gain
         kept = (x - w13.shift if shifted else x).abs() > w13.threshold
         if sparsity:
             assert kept.any() and not kept.all()
@@ -155,12 +168,14 @@ def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(splits, spars
             kept[:] = splits == 2
         expected.extend(
             (w13.weight[row].data_ptr() + half * 4128 + start, min(2048, 4128 - start))
-            for half in range(2) for row in kept[half].nonzero()[:, 0] for start in range(0, 4128, 2048)
-        )  # fmt: skip
+            for half in range(2)
+            for row in kept[half].nonzero()[:, 0]
+            for start in range(0, 4128, 2048)
+        )
         attend(*arguments, **options)
 
-    monkeypatch.setattr(decode, "launch_attention", launch)
-    decoder.scales.copy_(torch.tensor([[0.05], [0.06]]))  # of a step before
+    monkeypatch.setattr(fused_step, "launch_attention", launch)
+    decoder.last_rstds.copy_(torch.tensor([[0.05], [0.06]]))  # of a step before
     decoder.start(torch.tensor([3]), 0, seed=0)
     decoder.step()
     assert sorted(fetched) == sorted(expected) and bool(expected) == (splits == 2)
@@ -170,15 +185,16 @@ def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(splits, spars
 COMPILE = """
 import sys
 import torch
-import kernels.triton_gemv
+import kernels.plan
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from decoder import FusedGpuStep
 from model import ModelArgs
-from sparse_model import FusedDecoder, SparseTransformer
+from sparse_model import SparseTransformer
 
 capability = int(sys.argv[1])
-kernels.triton_gemv.VERY_WIDE, kernels.triton_gemv.LARGE = 8192, 1
+kernels.plan.VERY_WIDE, kernels.plan.LARGE = 8192, 1
 
 class AbsentGPU:
     def get_current_target(self):
@@ -197,12 +213,13 @@ for quant in ("none", "int8", "int4"):
         intermediate_size=4224 if quant == "int4" else 5120, groupsize=64,
     )
     model = SparseTransformer(config, "cpu", torch.bfloat16).requires_grad_(False)
-    for module in model.projections:
+    for module in model.sites:
         module.set_shift(torch.zeros(module.weight.shape[0]))
     model.setup_caches(1, 140)
     for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if capability == 90 else ((0.5, 80),):
-        kernels.triton_gemv.RESIDENT = resident  # 2112: small tiles
-        decoder = FusedDecoder(model, sparsity, temperature=0.8, top_k=200)
+        kernels.plan.RESIDENT = resident  # 2112: small tiles
+        model.sparsity = sparsity
+        decoder = FusedGpuStep(model, temperature=0.8, top_k=200)
         decoder.pdl = capability >= 90
         decoder.step()
 """
@@ -214,9 +231,12 @@ def test_a_step_compiles_for_a_gpu_that_is_absent(capability, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(capability)],
-        cwd=Path(__file__).parents[1], env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True,
-        text=True, timeout=600,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[1],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -224,19 +244,29 @@ def test_infinite_inputs_end_in_not_a_number_instead_of_a_hang():
     model = build()
     model.setup_caches(1, 140)  # two chunks to join
     model.tok_embeddings.weight[3] = float("inf")
-    decoder = FusedDecoder(model, 0.5, temperature=0.0, top_k=1)
+    decoder = FusedGpuStep(model, temperature=0.0, top_k=1)
     decoder.start(torch.tensor([3], device=DEVICE), 0, seed=0)
     decoder.step()
     assert decoder.logits[:101].isnan().all()
 
 
+@dataclass
+class WithAnotherField(ModelArgs):
+    experts: int = 0
+
+
+def test_a_model_with_a_switch_that_the_fused_steps_do_not_know_is_not_fused():
+    assert unfusable(WithAnotherField(**BASE)) is None
+    assert unfusable(WithAnotherField(**BASE, experts=8)) == "the fused steps do not implement experts = 8"
+    assert {field.name for field in fields(ModelArgs)} >= FUSED_FIELDS
+
+
 def draw(logits: torch.Tensor, temperature: float, top_k: int, n: int, seed: int = 5) -> torch.Tensor:
     """n draws of the sampling kernel from the same logits."""
-    from kernels.decode import HEAD_ROWS, launch_sample
-    from kernels.triton_gemv import SCALE_BUFFER
+    from kernels.fused_step import HEAD_ROWS, RSTD_BUFFER, launch_sample
 
     top = torch.stack([group.max() for group in logits.split(HEAD_ROWS)])
-    logits = torch.cat((logits, torch.zeros(SCALE_BUFFER, device=DEVICE)))
+    logits = torch.cat((logits, torch.zeros(RSTD_BUFFER, device=DEVICE)))
     groups = torch.zeros(1 << (top_k + 31).bit_length(), dtype=torch.int32, device=DEVICE)
     token, position = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
     tokens = torch.full((n + 1,), -1, device=DEVICE)

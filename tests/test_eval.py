@@ -52,7 +52,7 @@ def test_dense_perplexity_is_the_protocols(tokens):
 def masked_logits(model: Transformer, thresholds: dict, prefix: int, idx: torch.Tensor) -> torch.Tensor:
     """The dense model with its projections' inputs zeroed by hand; q, k, v (gate, up) share one threshold."""
     hooks = []
-    for i, module in enumerate(model.projections):
+    for i, module in enumerate(model.sites):
         threshold = thresholds[i // 4, next(iter(module.segments))]
 
         def cut(_, args, threshold=threshold):

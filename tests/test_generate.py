@@ -211,7 +211,7 @@ def test_counts_are_those_of_the_decode_steps(sparse):
                 kept += width * (x.abs() > threshold).sum()
                 total += width * x.numel()
 
-    hooks = [module.register_forward_pre_hook(look) for module in sparse.projections]
+    hooks = [module.register_forward_pre_hook(look) for module in sparse.sites]
     tokens = generator(prompts(2), 20).tokens
     for hook in hooks:
         hook.remove()
@@ -323,7 +323,7 @@ def test_json_of_a_sparse_run(cli, calibrated, batch):
     assert result["speedup"] == pytest.approx(result["tokens_per_sec"] / result["dense_tokens_per_sec"])
     assert "uniform" in output and "speed-up" in output
     model = Transformer.from_checkpoint(calibrated, dtype=torch.float32)
-    projections = sum(module.weight.nbytes for module in model.projections)
+    projections = sum(module.weight.nbytes for module in model.sites)
     saved = result["achieved_sparsity"] * projections
     if batch == 1:
         assert result["bytes_per_token"] == pytest.approx(model.bytes_per_step() - saved, abs=1)

@@ -159,13 +159,13 @@ def test_every_level_is_met_in_every_block(tokens):
     statistics = collect(model, tokens)
     allocation = Allocation(list(teal_paths(model, statistics, tokens, 0.4)), {})
     inputs = []
-    for module in model.projections:
+    for module in model.sites:
         module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].abs()))
     model(tokens)  # dense
     for level in (0.0, 0.25, 0.4, 0.5, 0.65, 0.987):
         shares, cut = allocation.at(level), [0.0, 0.0]
         model.set_sparsity(statistics, shares)
-        for i, (module, x) in enumerate(zip(model.projections, inputs, strict=True)):
+        for i, (module, x) in enumerate(zip(model.sites, inputs, strict=True)):
             for name, threshold in zip(module.segments, module.threshold, strict=True):
                 cut[i // 4] += (x <= threshold).float().mean().item() * SIZES[name] / sum(SIZES.values())
         assert cut == pytest.approx([level] * 2, abs=0.005)  # what the thresholds cut
@@ -179,7 +179,7 @@ def test_a_projection_without_its_share():
     shares = [dict.fromkeys(PROJECTIONS, 0.5), dict.fromkeys(PROJECTIONS[:-2], 0.5)]
     with pytest.raises(ValueError, match="layer 1 says no sparsity for up, down"):
         model.set_sparsity(statistics, shares)
-    assert not any(module.threshold.any() for module in model.projections)
+    assert not any(module.threshold.any() for module in model.sites)
 
 
 # ---------------------------------------------------------------- files
@@ -334,7 +334,7 @@ def test_a_missing_file_and_a_binary_one(made, tmp_path):
 def thresholds(folder: Path, shares) -> torch.Tensor:
     model = SparseTransformer.from_checkpoint(folder, dtype=torch.float32)
     model.set_sparsity(load_statistics(folder / "calibration.safetensors"), shares)
-    return torch.cat([module.threshold.flatten() for module in model.projections])
+    return torch.cat([module.threshold.flatten() for module in model.sites])
 
 
 def test_names(copy):
@@ -347,7 +347,7 @@ def test_names(copy):
     fingerprint = load_allocation(copy / "allocation_greedy.json").metadata["fingerprint"]
     table = ThresholdTable([], {}, {"fingerprint": fingerprint})
     model = SparseTransformer.from_checkpoint(copy, dtype=torch.float32)
-    table.append(0.8, [(module.threshold + 1, module.threshold[0]) for module in model.projections])
+    table.append(0.8, [(module.threshold + 1, module.threshold[0]) for module in model.sites])
     table.save(refined)
     for name in ("best", "global", str(refined)):
         found, cuts = resolve_allocation(name, copy, 0.4)

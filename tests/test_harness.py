@@ -116,8 +116,8 @@ def test_new_tokens_are_cut_too(both):
     mine.model.reset_counts()
     mine.generate_until(instances("generate_until", [("Hello, my name is", {"max_gen_toks": 9})]))
     prompt = len(mine.tok_encode("Hello, my name is"))
-    assert mine.model.projections[0].steps <= prompt - round(prompt * 0.5) + 8
-    assert mine.model.projections[0].steps > prompt - round(prompt * 0.5)
+    assert mine.model.sites[0].steps <= prompt - round(prompt * 0.5) + 8
+    assert mine.model.sites[0].steps > prompt - round(prompt * 0.5)
     with pytest.raises(ValueError, match="only greedy generation"):
         mine.generate_until(instances("generate_until", [("a", {"do_sample": True})]))
 

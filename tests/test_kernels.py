@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.quantized import dequantize, pack_int4
+from kernels import plan
+from kernels.plan import Plan, plan_for
+from kernels.quantized import Form, dequantize, form_of, pack_int4, transposed
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 
 pytest.importorskip("triton")
 
-from kernels import triton_gemv
-from kernels.triton_gemv import launch_gemv, launch_sparse_gemv, tile_for
+from kernels.triton_gemv import Product, launch_gemv, launch_sparse_gemv
+from model import ModelArgs
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -42,8 +44,8 @@ def reference(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int])
     out, start = torch.zeros(x.shape[0], weight.shape[1], dtype=torch.float64), 0
     for t, width in zip(threshold, segments, strict=True):
         for b, row in enumerate(x.double()):
-            kept = [i for i, (value, limit) in enumerate(zip(row.tolist(), t.tolist(), strict=True))
-                    if not abs(value) <= limit]  # fmt: skip
+            pairs = zip(row.tolist(), t.tolist(), strict=True)
+            kept = [i for i, (value, limit) in enumerate(pairs) if not abs(value) <= limit]
             out[b, start : start + width] = row[kept] @ weight[kept, start : start + width].double()
         start += width
     return out
@@ -114,57 +116,131 @@ def test_deterministic(implementation, n_in, segments, deterministic):
 @pytest.mark.parametrize("shift", [0.0, 0.25])
 def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
     x, weight, threshold, segments = case(600, [130, 64], sparsity=sparsity)
-    options, cuts = {"tile": (32, blocks, 128, 8 * by_row)}, threshold
+    offset, cuts = None, threshold
     if shift:
-        options["offset"] = torch.ones(194, device=device)
+        offset = torch.ones(194, device=device)
         cuts = torch.stack((threshold, torch.full_like(threshold, shift)), dim=2)
     out = torch.zeros(1, 194, device=device)
-    launch_gemv("given", *(t.to(device) for t in (x, weight, cuts)), out, segments, **options)
+    product = Product(weight.to(device), cuts.to(device), segments, offset=offset)
+    launch_gemv("given", x.to(device), product, out, plan=Plan(blocks, 128, 8 * by_row))
     out = out.cpu() - 1 if shift else out.cpu()
     assert_as_precise_as_torch(out, (x - shift, weight, threshold, segments))
 
 
+# Blocks x outputs / rows at once @ registers, then programs that prefetch x their blocks; ?: rows guessed, ~: ragged.
+PLANS = """
+model        form site    | dense                | 50 %                 | 65 %
+llama-3-8b   none qkv     | 1x256 528x1          | 3x128 528x3?         | 3x128 528x3?
+llama-3-8b   none o       | 2x128@128 528x1      | 2x128 1320x1?        | 2x128 1320x1?
+llama-3-8b   none gate_up | 1x256 528x1          | 1x256 528x1?         | 2x256/16@96 2112x1?
+llama-3-8b   none down    | 2x128@128 528x1      | 2x128 2112x1?        | 2x128 2112x1?
+llama-3-8b   int8 qkv     | 1x256/16@80 528x1    | 1x256/4@72 264x1?    | 1x256/4@72 264x1?
+llama-3-8b   int8 o       | 1x256/16@80 528x1    | 1x256/4 264x1        | 1x256/4 264x1
+llama-3-8b   int8 gate_up | 1x256/16@80 528x1    | 2x512/4@72 1056x2?   | 2x512/4@72 2112x1?
+llama-3-8b   int8 down    | 1x256/16@80 528x1    | 2x256/4 264x1        | 2x256/4 264x1
+llama-3-8b   int4 qkv     | 1x256/16@72 528x1    | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
+llama-3-8b   int4 o       | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+llama-3-8b   int4 gate_up | 1x1024/16 528x1      | 1x512/4@72 1056x1?   | 1x512/4@72 2112x1?
+llama-3-8b   int4 down    | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+llama-2-7b   none qkv     | 1x256 528x1          | 2x128 528x2?         | 1x256/16@96 528x1?
+llama-2-7b   none o       | 2x128@128 528x1      | 2x128 1320x1?        | 2x128 1320x1?
+llama-2-7b   none gate_up | 1x256 528x1          | 1x256 528x1?         | 2x256/16@96 2112x1?
+llama-2-7b   none down    | 2x128@128 528x1      | 2x128 2112x1?        | 2x128 2112x1?
+llama-2-7b   int8 qkv     | 1x256/16@80 528x1    | 2x512/4@72 264x2?    | 2x512/4@72 264x2?
+llama-2-7b   int8 o       | 1x256/16@80 528x1    | 1x256/4 264x1        | 1x256/4 264x1
+llama-2-7b   int8 gate_up | 1x256/16@80 528x1    | 2x256/4@72 1056x2?   | 2x256/4@72 2112x1?
+llama-2-7b   int8 down    | 1x256/16@80 528x1    | 2x256/4 264x1        | 2x256/4 264x1
+llama-2-7b   int4 qkv     | 1x1024/16 528x1      | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
+llama-2-7b   int4 o       | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+llama-2-7b   int4 gate_up | 1x1024/16 528x1~     | 1x512/4@72 1056x1?~  | 1x512/4@72 2112x1?~
+llama-2-7b   int4 down    | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+llama-3.2-1b none qkv     | 1x128 528x1          | 1x128 528x1?         | 1x128 528x1?
+llama-3.2-1b none o       | 1x128 528x1          | 1x128 1320x1?        | 1x128 1320x1?
+llama-3.2-1b none gate_up | 1x256 528x1          | 2x128 528x2?         | 1x256/16@96 528x1?
+llama-3.2-1b none down    | 2x128@128 528x1      | 2x128 2112x1?        | 2x128 2112x1?
+llama-3.2-1b int8 qkv     | 1x128/16@80 528x1    | 1x128/4@72 264x1?    | 1x128/4@72 264x1?
+llama-3.2-1b int8 o       | 1x128/16@80 528x1    | 1x128/4 264x1        | 1x128/4 264x1
+llama-3.2-1b int8 gate_up | 1x256/16@80 528x1    | 2x512/4@72 264x2?    | 2x512/4@72 264x2?
+llama-3.2-1b int8 down    | 1x256/16@80 528x1    | 1x256/4 264x1        | 1x256/4 264x1
+llama-3.2-1b int4 qkv     | 1x256/16@72 528x1    | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
+llama-3.2-1b int4 o       | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+llama-3.2-1b int4 gate_up | 1x1024/16 528x1      | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
+llama-3.2-1b int4 down    | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+smollm2-135m none qkv     | 1x64 528x1           | 1x64 528x1?          | 1x64 528x1?
+smollm2-135m none o       | 1x64 528x1           | 1x64 1320x1?         | 1x64 1320x1?
+smollm2-135m none gate_up | 1x64 528x1           | 1x64 528x1?          | 1x64 528x1?
+smollm2-135m none down    | 1x64 528x1           | 1x64 2112x1?         | 1x64 2112x1?
+"""
+FORMS = {"none": Form("none", torch.bfloat16), "int8": Form("int8", torch.int8), "int4": Form("int4", torch.uint8, 64)}
+
+
+def described(p: Plan) -> str:
+    tile = f"{p.blocks}x{p.block_out}" + f"/{p.rows}" * (p.rows > 0) + f"@{p.registers}" * (p.registers is not None)
+    return f"{tile} {p.prefetch}x{p.prefetch_blocks}" + "?" * p.guess + "~" * p.ragged
+
+
+def sites(name: str) -> dict[str, tuple]:
+    """Prologue, inputs and segments of a named config's products."""
+    c = ModelArgs.from_name(name)
+    q, kv = c.n_head * c.head_dim, c.n_local_heads * c.head_dim
+    return {
+        "qkv": ("norm", c.dim, [q, kv, kv]),
+        "o": ("given", q, [c.dim]),
+        "gate_up": ("norm", c.dim, [c.intermediate_size] * 2),
+        "down": ("silu", c.intermediate_size, [c.dim]),
+    }
+
+
+@pytest.mark.parametrize("line", PLANS.strip().splitlines()[1:])
+def test_the_plans_that_were_measured(line):
+    (name, form, site), *expected = line.split("|")[0].split(), *map(str.strip, line.split("|")[1:])
+    plans = [plan_for(*sites(name)[site], sparsity, FORMS[form], dependent=True) for sparsity in (0.0, 0.5, 0.65)]
+    assert [described(p) for p in plans] == expected
+
+
+def test_nothing_is_prefetched_without_dependent_launch_or_what_a_guess_needs():
+    product = "norm", 4096, [14336, 14336], 0.5, FORMS["none"]
+    assert plan_for(*product, dependent=False) == plan_for(*product, True, last_rstd=False) == Plan(1, 256, 0)
+    assert plan_for("norm", 4096, [14336, 14336], 0.0, FORMS["none"], True, last_rstd=False).prefetch == 528
+    assert plan_for("given", 4096, [4096], 0.5, FORMS["none"], True, last_rstd=False).guess
+    assert plan_for("silu", 4096, [130], 0.5, FORMS["none"], True).prefetch == 0  # no tile divides it
+
+
 def test_three_blocks_only_where_all_programs_then_run_at_once(monkeypatch):
-    def blocks(*product) -> int:
-        return triton_gemv.tile_for(*product)[1]
+    def blocks(prologue: str, n_in: int, n_out: int, dtype=torch.bfloat16) -> int:
+        return plan_for(prologue, n_in, [n_out], 0.5, Form("none", dtype), False).blocks
 
-    assert blocks("norm", 4096, 6144, 0.5, 16) == 3  # 48 tiles x 43 programs
-    assert blocks("given", 4096, 4096, 0.5, 16) == 2  # two do: 32 x 64
-    assert blocks("norm", 4096, 6400, 0.5, 16) == 2  # three do not: 50 x 43 are more than 16 x 132
-    assert blocks("silu", 8192, 3072, 0.5, 16) == 2
-    monkeypatch.setattr(triton_gemv, "RESIDENT", 2)
-    assert blocks("norm", 160, 128, 0.5, 32) == 3  # as a model of test_decode.py has it
-
-
-def test_tiles_are_small_where_all_programs_still_run_at_once():
-    assert tile_for("norm", 576, 3072, 0.5, 16) == (32, 1, 64, 0)  # 48 tiles x 18 programs are at most half of 16 x 132
-    assert tile_for("given", 2048, 2048, 0.5, 16) == (32, 1, 128, 0)  # 32 x 64 are not, 16 x 64 fit
-    assert tile_for("given", 2048, 2048, 0.0, 8) == (32, 1, 128, 16)
-    assert tile_for("given", 2048, 2048, 0.5, 4) == (32, 1, 512, 4)
-    assert tile_for("silu", 8192, 2048, 0.5, 16) == (32, 2, 128, 0)
-    assert tile_for("norm", 96, 9728, 0.0, 16) == (32, 1, 256, 0)  # but not of a wide product
+    assert blocks("norm", 4096, 6144) == 3  # 48 tiles x 43 programs
+    assert blocks("given", 4096, 4096) == 2  # two do: 32 x 64
+    assert blocks("norm", 4096, 6400) == 2  # three do not: 50 x 43 are more than 16 x 132
+    assert blocks("silu", 8192, 3072) == 2
+    monkeypatch.setattr(plan, "RESIDENT", 2)
+    assert blocks("norm", 160, 128, torch.float32) == 3  # as a model of test_decode.py has it
 
 
-def test_tiles_of_wide_products():
-    assert tile_for("norm", 4096, 28672, 0.5, 16) == (32, 1, 256, 0)
-    assert tile_for("norm", 4096, 28672, 0.65, 16) == (32, 2, 256, 16)  # by row
-    for n_in, n_out in ((4096, 12288), (2048, 16384), (896, 9728)):  # narrow where rows are masked
-        assert tile_for("norm", n_in, n_out, 0.5, 16) == (32, 2, 128, 0)
-        assert tile_for("norm", n_in, n_out, 0.65, 16) == (32, 1, 256, 16)
-        assert tile_for("norm", n_in, n_out, 0.0, 16) == (32, 1, 256, 0)
-    assert tile_for("given", 4096, 28672, 0.5, 16) == (32, 1, 128, 0)
-    assert tile_for("given", 4096, 28672, 0.65, 16) == (32, 1, 256, 16)
+def test_what_attention_prefetches():
+    def pieces(n_in: int, n_out: int, sparsity: float, form: str, programs: int = 128) -> int:
+        return plan.attention_prefetch(n_in, n_out, sparsity, FORMS[form], programs)
+
+    assert pieces(4096, 28672, 0.25, "none") == 6 * 2 * 14  # 768 rows by 128, gate and up, 28,672 bytes by 2,048
+    assert pieces(4096, 28672, 0.0, "none") == 2 * 2 * 14
+    assert pieces(4096, 28672, 0.25, "int8") == pieces(4096, 28672, 0.25, "none", 129) == 0
+    assert pieces(2048, 22016, 0.25, "none") == 0  # qwen2.5-3b's
 
 
-def test_what_is_prefetched():
-    assert triton_gemv.prefetch_for("norm", 28672, 0.65, 16, 2) == (2112, 1, True)
-    assert triton_gemv.prefetch_for("norm", 16384, 0.65, 16, 1) == (528, 1, True)
-    assert triton_gemv.prefetch_for("norm", 28672, 0.5, 8, 2) == (1056, 2, True)
-    assert triton_gemv.prefetch_for("norm", 16384, 0.5, 8, 2) == (264, 2, True)
-    assert triton_gemv.rows_ahead(4096, 28672, 0.25, 16) == 768
-    assert triton_gemv.rows_ahead(4096, 28672, 0.0, 16) == 256
-    assert triton_gemv.rows_ahead(4096, 28672, 0.25, 8) == 0
-    assert triton_gemv.rows_ahead(2048, 22016, 0.25, 16) == 0  # qwen2.5-3b's
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_says_what_its_tensors_are(name, out_first):
+    """The form of new tensors is the form that they were made by, and its bytes are theirs."""
+    form = FORMS[name]
+    assert Form.named(name, torch.bfloat16, 64) == form
+    weight, scale = form.empty(40, {"gate": 128, "up": 64}, out_first=out_first)
+    assert weight.is_contiguous() and weight.shape[not out_first] == 192 * form.bits // (8 * weight.element_size())
+    if out_first:
+        weight, scale = transposed(weight, scale)
+    assert form_of(weight, scale) == form and dequantize(weight.zero_(), scale, torch.float32).shape == (40, 192)
+    own = scale[0].nbytes if name == "int4" else 0
+    assert form.row_bytes(192) == weight[0].nbytes + own
 
 
 @pytest.mark.gpu
@@ -179,9 +255,10 @@ def test_shapes_of_large_models(dtype, sparsity, n_in, segments):
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sparsity", [0, 0.5, 1])
-@pytest.mark.parametrize(("bits", "n_in", "segments", "groupsize"), [
-    (8, 40, [64, 20, 20], 0), (8, 33, [516], 0), (4, 40, [64, 32, 16], 16), (4, 33, [576, 192], 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "n_in", "segments", "groupsize"),
+    [(8, 40, [64, 20, 20], 0), (8, 33, [516], 0), (4, 40, [64, 32, 16], 16), (4, 33, [576, 192], 64)],
+)
 def test_integer_weights(implementation, dtype, bits, n_in, segments, groupsize, sparsity):
     generator, n_out = torch.Generator().manual_seed(0), sum(segments)
     x, _, threshold, _ = case(n_in, segments, dtype, 2, sparsity)

@@ -65,7 +65,7 @@ def test_column_norms_weigh_the_inputs(folder, tokens):
     model = load(folder)
     statistics = load_statistics(folder / "calibration.safetensors")
     quality.prepare(model, "norms", 0.5, folder, statistics, None)
-    module = model.projections[2]
+    module = model.sites[2]
     t = statistics.weighted_threshold(0, "up", 0.5)
     norms = module.column_norms()
     x = torch.randn(7, 32)

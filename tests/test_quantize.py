@@ -129,7 +129,7 @@ def test_every_class_computes_with_the_same_weights(checkpoint, mode):
     assert (1e-4 < error < 0.03) if mode == "int8" else (0.01 < error < 0.4)  # rounded, and no more than that
 
     # the original with the weights that the quantised ones stand for
-    for module, source in zip(original.projections, sparse.projections, strict=True):
+    for module, source in zip(original.projections, sparse.sites, strict=True):
         assert (module.weight - source.dequantized(torch.float32).t()).norm() < 0.12 * module.weight.norm()
         module.weight.data = source.dequantized(torch.float32).t()
     original.output = dense.output
@@ -144,7 +144,7 @@ def test_fused_projections_are_those_of_the_single_ones():
         ModelArgs(dim=64, n_head=4, n_local_heads=2, intermediate_size=96, n_layer=1), dtype=torch.float32
     )
     model.requires_grad_(False).init_weights(0)
-    module = model.projections[0]
+    module = model.sites[0]
     zeros = torch.zeros(64, 64)
     whole = quantize_weight("wqkv", module.weight, zeros, "int4", 32)
     parts = [
@@ -204,7 +204,7 @@ def test_bytes_of_a_step_are_those_of_the_quantised_weights(checkpoint, mode):
     in_rows = weights if mode == "int8" else wqkv + (weights - wqkv) // 2 + (weights - wqkv) // 16 * 4
     scales = 4 * outputs if mode == "int8" else 4 * 2 * 128
     assert model.bytes_per_step() == in_rows + scales + rest
-    model.set_cuts([(torch.full_like(m.threshold, float("inf")), None) for m in model.projections])
+    model.set_cuts([(torch.full_like(m.threshold, float("inf")), None) for m in model.sites])
     model(torch.zeros(1, 9, dtype=torch.int64), dense_prefix=2)
     assert model.bytes_per_step() == scales + rest  # a cut input's row skips the scales that are its own
     assert model.to(torch.float16).layers[0].attention.wo.scale.dtype == (
@@ -215,7 +215,7 @@ def test_bytes_of_a_step_are_those_of_the_quantised_weights(checkpoint, mode):
 @pytest.mark.parametrize("cls", [Transformer, SparseTransformer])
 def test_sums_of_integers_do_not_overflow_in_float16(cls):
     model = cls(ModelArgs(dim=64, n_head=4, intermediate_size=172, n_layer=1, quant="int8"), dtype=torch.float16)
-    module = model.projections[1]
+    module = model.sites[1]
     module.weight.data.fill_(127)
     module.scale.fill_(1e-3)
     expected = torch.full((1, 2, 64), 64 * 100 * 0.127, dtype=torch.float16)
@@ -228,9 +228,9 @@ def test_sums_of_integers_do_not_overflow_in_float16(cls):
 def test_random_weights_by_name(mode):
     model = SparseTransformer(ModelArgs.from_name(f"stories110M-{mode}"), dtype=torch.float32)
     model.init_weights(0)
-    module = model.projections[1]
+    module = model.sites[1]
     assert module.weight.dtype == {"int8": torch.int8, "int4": torch.uint8}[mode]
-    assert model.output.weight.dtype == model.projections[0].weight.dtype == torch.int8
+    assert model.output.weight.dtype == model.sites[0].weight.dtype == torch.int8
     weight = module.dequantized(torch.float32)
     assert weight.std().item() == pytest.approx(0.02, rel=0.02) and abs(weight.mean()) < 1e-3
 
@@ -257,7 +257,7 @@ def test_statistics_and_allocations_go_along(checkpoint, tmp_path, capsys):
     model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
     statistics = collect(model, torch.arange(64).view(1, 64))
     table = ThresholdTable([], {}, {"method": "global"})
-    cuts = [(torch.rand(module.threshold.shape), randn(module.threshold.shape[1])) for module in model.projections]
+    cuts = [(torch.rand(module.threshold.shape), randn(module.threshold.shape[1])) for module in model.sites]
     table.append(0.5, cuts)
     for name, artifact in (("calibration.safetensors", statistics), ("allocation_global.safetensors", table)):
         artifact.metadata["fingerprint"] = fingerprint(checkpoint)

@@ -83,7 +83,7 @@ def test_a_cut_input_is_taken_to_be_its_shift(dtype):
 def test_threshold_zero_with_a_shift_is_dense(tokens):
     model = build(SparseTransformer)
     dense = model(tokens)
-    for module in model.projections:
+    for module in model.sites:
         module.set_shift(torch.randn(module.weight.shape[0]))
     torch.testing.assert_close(model(tokens, dense_prefix=0), dense, atol=2e-4, rtol=1e-4)
     assert torch.equal(model(tokens), dense)  # several tokens at once are dense as they were
@@ -92,19 +92,19 @@ def test_threshold_zero_with_a_shift_is_dense(tokens):
 def test_the_offset_is_counted_as_read():
     model = build(SparseTransformer)
     before = model.bytes_per_step()
-    for module in model.projections:
+    for module in model.sites:
         module.set_shift(torch.ones(module.weight.shape[0]))
-    assert model.bytes_per_step() - before == 4 * sum(module.weight.shape[1] for module in model.projections)
+    assert model.bytes_per_step() - before == 4 * sum(module.weight.shape[1] for module in model.sites)
 
 
 def test_cuts_of_another_model():
     model = build(SparseTransformer)
-    cuts = [(module.threshold + 1, None) for module in model.projections]
+    cuts = [(module.threshold + 1, None) for module in model.sites]
     wide = [(threshold, torch.zeros(threshold.shape[1] + 1)) for threshold, _ in cuts]
     for wrong in (cuts[:-1], [(cuts[0][0][:, :-1], None), *cuts[1:]], wide):
         with pytest.raises(ValueError, match=rf"of another model: {len(wrong)} inputs.*the model has 8"):
             model.set_cuts(wrong)
-    assert not any(module.threshold.any() for module in model.projections)
+    assert not any(module.threshold.any() for module in model.sites)
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -120,13 +120,13 @@ def test_start_is_the_mean_square_of_each_segments_gradient(tokens):
 
         def product(module, args, y, leaves=leaves):
             """y as before, with a zero for each segment's own input added, by which the loss is derived."""
-            j = dense.projections.index(module)
+            j = dense.sites.index(module)
             inputs.setdefault(j, []).append(args[0][0, 1:])
             parts = module.weight.split(list(module.segments.values()))
             leaves[j] = [torch.zeros_like(args[0], requires_grad=True) for _ in parts]
             return y + torch.cat([leaf @ w.T for leaf, w in zip(leaves[j], parts, strict=True)], -1)
 
-        hooks = [module.register_forward_hook(product) for module in dense.projections]
+        hooks = [module.register_forward_hook(product) for module in dense.sites]
         logits = dense(window)[0]
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch_generator)[:, 0]
         F.cross_entropy(logits, labels, reduction="sum").backward()
@@ -136,7 +136,7 @@ def test_start_is_the_mean_square_of_each_segments_gradient(tokens):
             for s, leaf in enumerate(segments):
                 sums[j, s] = sums.get((j, s), 0) + leaf.grad[0, 1:].double().square().sum(0)
     for j, (threshold, shift) in enumerate(found):
-        widths = model.projections[j].widths
+        widths = model.sites[j].widths
         for s, width in enumerate(widths):
             expected = (width / (sums[j, s] / (6 * 39))).sqrt()
             torch.testing.assert_close(threshold[s].double(), expected, rtol=1e-3, atol=0)
@@ -213,7 +213,7 @@ def table_of(model: SparseTransformer, **metadata) -> ThresholdTable:
     table = ThresholdTable([], {}, metadata)
     for level in (0.2, 0.6):
         table.append(level, [(module.threshold + level, torch.full_like(module.threshold[0], -level))
-                             for module in model.projections])  # fmt: skip
+                             for module in model.sites])  # fmt: skip
     return table
 
 

@@ -58,7 +58,7 @@ def set_random_thresholds(sparse: SparseTransformer) -> list[torch.Tensor]:
         for projection, (n_in, _) in SHAPES.items():
             scale = 0.2 if projection in ("o", "down") else 0.9
             sparse.set_threshold(layer, projection, scale * torch.rand(n_in, generator=generator))
-    return [module.threshold.clone() for module in sparse.projections]
+    return [module.threshold.clone() for module in sparse.sites]
 
 
 def mask_by_hand(dense: Transformer, thresholds: list[torch.Tensor], dense_prefix: int = 0) -> None:
@@ -75,7 +75,7 @@ def mask_by_hand(dense: Transformer, thresholds: list[torch.Tensor], dense_prefi
             start += width
         return torch.cat(parts, dim=-1)
 
-    for module, t in zip(dense.projections, thresholds, strict=True):
+    for module, t in zip(dense.sites, thresholds, strict=True):
         module.register_forward_hook(lambda module, args, output, t=t: hook(module, args, output, t))
 
 
@@ -123,7 +123,7 @@ def test_decoding_equals_the_dense_model_with_masked_inputs(variant, batch):
 def test_decoding_equals_inputs_masked_before_the_layer():
     dense, sparse = pair()
     idx = tokens(1, 8)
-    for module in dense.projections:
+    for module in dense.sites:
         module.register_forward_pre_hook(lambda module, args: (torch.where(args[0].abs() <= 0.3, 0, args[0]),))
     for layer in range(2):
         for projection in PROJECTIONS:
@@ -155,14 +155,14 @@ def test_dense_prefix_equals_decoding_after_a_dense_prompt(prefix):
     torch.testing.assert_close(logits, stepwise, atol=1e-4, rtol=1e-4)
     mask_by_hand(dense, thresholds, prefix)
     torch.testing.assert_close(logits, dense(idx), atol=1e-4, rtol=1e-4)
-    assert all(module.dense_prefix is None for module in sparse.projections)
+    assert all(module.dense_prefix is None for module in sparse.sites)
 
 
 def test_dense_prefix_is_taken_back_after_an_error():
     _, sparse = pair()
     with pytest.raises(IndexError):
         sparse(torch.tensor([[1000]]), dense_prefix=0)
-    assert all(module.dense_prefix is None for module in sparse.projections)
+    assert all(module.dense_prefix is None for module in sparse.sites)
 
 
 # ---------------------------------------------------------------- counts
@@ -186,7 +186,7 @@ def test_counts_against_the_inputs_themselves(batch, prefix):
     _, sparse = pair(qkv_bias=True)
     thresholds, length = set_random_thresholds(sparse), 9
     inputs = []
-    hooks = [module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in sparse.projections]
+    hooks = [module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in sparse.sites]
     idx = tokens(batch, length)
     for _ in range(2):  # counts add up
         sparse(idx, dense_prefix=prefix)
@@ -194,7 +194,7 @@ def test_counts_against_the_inputs_themselves(batch, prefix):
         hook.remove()
     steps = length - prefix
     kept_weights = read_bytes = total = 0
-    for x, t, module in zip(inputs[:8], thresholds, sparse.projections, strict=True):
+    for x, t, module in zip(inputs[:8], thresholds, sparse.sites, strict=True):
         for segment, limits in zip(module.segments, t, strict=True):
             n_in, width = SHAPES[segment]
             keep = x[:, prefix:].abs() > limits
@@ -245,7 +245,7 @@ def test_set_threshold():
     sparse.set_threshold(1, "k", vector)
     sparse.set_threshold(1, "up", 0.25)
     sparse.set_threshold(0, "down", torch.arange(48.0))
-    for i, module in enumerate(sparse.projections):
+    for i, module in enumerate(sparse.sites):
         for name, row in zip(module.segments, module.threshold, strict=True):
             expected = {(1, "k"): vector, (1, "up"): torch.full((32,), 0.25), (0, "down"): torch.arange(48.0)}
             assert torch.equal(row, expected.get((i // 4, name), torch.zeros(SHAPES[name][0])))
@@ -269,7 +269,7 @@ def test_set_sparsity():
     _, sparse = pair()
 
     def found():
-        rows = [(name, row) for m in sparse.projections for name, row in zip(m.segments, m.threshold, strict=True)]
+        rows = [(name, row) for m in sparse.sites for name, row in zip(m.segments, m.threshold, strict=True)]
         assert [name for name, _ in rows] == [*PROJECTIONS, *PROJECTIONS]
         assert all((row == row[0]).all() for _, row in rows)
         return [row[0].item() for _, row in rows]
@@ -291,7 +291,7 @@ def test_set_sparsity_of_another_model():
     for sparsity in (0.5, [shares] * 2, [shares] * 5):
         with pytest.raises(ValueError, match="the model has 2 layers, the statistics 5"):
             sparse.set_sparsity(other, sparsity)
-    assert not any(module.threshold.any() for module in sparse.projections)
+    assert not any(module.threshold.any() for module in sparse.sites)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -299,7 +299,7 @@ def test_a_cast_keeps_thresholds_and_counters(dtype):
     _, sparse = pair()
     before = set_random_thresholds(sparse)
     sparse.to(dtype)
-    for module, threshold in zip(sparse.projections, before, strict=True):
+    for module, threshold in zip(sparse.sites, before, strict=True):
         assert module.weight.dtype == dtype and module.kept.dtype == module.read.dtype == torch.int64
         assert module.threshold.dtype == torch.float32 and torch.equal(module.threshold, threshold)
 
@@ -330,10 +330,10 @@ def test_weights_are_stored_by_input_row(tiny):
         for module, names in ((mlp.w13, "13"), (mlp.w2, "2")):
             whole = torch.cat([tensors[f"layers.{layer}.feed_forward.w{name}.weight"] for name in names])
             assert torch.equal(module.weight, whole.t())
-    for module in sparse.projections:
+    for module in sparse.sites:
         assert module.weight.is_contiguous() and module.weight.shape == (module.threshold.shape[1], sum(module.widths))
         assert not module.threshold.any() and not module.weight.requires_grad
-    assert [list(m.segments) for m in sparse.projections[:4]] == [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+    assert [list(m.segments) for m in sparse.sites[:4]] == [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
     idx = torch.randint(300, (1, 9), generator=torch.Generator().manual_seed(0))
     dense = Transformer.from_checkpoint(tiny, dtype=torch.float32)
     torch.testing.assert_close(decode(sparse, idx, 3), dense(idx), atol=1e-4, rtol=1e-4)

@@ -3,45 +3,66 @@
     norm + qkv | rope + cache + attention | o + residual | norm + gate, up | SiLU x up + down + residual
 
 then norm + lm_head, and the sampling. Products accumulate in float32 by atomics: many programs of one warp keep the
-most loads in flight, and none waits for another but for a norm's scale. A buffer that a product adds to is zeroed by an
+most loads in flight, and none waits for another but for a norm's rstd. A buffer that a product adds to is zeroed by an
 earlier launch.
 
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
 at `gdc_wait`. What comes before that line may use only what no earlier launch of this step writes: weights, gains,
 thresholds, shifts, the position, the cache up to it. Which rows to prefetch is but a guess, from sums that are still
-being added to (during attention: h without o's part), a norm's last scale and o's last input. A step's first launch is
+being added to (during attention: h without o's part), a norm's last rstd and o's last input. A step's first launch is
 an ordinary one, so no steps overlap.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from kernels.plan import AHEAD_BYTES, AHEAD_ROWS, attention_prefetch
 from kernels.triton_gemv import (
     ONE,
-    SCALE_BUFFER,
+    RSTD_BUFFER,
     SLOT_STRIDE,
     SLOTS,
+    Norm,
+    Product,
     fraction,
+    norm_block,
     prefetch_gate_up,
     rounded,
-    rows_ahead,
-    shared_norm_scale,
+    shared_rstd,
 )
+
+HEAD_ROWS = 8  # tokens per program of the lm_head, and per group of the sampling
+
+# ---- the embedding
 
 
 @triton.jit
 def _embed_kernel(
     token_ptr, embedding_ptr, h_ptr, slots_ptr,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, SCALE_BUFFER: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    DIM: tl.constexpr, BLOCK: tl.constexpr, RSTD_BUFFER: tl.constexpr, PDL: tl.constexpr,
+):
     """h = embedding[token], float32; zeroes the slots that the lm_head's norm uses."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(slots_ptr + tl.arange(0, SCALE_BUFFER), tl.zeros((SCALE_BUFFER,), tl.float32))
+    tl.store(slots_ptr + tl.arange(0, RSTD_BUFFER), tl.zeros((RSTD_BUFFER,), tl.float32))
     row = tl.load(token_ptr) * DIM
     tl.store(h_ptr + i, tl.load(embedding_ptr + row + i, mask=i < DIM, other=0.0).to(tl.float32), mask=i < DIM)
+
+
+def launch_embed(token: Tensor, embedding: Tensor, h: Tensor, logits: Tensor, pdl: bool) -> None:
+    """h [dim] float32 = embedding[token]; readies `logits` for `launch_head`."""
+    n_vocab, dim = embedding.shape
+    _embed_kernel[(triton.cdiv(dim, 1024),)](
+        token, embedding, h, logits[n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER, PDL=pdl
+    )
+
+
+# ---- attention
 
 
 @triton.jit
@@ -56,19 +77,48 @@ def _rotated(x_ptr, bias_ptr, offsets, mask, pair, cos, sin, HAS_BIAS: tl.conste
 
 
 @triton.jit
+def _join_chunks(
+    part_ptr, lse_ptr, y_ptr, head, g, q_offsets, q_mask,
+    SPLITS: tl.constexpr, N_HEAD: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):
+    """y of a key/value head's queries: the chunks' results, weighted by their log-sum-exps."""
+    in_g = g < HEADS_PER_KV
+    s = tl.arange(0, SPLITS)[None, :]
+    lses = tl.load(lse_ptr + s * N_HEAD + (head * HEADS_PER_KV + g)[:, None], mask=in_g[:, None], other=0.0)
+    top = tl.max(lses, axis=1)
+    total = tl.sum(tl.exp(lses - top[:, None]), axis=1)
+
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for s in tl.static_range(SPLITS):
+        lse = tl.load(lse_ptr + s * N_HEAD + head * HEADS_PER_KV + g, mask=in_g, other=0.0)
+        part = tl.load(part_ptr + s * (N_HEAD * HEAD_DIM) + q_offsets, mask=q_mask, other=0.0)
+        acc += tl.exp(lse - top)[:, None] * part
+    tl.store(y_ptr + q_offsets, (acc / total[:, None]).to(DTYPE), mask=q_mask)
+
+
+@triton.jit
 def _attention_kernel(
-    qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr, part_ptr, lse_ptr, arrived_ptr,
-    y_ptr, seq_length, chunk, window, scale,
-    h_ptr, gain_ptr, threshold_ptr, last_scale_ptr, weight_ptr, half_bytes, n_pieces,
+    # the new position's query, key and value, and the cache
+    qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr,
+    # the chunks' results, how many of a head have arrived, and the output
+    part_ptr, lse_ptr, arrived_ptr, y_ptr,
+    # sizes: positions of the cache, of a chunk, and of the sliding window
+    seq_length, chunk, sliding_window, softmax_scale,
+    # what the additional programs prefetch, see `prefetch_gate_up`
+    h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, n_pieces,
+    # compiled in: of the prefetch; AHEAD_ROWS 0: none
     AHEAD_ROWS: tl.constexpr, AHEAD_BYTES: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    N_HEAD: tl.constexpr, N_KV: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    # compiled in: the model
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr,
+    # compiled in: chunks; tiles of BLOCK_N positions, BLOCK_D elements and BLOCK_G query heads
+    SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):
     """One query over one chunk of a key/value head's cache. The head's last program to end joins the chunks' results.
 
     The program whose chunk holds the new position rotates and caches the new key and value, and counts them. Programs
-    beyond the chunks prefetch rows of gate/up, since attention leaves the memory idle.
+    beyond the chunks prefetch rows of gate|up, since attention leaves the memory idle.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -76,14 +126,14 @@ def _attention_kernel(
     head, split = tl.program_id(0), tl.program_id(1)
     if AHEAD_ROWS > 0:
         if split >= SPLITS:
-            tl.extra.cuda.gdc_wait()  # sooner it would hold up qkv
-            piece = (split - SPLITS) * N_KV + head
-            if piece < n_pieces:
-                prefetch_gate_up(
-                    piece, h_ptr, gain_ptr, threshold_ptr, last_scale_ptr, weight_ptr, half_bytes,
-                    CUT, SHIFT, N_IN, AHEAD_ROWS, AHEAD_BYTES, DTYPE,
-                )  # fmt: skip
+            prefetch_gate_up(
+                (split - SPLITS) * N_KV + head, n_pieces,
+                h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes,
+                CUT, SHIFT, N_IN, AHEAD_ROWS, AHEAD_BYTES, DTYPE,
+            )
             return
+
+    # the rotation at the new position, in adjacent pairs of elements
     position = tl.load(position_ptr).to(tl.int32)
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
@@ -92,21 +142,25 @@ def _attention_kernel(
     angle = position.to(tl.float32) * tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
     cos, sin = tl.cos(angle), tl.sin(angle)
     sin = tl.where(d % 2 == 0, -sin, sin)
+
+    # this program's chunk of the cache, and its first keys and values: no launch of this step writes them
     first = split * chunk
     last = tl.minimum(first + chunk, position)
     owner = (position >= first) & (position < first + chunk)
     if WINDOW:
-        first = tl.maximum(first, position - window + 1)
+        first = tl.maximum(first, position - sliding_window + 1)
     cache = head.to(tl.int64) * seq_length * HEAD_DIM
     offsets = cache + (first + n)[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
     mask = (first + n < last)[:, None] & in_d[None, :]
     k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
     v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
+
+    # qkv has ended: the queries of this key/value head, its new key and its new value
     if PDL:
         tl.extra.cuda.gdc_wait()
-    q_offsets = ((head * GROUP + g) * HEAD_DIM)[:, None] + d[None, :]
-    q_mask = (g < GROUP)[:, None] & in_d[None, :]
-    pair = ((head * GROUP + g) * HEAD_DIM)[:, None] + (d ^ 1)[None, :]
+    q_offsets = ((head * HEADS_PER_KV + g) * HEAD_DIM)[:, None] + d[None, :]
+    q_mask = (g < HEADS_PER_KV)[:, None] & in_d[None, :]
+    pair = ((head * HEADS_PER_KV + g) * HEAD_DIM)[:, None] + (d ^ 1)[None, :]
     q = _rotated(qkv_ptr, bias_ptr, q_offsets, q_mask, pair, cos[None, :], sin[None, :], HAS_BIAS, DTYPE)
     k_start = (N_HEAD + head) * HEAD_DIM
     k_new = _rotated(qkv_ptr, bias_ptr, k_start + d, in_d, k_start + (d ^ 1), cos, sin, HAS_BIAS, DTYPE)
@@ -118,17 +172,22 @@ def _attention_kernel(
     if owner:
         tl.store(k_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, k_new, mask=in_d)
         tl.store(v_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, v_new, mask=in_d)
-    score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1) * scale
+
+    # softmax so far: the largest score, the sum of exponentials and of weighted values; the owner starts with the new
+    # position's
+    score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1) * softmax_scale
     top = tl.where(owner, score, float("-inf"))
     total = tl.where(owner, 1.0, 0.0) + tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.where(owner, v_new.to(tl.float32), 0.0)[None, :] + tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+
+    # the chunk's positions before it, BLOCK_N at a time
     for start in range(first, last, BLOCK_N):
         if start > first:
             offsets = cache + (start + n)[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
             mask = (start + n < last)[:, None] & in_d[None, :]
             k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
             v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * softmax_scale
         scores = tl.where((start + n < last)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         shrink = tl.exp(top - new_top)
@@ -136,27 +195,75 @@ def _attention_kernel(
         total = total * shrink + tl.sum(p, axis=1)
         acc = acc * shrink[:, None] + tl.dot(p.to(DTYPE), v, input_precision="ieee")
         top = new_top
+
+    # a chunk beyond the position, or before the window, has no keys: its log-sum-exp is -inf
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
     if SPLITS > 1:
         tl.store(part_ptr + split * (N_HEAD * HEAD_DIM) + q_offsets, acc, mask=q_mask)
-        tl.store(lse_ptr + split * N_HEAD + head * GROUP + g, lse, mask=g < GROUP)
+        tl.store(lse_ptr + split * N_HEAD + head * HEADS_PER_KV + g, lse, mask=g < HEADS_PER_KV)
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(arrived_ptr + head, 0)
-            s = tl.arange(0, SPLITS)[None, :]
-            lses = tl.load(lse_ptr + s * N_HEAD + (head * GROUP + g)[:, None], mask=(g < GROUP)[:, None], other=0.0)
-            top = tl.max(lses, axis=1)
-            total = tl.sum(tl.exp(lses - top[:, None]), axis=1)
-            acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-            for s in tl.static_range(SPLITS):
-                lse = tl.load(lse_ptr + s * N_HEAD + head * GROUP + g, mask=g < GROUP, other=0.0)
-                part = tl.load(part_ptr + s * (N_HEAD * HEAD_DIM) + q_offsets, mask=q_mask, other=0.0)
-                acc += tl.exp(lse - top)[:, None] * part
-            tl.store(y_ptr + q_offsets, (acc / total[:, None]).to(DTYPE), mask=q_mask)
+            _join_chunks(
+                part_ptr, lse_ptr, y_ptr, head, g, q_offsets, q_mask,
+                SPLITS, N_HEAD, HEADS_PER_KV, HEAD_DIM, BLOCK_G, BLOCK_D, DTYPE,
+            )
     else:
         tl.store(y_ptr + q_offsets, acc.to(DTYPE), mask=q_mask)
+
+
+class Chunks(NamedTuple):
+    """Room for attention's chunks: results [splits, n_head head_dim] and log-sum-exps [splits, n_head], float32.
+
+    arrived: [n_kv] int32, how many of a key/value head's chunks have ended, 0 before and after a launch.
+    """
+
+    parts: Tensor
+    lse: Tensor
+    arrived: Tensor
+
+
+def launch_attention(
+    qkv: Tensor, bias: Tensor | None, cache: tuple[Tensor, Tensor], position: Tensor, inv_freq: Tensor, chunks: Chunks,
+    y: Tensor, sliding_window: int | None, pdl: bool, *, h: Tensor, ffn_norm: Norm, gate_up: Product,
+) -> None:
+    """Attention of the new position, cached on the way, to y [n_head head_dim] in the model's dtype.
+
+    Args:
+        qkv: [(n_head + 2 n_kv) head_dim], float32; bias: the same or None.
+        cache: keys and values, each [1, n_kv, seq_length, head_dim].
+        sliding_window: how many keys the query sees, itself included; None: all.
+        h, ffn_norm, gate_up: of the product after o; with `pdl`, rows of it are prefetched meanwhile.
+    """
+    (k_cache, v_cache), weight = cache, gate_up.weight
+    _, n_kv, seq_length, head_dim = k_cache.shape
+    splits, n_head = chunks.lse.shape
+    n_in, n_out = len(weight), sum(gate_up.segments)
+    n_pieces = attention_prefetch(n_in, n_out, gate_up.sparsity, gate_up.form, n_kv * splits) if pdl else 0
+
+    _attention_kernel[(n_kv, splits + triton.cdiv(n_pieces, n_kv))](
+        qkv, bias, k_cache, v_cache, position, inv_freq,
+        *chunks, y,
+        seq_length, triton.cdiv(seq_length, splits), sliding_window or 0, head_dim**-0.5,
+        h, ffn_norm.gain, gate_up.threshold, ffn_norm.last_rstd, weight.view(torch.uint8), weight[0].nbytes // 2,
+        n_pieces,
+        # the prefetch
+        AHEAD_ROWS=AHEAD_ROWS if n_pieces else 0, AHEAD_BYTES=AHEAD_BYTES, CUT=gate_up.sparsity > 0,
+        SHIFT=gate_up.offset is not None, N_IN=n_in,
+        # the model
+        N_HEAD=n_head, N_KV=n_kv, HEADS_PER_KV=n_head // n_kv, HEAD_DIM=head_dim, HAS_BIAS=bias is not None,
+        WINDOW=sliding_window is not None,
+        # tiles, of which the tensor cores want 16 rows
+        SPLITS=splits, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_G=max(16, triton.next_power_of_2(n_head // n_kv)), BLOCK_N=64, PDL=pdl,
+        # the launch
+        num_warps=4, launch_pdl=pdl,
+    )
+
+
+# ---- the lm_head
 
 
 @triton.jit
@@ -164,7 +271,7 @@ def _head_kernel(
     h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, eps, one,
     DIM: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
     SLOTS: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """Logits of BLOCK_V tokens, W RMSNorm(h) with W [vocab, DIM], and the largest of them, for the sampling."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -172,7 +279,9 @@ def _head_kernel(
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    scale = shared_norm_scale(logits_ptr + n_vocab, tl.program_id(0), h_ptr, eps, DIM, NORM_BLOCK, SLOTS, STRIDE)
+    rstd = shared_rstd(logits_ptr + n_vocab, tl.program_id(0), h_ptr, eps, DIM, NORM_BLOCK, SLOTS, STRIDE)
+
+    # the sums, BLOCK_K inputs at a time
     acc = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
     for start in tl.static_range(0, DIM, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -181,15 +290,35 @@ def _head_kernel(
         weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         h = tl.load(h_ptr + k, mask=k < DIM, other=0.0)
         gain = tl.load(gain_ptr + k, mask=k < DIM, other=0.0).to(tl.float32)
-        x = rounded(rounded(h * scale, DTYPE) * gain, DTYPE)
+        x = rounded(rounded(h * rstd, DTYPE) * gain, DTYPE)
         if SCALED:
             weight = fraction(weight.to(tl.int32) ^ 0x80, one, 0, 8) - 1.5  # a 256th of it
         acc += weight.to(tl.float32) * x[None, :]
+
     logits = tl.sum(acc, axis=1)
     if SCALED:
         logits *= 256 * tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
     tl.store(logits_ptr + v, logits, mask=v < n_vocab)
     tl.store(top_ptr + tl.program_id(0), tl.max(tl.where(v < n_vocab, logits, float("-inf")), axis=0))
+
+
+def launch_head(
+    h: Tensor, norm: Norm, weight: Tensor, weight_scale: Tensor | None, logits: Tensor, top: Tensor, pdl: bool
+) -> None:
+    """logits [vocab] float32 = W RMSNorm(h), with RSTD_BUFFER behind them; top: the largest of every HEAD_ROWS.
+
+    weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, else None.
+    """
+    n_vocab, dim = weight.shape
+    _head_kernel[(top.numel(),)](
+        h, norm.gain, weight, weight_scale, logits, top, n_vocab, norm.eps, ONE,
+        DIM=dim, NORM_BLOCK=norm_block(dim), BLOCK_V=HEAD_ROWS, BLOCK_K=1024,
+        SLOTS=SLOTS, STRIDE=SLOT_STRIDE, SCALED=weight_scale is not None, PDL=pdl,
+        num_warps=4, launch_pdl=pdl,
+    )
+
+
+# ---- the sampling
 
 
 @triton.jit
@@ -208,8 +337,10 @@ def _value(key):
 
 @triton.jit
 def _kth_largest(key, low, k, enough):
-    """A bound that from k to `enough` (if ties allow) of a tensor of int32 reach; k: the k-th largest. At least k reach
-    `low`. By bisection of the values, which finds a bound among logits in fewer steps than one of the keys."""
+    """A bound that k to `enough` (if ties allow) of a tensor of int32 reach; enough = k: the k-th largest.
+
+    At least k reach `low`. It bisects values, which finds a bound among logits in fewer steps than bisecting keys.
+    """
     low, high = low.to(tl.int64), tl.max(key, axis=0).to(tl.int64) + 1
     reached = enough + 1
     while (high - low > 1) & (reached > enough):
@@ -224,10 +355,14 @@ def _kth_largest(key, low, k, enough):
 
 @triton.jit
 def _sample_kernel(
-    logits_ptr, top_ptr, groups_ptr, seed_ptr, position_ptr, token_ptr, tokens_ptr,
+    # what the lm_head left, and room for the groups that are looked at
+    logits_ptr, top_ptr, groups_ptr,
+    # read and moved on
+    seed_ptr, position_ptr, token_ptr, tokens_ptr,
     n_vocab, n_groups, temperature, top_k,
+    # compiled in; CAPACITY: groups that are looked at, of GROUP tokens
     GREEDY: tl.constexpr, BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):
     """Draws a token among the top_k and moves on: one program.
 
     The top_k largest logits lie in groups (of GROUP neighbouring tokens) whose largest is at least the top_k-th
@@ -239,18 +374,23 @@ def _sample_kernel(
     i = tl.arange(0, BLOCK_GROUPS)
     key = _ordered(tl.load(top_ptr + i, mask=i < n_groups, other=float("-inf")))
     bound = _kth_largest(key, tl.min(key, axis=0), top_k, CAPACITY)
-    # groups above the bound first, so that ties with it cannot push one out
+
+    # list the groups: those above the bound first, so that ties with it cannot push one out
     above, at = (key > bound).to(tl.int32), ((key == bound) & (i < n_groups)).to(tl.int32)
     slot = tl.where(above > 0, tl.cumsum(above, 0) - 1, tl.sum(above, 0) + tl.cumsum(at, 0) - 1)
     tl.store(groups_ptr + slot, i, mask=((above + at) > 0) & (slot < CAPACITY))
-    found = tl.minimum(tl.sum(above + at, 0), CAPACITY)
+    n_listed = tl.minimum(tl.sum(above + at, 0), CAPACITY)
     tl.debug_barrier()
+
+    # their tokens' logits
     j = tl.arange(0, CAPACITY * GROUP)
-    chosen = tl.load(groups_ptr + j // GROUP, mask=j // GROUP < found, other=0)
-    token = chosen * GROUP + j % GROUP
-    valid = (j // GROUP < found) & (token < n_vocab)
+    listed = tl.load(groups_ptr + j // GROUP, mask=j // GROUP < n_listed, other=0)
+    token = listed * GROUP + j % GROUP
+    valid = (j // GROUP < n_listed) & (token < n_vocab)
     logits = tl.load(logits_ptr + token, mask=valid, other=float("-inf"))
     position = tl.load(position_ptr)
+
+    # the draw
     if GREEDY:
         score = logits
     else:
@@ -261,86 +401,22 @@ def _sample_kernel(
         score = tl.where(kept & valid, logits / temperature + noise, float("-inf"))
     best = tl.max(score, axis=0)
     token = tl.min(tl.where(valid & (score == best), token, n_vocab - 1), axis=0)
+
     tl.store(token_ptr, token.to(tl.int64))
     tl.store(tokens_ptr + position + 1, token.to(tl.int64))
     tl.store(position_ptr, position + 1)
 
 
-def launch_embed(token, embedding, h, logits, pdl: bool) -> None:
-    """h [dim] float32 = embedding[token]; readies `logits` for `launch_head`."""
-    n_vocab, dim = embedding.shape
-    _embed_kernel[(triton.cdiv(dim, 1024),)](
-        token, embedding, h, logits[n_vocab:], DIM=dim, BLOCK=1024, SCALE_BUFFER=SCALE_BUFFER, PDL=pdl
-    )
-
-
-def attention_splits(seq_length: int, n_kv: int) -> int:
-    """Into how many chunks a cache is cut: enough programs for a GPU's multiprocessors, but no chunk much under 64.
-
-    A power of two, as the program that joins them needs it. Fastest on an H100 with 8 key/value heads: 206 positions in
-    4 chunks, 1,224 and 4,296 in 16, 8,192 in 32.
-    """
-    most = max(1, 128 // n_kv)
-    if seq_length > 384 * most:
-        most *= 2
-    return 1 << (min(triton.cdiv(seq_length, 64), most).bit_length() - 1)
-
-
-AHEAD_ROWS, AHEAD_BYTES = 128, 2048  # what one program prefetches
-
-
-def launch_attention(
-    qkv, bias, k_cache, v_cache, position, inv_freq, parts, lse, arrived, y, window, pdl,
-    *, h, gain, threshold, last_scale, weight, sparsity,
-) -> None:  # fmt: skip
-    """Attention of the new position, cached on the way, to y [n_head head_dim] in the model's dtype.
-
-    qkv: [(n_head + 2 n_kv) head_dim] float32; bias the same or None; caches [1, n_kv, seq_length, head_dim];
-    parts: [splits, n_head head_dim] and lse: [splits, n_head], float32, the chunks' results and log-sum-exps;
-    arrived: [n_kv] int32, zeros before and after.
-    h to sparsity: of gate/up, the same as `launch_gemv`'s; with `pdl`, rows of it are prefetched meanwhile.
-    """
-    _, n_kv, seq_length, head_dim = k_cache.shape
-    splits, n_head = lse.shape
-    group = n_head // n_kv
-    half_bytes, n_pieces = weight[0].nbytes // 2, 0
-    # beside 256 programs (8 key/value heads from 6,145 positions on) it makes a step 0.6 to 1.3 % longer
-    if pdl and n_kv * splits <= 128 and half_bytes % 16 == 0:
-        rows = rows_ahead(*weight.shape, sparsity, 8 * weight.element_size())
-        n_pieces = rows // AHEAD_ROWS * 2 * triton.cdiv(half_bytes, AHEAD_BYTES)
-    _attention_kernel[(n_kv, splits + triton.cdiv(n_pieces, n_kv))](
-        qkv, bias, k_cache, v_cache, position, inv_freq, parts, lse, arrived, y, seq_length,
-        triton.cdiv(seq_length, splits), window or 0, head_dim**-0.5,
-        h, gain, threshold, last_scale, weight.view(torch.uint8), half_bytes, n_pieces,
-        AHEAD_ROWS=AHEAD_ROWS if n_pieces else 0, AHEAD_BYTES=AHEAD_BYTES, CUT=sparsity > 0,
-        SHIFT=threshold.dim() == 3, N_IN=weight.shape[0], SPLITS=splits,
-        N_HEAD=n_head, N_KV=n_kv, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=64, HAS_BIAS=bias is not None,
-        WINDOW=window is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
-    )  # fmt: skip
-
-
-HEAD_ROWS = 8  # tokens a program of the lm_head, and a group of the sampling
-
-
-def launch_head(h, gain, weight, weight_scale, logits, top, eps, pdl) -> None:
-    """logits [vocab] float32 = W RMSNorm(h), with SCALE_BUFFER behind them; top: the largest of every HEAD_ROWS.
-
-    weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, else None.
-    """
-    n_vocab, dim = weight.shape
-    _head_kernel[(top.numel(),)](
-        h, gain, weight, weight_scale, logits, top, n_vocab, eps, ONE,
-        DIM=dim, NORM_BLOCK=min(4096, triton.next_power_of_2(dim)), BLOCK_V=HEAD_ROWS, BLOCK_K=1024, SLOTS=SLOTS,
-        STRIDE=SLOT_STRIDE, SCALED=weight_scale is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
-    )  # fmt: skip
-
-
-def launch_sample(logits, top, groups, seed, position, token, tokens, temperature: float, top_k: int, pdl) -> None:
+def launch_sample(
+    logits: Tensor, top: Tensor, groups: Tensor, seed: Tensor, position: Tensor, token: Tensor, tokens: Tensor,
+    temperature: float, top_k: int, pdl: bool,
+) -> None:
     """The next token from what `launch_head` left; writes token [1], tokens[position + 1] and position + 1."""
-    greedy, n_vocab = temperature == 0, logits.numel() - SCALE_BUFFER
+    greedy, n_vocab = temperature == 0, logits.numel() - RSTD_BUFFER
     _sample_kernel[(1,)](
-        logits, top, groups, seed, position, token, tokens, n_vocab, top.numel(), float(temperature or 1.0),
-        1 if greedy else top_k, GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.numel()), GROUP=HEAD_ROWS,
-        CAPACITY=groups.numel(), PDL=pdl, num_warps=16, launch_pdl=pdl,
-    )  # fmt: skip
+        logits, top, groups,
+        seed, position, token, tokens,
+        n_vocab, top.numel(), float(temperature or 1.0), 1 if greedy else top_k,
+        GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.numel()), GROUP=HEAD_ROWS, CAPACITY=groups.numel(),
+        PDL=pdl, num_warps=16, launch_pdl=pdl,
+    )

@@ -1,0 +1,473 @@
+"""Decoding: a token to the next one, sampling included, in four forms, and the loop around them.
+
+    form       what runs a step                                     serves
+    eager      the model's forward, op by op                        every run
+    compiled   the same through torch.compile (CUDA graphs)         every run
+    fused      five launches per layer in one CUDA graph, on a GPU  batch 1 and what `unfusable` lets pass
+    fused      one call of C++, on a CPU                            the same
+
+Why a fused step on a GPU records its own CUDA graph: README, "How it works".
+"""
+
+import ctypes
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+
+import torch
+from torch import Tensor
+
+from kernels import cpu
+from model import ModelArgs, Transformer
+from sparse_model import SparseProjection, SparseTransformer
+
+MAX_TOP_K = 1024  # that the fused sampling on a GPU sorts in one program
+# The fields of ModelArgs that both fused steps implement, whatever their value.
+FUSED_FIELDS = {
+    *("name", "block_size", "vocab_size", "tie_embeddings"),
+    *("n_layer", "n_head", "n_local_heads", "dim", "head_dim", "intermediate_size"),
+    *("rope_base", "rope_scaling", "norm_eps", "qkv_bias", "sliding_window", "windowed_layers"),
+    *("quant", "groupsize"),
+}
+
+
+def unfusable(config: ModelArgs) -> str | None:
+    """Why the fused steps do not serve a model, in one line; None: they do.
+
+    A field of ModelArgs that they do not know must have its default, so that no switch is silently ignored.
+    """
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = getattr(config, field.name)
+        if field.name not in FUSED_FIELDS and value != default:
+            return f"the fused steps do not implement {field.name} = {value!r}"
+    return None
+
+
+class FusedGpuStep:
+    """Decode steps at batch 1 on a GPU, through the fused kernels and one CUDA graph.
+
+    `replay` a step as often as wanted, then read `tokens`: it leaves nothing for the host to do.
+
+    Args:
+        model: with its cache set up for one row, and its cuts set: a later change needs a new step.
+        temperature, top_k: of the sampling; temperature 0 is greedy.
+        dense: runs the weights with nothing cut, by the same kernels with the test compiled out. So does a model whose
+            `sparsity` is 0.
+
+    Attributes:
+        tokens: [positions of the cache + 1], int64; those from `start` on are valid.
+        logits: [vocab and room for a norm's rstd], float32, of the last step.
+    """
+
+    def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
+        from kernels import fused_step, plan, triton_gemv
+
+        self.kernels, self.launch_gemv = fused_step, triton_gemv.launch_gemv
+        self.model, self.sparsity = model, 0.0 if dense else model.sparsity
+        self.temperature, self.top_k = temperature, min(top_k, model.config.vocab_size)
+        config, device = model.config, model.device
+        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+        def buffer(*shape: int, dtype=torch.float32) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        # What one launch of a step leaves to the next. y is kept per layer: o guesses by its last input.
+        cache_length, rstd_buffer = model.layers[0].attention.kv_cache.k_cache.shape[2], triton_gemv.RSTD_BUFFER
+        q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
+        splits = plan.attention_splits(cache_length, config.n_local_heads)
+        self.h = buffer(config.dim)
+        self.qkv = buffer(q + 2 * kv + rstd_buffer)
+        self.gate_up = buffer(2 * config.intermediate_size + rstd_buffer)
+        self.y = buffer(config.n_layer, q, dtype=model.dtype)
+        self.chunks = fused_step.Chunks(
+            buffer(splits, q), buffer(splits, config.n_head), buffer(config.n_local_heads, dtype=torch.int32)
+        )
+        self.logits = buffer(config.vocab_size + rstd_buffer)
+
+        # The sampling's room, and what goes from step to step.
+        self.top = buffer(-(-config.vocab_size // fused_step.HEAD_ROWS))
+        self.groups = buffer(1 << (self.top_k + 31).bit_length(), dtype=torch.int32)
+        self.token, self.position, self.seed = (buffer(1, dtype=torch.int64) for _ in range(3))
+        self.tokens = buffer(cache_length + 1, dtype=torch.int64)
+
+        # What the launches multiply and normalise with.
+        self.last_rstds = buffer(2 * config.n_layer, 1)
+        norms = [norm for block in model.layers for norm in (block.attention_norm, block.ffn_norm)]
+        self.norms = [
+            triton_gemv.Norm(norm.weight, norm.eps, last_rstd)
+            for norm, last_rstd in zip(norms, self.last_rstds, strict=True)
+        ]
+        self.head_norm = triton_gemv.Norm(model.norm.weight, model.norm.eps)
+        self.products = {module: self._product(triton_gemv.Product, module) for module in model.sites}
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _product(self, make: type, module: SparseProjection) -> tuple:
+        """The module's `kernels.triton_gemv.Product`, thresholds and shifts side by side if there are shifts."""
+        threshold, offset = module.threshold, None
+        if self.sparsity and module.shift is not None:
+            threshold = torch.stack((threshold, module.shift.expand_as(threshold)), dim=2)
+            offset = module.offset
+        return make(module.weight, threshold, module.widths, self.sparsity, module.scale, offset)
+
+    def start(self, token: Tensor, position: int, seed: int) -> None:
+        """Sets the token to feed next, its position, and the seed of the draws."""
+        self.token.copy_(token.view(1))
+        self.tokens[position] = token.view(())
+        self.position.fill_(position)
+        self.seed.fill_(seed)
+
+    def replay(self) -> None:
+        """One step; the first call records it."""
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Compiles the kernels and records the graph.
+
+        The one step that it runs is undone, but for the cache at its position, which the first replay writes again.
+        """
+        token, position = self.token.clone(), self.position.clone()
+        stream = torch.cuda.Stream(self.h.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.token.copy_(token)
+        self.position.copy_(position)
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
+
+    def step(self) -> None:
+        """Launches the kernels of one step."""
+        kernels, model, products, pdl = self.kernels, self.model, self.products, self.pdl
+        options = {"dtype": model.dtype, "pdl": pdl}
+        kernels.launch_embed(self.token, model.tok_embeddings.weight, self.h, self.logits, pdl)
+
+        for i, block in enumerate(model.layers):
+            attention, feed_forward = block.attention, block.feed_forward
+            wqkv, wo, w13, w2 = attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2
+            attention_norm, ffn_norm = self.norms[2 * i : 2 * i + 2]
+            sliding_window = model.config.sliding_window if i in model.config.windowed_layers else None
+
+            self.launch_gemv(
+                "norm", self.h, products[wqkv], self.qkv, norm=attention_norm, zero=self.gate_up, **options
+            )
+            kernels.launch_attention(
+                self.qkv,
+                wqkv.bias,
+                (attention.kv_cache.k_cache, attention.kv_cache.v_cache),
+                self.position,
+                model.inv_freq,
+                self.chunks,
+                self.y[i],
+                sliding_window,
+                pdl,
+                h=self.h,
+                ffn_norm=ffn_norm,
+                gate_up=products[w13],
+            )
+            self.launch_gemv("given", self.y[i : i + 1], products[wo], self.h[None], **options)
+            self.launch_gemv("norm", self.h, products[w13], self.gate_up, norm=ffn_norm, zero=self.qkv, **options)
+            self.launch_gemv("silu", self.gate_up, products[w2], self.h, **options)
+
+        head_scale = None if model.output is None else model.output.scale
+        kernels.launch_head(self.h, self.head_norm, model.output_weight, head_scale, self.logits, self.top, pdl)
+        kernels.launch_sample(
+            self.logits,
+            self.top,
+            self.groups,
+            self.seed,
+            self.position,
+            self.token,
+            self.tokens,
+            self.temperature,
+            self.top_k,
+            pdl,
+        )
+
+
+class FusedCpuStep:
+    """Decode steps at batch 1 on a CPU, each one call of the compiled library.
+
+    A step runs with torch's number of threads, which sets the order of sums. It reads the model's tensors where they
+    lie, so they must stay there.
+
+    Args:
+        model: with its cache set up for one row.
+        temperature, top_k: of the sampling; temperature 0 is greedy.
+        dense: runs the weights with nothing cut: thresholds and shifts are left out. So does a model whose `sparsity`
+            is 0.
+
+    Attributes:
+        tokens: [positions of the cache + 1], int64; those from `start` on are valid.
+        logits: [vocab], float32, of the last step, rounded to the model's dtype.
+    """
+
+    def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
+        config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
+        self._decode = cpu.kernel("decode", cache.dtype, model.layers[0].attention.wo.form)
+        self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int]
+        self._tensors = []  # those that only the structures point to
+        self.logits = torch.zeros(config.vocab_size)
+        self.tokens = torch.zeros(cache.shape[2] + 1, dtype=torch.int64)
+
+        # the weights, layer by layer
+        layers = (cpu.Layer * config.n_layer)()
+        for i, block in enumerate(model.layers):
+            attention, feed_forward = block.attention, block.feed_forward
+            layers[i] = cpu.Layer(
+                attention_norm=self._pointer(block.attention_norm.weight),
+                ffn_norm=self._pointer(block.ffn_norm.weight),
+                wqkv=self._projection(attention.wqkv),
+                wo=self._projection(attention.wo),
+                w13=self._projection(feed_forward.w13),
+                w2=self._projection(feed_forward.w2),
+                k_cache=self._pointer(attention.kv_cache.k_cache),
+                v_cache=self._pointer(attention.kv_cache.v_cache),
+                window=config.sliding_window if i in config.windowed_layers else cache.shape[2],
+            )
+
+        # the model: its shape, its other weights, room for values between the phases of a step, and the sampling
+        q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
+        self._model = cpu.Model(
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_local_heads=config.n_local_heads,
+            head_dim=config.head_dim,
+            dim=config.dim,
+            hidden=config.intermediate_size,
+            vocab=config.vocab_size,
+            cache_length=cache.shape[2],
+            layers=layers,
+            # weights
+            embedding=self._pointer(model.tok_embeddings.weight),
+            norm=self._pointer(model.norm.weight),
+            output=self._pointer(model.output_weight),
+            output_scale=self._pointer(None if model.output is None else model.output.scale),
+            inv_freq=self._pointer(model.inv_freq),
+            # room
+            h=self._pointer(torch.zeros(config.dim)),
+            qkv=self._pointer(torch.zeros(q + 2 * kv)),
+            y=self._pointer(torch.zeros(q)),
+            act=self._pointer(torch.zeros(config.intermediate_size)),
+            logits=self._pointer(self.logits),
+            tops=self._pointer(torch.zeros(-(-config.vocab_size // cpu.GROUP))),
+            tokens=self._pointer(self.tokens),
+            # how it runs
+            cut=not dense and model.sparsity > 0,
+            eps=config.norm_eps,
+            temperature=temperature,
+            top_k=min(top_k, config.vocab_size),
+        )
+        for parameter in model.parameters():
+            cpu.library().use_huge_pages(ctypes.c_void_p(parameter.data_ptr()), ctypes.c_int64(parameter.nbytes))
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        """Where a tensor lies, which is kept there as long as this step; None: a null pointer."""
+        if tensor is None:
+            return None
+        assert tensor.is_contiguous() and tensor.device.type == "cpu"
+        self._tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def _projection(self, module: SparseProjection) -> cpu.Projection:
+        tensors = {name: self._pointer(getattr(module, name)) for name in cpu.Projection.TENSORS}
+        return cpu.Projection(**tensors, group=module.form.groupsize)
+
+    def start(self, token: Tensor, position: int, seed: int) -> None:
+        """Sets the token to feed next, its position, and the seed of the draws."""
+        self.position, self.seed, self._threads = position, seed, torch.get_num_threads()
+        self.tokens[position] = token.item()
+
+    def replay(self) -> None:
+        """One step. Little happens here: what a step read has swept Python's own data out of the caches.
+
+        Raises:
+            MemoryError: too little for the step; the position is the same then.
+        """
+        assert self.position < self._model.cache_length
+        if self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads):
+            raise MemoryError(f"no memory for a decode step at position {self.position} on the CPU")
+        self.position += 1
+
+
+def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
+    """Why a run's steps are not fused, in a few words; None: they can be."""
+    if batch_size > 1:
+        return "it serves one row"
+    if device.type == "cpu" and cpu.library() is None:
+        return "it needs a C++ compiler"
+    if device.type == "cuda" and top_k > MAX_TOP_K:
+        return f"it sorts a top_k of at most {MAX_TOP_K}"
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return "it adds in no fixed order"
+    return unfusable(config)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int) -> Tensor:
+    """Draws a token for each row. logits: [B, V]; returns [B, 1], int64. Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    kth = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
+    logits = torch.where(logits < kth, -float("inf"), logits)
+
+    # argmax(p / Exp(1)) is a draw from p and, unlike torch.multinomial, does not wait for the device
+    noise = torch.empty_like(logits).exponential_(1)
+    return (torch.softmax(logits, dim=-1) / noise).argmax(dim=-1, keepdim=True)
+
+
+def decode_one_token(
+    model: Transformer, token: Tensor, input_pos: Tensor, temperature: float, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The next token [B, 1] and its position [1], from a token [B, 1] at input_pos [1]."""
+    logits = model(token, input_pos)
+    return sample(logits[:, -1], temperature, top_k), input_pos + 1
+
+
+def prefill(model: Transformer, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
+    """The first new token [B, 1] after a prompt [B, P], which is dense in a sparse model too."""
+    single = prompt.shape[1] == 1 and isinstance(model, SparseTransformer)  # would be cut
+    options = {"dense_prefix": 1} if single else {}
+    logits = model(prompt, torch.arange(prompt.shape[1], device=prompt.device), num_logits=1, **options)
+    return sample(logits[:, -1], temperature, top_k)
+
+
+class GraphedPrefill:
+    """`prefill`, compiled or not, for prompts of one shape, recorded as a CUDA graph on the first call.
+
+    For 6 tokens of llama-3-8b's shape the launches alone took an H100's host 30 ms, where the graph takes 9.
+    """
+
+    def __init__(self, run: Callable[..., Tensor]):
+        self.run, self.graph = run, None
+
+    def __call__(self, model: Transformer, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
+        if self.graph is None:
+            self.prompt = prompt.clone()
+            self.run(model, self.prompt, temperature, top_k)  # warms up what must not happen while recording
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.token = self.run(model, self.prompt, temperature, top_k)
+        self.prompt.copy_(prompt)
+        self.graph.replay()
+        return self.token
+
+
+@dataclass
+class Generation:
+    """Prompt and new tokens [B, P + N]; wall time of the call and, of that, of the N - 1 steps after prefill."""
+
+    tokens: Tensor
+    total_s: float
+    decode_s: float
+
+
+class Generator:
+    """A model with its cache and one form of its decode step.
+
+    Args:
+        model: on its device; its cache is made here. Generators of one size may share a model; one of another size
+            takes it from those before.
+        batch_size, max_length: rows and positions of the cache.
+        temperature, top_k: of the sampling; temperature 0 is greedy.
+        step: "fused", "compiled" (torch.compile, with CUDA graphs on a GPU) or "eager". Whether a run can be fused says
+            `why_unfused`.
+        compile_prefill: torch.compile of the prompt's pass.
+        dense: a fused step with nothing cut, whatever the model's cuts.
+        static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,
+        max_length: int,
+        temperature: float = 0.8,
+        top_k: int = 200,
+        step: str = "eager",
+        compile_prefill: bool = False,
+        dense: bool = False,
+        static_prompt: bool = True,
+    ):
+        self.model, self.temperature, self.top_k = model, temperature, top_k
+        self.device = model.device
+        model.setup_caches(batch_size, max_length)
+        self._cache = model.layers[0].attention.kv_cache
+
+        # the prompt's pass
+        self._prefill = prefill
+        if compile_prefill:
+            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
+        if step == "fused" and static_prompt and self.device.type == "cuda":
+            self._prefill = GraphedPrefill(self._prefill)
+
+        # the step, in the form that was asked for
+        self._fused: FusedGpuStep | FusedCpuStep | None = None
+        self._decode = decode_one_token
+        if step == "fused":
+            fused_class = FusedCpuStep if self.device.type == "cpu" else FusedGpuStep
+            self._fused = fused_class(model, temperature, top_k, dense)
+        elif step == "compiled":
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True)
+
+    @torch.inference_mode()
+    def __call__(
+        self, prompt: Tensor, max_new_tokens: int, on_token: Callable[[Tensor], bool] | None = None
+    ) -> Generation:
+        """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early.
+
+        Raises:
+            ValueError: the tokens do not fit the cache, or the model has a cache of another size by now.
+        """
+        rows, _, length, _ = self._cache.k_cache.shape
+        if len(prompt) != rows or prompt.shape[1] + max_new_tokens > length:
+            raise ValueError(
+                f"{len(prompt)} rows of {prompt.shape[1]} tokens and {max_new_tokens} new ones do not fit this "
+                f"Generator's cache of {rows} rows and {length} positions"
+            )
+        if self.model.layers[0].attention.kv_cache is not self._cache:
+            raise ValueError("the model's cache was replaced by a Generator of another size; make this one anew")
+
+        start = self._now()
+        token = self._prefill(self.model, prompt, self.temperature, self.top_k)
+        prefilled = self._now()
+        decode = self._replay if self._fused else self._loop
+        new = decode(token, prompt.shape[1], max_new_tokens, on_token)
+        end = self._now()
+        return Generation(torch.cat((prompt, new), dim=1), end - start, end - prefilled)
+
+    def _loop(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
+        """The new tokens [B, N] by eager or compiled steps, from the first one on."""
+        tokens, position = [], torch.tensor([length], device=self.device)
+        while True:
+            tokens.append(token.clone())  # a CUDA graph writes the next token into the same memory
+            if (on_token is not None and on_token(token)) or len(tokens) == max_new_tokens:
+                return torch.cat(tokens, dim=1)
+            token, position = self._decode(self.model, tokens[-1], position, self.temperature, self.top_k)
+            position = position.clone()
+
+    def _replay(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
+        """The new tokens [1, N] by fused steps: the host only launches them, unless `on_token` looks."""
+        fused = self._fused
+        fused.start(token, length, torch.randint(2**31, ()).item())
+        end = length + 1
+        while True:
+            if on_token is not None and on_token(fused.tokens[None, end - 1 : end]):
+                break
+            if end == length + max_new_tokens:
+                break
+            fused.replay()
+            end += 1
+        return fused.tokens[None, length:end].clone()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
