@@ -23,12 +23,10 @@ from sparse_model import SparseProjection, SparseTransformer
 
 MAX_TOP_K = 1024  # that the fused sampling on a GPU sorts in one program
 # The fields of ModelArgs that both fused steps implement, whatever their value.
-FUSED_FIELDS = {
-    *("name", "block_size", "vocab_size", "tie_embeddings"),
-    *("n_layer", "n_head", "n_local_heads", "dim", "head_dim", "intermediate_size"),
-    *("rope_base", "rope_scaling", "norm_eps", "qkv_bias", "sliding_window", "windowed_layers"),
-    *("quant", "groupsize"),
-}
+FUSED_FIELDS = set(
+    "name block_size vocab_size n_layer n_head n_local_heads dim head_dim intermediate_size tie_embeddings norm_eps "
+    "rope_base rope_scaling qkv_bias sliding_window windowed_layers quant groupsize".split()
+)
 
 
 def unfusable(config: ModelArgs) -> str | None:
@@ -65,8 +63,8 @@ class FusedGpuStep:
 
         self.kernels, self.launch_gemv = fused_step, triton_gemv.launch_gemv
         self.model, self.sparsity = model, 0.0 if dense else model.sparsity
-        self.temperature, self.top_k = temperature, min(top_k, model.config.vocab_size)
         config, device = model.config, model.device
+        self.sampling = temperature, min(top_k, config.vocab_size)
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
         def buffer(*shape: int, dtype=torch.float32) -> Tensor:
@@ -87,9 +85,10 @@ class FusedGpuStep:
 
         # The sampling's room, and what goes from step to step.
         self.top = buffer(-(-config.vocab_size // fused_step.HEAD_ROWS))
-        self.groups = buffer(1 << (self.top_k + 31).bit_length(), dtype=torch.int32)
-        self.token, self.position, self.seed = (buffer(1, dtype=torch.int64) for _ in range(3))
+        self.groups = buffer(1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
+        self.seed, self.position, self.token = (buffer(1, dtype=torch.int64) for _ in range(3))
         self.tokens = buffer(cache_length + 1, dtype=torch.int64)
+        self.state = self.seed, self.position, self.token, self.tokens
 
         # What the launches multiply and normalise with.
         self.last_rstds = buffer(2 * config.n_layer, 1)
@@ -152,24 +151,14 @@ class FusedGpuStep:
             attention, feed_forward = block.attention, block.feed_forward
             wqkv, wo, w13, w2 = attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2
             attention_norm, ffn_norm = self.norms[2 * i : 2 * i + 2]
-            sliding_window = model.config.sliding_window if i in model.config.windowed_layers else None
+            window = model.config.sliding_window if i in model.config.windowed_layers else None
+            cache, ahead = attention.kv_cache, (self.h, ffn_norm, products[w13])
 
             self.launch_gemv(
                 "norm", self.h, products[wqkv], self.qkv, norm=attention_norm, zero=self.gate_up, **options
             )
             kernels.launch_attention(
-                self.qkv,
-                wqkv.bias,
-                (attention.kv_cache.k_cache, attention.kv_cache.v_cache),
-                self.position,
-                model.inv_freq,
-                self.chunks,
-                self.y[i],
-                sliding_window,
-                pdl,
-                h=self.h,
-                ffn_norm=ffn_norm,
-                gate_up=products[w13],
+                self.qkv, wqkv.bias, cache, self.position, model.inv_freq, self.chunks, self.y[i], window, ahead, pdl
             )
             self.launch_gemv("given", self.y[i : i + 1], products[wo], self.h[None], **options)
             self.launch_gemv("norm", self.h, products[w13], self.gate_up, norm=ffn_norm, zero=self.qkv, **options)
@@ -177,35 +166,15 @@ class FusedGpuStep:
 
         head_scale = None if model.output is None else model.output.scale
         kernels.launch_head(self.h, self.head_norm, model.output_weight, head_scale, self.logits, self.top, pdl)
-        kernels.launch_sample(
-            self.logits,
-            self.top,
-            self.groups,
-            self.seed,
-            self.position,
-            self.token,
-            self.tokens,
-            self.temperature,
-            self.top_k,
-            pdl,
-        )
+        kernels.launch_sample(self.logits, self.top, self.groups, *self.state, *self.sampling, pdl)
 
 
 class FusedCpuStep:
     """Decode steps at batch 1 on a CPU, each one call of the compiled library.
 
     A step runs with torch's number of threads, which sets the order of sums. It reads the model's tensors where they
-    lie, so they must stay there.
-
-    Args:
-        model: with its cache set up for one row.
-        temperature, top_k: of the sampling; temperature 0 is greedy.
-        dense: runs the weights with nothing cut: thresholds and shifts are left out. So does a model whose `sparsity`
-            is 0.
-
-    Attributes:
-        tokens: [positions of the cache + 1], int64; those from `start` on are valid.
-        logits: [vocab], float32, of the last step, rounded to the model's dtype.
+    lie, so they must stay there. Arguments and attributes are those of `FusedGpuStep`; logits are [vocab], rounded to
+    the model's dtype.
     """
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import Module
 
 from kernels.plan import AHEAD_BYTES, AHEAD_ROWS, attention_prefetch
 from kernels.triton_gemv import (
@@ -226,18 +227,20 @@ class Chunks(NamedTuple):
 
 
 def launch_attention(
-    qkv: Tensor, bias: Tensor | None, cache: tuple[Tensor, Tensor], position: Tensor, inv_freq: Tensor, chunks: Chunks,
-    y: Tensor, sliding_window: int | None, pdl: bool, *, h: Tensor, ffn_norm: Norm, gate_up: Product,
+    qkv: Tensor, bias: Tensor | None, cache: Module, position: Tensor, inv_freq: Tensor, chunks: Chunks, y: Tensor,
+    sliding_window: int | None, ahead: tuple[Tensor, Norm, Product], pdl: bool,
 ) -> None:
     """Attention of the new position, cached on the way, to y [n_head head_dim] in the model's dtype.
 
     Args:
         qkv: [(n_head + 2 n_kv) head_dim], float32; bias: the same or None.
-        cache: keys and values, each [1, n_kv, seq_length, head_dim].
+        cache: with k_cache and v_cache, each [1, n_kv, seq_length, head_dim].
         sliding_window: how many keys the query sees, itself included; None: all.
-        h, ffn_norm, gate_up: of the product after o; with `pdl`, rows of it are prefetched meanwhile.
+        ahead: h, ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`.
     """
-    (k_cache, v_cache), weight = cache, gate_up.weight
+    k_cache, v_cache = cache.k_cache, cache.v_cache
+    h, ffn_norm, gate_up = ahead
+    weight = gate_up.weight
     _, n_kv, seq_length, head_dim = k_cache.shape
     splits, n_head = chunks.lse.shape
     n_in, n_out = len(weight), sum(gate_up.segments)

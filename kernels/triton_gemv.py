@@ -1,8 +1,9 @@
-"""The sparse product on a GPU, in Triton: one warp a tile of inputs x outputs, rows of cut inputs masked or skipped.
+"""The sparse product on a GPU, in Triton: a warp takes a tile of inputs x outputs, and masks or skips the cut rows.
 
-On an H100 many small programs that add their sums by atomics beat one program looping down a column strip, index lists
-and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and differ in outputs, so that x stays in L1
-and concurrent atomics meet different addresses: that order alone took 4096 -> 28672 at 50 % from 46.0 to 41.3 us.
+On an H100 many small programs that add their sums by atomics beat one program that loops down a strip of columns, lists
+of indices, and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and differ in outputs, so that x
+stays in L1 and concurrent atomics meet different addresses: that order alone took 4096 -> 28672 at 50 % from 46.0 to
+41.3 us.
 """
 
 from typing import NamedTuple
@@ -183,11 +184,12 @@ def prefetch_gate_up(
 
 @triton.jit
 def fraction(word, one, k: tl.constexpr, BITS: tl.constexpr):
-    """1 + n / 2^(23 - PLACE) as float32, n the k-th integer of BITS 4 or 8 in int32 words: it becomes the mantissa.
+    """1 + n / 2^(23 - PLACE) as float32, where n is the k-th integer, of BITS 4 or 8, of each int32 word.
 
-    A shift (for every two integers of 4 bits) and one operation at the full rate (LOP3), where a conversion instruction
-    runs at a quarter of it. At lower places float32 sums of 1 + n / 2^(23 - PLACE) would lose too much of n. `one` is
-    the bit pattern of 1.0, no constant for the compiler, which makes two operations of it then.
+    n becomes part of the mantissa. That takes a shift (one for every two integers of 4 bits) and one operation at the
+    full rate (LOP3); a conversion instruction runs at a quarter of it. At lower places float32 sums of these fractions
+    would lose too much of n. `one` holds the bits of 1.0, and is an argument because the compiler makes two operations
+    of LOP3's two constants.
     """
     PLACE: tl.constexpr = 15 + BITS % 8 * (k % 2)
     SHIFT: tl.constexpr = k * BITS - PLACE
@@ -197,7 +199,7 @@ def fraction(word, one, k: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _add_products(acc, x, word, one, BITS: tl.constexpr):
-    """acc[k] + x times the `fraction` of the k-th integer of each word, for all k."""
+    """acc[k] + x * the `fraction` of the k-th integer of each word, for all k."""
     out = ()
     for k in tl.static_range(32 // BITS):
         out = out + (acc[k] + x * fraction(word, one, k, BITS),)  # noqa: RUF005 (Triton knows no stars)
@@ -206,12 +208,13 @@ def _add_products(acc, x, word, one, BITS: tl.constexpr):
 
 @triton.jit
 def _sum_of(acc, ones, low, k: tl.constexpr, BITS: tl.constexpr):
+    """The sum of x * integer, plus `low`, from that of x * fraction and `ones`, that of x."""
     return (acc[k] - ones) * 2.0 ** (8 - BITS % 8 * (k % 2)) + low
 
 
 @triton.jit
 def _joined(acc, ones, low, BITS: tl.constexpr):
-    """The sums of x times integer, `low` added, of all integers of the words in their order; `ones`: the sum of x."""
+    """`_sum_of` all integers of the words, in the outputs' order."""
     if BITS == 8:
         even = tl.interleave(_sum_of(acc, ones, low, 0, BITS), _sum_of(acc, ones, low, 2, BITS))
         odd = tl.interleave(_sum_of(acc, ones, low, 1, BITS), _sum_of(acc, ones, low, 3, BITS))
@@ -229,7 +232,7 @@ def _joined(acc, ones, low, BITS: tl.constexpr):
 
 @triton.jit
 def _lowest_bit(bits):
-    """Index of the lowest bit set of an int32; of 0 something below 0."""
+    """Index of the lowest bit set of an int32; below 0 for 0."""
     low = (bits & -bits).to(tl.uint32).to(tl.float32)
     return (low.to(tl.int32, bitcast=True) >> 23) - 127
 
