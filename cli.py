@@ -31,6 +31,14 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
 
 
+def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int) -> None:
+    """Adds the checkpoint and the calibration text, which every script that calibrates on a text has."""
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
+    parser.add_argument("--num_tokens", type=int, default=num_tokens, help="length of the text (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's own text (default: %(default)s)")
+
+
 def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -> None:
     """Makes each flag of an earlier version an error of one line that says what it is now."""
 
@@ -42,11 +50,11 @@ def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -
         parser.add_argument(flag, action=Refuse, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def command_line(main: Callable, arguments: argparse.Namespace) -> None:
-    """Runs a script's main. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
+def command_line(main: Callable, arguments: argparse.Namespace | None = None) -> None:
+    """Runs a script's main on the command line. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # no file and line of ours
     try:
-        main(**vars(arguments))
+        main(**vars(arguments)) if arguments else main()
     except (ValueError, OSError, MemoryError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
 
