@@ -4,6 +4,7 @@ The weights have GPT-Fast's names, matrices are [out, in], and rotary pairs of q
 final name is complete: `convert` builds it under another name and renames it at the end.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +37,7 @@ COPIED_FILES = (
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint, given it or any file in it.
-
-    Raises:
-        ValueError: the path does not exist, or holds no weights.
-    """
+    """The folder of a checkpoint, given it or any file in it. Raises ValueError if there are no weights."""
     path = Path(os.path.abspath(path))  # "." has no name to choose a config by
     folder = path if path.is_dir() else path.parent
     if not path.exists():
@@ -61,8 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
 def indexed_files(index: Path) -> list[Path]:
     """The weight files that a model.safetensors.index.json (or pytorch_model.bin.index.json) names, each once.
 
-    Raises:
-        ValueError: it is no such index, or names a file that is missing or not in its own folder.
+    Raises ValueError if it is no such index, or names a file that is missing or not in its own folder.
     """
     try:
         names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
@@ -80,14 +76,24 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors by name, memory-mapped. Raises ValueError for a file that is truncated or no weight file."""
     state_dict = {}
     for path in weight_files(folder):
-        try:
-            if path.suffix == ".pth":
-                state_dict |= torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            else:
-                state_dict |= load_file(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError) as e:
-            raise ValueError(f"{path} cannot be read, it may be truncated: {one_line(e)}") from None
+        with unreadable_is_value_error(path):
+            state_dict |= load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
     return state_dict
+
+
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .pth or .bin file, memory-mapped; no code of the file is run."""
+    return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+
+
+@contextlib.contextmanager
+def unreadable_is_value_error(path: Path) -> Iterator[None]:
+    """Turns what a damaged weight file makes its readers raise into a ValueError of one line."""
+    damage = SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, TypeError
+    try:
+        yield
+    except damage as error:
+        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(error)}") from None
 
 
 # ---------------------------------------------------------------- identity
@@ -98,10 +104,8 @@ def fingerprint(folder: Path) -> str:
 
     Artifacts made from a checkpoint carry its fingerprint, so that one of another checkpoint is noticed.
     """
-    digest = hashlib.sha256()
     config = folder / "config.json"
-    if config.is_file():
-        digest.update(config.read_bytes())
+    digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     for path in weight_files(folder):
         size = os.path.getsize(path)
         digest.update(str(size).encode())
@@ -118,10 +122,8 @@ def check_fingerprint(found: str | None, folder: Path, what: str, script: str) -
     `what` opens the message ("the statistics are"); `script` is the one that makes the artifact anew.
     """
     if found is not None and found != (own := fingerprint(folder)):
-        raise ValueError(
-            f"{what} of another checkpoint than {folder} ({found} against {own}); "
-            f"to mend this: python {script} --checkpoint_path {folder}"
-        )
+        mend = f"to mend this: python {script} --checkpoint_path {folder}"
+        raise ValueError(f"{what} of another checkpoint than {folder} ({found} against {own}); {mend}")
 
 
 # ---------------------------------------------------------------- writing
@@ -140,10 +142,9 @@ class Source(NamedTuple):
 
 
 def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
-    """Writes model.safetensors, or shards and their index, with one tensor in memory at a time.
+    """Writes model.safetensors, or shards and their index; few tensors are in memory at a time.
 
-    Raises:
-        ValueError: the disk has no room for the tensors.
+    Raises ValueError if the disk has no room for them.
     """
     total, free = sum(source.nbytes for source in tensors.values()), shutil.disk_usage(folder).free
     if total > free:
@@ -202,8 +203,7 @@ def check_absent(output: Path) -> None:
 def convert(convert_source: Callable[[Path, Path], None], source: Path, output: Path) -> None:
     """Runs convert_source(source, <output>.partial), then renames that folder; the caller holds the lock of output.
 
-    Raises:
-        ValueError: `output` is there already, the disk is full, and what convert_source raises.
+    Raises ValueError if `output` is there already or the disk is full, and what convert_source raises.
     """
     check_absent(output)
     partial = output.with_name(f"{output.name}.partial")

@@ -12,20 +12,10 @@ from formats.config import architecture_of, config_fields
 from formats.files import one_line, write_json
 from tokenizer import LLAMA3_SPLIT
 
-GGUF_NAMES = {
-    "token_embd": "tok_embeddings",
-    "output_norm": "norm",
-    "output": "output",
-    "attn_norm": "attention_norm",
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_up": "feed_forward.w3",
-    "ffn_down": "feed_forward.w2",
-}
+GGUF_NAMES = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}  # theirs -> ours
+GGUF_NAMES |= {"attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "attn_output": "attention.wo"}
+GGUF_NAMES |= {f"attn_{letter}": f"attention.w{letter}" for letter in "qkv"}
+GGUF_NAMES |= {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 GGUF_PRE = {  # tokenizer.ggml.pre -> the regex before byte-level BPE, None for GPT-2's
@@ -44,13 +34,9 @@ def convert_gguf(
 ) -> None:
     """Writes the checkpoint of a GGUF file to `partial`; see `formats.checkpoint.convert`.
 
-    Args:
-        architectures: those that are supported.
-        expected_shapes: names and shapes of the tensors that the model of a config.json has; None for a file that is
-            known to be whole.
-
-    Raises:
-        ValueError: a damaged file, an unknown architecture, tensor type or tokenizer, tensors that do not fit.
+    `expected_shapes` gives names and shapes of the tensors that the model of a config.json has; None is for a file that
+    is known to be whole. Raises ValueError for a damaged file, an architecture that is not among `architectures`, an
+    unknown tensor type or tokenizer, tensors that do not fit.
     """
     metadata, sources = read_gguf(source)
     config = gguf_config(metadata, sources, architectures)
@@ -118,11 +104,7 @@ def _dequantized(path: Path, tensor: Any, shape: tuple[int, ...], dtype: torch.d
 
 
 def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Collection[str]) -> dict[str, Any]:
-    """A config.json in Hugging Face's form.
-
-    Raises:
-        ValueError: an architecture that is not among `architectures`, a feature that is not supported, a missing key.
-    """
+    """A config.json in Hugging Face's form. Raises ValueError for what is missing or not supported."""
     family = meta["general.architecture"]
     if architecture_of(family) not in architectures:
         raise ValueError(f"unknown GGUF architecture {family!r}; supported: {', '.join(architectures)}")
