@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
 from formats.checkpoint import fingerprint
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write
@@ -109,8 +109,7 @@ class Recorder:
 def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     """Runs the model densely over tokens [N, T] (int64, T > 1), a few windows at a time, and records its inputs.
 
-    Raises:
-        ValueError: an input is not finite (float16 overflows in some models).
+    Raises ValueError if an input is not finite (float16 overflows in some models).
     """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
 
@@ -141,10 +140,8 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
 def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
     """Text that the dense model writes at temperature 1: rows [N, T], int64, of up to 128 tokens from the start token.
 
-    At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end.
-
-    Raises:
-        ValueError: the model's output is not finite.
+    At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end. Raises
+    ValueError if the model's output is not finite.
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -174,8 +171,7 @@ def calibration_tokens(
 ) -> tuple[Tensor, str]:
     """Windows of token ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
-    Raises:
-        ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
+    Raises ValueError for a text that cannot be read, is too short, or a tokenizer of another model.
     """
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if data is None:
@@ -188,11 +184,7 @@ def calibration_tokens(
 def calibrate(
     folder: Path, model: SparseTransformer, data: list[str] | None = None, num_tokens: int = OWN_TOKENS, seed: int = 0
 ) -> Statistics:
-    """Statistics of the checkpoint in `folder`, loaded as `model`, over `data` or, if None, over its own text.
-
-    Raises:
-        ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
-    """
+    """Statistics of the checkpoint in `folder`, loaded as `model`, over `calibration_tokens`; raises as that does."""
     tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
     statistics = collect(model, tokens)
     statistics.metadata |= {"text": text, "fingerprint": fingerprint(folder)}
@@ -208,8 +200,7 @@ def calibrate_random(model: SparseTransformer) -> Statistics:
 def statistics_for(folder: Path, path: str | Path | None, model: SparseTransformer) -> Statistics:
     """The statistics in `path`, else those beside the checkpoint, which are made (once, of its own text) if absent.
 
-    Raises:
-        ValueError: a file that cannot be read or belongs to another checkpoint.
+    Raises ValueError for a file that cannot be read or belongs to another checkpoint.
     """
     beside = folder / STATISTICS_NAME
     if path is None and not beside.exists():
@@ -222,8 +213,7 @@ def statistics_for(folder: Path, path: str | Path | None, model: SparseTransform
 def plot(statistics: Statistics, path: Path) -> None:
     """Draws the densities of the four inputs (rows) of five layers (columns) into a PNG.
 
-    Raises:
-        ValueError: matplotlib is not installed, or the disk is full.
+    Raises ValueError if matplotlib is not installed or the disk is full.
     """
     try:
         import matplotlib
@@ -269,47 +259,39 @@ def plot(statistics: Statistics, path: Path) -> None:
     plt.close(figure)
 
 
-def main(
-    checkpoint_path: Path | None = None,
-    data: list[str] | None = None,
-    num_tokens: int = 10 * WINDOW,
-    output: Path | None = None,
-    plot_path: Path | None = None,
-    teal_histograms: Path | None = None,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-    seed: int = 0,
-) -> Statistics:
+def main(argv: list[str] | None = None) -> Statistics:
     """Takes or converts statistics, writes and returns them. Raises ValueError for a user's mistake."""
-    if teal_histograms is not None:
-        if output is None or plot_path is not None or data is not None:
+    o = parse_arguments(argv)
+    if o.teal_histograms is not None:
+        if o.output is None or o.plot is not None or o.data is not None:
             raise ValueError("--teal_histograms needs --output, and goes with neither --plot nor --data")
-        statistics = teal_statistics(teal_histograms)
+        output, statistics = o.output, teal_statistics(o.teal_histograms)
     else:
-        if num_tokens < 2:
-            raise ValueError(f"--num_tokens {num_tokens} is too few; {10 * WINDOW} is usual")
-        folder = resolve_checkpoint(checkpoint_path)
-        output = output or folder / STATISTICS_NAME
-        model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
-        statistics = calibrate(folder, model, data, num_tokens, seed)
+        if o.num_tokens < 2:
+            raise ValueError(f"--num_tokens {o.num_tokens} is too few; {10 * WINDOW} is usual")
+        folder = resolve_checkpoint(o.checkpoint_path)
+        output = o.output or folder / STATISTICS_NAME
+        model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+        statistics = calibrate(folder, model, o.data, o.num_tokens, o.seed)
 
     statistics.save(output)
     about = ", ".join(f"{key} {value}" for key, value in statistics.metadata.items())
     print(f"{output}: statistics of {statistics.n_layer} layers ({about})")
-    if plot_path is not None:
-        plot(statistics, plot_path)
-        print(f"{plot_path}: their distributions")
+    if o.plot is not None:
+        plot(statistics, o.plot)
+        print(f"{o.plot}: their distributions")
     return statistics
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Take the statistics that thresholds are read from.")
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=10 * WINDOW, help="length of the text (default: %(default)s)")
+    add_text_arguments(parser, 10 * WINDOW)
     parser.add_argument("--output", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
-    parser.add_argument("--plot", type=Path, dest="plot_path", metavar="PNG", help="draw the distributions")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the distributions")
     parser.add_argument("--teal_histograms", type=Path, metavar="DIR", help="read TEAL's published folder instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
     add_device_arguments(parser)
-    command_line(main, parser.parse_args())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command_line(main)

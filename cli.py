@@ -51,7 +51,7 @@ def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -
 
 
 def command_line(main: Callable, arguments: argparse.Namespace | None = None) -> None:
-    """Runs a script's main on the command line. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
+    """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # no file and line of ours
     try:
         main(**vars(arguments)) if arguments else main()

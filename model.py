@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats.checkpoint import checkpoint_folder, load_weights
+from formats.checkpoint import Shapes, checkpoint_folder, load_weights
 from formats.config import architecture, config_fields
 from formats.files import read_json
 from kernels.quantized import Form, dequantize, fill_random, transposed
@@ -508,7 +508,7 @@ def read_config(folder: Path) -> ModelArgs:
         raise ValueError(f"{path} is damaged ({error!r}); convert the checkpoint again") from None
 
 
-def expected_shapes(config: ModelArgs) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelArgs) -> Shapes:
     """Names and shapes of a checkpoint's tensors: those of the model, with fused projections taken apart."""
     model = Transformer(config, device="meta")
     shapes = {}

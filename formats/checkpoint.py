@@ -4,7 +4,6 @@ The weights have GPT-Fast's names, matrices are [out, in], and rotary pairs of q
 final name is complete: `convert` builds it under another name and renames it at the end.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -12,7 +11,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from formats.files import no_space_is_value_error, one_line, read_json, write_json
 
+Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
@@ -73,26 +73,21 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors by name, memory-mapped. Raises ValueError for a file that is truncated or no weight file."""
-    state_dict = {}
-    for path in weight_files(folder):
-        with unreadable_is_value_error(path):
-            state_dict |= load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
-    return state_dict
+    """All tensors by name, memory-mapped. Raises ValueError as `read_tensors` does."""
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path).items()}
 
 
-def load_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .bin file, memory-mapped; no code of the file is run."""
-    return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, memory-mapped; a pickled file's code is not run.
 
-
-@contextlib.contextmanager
-def unreadable_is_value_error(path: Path) -> Iterator[None]:
-    """Turns what a damaged weight file makes its readers raise into a ValueError of one line."""
-    damage = SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, TypeError
+    Raises ValueError if the file is truncated or no weight file.
+    """
     try:
-        yield
-    except damage as error:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        pickled = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        return {name: tensor.detach() for name, tensor in pickled.items()}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(error)}") from None
 
 
@@ -220,21 +215,13 @@ def convert(convert_source: Callable[[Path, Path], None], source: Path, output: 
 
 
 def rename_tensors(
-    sources: dict[str, Source],
-    names: dict[str, str],
-    expected: dict[str, tuple[int, ...]] | None,
-    head_dim: int,
-    half_split: bool,
+    sources: dict[str, Source], names: dict[str, str], expected: Shapes | None, head_dim: int, half_split: bool
 ) -> dict[str, Source]:
     """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent.
 
-    Args:
-        names: another program's name of a module (without layer) -> ours.
-        expected: names and shapes of the model's tensors, for a source that may not fit; None checks names alone.
-        head_dim, half_split: whether rotary pairs are half of a head's head_dim rows apart, as Hugging Face has them.
-
-    Raises:
-        ValueError: unexpected or missing tensors, wrong shapes or dtypes.
+    `names` gives ours for another program's name of a module (without layer). `expected` None checks names alone.
+    `half_split`: rotary pairs are half of a head's head_dim rows apart, as Hugging Face has them. Raises ValueError for
+    unexpected or missing tensors, wrong shapes or dtypes.
     """
     tensors, unexpected = {}, []
     for name, source in sources.items():

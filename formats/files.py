@@ -63,9 +63,9 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
+        raise ValueError(f"{path} is not valid JSON ({e}); get it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object; get it again")
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from formats.checkpoint import DTYPES, Source, rename_tensors, write_weights
+from formats.checkpoint import DTYPES, Shapes, Source, rename_tensors, write_weights
 from formats.config import architecture_of, config_fields
 from formats.files import one_line, write_json
 from tokenizer import LLAMA3_SPLIT
@@ -30,7 +30,7 @@ def convert_gguf(
     source: Path,
     partial: Path,
     architectures: Collection[str] = ("LlamaForCausalLM",),
-    expected_shapes: Callable[[dict], dict[str, tuple[int, ...]]] | None = None,
+    expected_shapes: Callable[[dict], Shapes] | None = None,
 ) -> None:
     """Writes the checkpoint of a GGUF file to `partial`; see `formats.checkpoint.convert`.
 

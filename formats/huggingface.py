@@ -4,19 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
-from formats.checkpoint import (
-    COPIED_FILES,
-    DTYPES,
-    Source,
-    indexed_files,
-    load_pickled,
-    rename_tensors,
-    unreadable_is_value_error,
-    write_weights,
-)
+from formats.checkpoint import COPIED_FILES, Shapes, Source, indexed_files, read_tensors, rename_tensors, write_weights
 from formats.config import config_fields
 from formats.files import one_line, read_json
 
@@ -26,7 +14,7 @@ HF_NAMES |= {f"self_attn.{letter}_proj": f"attention.w{letter}" for letter in "q
 HF_NAMES |= {"mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
 
 
-def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict], dict[str, tuple[int, ...]]]) -> None:
+def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict], Shapes]) -> None:
     """Writes the checkpoint of a Hugging Face folder to `partial`; see `formats.checkpoint.convert`.
 
     `expected_shapes` gives names and shapes of the tensors that the model of a config.json has. Raises ValueError for a
@@ -58,30 +46,11 @@ def folder_sources(folder: Path) -> dict[str, Source]:
     """Every tensor of the folder's weight files; a file is opened anew for each tensor, so that only one is mapped."""
     sources: dict[str, Source] = {}
     for path in source_files(folder):
-        with unreadable_is_value_error(path):
-            found = _safetensors_sources(path) if path.suffix == ".safetensors" else _bin_sources(path)
-        if twice := sources.keys() & found.keys():
-            raise ValueError(f"{path} repeats the tensor {min(twice)} of another file")
-        sources |= found
+        for name, tensor in read_tensors(path).items():
+            if name in sources:
+                raise ValueError(f"{path} repeats the tensor {name} of another file")
+            sources[name] = Source(tuple(tensor.shape), tensor.dtype, lambda p=path, n=name: read_tensors(p)[n])
     return sources
-
-
-def _safetensors_sources(path: Path) -> dict[str, Source]:
-    def load(name: str) -> torch.Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    with safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {
-            name: Source(tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()), lambda n=name: load(n))
-            for name, s in slices.items()
-        }
-
-
-def _bin_sources(path: Path) -> dict[str, Source]:
-    tensors = load_pickled(path).items()
-    return {name: Source(tuple(t.shape), t.dtype, lambda n=name: load_pickled(path)[n]) for name, t in tensors}
 
 
 def download_snapshot(repo_id: str) -> Path:

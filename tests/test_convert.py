@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import CONFIG, LLAMA3_ROPE, change_config, edit_json, random_tokens
+from models import CONFIG, LLAMA3_ROPE, change_config, edit_json, flags, random_tokens
 from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint as converter
-from convert_hf_checkpoint import main as convert
+from convert_hf_checkpoint import main
 from formats import checkpoint, default_model, gguf_file
 from formats.files import atomic_write
 from formats.gguf_file import GGUF_NAMES
@@ -43,6 +43,10 @@ MODELS = {
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 24}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
 }
+
+
+def convert(**options) -> Path:
+    return main(flags(**options))
 
 
 def reference(name: str, dtype=torch.float32, **changes):
@@ -162,7 +166,7 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     code = (
         "import re, sys; from pathlib import Path; import convert_hf_checkpoint as c\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
-        "before = peak(); c.main(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2]))\n"
+        "before = peak(); c.main(['--checkpoint_dir', sys.argv[1], '--output_dir', sys.argv[2]])\n"
         "print(peak() - before)"
     )
     command = [sys.executable, "-c", code, tmp_path / "hf", tmp_path / "out"]
@@ -413,7 +417,10 @@ def set_config(**changes):
         (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), r"model-00002-of-.*missing"),
         (lambda f: break_index(f, "../secret.safetensors"), r"'../secret.safetensors' outside its folder"),
         (lambda f: break_index(f, "/etc/secret.safetensors"), r"'/etc/secret.safetensors' outside its folder"),
-        (lambda f: truncate(sorted(f.glob("*.safetensors"))[0]), r"model-00001-of-\d+.safetensors cannot be read, it is truncated"),
+        (
+            lambda f: truncate(sorted(f.glob("*.safetensors"))[0]),
+            r"model-00001-of-\d+.safetensors cannot be read, it is truncated",
+        ),
         (lambda f: [p.unlink() for p in f.glob("model*")], r"holds no \*.safetensors"),
         (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
@@ -474,7 +481,7 @@ def test_killed_run_leaves_nothing_that_looks_complete(tmp_path, saved):
         "from formats import checkpoint as f\n"
         "write = f.write_safetensors\n"
         "def slow(path, *rest): write(path, *rest); time.sleep(60)\n"
-        "f.write_safetensors = slow; c.main(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2]))"
+        "f.write_safetensors = slow; c.main(['--checkpoint_dir', sys.argv[1], '--output_dir', sys.argv[2]])"
     )
     command = [sys.executable, "-c", code, saved, tmp_path / "out"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(converter.__file__).parent)
