@@ -115,8 +115,7 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
 
     # every input is counted on its way into its projections
     recorders = [Recorder(module) for module in model.sites]
-    pairs = zip(model.sites, recorders, strict=True)
-    hooks = [module.register_forward_pre_hook(recorder) for module, recorder in pairs]
+    hooks = [m.register_forward_pre_hook(recorder) for m, recorder in zip(model.sites, recorders, strict=True)]
     try:
         with tqdm(total=tokens.numel(), desc="calibrating", unit="tok") as progress:
             for windows in tokens.split(max(1, WINDOW // tokens.shape[1])):
@@ -148,7 +147,7 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
     length = max(2, min(OWN_ROW, model.config.block_size, num_tokens))
     rows = torch.full((-(-num_tokens // length), length), start_token, device=device)
 
-    with tqdm(total=rows.numel(), desc="writing text", unit="tok") as progress:
+    with tqdm(total=rows[:, 1:].numel(), desc="writing text", unit="tok") as progress:
         for batch in rows.split(OWN_ROWS):
             model.setup_caches(len(batch), length)
             for i in range(length - 1):
@@ -159,7 +158,6 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
                 probabilities = torch.softmax(logits[:, -1].float(), -1)
                 batch[:, i + 1 : i + 2] = torch.multinomial(probabilities, 1, generator=generator)
                 progress.update(len(batch))
-            progress.update(len(batch))
 
     for block in model.layers:
         block.attention.kv_cache = None
@@ -171,14 +169,14 @@ def calibration_tokens(
 ) -> tuple[Tensor, str]:
     """Windows of token ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
-    Raises ValueError for a text that cannot be read, is too short, or a tokenizer of another model.
+    Raises ValueError for a text that cannot be read or is too short, or a tokenizer of another model.
     """
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if data is None:
         start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
         return self_written_text(model, start, num_tokens, seed), f"the model's own, seed {seed}"
-    tokens = text_windows(data, tokenizer, num_tokens, model.config.block_size)
-    return tokens, " ".join(Path(source).name for source in data)
+    names = " ".join(Path(source).name for source in data)
+    return text_windows(data, tokenizer, num_tokens, model.config.block_size), names
 
 
 def calibrate(
@@ -227,8 +225,7 @@ def plot(statistics: Statistics, path: Path) -> None:
     layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
     figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
 
-    for row, site in zip(axes, SITES, strict=True):
-        projections = SITES[site].projections
+    for row, (_, projections) in zip(axes, SITES.values(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
             values = statistics.get(layer, projections[0], "signed").double().numpy()
             mean, std, kurtosis = statistics.get(layer, projections[0], "pooled").tolist()
@@ -243,15 +240,12 @@ def plot(statistics: Statistics, path: Path) -> None:
             # what is cut, the mean, the moments
             axis.axvspan(-cut, cut, color="#d9772b", alpha=0.15, linewidth=0)
             axis.axvline(mean, color="#a01c1c", linewidth=0.8, linestyle="--")
-            axis.set_title(f"std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
+            axis.set_title(f"layer {layer}: std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
             axis.tick_params(labelsize=7)
             axis.locator_params(axis="x", nbins=5)
             axis.set_yticks([])
         row[0].set_ylabel(f"input of {', '.join(projections)}")
 
-    # titles
-    for axis, layer in zip(axes[0], layers, strict=True):
-        axis.annotate(f"layer {layer}", (0.5, 1.22), xycoords="axes fraction", ha="center", weight="bold")
     figure.suptitle("Inputs (96 % of them): density, mean (red), what 50 % sparsity cuts (shaded)", fontsize=10)
 
     with atomic_write(path) as temporary:

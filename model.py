@@ -84,8 +84,7 @@ class ModelArgs:
     def from_config(cls, config: dict, name: str = "") -> "ModelArgs":
         """Reads a Hugging Face config.json; `name` is that of a model whose config has none.
 
-        Raises:
-            ValueError: an architecture or a feature that this model does not have, or a missing key.
+        Raises ValueError for an architecture or a feature that this model does not have, or a missing key.
         """
         found = architecture(config)
         if found not in FAMILIES:
@@ -365,7 +364,7 @@ class Transformer(UncastBuffers):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations, and of weights that are not quantised."""
+        """Of activations and unquantised weights."""
         return self.norm.weight.dtype
 
     def bytes_per_step(self) -> int:
@@ -469,18 +468,14 @@ class Transformer(UncastBuffers):
     def from_checkpoint(cls, path: str | Path, device="cpu", dtype=torch.bfloat16) -> "Transformer":
         """Loads a converted checkpoint, or GPT-Fast's own model.pth, onto `device` in `dtype`.
 
-        Tensors are memory-mapped and copied block by block, so memory stays near one copy of the model.
-
-        Raises:
-            ValueError: nothing there, a missing, truncated or foreign file, or weights that do not fit config.json.
+        Tensors are memory-mapped, so memory stays near one copy of the model. Raises ValueError for nothing there, a
+        missing, truncated or foreign file, or weights that do not fit config.json.
         """
         folder = checkpoint_folder(path)
         state_dict = load_weights(folder)
         if "model.embed_tokens.weight" in state_dict:
-            raise ValueError(
-                f"{folder} holds a Hugging Face checkpoint; convert it first: "
-                f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
-            )
+            how = f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
+            raise ValueError(f"{folder} holds a Hugging Face checkpoint; convert it first: {how}")
 
         model = cls(read_config(folder), device=device, dtype=dtype)
         if model.output is None:

@@ -137,7 +137,7 @@ class Source(NamedTuple):
 
 
 def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
-    """Writes model.safetensors, or shards and their index; few tensors are in memory at a time.
+    """Writes model.safetensors, or shards and their index, with one tensor in memory at a time.
 
     Raises ValueError if the disk has no room for them.
     """

