@@ -214,16 +214,15 @@ def plot(statistics: Statistics, path: Path) -> None:
     Raises ValueError if matplotlib is not installed or the disk is full.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     # five layers, from the first to the last
     last = statistics.n_layer - 1
     layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
-    figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(2.6 * len(layers), 8), layout="constrained")
+    axes = figure.subplots(4, len(layers), squeeze=False)
 
     for row, (_, projections) in zip(axes, SITES.values(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
@@ -250,7 +249,6 @@ def plot(statistics: Statistics, path: Path) -> None:
 
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> Statistics:

@@ -35,33 +35,27 @@ FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}  # projections that a 
 
 @dataclass
 class ModelArgs:
-    """Shape of a model. Widths that follow from others may be left at 0.
+    """Shape of a model. Widths that follow from others may be left at 0."""
 
-    Attributes:
-        block_size: positions of the context.
-        n_local_heads: key/value heads.
-        rope_scaling: None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
-            config.json. "factors" is a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them.
-        sliding_window: w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers` (default: all).
-        quant: "none", "int8" (projections and lm_head) or "int4" (o, gate, up and down; the rest is int8), see
-            `kernels.quantized.Form`. A quantised lm_head is a tensor of its own, never tied.
-    """
-
-    block_size: int = 2048
+    block_size: int = 2048  # positions of the context
     vocab_size: int = 32000
     n_layer: int = 32
     n_head: int = 32
     dim: int = 4096
     intermediate_size: int = 0
-    n_local_heads: int = 0
+    n_local_heads: int = 0  # key/value heads
     head_dim: int = 0
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    # {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's config.json. "factors" is a
+    # list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them.
     rope_scaling: dict | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
-    sliding_window: int | None = None
-    windowed_layers: list[int] = field(default_factory=list)
+    sliding_window: int | None = None  # w: query i sees keys j with i - w < j <= i, in the layers of windowed_layers
+    windowed_layers: list[int] = field(default_factory=list)  # empty: all, if there is a window
+    # "none", "int8" (projections and lm_head) or "int4" (o, gate, up and down; the rest is int8), see
+    # kernels.quantized.Form. A quantised lm_head is a tensor of its own, never tied.
     quant: str = "none"
     groupsize: int = 64
     name: str = ""
@@ -337,9 +331,8 @@ class Transformer(UncastBuffers):
         super().__init__()
         self.config = config
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(
-            TransformerBlock(config, self.projection_class, device, dtype) for _ in range(config.n_layer)
-        )
+        blocks = [TransformerBlock(config, self.projection_class, device, dtype) for _ in range(config.n_layer)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
         self.output = None
         if not config.tie_embeddings:

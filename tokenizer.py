@@ -34,16 +34,13 @@ GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: marks what must
 
 class Tokenizer:
     """What the three backends share. Each of them gives _encode(text, special) -> ids, where special says whether the
-    strings of special tokens become their ids, and token_bytes(id) -> bytes: b"" for special tokens and unknown ids.
-
-    vocab_size: one more than the largest id. bos_id: int or None. eos_ids: all ids that end a text, maybe none.
-    adds_bos: whether the checkpoint's own convention puts bos before a plain prompt."""
+    strings of special tokens become their ids, and token_bytes(id) -> bytes: b"" for special tokens and unknown ids."""
 
     special: dict[str, int]
-    vocab_size: int
+    vocab_size: int  # one more than the largest id
     bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    adds_bos = False
+    eos_ids: tuple[int, ...] = ()  # all ids that end a text, maybe none
+    adds_bos = False  # whether the checkpoint's own convention puts bos before a plain prompt
     leading_spaces = 0  # the encoder puts a space before a text: how many to take off again (inf: all)
     template: str | None = None
     bos_token = eos_token = ""  # as the template sees them
@@ -57,8 +54,7 @@ class Tokenizer:
         return prefix + self._encode(text.encode("utf-8", "replace").decode(), special=False)
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
-        """The text of ids, special tokens left out, bad UTF-8 as U+FFFD. after: the prompt's ids if ids continue it
-        (a sentencepiece text loses its first space, a continuation must not)."""
+        """The text of ids, special tokens left out, bad UTF-8 as U+FFFD. after: see `Stream`."""
         stream = self.stream(after)
         return "".join(map(stream.push, ids)) + stream.flush()
 
@@ -103,7 +99,9 @@ class Tokenizer:
 
 
 class Stream:
-    """Text of ids as they come: push returns what is final, so never half a character; flush what is left over."""
+    """Text of ids as they come: push returns what is final, so never half a character; flush what is left over.
+
+    after: the prompt's ids if ids continue it (a sentencepiece text loses its first space, a continuation must not)."""
 
     def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
         self._token_bytes, self._spaces = tokenizer.token_bytes, tokenizer.leading_spaces
@@ -175,10 +173,8 @@ class TikToken(Tokenizer):
 
     def _encode(self, text, special):
         allowed = "all" if special else set()
-        ids = []
-        for part in re.split(r"(\s{25000})", text):  # a run of a million spaces overflows tiktoken's stack
-            ids += self._bpe.encode(part, allowed_special=allowed, disallowed_special=())
-        return ids
+        parts = re.split(r"(\s{25000})", text)  # a run of a million spaces overflows tiktoken's stack
+        return [i for part in parts for i in self._bpe.encode(part, allowed_special=allowed, disallowed_special=())]
 
 
 class TokenizerJson(Tokenizer):
@@ -186,15 +182,17 @@ class TokenizerJson(Tokenizer):
         from tokenizers import Tokenizer as Backend
         from tokenizers.pre_tokenizers import ByteLevel
 
-        text = data.decode()
-        spec = json.loads(text)
-        self._backend = Backend.from_str(text)
+        spec, self._backend = json.loads(data), Backend.from_buffer(data)
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size = max(self._backend.get_vocab().values()) + 1
+
+        # tokens that are found in a text as they stand
         tokens = spec.get("added_tokens") or []
         self.special = {token["content"]: token["id"] for token in tokens if token["special"]}
         self._added = {token["id"]: b"" if token["special"] else token["content"].encode() for token in tokens}
+
+        # what a token's characters stand for
         decoder = spec.get("decoder") or {}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
         self._byte_tokens = "ByteFallback" in steps
@@ -206,6 +204,8 @@ class TokenizerJson(Tokenizer):
             self._byte_of = None
         else:
             raise ValueError(f"its decoder {list(steps)} is none of ByteLevel, Metaspace and Replace")
+
+        # what the encoder adds: a space, bos
         if "Strip" in steps or steps.get("Metaspace", {}).get("prepend_scheme", "never") != "never":
             self.leading_spaces = 1
         first, plain = self._backend.encode("a").ids[:1], self._encode("a", special=False)[:1]

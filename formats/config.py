@@ -83,11 +83,7 @@ def _rope(config: dict) -> dict:
 
 
 def _windows(config: dict, n_layer: int) -> dict:
-    """The sliding window and the layers that have it.
-
-    Llama has none. Mistral has one in all layers; others where the config says `use_sliding_window`, in
-    `layer_types`' sliding layers or from `max_window_layers` on.
-    """
+    """The sliding window and its layers: Llama has none, Mistral one in all layers, others if their config says so."""
     family, window = architecture(config), config.get("sliding_window")
     everywhere = family == "MistralForCausalLM"
     if family == "LlamaForCausalLM" or not window or not (everywhere or config.get("use_sliding_window", False)):

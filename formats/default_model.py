@@ -17,10 +17,7 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def resolve_checkpoint(path: str | Path | None) -> Path:
-    """The folder of a checkpoint: of path (a folder or any file in it), or the default model's for None.
-
-    Raises ValueError if there is no checkpoint, or the default model cannot be fetched.
-    """
+    """`checkpoint_folder` of path, or the default model's folder for None. Raises ValueError if there is none."""
     return default_checkpoint() if path is None else checkpoint_folder(path)
 
 

@@ -18,11 +18,9 @@ GGUF_NAMES |= {f"attn_{letter}": f"attention.w{letter}" for letter in "qkv"}
 GGUF_NAMES |= {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
-GGUF_PRE = {  # tokenizer.ggml.pre -> the regex before byte-level BPE, None for GPT-2's
-    **dict.fromkeys(("default", "gpt-2", "smollm")),
-    "qwen2": LLAMA3_SPLIT.replace("{1,3}", ""),  # digits one by one
-    **dict.fromkeys(LLAMA3_PRE, LLAMA3_SPLIT),
-}
+# tokenizer.ggml.pre -> the regex before byte-level BPE, None for GPT-2's; qwen2 splits digits one by one
+GGUF_PRE = dict.fromkeys(("default", "gpt-2", "smollm")) | dict.fromkeys(LLAMA3_PRE, LLAMA3_SPLIT)
+GGUF_PRE["qwen2"] = LLAMA3_SPLIT.replace("{1,3}", "")
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type, which are sentencepiece's own numbers
 
 

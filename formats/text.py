@@ -73,10 +73,7 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
 
 
 def task_text(task: str, data: Path | None) -> str:
-    """The text of a task: for "perplexity" `data` as it is, for "wikitext" its lines with an empty line between two.
-
-    Raises ValueError for no file, or one that is not UTF-8 text.
-    """
+    """The text in `data`, for "wikitext" with an empty line between two lines. Raises ValueError if it has no text."""
     if data is None:
         raise ValueError(f"--tasks {task} needs --data FILE, for wikitext WikiText-2's raw test split (wiki.test.raw)")
     try:

