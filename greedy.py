@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import calibration_tokens, statistics_for
-from cli import PRECISIONS, add_device_arguments, command_line, refuse_old_flags, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, refuse_old_flags, resolve_device
 from formats.default_model import resolve_checkpoint
 from model import TransformerBlock
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
@@ -157,38 +157,40 @@ def print_shares(table: CutTable) -> None:
         print(f"{level:8.0%}" + "".join(f"{share:7.1%}" for share in mean[table.levels.index(level)].tolist()))
 
 
-def main(
-    checkpoint_path: Path | None = None,
-    statistics: Path | None = None,
-    data: list[str] | None = None,
-    num_tokens: int = NUM_TOKENS,
-    step: float = 0.1,
-    output: Path | None = None,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-    seed: int = 0,
-) -> CutTable:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser, NUM_TOKENS)
+    parser.add_argument("--statistics", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
+    parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity (default: %(default)s, TEAL's)")
+    parser.add_argument("--output", type=Path, help="default: thresholds_greedy.safetensors beside the checkpoint")
+    add_device_arguments(parser)
+    refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py the refined ones"})
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> CutTable:
     """Makes the cut table of rule `greedy`, writes and returns it. Raises ValueError for a user's mistake."""
-    if not 0.001 <= step < 1:
-        raise ValueError(f"--step {step} is outside [0.001, 1); 0.1 is TEAL's")
-    if num_tokens < 2:
-        raise ValueError(f"--num_tokens {num_tokens} is too few; {NUM_TOKENS} is usual")
+    o = parse_arguments(argv)
+    if not 0.001 <= o.step < 1:
+        raise ValueError(f"--step {o.step} is outside [0.001, 1); 0.1 is TEAL's")
+    if o.num_tokens < 2:
+        raise ValueError(f"--num_tokens {o.num_tokens} is too few; {NUM_TOKENS} is usual")
 
     # load the model, the statistics and the text
-    folder = resolve_checkpoint(checkpoint_path)
-    output = output or folder / "thresholds_greedy.safetensors"
-    model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
-    used = statistics_for(folder, statistics, model)
-    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
+    folder = resolve_checkpoint(o.checkpoint_path)
+    output = o.output or folder / "thresholds_greedy.safetensors"
+    model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+    statistics = statistics_for(folder, o.statistics, model)
+    tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
     # go on where a run with the same inputs stopped
-    inputs = [tokens, *(used.tensors[name] for name in sorted(used.tensors))]
-    metadata = table_metadata("greedy", folder, text, tokens, inputs, step=step, dtype=precision)
+    inputs = [tokens, *(statistics.tensors[name] for name in sorted(statistics.tensors))]
+    metadata = table_metadata("greedy", folder, text, tokens, inputs, step=o.step, dtype=o.precision)
     table, part = resume_table(output, CutTable(list(LEVELS), {}, metadata))
 
-    # allocate block by block
-    for path in greedy_paths(model, used, tokens, step, skip=table.n_layer):
-        add_layer(table, path, used)
+    # search block by block
+    for path in greedy_paths(model, statistics, tokens, o.step, skip=table.n_layer):
+        add_layer(table, path, statistics)
         table.save(part)
     table.save(output)
     part.unlink(missing_ok=True)
@@ -198,14 +200,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--statistics", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=NUM_TOKENS, help="length of the text (default: %(default)s)")
-    parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity (default: %(default)s, TEAL's)")
-    parser.add_argument("--output", type=Path, help="default: thresholds_greedy.safetensors beside the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
-    add_device_arguments(parser)
-    refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py the refined ones"})
-    command_line(main, parser.parse_args())
+    command_line(main)

@@ -25,6 +25,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import calibration_tokens
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
 from formats.checkpoint import COPIED_FILES, Source, convert, fingerprint, load_weights, write_weights
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, read_json, write_json
@@ -40,7 +41,16 @@ from formats.text import WINDOW
 from kernels.quantized import pack_int4
 from model import ModelArgs, read_config
 from sparse_model import SITES, SparseTransformer
-from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, load_statistics, table_of, table_path
+from thresholds import (
+    OLD_FILES,
+    SCRIPTS,
+    STATISTICS_NAME,
+    CutTable,
+    Statistics,
+    find_table,
+    load_statistics,
+    of_an_earlier_version,
+)
 
 QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1", "w3", "w13", "w2", "output")}
 DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
@@ -186,79 +196,85 @@ def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
 
     Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
     """
+
+    def statistics() -> Statistics | None:
+        if not (folder / STATISTICS_NAME).is_file():
+            return None
+        loaded = load_statistics(folder / STATISTICS_NAME)
+        loaded.check_fingerprint(folder)
+        return loaded
+
+    readers = {f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS}
     artifacts = {}
-    for path in (folder / STATISTICS_NAME, *(table_path(rule, folder) for rule in SCRIPTS)):
-        if path is None or not path.is_file():
-            continue
+    for name, read in {STATISTICS_NAME: statistics, **readers}.items():
         try:
-            if path.name == STATISTICS_NAME:
-                artifacts[path.name] = load_statistics(path)
-                artifacts[path.name].check_fingerprint(folder)
-            else:
-                artifacts[path.name] = table_of(path, folder)
+            artifacts |= {name: artifact} if (artifact := read()) else {}
         except ValueError as error:
-            artifacts.pop(path.name, None)
-            print(f"{path.name} stays behind: {error}", file=sys.stderr)
+            print(f"{name} stays behind: {error}", file=sys.stderr)
+    for name in OLD_FILES:
+        if (folder / name).is_file():
+            print(of_an_earlier_version(folder / name), file=sys.stderr)
     if mode == "int4" and artifacts.pop(STATISTICS_NAME, None):
         print(f"{STATISTICS_NAME} stays behind: int4 needs its own; make it with calibrate.py", file=sys.stderr)
     return artifacts
 
 
-def main(
-    checkpoint_path: Path | None,
-    mode: str,
-    groupsize: int = ModelArgs.groupsize,
-    data: list[str] | None = None,
-    num_tokens: int = 10 * WINDOW,
-    output_dir: Path | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-) -> Path:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser, 10 * WINDOW)
+    parser.add_argument("--mode", choices=["int8", "int4"], required=True)
+    parser.add_argument("--groupsize", type=int, default=ModelArgs.groupsize, help="of int4 (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, help="default: the checkpoint's folder with -int8 or -int4 behind")
+    add_device_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> Path:
     """Quantises a checkpoint and returns the new one's folder.
 
     Raises:
         ValueError: the checkpoint is quantised already or cannot be read, the group size does not fit, the output is
             there, a text that cannot be read or is too short.
     """
-    folder = resolve_checkpoint(checkpoint_path)
+    o = parse_arguments(argv)
+    folder = resolve_checkpoint(o.checkpoint_path)
     config = read_config(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json to go with the new weights; convert_hf_checkpoint.py writes one")
     if config.quant != "none":
         raise ValueError(f"{folder} is quantised already; give the checkpoint that it was made from")
-    SparseTransformer(replace(config, quant=mode, groupsize=groupsize), device="meta")  # says if groups do not fit
-    if num_tokens < 0:
-        raise ValueError(f"--num_tokens {num_tokens} is below 0; 0 rounds to nearest, without a text")
-    output = output_dir or folder.with_name(f"{folder.name}-{mode}")
-    artifacts = taken_along(folder, mode)
+    SparseTransformer(replace(config, quant=o.mode, groupsize=o.groupsize), device="meta")  # says if groups do not fit
+    if o.num_tokens < 0:
+        raise ValueError(f"--num_tokens {o.num_tokens} is below 0; 0 rounds to nearest, without a text")
+    output = o.output_dir or folder.with_name(f"{folder.name}-{o.mode}")
+    artifacts = taken_along(folder, o.mode)
 
-    def write(folder: Path, partial: Path) -> None:
-        model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
+    def write(folder: Path, part: Path) -> None:
+        model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
         windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, to nearest"
-        if num_tokens:
-            windows, text = calibration_tokens(folder, model, data, num_tokens, seed)
-        quantized = quantize_model(model, windows, mode, groupsize)
+        if o.num_tokens:
+            windows, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
+        quantized = quantize_model(model, windows, o.mode, o.groupsize)
 
         # what is not quantised stays as it is
         weights = {n: w for n, w in load_weights(folder).items() if ".".join(n.split(".")[-2:]) not in QUANTIZED}
         for name in COPIED_FILES:
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / name)
-        made = {"mode": mode, "text": text, "tokens": windows.numel()}
-        if mode == "int4":
-            made["groupsize"] = groupsize
-        write_json(partial / "config.json", {**read_json(folder / "config.json"), "quantization": made})
+                shutil.copyfile(folder / name, part / name)
+        made = {"mode": o.mode, "text": text, "tokens": windows.numel()}
+        if o.mode == "int4":
+            made["groupsize"] = o.groupsize
+        write_json(part / "config.json", {**read_json(folder / "config.json"), "quantization": made})
         tensors = (weights | quantized).items()
-        write_weights(partial, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
+        write_weights(part, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
 
         # the artifacts belong to the new checkpoint; a table's quality was that of the original
-        own = fingerprint(partial)
+        own = fingerprint(part)
         for name, artifact in artifacts.items():
             artifact.metadata.pop("quality", None)
             if "fingerprint" in artifact.metadata:
                 artifact.metadata["fingerprint"] = own
-            artifact.save(partial / name)
+            artifact.save(part / name)
 
     with lock(output):
         convert(write, folder, output)
@@ -267,13 +283,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--mode", choices=["int8", "int4"], required=True)
-    parser.add_argument("--groupsize", type=int, default=ModelArgs.groupsize, help="of int4 (default: %(default)s)")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=10 * WINDOW, help="of the text; 0: to nearest, without one")
-    parser.add_argument("--output_dir", type=Path, help="default: the checkpoint's folder with -int8 or -int4 behind")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
-    add_device_arguments(parser)
-    command_line(main, parser.parse_args())
+    command_line(main)

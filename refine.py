@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import calibration_tokens
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
 from formats.default_model import resolve_checkpoint
 from sparse_model import SITES, SparseProjection, SparseTransformer
 from thresholds import Cuts, CutTable, resume_table, table_metadata
@@ -277,8 +277,9 @@ def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: i
         last = table.level(-1)
         cuts = Cuts(last.sparsity, [t.to(device) for t in last.thresholds], [c.to(device) for c in last.shifts])
     else:
-        record = {"text": "held-out calibration text", "perplexity": [(0.0, perplexity_of(model, unseen, cut=False))]}
-        table.metadata["quality"] = json.dumps(record)
+        text = "held-out calibration text" if held_out else "the calibration text"
+        quality = {"text": text, "perplexity": [(0.0, perplexity_of(model, unseen, cut=False))]}
+        table.metadata["quality"] = json.dumps(quality)
 
     done = len(table.levels)
     with tqdm(total=len(LEVELS) * updates, initial=done * updates, desc="refining", unit="update") as progress:
@@ -296,62 +297,54 @@ def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: i
             # hold the sparsity on text that the updates did not see, and record the quality there
             cuts = scaled_to(model, unseen, level, scaled_to(model, few, level, state.cuts()), every=True)
             table.append(cuts)
-            model.set_cuts(table.level(-1))
-            record = json.loads(table.metadata["quality"])
-            record["perplexity"].append((level, perplexity_of(model, unseen, cut=True)))
-            table.metadata["quality"] = json.dumps(record)
+            quality = json.loads(table.metadata["quality"])
+            quality["perplexity"].append((level, perplexity_of(model, unseen, cut=True)))
+            table.metadata["quality"] = json.dumps(quality)
             yield
 
 
-def main(
-    checkpoint_path: Path | None = None,
-    statistics: Path | None = None,
-    data: list[str] | None = None,
-    num_tokens: int = NUM_TOKENS,
-    updates: int = UPDATES,
-    output: Path | None = None,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-    seed: int = 0,
-) -> CutTable:
-    """Makes the cut table of rule `refined`, writes and returns it. Raises ValueError for a user's mistake."""
-    if updates < 0:
-        raise ValueError(f"--updates {updates} is below 0; {UPDATES} is usual")
-    if num_tokens < 2:
-        raise ValueError(f"--num_tokens {num_tokens} is too few; {NUM_TOKENS} is usual")
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser, NUM_TOKENS)
+    parser.add_argument("--statistics", type=Path, help="not read: refined thresholds come from gradients")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="per level of sparsity (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="default: thresholds_refined.safetensors beside the checkpoint")
+    add_device_arguments(parser)
+    return parser.parse_args(argv)
 
-    if statistics:
+
+def main(argv: list[str] | None = None) -> CutTable:
+    """Makes the cut table of rule `refined`, writes and returns it. Raises ValueError for a user's mistake."""
+    o = parse_arguments(argv)
+    if o.updates < 0:
+        raise ValueError(f"--updates {o.updates} is below 0; {UPDATES} is usual")
+    if o.num_tokens < 2:
+        raise ValueError(f"--num_tokens {o.num_tokens} is too few; {NUM_TOKENS} is usual")
+    if o.statistics:
         print("--statistics is not read: refined thresholds come from gradients", file=sys.stderr)
 
     # load the model and the text
-    folder = resolve_checkpoint(checkpoint_path)
-    output = output or folder / "thresholds_refined.safetensors"
-    model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
-    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
+    folder = resolve_checkpoint(o.checkpoint_path)
+    output = o.output or folder / "thresholds_refined.safetensors"
+    model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+    tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
     # go on where a run with the same inputs stopped
-    metadata = table_metadata("refined", folder, text, tokens, [tokens], updates=updates, dtype=precision)
+    metadata = table_metadata("refined", folder, text, tokens, [tokens], updates=o.updates, dtype=o.precision)
     table, part = resume_table(output, CutTable([], {}, metadata))
 
     # refine level by level
-    for _ in refine(model, tokens, table, updates):
+    for _ in refine(model, tokens, table, o.updates):
         table.save(part)
+    table.halve()
     table.save(output)
     part.unlink(missing_ok=True)
     print(f"{output}: refined cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
-    for sparsity, perplexity in json.loads(table.metadata["quality"])["perplexity"]:
-        print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on held-out calibration text")
+    quality = json.loads(table.metadata["quality"])
+    for sparsity, perplexity in quality["perplexity"]:
+        print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on {quality['text']}")
     return table
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--statistics", type=Path, help="not read: refined thresholds come from gradients")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=NUM_TOKENS, help="length of the text (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="per level of sparsity (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="default: thresholds_refined.safetensors beside the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
-    add_device_arguments(parser)
-    command_line(main, parser.parse_args())
+    command_line(main)

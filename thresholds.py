@@ -13,7 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +32,9 @@ STATISTICS_FORMAT = "activation statistics 1"
 PROBABILITIES = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
 TABLE_FORMAT = "cut table 1"
 ASSETS = Path(__file__).parent / "assets"  # tables that come with this repository, a folder per model
-SCRIPTS = {"greedy": "greedy.py", "refined": "refine.py"}  # rule -> the script that makes its table
+SCRIPTS = {"refined": "refine.py", "greedy": "greedy.py"}  # the script that makes a rule's table; the best rule first
 OLD_FILES = {"allocation_greedy.json": "greedy", "allocation_global.safetensors": "refined"}
+OLD_RULES = {"global": "refined"}
 
 
 class Statistics:
@@ -50,10 +51,7 @@ class Statistics:
 
     @property
     def fingerprint(self) -> str | None:
-        """`formats.checkpoint.fingerprint` of the checkpoint they were taken from, or of its int8 form.
-
-        None if it is unknown, as for TEAL's.
-        """
+        """`formats.checkpoint.fingerprint` of the checkpoint (or its int8 form) that they are of; None: unknown."""
         return self.metadata.get("fingerprint")
 
     def get(self, layer: int, projection: str, name: str) -> Tensor:
@@ -118,22 +116,22 @@ def _check_sparsity(sparsity: float) -> None:
 
 
 def load_statistics(path: str | Path) -> Statistics:
-    """Reads what `Statistics.save` wrote.
+    """Reads what `Statistics.save` wrote. Raises ValueError: no file there, or one that holds something else."""
+    return Statistics(*_read(path, STATISTICS_FORMAT, "statistics", "make it with calibrate.py"))
 
-    Raises:
-        ValueError: no file there, a truncated one, or one that holds something else.
-    """
-    again = "make it with calibrate.py"
-    if not Path(path).is_file():
-        raise ValueError(f"no statistics file at {path}; {again}")
+
+def _read(path: str | Path, form: str, what: str, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file whose metadata name this form."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.pop("format", None) != STATISTICS_FORMAT:
-                raise ValueError(f"{path} is not a statistics file of this version; {again}")
-            return Statistics({name: file.get_tensor(name) for name in file.keys()}, metadata)
+            if metadata.pop("format", None) != form:
+                raise ValueError(f"{path} is not a {what} file of this version; {again}")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except FileNotFoundError:
+        raise ValueError(f"no {what} file at {path}; {again}") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a statistics file ({error}); {again}") from None
+        raise ValueError(f"{path} is truncated or not a {what} file ({error}); {again}") from None
 
 
 def teal_statistics(folder: str | Path) -> Statistics:
@@ -164,7 +162,7 @@ class Cuts(NamedTuple):
 
     Attributes:
         sparsity: the share of the projections' weights that they are meant to cut, 0 <= sparsity < 1.
-        thresholds: one per site, in the order of `SparseTransformer.projections`: [S, in], or [S, 1] for one value per
+        thresholds: one per site, in the order of `SparseTransformer.sites`: [S, in], or [S, 1] for one value per
             projection; float32.
         shifts: one per site: [in], float32, the values that stand for cut inputs; None stands for zeros.
     """
@@ -172,6 +170,10 @@ class Cuts(NamedTuple):
     sparsity: float
     thresholds: list[Tensor]
     shifts: list[Tensor | None]
+
+
+def _site_names(n_layer: int) -> list[str]:
+    return [f"{layer}.{site}" for layer in range(n_layer) for site in SITES]
 
 
 class CutTable:
@@ -195,7 +197,7 @@ class CutTable:
 
     def level(self, i: int) -> Cuts:
         """The cuts at level i, in float32."""
-        names = [f"{layer}.{site}" for layer in range(self.n_layer) for site in SITES]
+        names = _site_names(self.n_layer)
         shifts = [self.tensors.get(f"{name}.shift") for name in names]
         thresholds = [self.tensors[f"{name}.threshold"][i].float() for name in names]
         return Cuts(self.levels[i], thresholds, [None if shift is None else shift[i].float() for shift in shifts])
@@ -213,28 +215,30 @@ class CutTable:
             )
         above = int(np.searchsorted(self.levels, sparsity))
         upper = self.level(above)
-        lower = self.level(above - 1) if above else Cuts(0.0, [torch.zeros_like(t) for t in upper[1]], upper.shifts)
+        zeros = Cuts(0.0, [torch.zeros_like(threshold) for threshold in upper.thresholds], upper.shifts)
+        lower = self.level(above - 1) if above else zeros
         weight = (sparsity - lower.sparsity) / (upper.sparsity - lower.sparsity)
 
-        def between(low: Tensor | None, high: Tensor | None) -> Tensor | None:
-            return None if high is None else torch.lerp(low, high, weight)
+        def between(low: list, high: list) -> list:
+            return [None if b is None else torch.lerp(a, b, weight) for a, b in zip(low, high, strict=True)]
 
-        return Cuts(
-            sparsity,
-            list(map(between, lower.thresholds, upper.thresholds)),
-            list(map(between, lower.shifts, upper.shifts)),
-        )
+        return Cuts(sparsity, between(lower.thresholds, upper.thresholds), between(lower.shifts, upper.shifts))
 
     def append(self, cuts: Cuts) -> None:
-        """Adds a level above the others, rounded to float16, which halves the file."""
-        for j, (threshold, shift) in enumerate(zip(cuts.thresholds, cuts.shifts, strict=True)):
-            name = f"{j // len(SITES)}.{list(SITES)[j % len(SITES)]}"
-            for kind, value in (("threshold", threshold), ("shift", shift)):
+        """Adds a level above the others, in float32."""
+        names = _site_names(len(cuts.thresholds) // len(SITES))
+        for kind, values in (("threshold", cuts.thresholds), ("shift", cuts.shifts)):
+            for name, value in zip(names, values, strict=True):
                 if value is not None:
-                    value = value.detach().half().cpu()[None].clone()
                     before = [self.tensors[f"{name}.{kind}"]] if self.levels else []
+                    value = value.detach().float().cpu()[None].clone()
                     self.tensors[f"{name}.{kind}"] = torch.cat([*before, value])
         self.levels.append(cuts.sparsity)
+
+    def halve(self) -> None:
+        """Rounds all tensors to float16, or to its largest number, which halves the file."""
+        most = torch.finfo(torch.float16).max
+        self.tensors = {name: tensor.clamp(-most, most).half() for name, tensor in self.tensors.items()}
 
     def perplexity_at(self, sparsity: float) -> tuple[float, float, str] | None:
         """Perplexity of the dense model and at this sparsity, and the text's name, by the table's own record.
@@ -256,33 +260,26 @@ class CutTable:
 
 def load_table(path: str | Path) -> CutTable:
     """Reads what `CutTable.save` wrote. Raises ValueError: no file there, or one that holds something else."""
-    path = Path(path)
     again = "make it with greedy.py or refine.py"
-    if path.name in OLD_FILES:
-        raise ValueError(f"{path} is a file of an earlier version; make thresholds_*.safetensors: {_how(path.name)}")
+    if Path(path).name in OLD_FILES:
+        raise ValueError(of_an_earlier_version(Path(path)))
+    tensors, metadata = _read(path, TABLE_FORMAT, "cut table", again)
+    table = CutTable(tensors.pop("levels", torch.zeros(0)).flatten().tolist(), tensors, metadata)
 
-    # read the file
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.pop("format", None) != TABLE_FORMAT:
-                raise ValueError(f"{path} is not a cut table of this version; {again}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise ValueError(f"no cut table at {path}; {again}") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a cut table ({error}); {again}") from None
-
-    # every site of every layer has thresholds for every level
-    levels = tensors.pop("levels", torch.zeros(0)).flatten().tolist()
-    table = CutTable(levels, tensors, metadata)
-    needed = {f"{layer}.{site}.threshold" for layer in range(table.n_layer) for site in SITES}
-    allowed = needed | {name.replace(".threshold", ".shift") for name in needed}
-    allowed |= {f"{layer}.shares" for layer in range(table.n_layer)}
-    complete = needed and needed <= set(tensors) <= allowed and all(len(t) == len(levels) for t in tensors.values())
-    if not levels or not complete or sorted(set(levels)) != levels or not 0 < levels[0] <= levels[-1] < 1:
+    # every site of every layer has thresholds for every level, and all or none have shifts
+    levels, names = table.levels, _site_names(table.n_layer)
+    thresholds, shifts = ({f"{name}.{kind}" for name in names} for kind in ("threshold", "shift"))
+    found = set(tensors) - {f"{layer}.shares" for layer in range(table.n_layer)}
+    complete = names and found in (thresholds, thresholds | shifts)
+    complete = complete and all(tensor.shape[:1] == (len(levels),) for tensor in tensors.values())
+    if not (complete and levels and sorted(set(levels)) == levels and 0 < levels[0] <= levels[-1] < 1):
         raise ValueError(f"{path} is damaged: levels or tensors are missing; {again}")
     return table
+
+
+def of_an_earlier_version(path: Path) -> str:
+    rule = OLD_FILES[path.name]
+    return f"{path} is of an earlier version and not read; make thresholds_{rule}.safetensors: python {SCRIPTS[rule]}"
 
 
 def table_metadata(
@@ -311,8 +308,7 @@ def resume_table(output: Path, new: CutTable) -> tuple[CutTable, Path]:
     return (table if same else new), part
 
 
-@dataclass
-class RuleInputs:
+class RuleInputs(NamedTuple):
     """What a rule makes cuts from.
 
     Attributes:
@@ -344,33 +340,19 @@ def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], spars
     return Cuts(sparsity, thresholds, [None] * len(thresholds))
 
 
-def table_path(rule: str, folder: Path | None) -> Path | None:
-    """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None."""
+def find_table(rule: str, folder: Path | None) -> CutTable | None:
+    """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None.
+
+    Raises:
+        ValueError: the file beside the checkpoint is damaged or of another checkpoint.
+    """
     if folder is None:
         return None
     name = f"thresholds_{rule}.safetensors"
     if (folder / name).is_file():
-        return folder / name
-    shipped = [path for path in ASSETS.glob(f"*/{name}") if _fingerprint_of(path) == fingerprint(folder)]
-    return shipped[0] if shipped else None
-
-
-def _fingerprint_of(table: Path) -> str | None:
-    with safe_open(table, "pt") as file:
-        return (file.metadata() or {}).get("fingerprint")
-
-
-def from_table(rule: str) -> Callable[[RuleInputs, float], Cuts]:
-    """The rule whose cuts are read from a table."""
-
-    def cuts(inputs: RuleInputs, sparsity: float) -> Cuts:
-        path = table_path(rule, inputs.folder)
-        if path is None:
-            where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
-            raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
-        return table_of(path, inputs.folder).at(sparsity)
-
-    return cuts
+        return table_of(folder / name, folder)
+    shipped = map(load_table, ASSETS.glob(f"*/{name}"))
+    return next((table for table in shipped if table.metadata["fingerprint"] == fingerprint(folder)), None)
 
 
 def table_of(path: Path, folder: Path | None) -> CutTable:
@@ -382,41 +364,32 @@ def table_of(path: Path, folder: Path | None) -> CutTable:
     return table
 
 
-# the best first: `best` is the first rule that has a table for the checkpoint, and uniform where none has
+def tabulated(rule: str, inputs: RuleInputs, sparsity: float) -> Cuts:
+    """The cuts of a rule that a script of its own makes, from its table. Raises ValueError without one."""
+    table = find_table(rule, inputs.folder)
+    if table is None:
+        where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
+        raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
+    return table.at(sparsity)
+
+
 RULES: dict[str, Callable[[RuleInputs, float], Cuts]] = {
-    "refined": from_table("refined"),
-    "greedy": from_table("greedy"),
+    "refined": partial(tabulated, "refined"),
+    "greedy": partial(tabulated, "greedy"),
     "uniform": uniform,
 }
 
 
-def choose_rule(thresholds: str, sparsity: float, folder: Path | None, own_statistics: bool) -> str:
-    """What `--thresholds best` stands for; any other value stands for itself.
-
-    own_statistics: the user gave a file of statistics, which tables do not use.
-
-    Raises:
-        ValueError: `--thresholds` is neither best, a rule nor a file.
-    """
-    if thresholds in ("global", "teal"):
-        raise ValueError(f"--thresholds {thresholds} is now {'refined' if thresholds == 'global' else 'greedy'}")
-    if thresholds != "best":
-        if thresholds not in RULES and not Path(thresholds).is_file():
-            raise ValueError(f"--thresholds {thresholds}: no such file; it takes best, {', '.join(RULES)} or a file")
-        return thresholds
-    if folder:
-        for name, rule in OLD_FILES.items():
-            if (folder / name).is_file() and not table_path(rule, folder):
-                warnings.warn(f"{folder / name} is of an earlier version and not read: {_how(name)}", stacklevel=2)
-    for rule in SCRIPTS if sparsity and not own_statistics else ():
-        path = table_path(rule, folder)
-        if path and sparsity <= load_table(path).levels[-1]:
+def best_rule(sparsity: float, folder: Path | None) -> str:
+    """The first rule of `SCRIPTS` whose table for this checkpoint reaches the sparsity; else uniform."""
+    for name, rule in OLD_FILES.items():
+        if folder and (folder / name).is_file() and not find_table(rule, folder):
+            warnings.warn(of_an_earlier_version(folder / name), stacklevel=2)
+    for rule in SCRIPTS if sparsity else ():
+        table = find_table(rule, folder)
+        if table and sparsity <= table.levels[-1]:
             return rule
     return "uniform"
-
-
-def _how(old_file: str) -> str:
-    return f"python {SCRIPTS[OLD_FILES[old_file]]} makes thresholds_{OLD_FILES[old_file]}.safetensors in its place"
 
 
 def cuts_for(
@@ -429,7 +402,8 @@ def cuts_for(
     """From a run's options to its cuts.
 
     Args:
-        thresholds: `--thresholds`: best, a rule of `RULES`, or the path of a cut table.
+        thresholds: `--thresholds`: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform where
+            the user gave statistics.
         sparsity: `--sparsity`.
         folder: the checkpoint's; None for random weights.
         statistics: called if the rule reads thresholds from statistics; see `RuleInputs`.
@@ -440,17 +414,23 @@ def cuts_for(
 
     Raises:
         ValueError: an unknown rule; a table that is missing, of another checkpoint, or without that sparsity;
-            statistics beside a rule that does not read them.
+            statistics beside a table, which does not read them.
     """
-    rule = choose_rule(thresholds, sparsity, folder, own_statistics)
-    if rule not in RULES:
-        return rule, table_of(Path(rule), folder).at(sparsity)
-    if own_statistics and rule in SCRIPTS:
+    if thresholds in OLD_RULES:
+        raise ValueError(f"--thresholds {thresholds} is now {OLD_RULES[thresholds]}")
+    rule = thresholds
+    if rule == "best":
+        rule = "uniform" if own_statistics else best_rule(sparsity, folder)
+    if rule not in RULES and not Path(rule).is_file():
+        raise ValueError(f"--thresholds {rule}: no such file; it takes best, {', '.join(RULES)} or a file")
+    if own_statistics and (rule in SCRIPTS or rule not in RULES):
         raise ValueError(f"--statistics says nothing to --thresholds {rule}, whose table holds thresholds; drop one")
-    return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
+    if rule in RULES:
+        return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
+    return rule, table_of(Path(rule), folder).at(sparsity)
 
 
 def recorded_perplexity(rule: str, folder: Path | None, sparsity: float) -> tuple[float, float, str] | None:
     """`CutTable.perplexity_at` of the table that `cuts_for` took for this rule or file; None without a record."""
-    path = table_path(rule, folder) if rule in RULES else Path(rule)
-    return load_table(path).perplexity_at(sparsity) if path else None
+    table = find_table(rule, folder) if rule in RULES else load_table(rule)
+    return table and table.perplexity_at(sparsity)
