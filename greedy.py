@@ -32,7 +32,7 @@ from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_li
 from formats.default_model import resolve_checkpoint
 from model import TransformerBlock
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
-from thresholds import STATISTICS_NAME, CutTable, Statistics, resume_table, table_metadata
+from thresholds import STATISTICS_NAME, CutTable, Statistics, make_table, table_metadata
 
 NUM_TOKENS = 4096
 MOST = 0.99  # no projection is cut further
@@ -134,15 +134,13 @@ def greedy_paths(
                 yield path
 
 
-def shares_at(path: dict[str, list[float]], level: float) -> dict[str, float]:
-    """Sparsity of each projection where the block's is `level`: linear between two rounds."""
-    return {p: float(np.interp(level, path["level"], path[p])) for p in PROJECTIONS}
-
-
 def add_layer(table: CutTable, path: dict[str, list[float]], statistics: Statistics) -> None:
-    """Adds a layer's thresholds at all levels, one value per projection, to a table of the layers before it."""
+    """Adds a layer's thresholds at all levels, one value per projection, to a table of the layers before it.
+
+    The sparsity of each projection is linear between two rounds.
+    """
     layer = table.n_layer
-    shares = [shares_at(path, level) for level in table.levels]
+    shares = [{p: float(np.interp(level, path["level"], path[p])) for p in PROJECTIONS} for level in table.levels]
     for name, site in SITES.items():
         thresholds = [[statistics.threshold(layer, p, share[p]) for p in site.projections] for share in shares]
         table.tensors[f"{layer}.{name}.threshold"] = torch.tensor(thresholds)[:, :, None]  # [L, S, 1]
@@ -183,17 +181,15 @@ def main(argv: list[str] | None = None) -> CutTable:
     statistics = statistics_for(folder, o.statistics, model)
     tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
-    # go on where a run with the same inputs stopped
+    # search block by block, on where a run with the same inputs stopped
     inputs = [tokens, *(statistics.tensors[name] for name in sorted(statistics.tensors))]
     metadata = table_metadata("greedy", folder, text, tokens, inputs, step=o.step, dtype=o.precision)
-    table, part = resume_table(output, CutTable(list(LEVELS), {}, metadata))
 
-    # search block by block
-    for path in greedy_paths(model, statistics, tokens, o.step, skip=table.n_layer):
-        add_layer(table, path, statistics)
-        table.save(part)
-    table.save(output)
-    part.unlink(missing_ok=True)
+    def add_layers(table: CutTable) -> Iterator[None]:
+        for path in greedy_paths(model, statistics, tokens, o.step, skip=table.n_layer):
+            yield add_layer(table, path, statistics)
+
+    table = make_table(output, CutTable(list(LEVELS), {}, metadata), add_layers)
     print_shares(table)
     print(f"{output}: greedy cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
     return table

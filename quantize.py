@@ -230,12 +230,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Quantises a checkpoint and returns the new one's folder.
-
-    Raises:
-        ValueError: the checkpoint is quantised already or cannot be read, the group size does not fit, the output is
-            there, a text that cannot be read or is too short.
-    """
+    """Quantises a checkpoint and returns the new one's folder. Raises ValueError for a user's mistake."""
     o = parse_arguments(argv)
     folder = resolve_checkpoint(o.checkpoint_path)
     config = read_config(folder)
@@ -262,8 +257,7 @@ def main(argv: list[str] | None = None) -> Path:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, part / name)
         made = {"mode": o.mode, "text": text, "tokens": windows.numel()}
-        if o.mode == "int4":
-            made["groupsize"] = o.groupsize
+        made |= {"groupsize": o.groupsize} if o.mode == "int4" else {}
         write_json(part / "config.json", {**read_json(folder / "config.json"), "quantization": made})
         tensors = (weights | quantized).items()
         write_weights(part, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})

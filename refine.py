@@ -36,6 +36,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ from calibrate import calibration_tokens
 from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
 from formats.default_model import resolve_checkpoint
 from sparse_model import SITES, SparseProjection, SparseTransformer
-from thresholds import Cuts, CutTable, resume_table, table_metadata
+from thresholds import Cuts, CutTable, make_table, table_metadata
 
 NUM_TOKENS = 262144
 LEVELS = (0.25, 0.4, 0.5, 0.65, 0.8)  # sparsities that are refined; between two, thresholds are interpolated
@@ -258,8 +259,10 @@ def perplexity_of(model: SparseTransformer, windows: Tensor, cut: bool) -> float
     return math.exp(loss / windows[:, 1:].numel())
 
 
-def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: int, seed: int = 0) -> Iterator[None]:
+def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTable, seed: int = 0) -> Iterator[None]:
     """Appends the levels that `table` lacks, one per iteration, from windows `tokens` [N, T] (int64, T > 1).
+
+    At the end the table is rounded to float16; until then it stays as it is, so that a stopped run goes on exactly.
 
     Raises:
         ValueError: gradients that are not finite (float16 overflows in some models).
@@ -301,6 +304,7 @@ def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: i
             quality["perplexity"].append((level, perplexity_of(model, unseen, cut=True)))
             table.metadata["quality"] = json.dumps(quality)
             yield
+    table.halve()
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -329,16 +333,9 @@ def main(argv: list[str] | None = None) -> CutTable:
     model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
     tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
-    # go on where a run with the same inputs stopped
+    # refine level by level, on where a run with the same inputs stopped
     metadata = table_metadata("refined", folder, text, tokens, [tokens], updates=o.updates, dtype=o.precision)
-    table, part = resume_table(output, CutTable([], {}, metadata))
-
-    # refine level by level
-    for _ in refine(model, tokens, table, o.updates):
-        table.save(part)
-    table.halve()
-    table.save(output)
-    part.unlink(missing_ok=True)
+    table = make_table(output, CutTable([], {}, metadata), partial(refine, model, tokens, o.updates))
     print(f"{output}: refined cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
     quality = json.loads(table.metadata["quality"])
     for sparsity, perplexity in quality["perplexity"]:

@@ -12,7 +12,8 @@ rule is a function of (RuleInputs, sparsity) and its row in `RULES`.
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,11 +39,10 @@ OLD_RULES = {"global": "refined"}
 
 
 class Statistics:
-    """Distributions of the inputs of a model's projections, by layer and projection (q k v o gate up down).
+    """Distributions of the inputs of a model's projections.
 
-    Attributes:
-        tensors: by "<layer>.<site or projection>.<name>"; see `calibrate.Recorder.results` and `teal_statistics`.
-        metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
+    tensors: by "<layer>.<site or projection>.<name>"; see `get`, of TEAL's `teal_statistics`.
+    metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
     """
 
     def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
@@ -158,18 +158,11 @@ def teal_statistics(folder: str | Path) -> Statistics:
 
 
 class Cuts(NamedTuple):
-    """Thresholds and shifts of all sites of a model at one sparsity.
+    """Thresholds and shifts, float32, of all sites of a model at one sparsity, in the order of its `sites`."""
 
-    Attributes:
-        sparsity: the share of the projections' weights that they are meant to cut, 0 <= sparsity < 1.
-        thresholds: one per site, in the order of `SparseTransformer.sites`: [S, in], or [S, 1] for one value per
-            projection; float32.
-        shifts: one per site: [in], float32, the values that stand for cut inputs; None stands for zeros.
-    """
-
-    sparsity: float
-    thresholds: list[Tensor]
-    shifts: list[Tensor | None]
+    sparsity: float  # the share of the projections' weights that they are meant to cut, in [0, 1)
+    thresholds: list[Tensor]  # one per site: [S, in], or [S, 1] for one value per projection
+    shifts: list[Tensor | None]  # one per site: [in], the values that stand for cut inputs; None stands for zeros
 
 
 def _site_names(n_layer: int) -> list[str]:
@@ -205,8 +198,7 @@ class CutTable:
     def at(self, sparsity: float) -> Cuts:
         """The cuts at a sparsity: linear between two levels; below the first level, between thresholds 0 and its own.
 
-        Raises:
-            ValueError: a sparsity beyond the last level.
+        Raises ValueError for a sparsity beyond the last level.
         """
         if not 0 <= sparsity <= self.levels[-1]:
             raise ValueError(
@@ -285,10 +277,7 @@ def of_an_earlier_version(path: Path) -> str:
 def table_metadata(
     rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options
 ) -> dict[str, str]:
-    """How a table is made: what a run must share with an interrupted one to go on with its table.
-
-    inputs: all that the table is made from, besides the checkpoint in `folder` and the options.
-    """
+    """How a table is made: from the checkpoint in `folder`, the options, and `inputs`, which are all that is left."""
     digest = hashlib.sha256()
     for tensor in inputs:
         digest.update(tensor.cpu().numpy().tobytes())
@@ -297,27 +286,28 @@ def table_metadata(
     return {name: str(value) for name, value in facts.items()}
 
 
-def resume_table(output: Path, new: CutTable) -> tuple[CutTable, Path]:
-    """The table that an interrupted run for `output` left, if it was made like `new`, else `new`; and its file."""
-    part = Path(f"{output}.partial.safetensors")
-    try:
-        table = load_table(part) if part.is_file() else new
-    except ValueError:  # damaged, or of another version
-        return new, part
-    same = {k: v for k, v in table.metadata.items() if k != "quality"} == new.metadata
-    return (table if same else new), part
+def make_table(output: Path, new: CutTable, steps: Callable[[CutTable], Iterable]) -> CutTable:
+    """The table that all of `steps(table)` make of the empty one `new`, written to `output`.
+
+    After each step it is kept in `<output>.partial.safetensors`, with which a later run that begins alike goes on.
+    """
+    part, table = Path(f"{output}.partial.safetensors"), new
+    with suppress(ValueError):  # absent, damaged, or of another version
+        begun = load_table(part)
+        if {key: value for key, value in begun.metadata.items() if key != "quality"} == new.metadata:
+            table = begun
+    for _ in steps(table):
+        table.save(part)
+    table.save(output)
+    part.unlink(missing_ok=True)
+    return table
 
 
 class RuleInputs(NamedTuple):
-    """What a rule makes cuts from.
+    """What a rule makes cuts from."""
 
-    Attributes:
-        folder: the checkpoint's, or None for random weights.
-        statistics: gives the statistics of the inputs of this model, reading or making them; called if needed.
-    """
-
-    folder: Path | None
-    statistics: Callable[[], Statistics]
+    folder: Path | None  # the checkpoint's; None for random weights
+    statistics: Callable[[], Statistics]  # reads or makes the statistics of this model's inputs; called if needed
 
 
 def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
@@ -327,11 +317,7 @@ def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
 
 
 def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], sparsity: float) -> Cuts:
-    """Cuts that make the inputs of each layer's projections as sparse as `shares` says, layer by layer.
-
-    Raises:
-        ValueError: see `Statistics.threshold`.
-    """
+    """Cuts that make the inputs of each layer's projections as sparse as `shares` says. Raises as `threshold` does."""
     thresholds = [
         torch.tensor([[statistics.threshold(layer, p, share[p])] for p in site.projections])
         for layer, share in enumerate(shares)
@@ -343,8 +329,7 @@ def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], spars
 def find_table(rule: str, folder: Path | None) -> CutTable | None:
     """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None.
 
-    Raises:
-        ValueError: the file beside the checkpoint is damaged or of another checkpoint.
+    Raises ValueError if the file beside the checkpoint is damaged or of another checkpoint.
     """
     if folder is None:
         return None
@@ -402,11 +387,8 @@ def cuts_for(
     """From a run's options to its cuts.
 
     Args:
-        thresholds: `--thresholds`: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform where
-            the user gave statistics.
-        sparsity: `--sparsity`.
-        folder: the checkpoint's; None for random weights.
-        statistics: called if the rule reads thresholds from statistics; see `RuleInputs`.
+        thresholds: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform with own statistics.
+        folder, statistics: see `RuleInputs`.
         own_statistics: whether the user gave `--statistics`.
 
     Returns:
