@@ -12,8 +12,8 @@ its threshold from the statistics.
 
 Cost, with P the weights of a block and Q those of q: P / (step Q) rounds of at most 7 passes of the block over a
 quarter of the tokens, 2 P operations per token. An 8B model took 72 s on an H100 in bfloat16, SmolLM2-135M 3.5 minutes
-per block on one busy core. Beside the model, memory holds one block's activations over all tokens. A run that was
-stopped goes on after the last complete block, which `<output>.partial.safetensors` keeps.
+per block on one busy core. Memory: the model and one block's activations over all tokens. A run that was stopped goes
+on after the last complete block, which `<output>.partial.safetensors` keeps.
 """
 
 import argparse
@@ -53,14 +53,10 @@ def greedy_path(
     error: Callable[[], Tensor],
     progress: tqdm,
 ) -> dict[str, list[float]]:
-    """TEAL's Algorithm 1 on one block. Leaves the block's thresholds set.
+    """TEAL's Algorithm 1 on one block, whose `error` is that of its output; leaves its thresholds set.
 
-    Args:
-        error: of the block's output as its thresholds are.
-
-    Returns:
-        a list per name, an item per round: "level", the share of the block's weights that is cut; "error"; and under
-        the name of each projection the sparsity of its input.
+    Returns a list per name, an item per round: "level", the share of the block's weights that is cut; "error"; and
+    under the name of each projection the sparsity of its input.
     """
     modules = {p: model.sites[layer * len(SITES) + list(SITES).index(site)] for p, site in PROJECTIONS.items()}
     sizes = model.projection_sizes()
@@ -108,10 +104,7 @@ def greedy_paths(
     """The greedy paths of all blocks but the first `skip`, over tokens [N, T] (int64, T > 1).
 
     A block's dense pass leaves the keys and values of all positions in a cache. A trial runs the last quarter alone and
-    overwrites its part of the cache.
-
-    Raises:
-        ValueError: a block's output is not finite (float16 overflows in some models).
+    overwrites its part of the cache. Raises ValueError if an output is not finite (float16 overflows in some models).
     """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
     length = tokens.shape[1]

@@ -6,18 +6,15 @@ python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # defaul
 python quantize.py --mode int8 --num_tokens 0                           # to nearest, no text
 
 generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. An input's row is a row of the
-[in, out] weight as before, so a cut input skips its bytes. int8 is symmetric with a scale an output, applied once to
-its sum. int4 is s * n + m with s and m (bfloat16) for every group of outputs of one input, which a cut input skips too.
-q, k, v and lm_head are int8 in both. The embedding and the norms keep their dtype, a tied lm_head becomes a tensor of
-its own.
+[in, out] weight as before, so a cut input skips its bytes. int8 is symmetric with one scale per output, applied once to
+its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's outputs, which a cut input skips too.
+q, k, v and lm_head are int8 in both. The embedding and the norms keep their dtype; a tied lm_head becomes a tensor of
+its own. Cut tables go along, and to int8 the statistics, too. int4 has better tables of its own: with the original's
+its perplexity was 0.2 to 0.6 % higher at 40 % and more (SmolLM2-135M).
 
-Weights are rounded input by input, and what that does to the outputs on the text is made up for by the inputs not yet
-rounded, starting from the weights in --precision. Memory: the model, the text's hidden states, eight matrices [in, in]
-in float32 for the layer at hand, lm_head twice in float32, and the rounded weights in the host's. A run that ends early
-leaves nothing; start it again.
-
-Cut tables of the checkpoint go along, and to int8 its statistics, too. int4 has better
-ones of its own: with the original's its perplexity was 0.2 to 0.6 % higher at 40 % and more (SmolLM2-135M).
+Weights are rounded input by input. The inputs not yet rounded make up for what that does to the outputs on the text,
+starting from the weights in --precision. Memory: the model, the text's hidden states, eight float32 matrices [in, in]
+for one layer, lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
 """
 
 import argparse
@@ -41,16 +38,7 @@ from formats.text import WINDOW
 from kernels.quantized import pack_int4
 from model import ModelArgs, read_config
 from sparse_model import SITES, SparseTransformer
-from thresholds import (
-    OLD_FILES,
-    SCRIPTS,
-    STATISTICS_NAME,
-    CutTable,
-    Statistics,
-    find_table,
-    load_statistics,
-    of_an_earlier_version,
-)
+from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, find_table, load_statistics, warn_of_old_files
 
 QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1", "w3", "w13", "w2", "output")}
 DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
@@ -99,13 +87,11 @@ def _codes(group: Tensor, s: Tensor, m: Tensor) -> Tensor:
 def gptq(weight: Tensor, hessian: Tensor, rounding: Rounding) -> list[Tensor]:
     """Rounds a weight's rows by falling diagonal; those that follow make up for each row's error, by least squares.
 
-    Args:
-        weight: [in, out], float32.
-        hessian: [in, in], float32, the sum of x x^T over inputs x; zeros: every row is rounded alone. It is changed.
-        rounding: of a row [out], to what the row becomes and whatever is stored of it.
+    weight: [in, out], float32.
+    hessian: [in, in], float32, the sum of x x^T over inputs x; zeros: every row is rounded alone. It is changed.
+    rounding: of a row [out], to what the row becomes and whatever is stored of it.
 
-    Returns:
-        What is stored, each [in, ...].
+    Returns what is stored, each [in, ...].
     """
     diagonal = hessian.diagonal()
     diagonal += DAMPING * diagonal.mean()
@@ -132,8 +118,7 @@ def gptq(weight: Tensor, hessian: Tensor, rounding: Rounding) -> list[Tensor]:
 def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
     """A projection's tensors as the checkpoint holds them, of its weight [in, out]; `hessian` is that of `gptq`.
 
-    Raises:
-        ValueError: weights or inputs that are not finite.
+    Raises ValueError for weights or inputs that are not finite.
     """
     weight = weight.float()
     if not weight.isfinite().all():
@@ -153,8 +138,7 @@ def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, group
 def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
     """Quantised tensors of all projections and lm_head, by name, for inputs that windows [N, T] (int64) give densely.
 
-    Raises:
-        ValueError: see `quantize_weight`.
+    Raises as `quantize_weight` does.
     """
     batches = windows.split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
     sensitive = replace(model.config, quant=mode).sensitive_quant
@@ -197,23 +181,20 @@ def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
     Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
     """
 
-    def statistics() -> Statistics | None:
-        if not (folder / STATISTICS_NAME).is_file():
-            return None
-        loaded = load_statistics(folder / STATISTICS_NAME)
-        loaded.check_fingerprint(folder)
-        return loaded
+    def own_statistics() -> Statistics:
+        statistics = load_statistics(folder / STATISTICS_NAME)
+        statistics.check_fingerprint(folder)
+        return statistics
 
+    warn_of_old_files(folder)
     readers = {f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS}
+    readers |= {STATISTICS_NAME: own_statistics} if (folder / STATISTICS_NAME).is_file() else {}
     artifacts = {}
-    for name, read in {STATISTICS_NAME: statistics, **readers}.items():
+    for name, read in readers.items():
         try:
             artifacts |= {name: artifact} if (artifact := read()) else {}
         except ValueError as error:
             print(f"{name} stays behind: {error}", file=sys.stderr)
-    for name in OLD_FILES:
-        if (folder / name).is_file():
-            print(of_an_earlier_version(folder / name), file=sys.stderr)
     if mode == "int4" and artifacts.pop(STATISTICS_NAME, None):
         print(f"{STATISTICS_NAME} stays behind: int4 needs its own; make it with calibrate.py", file=sys.stderr)
     return artifacts

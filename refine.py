@@ -3,25 +3,22 @@
     python refine.py --data c4                                    # the default model
     python refine.py --checkpoint_path DIR --data a.txt b.jsonl --updates 16
 
-Every input channel of every projection has a threshold of its own, and all thresholds of the model are bought at one
-price. Two steps:
+Every input channel of every projection has its own threshold. All thresholds of the model are bought at one price:
 
 1. Initial cuts. Cutting input x_i costs about 1/2 x_i^2 F_i of the model's loss. F_i is the mean of (dL/dx_i)^2 over
    tokens, where L is the loss with labels drawn from the model: the curvature of the KL divergence to it. The cut saves
-   a row of the weight, `width` weights long. So an input is cut where x_i^2 F_i / width < price, which gives the
-   threshold t_i = sqrt(price * width / F_i). A cut input is replaced by its channel's median c_i instead of 0; this
-   adds a constant vector to the output and reads no weights.
-2. Refinement. F is taken where nothing is cut, and errors add up otherwise where half of the model is cut. So we follow
-   the gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i
-   over cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the
-   step of the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per
-   weight, is subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the
-   sparsity.
+   a row of the weight, `width` weights long. So an input is cut where x_i^2 F_i / width < price: its threshold is
+   t_i = sqrt(price * width / F_i). A cut input is replaced by its channel's median c_i instead of 0, which adds a
+   constant vector to the output and reads no weights.
+2. Refinement. F is taken where nothing is cut; errors add up otherwise where half of the model is cut. So we follow the
+   gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i over
+   cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the step of
+   the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per weight, is
+   subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the sparsity.
 
-The weights stay as they are. At the end of each level all thresholds are scaled until the sparse model cuts at least
-that level's share of the weights in every window of a held-out part of the text, up to an eighth, that the updates did
-not see. On the text that they saw the model cuts a little more than on any other, and texts differ. The perplexity on
-the held-out part is recorded in the table.
+At the end of each level all thresholds are scaled until the sparse model cuts at least that level's share of the
+weights in every window of a held-out part of the text, up to an eighth, that the updates did not see: on the text that
+they saw it cuts a little more, and texts differ. The table records the perplexity on the held-out part.
 
 Cost: an update is two forward passes, a backward one and the gradients of the segments once more, 8 P operations per
 token for P weights. One update of five levels took an 8B model 52 s on an H100 (random weights, 40 GB); SmolLM2-135M
@@ -85,11 +82,11 @@ def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[No
         return forward_hook
 
     hooks = [module.register_forward_hook(watch(j)) for j, module in enumerate(model.sites)]
-    hooks.append(
-        model.tok_embeddings.register_forward_hook(
-            lambda module, args, y: y.requires_grad_() if torch.is_grad_enabled() else y
-        )
-    )
+
+    def from_here(module, args: tuple[Tensor], y: Tensor) -> Tensor:
+        return y.requires_grad_(torch.is_grad_enabled())
+
+    hooks.append(model.tok_embeddings.register_forward_hook(from_here))
     try:
         yield
     finally:
@@ -112,8 +109,7 @@ def dense_prefix(length: int) -> int:
 def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cuts:
     """Thresholds at price 1 and shifts (medians, averaged over windows), from windows `tokens` [N, T].
 
-    Raises:
-        ValueError: outputs or gradients that are not finite (float16 overflows in some models).
+    Raises ValueError for outputs or gradients that are not finite (float16 overflows in some models).
     """
     prefix, device = dense_prefix(tokens.shape[1]), model.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -150,9 +146,8 @@ def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cut
 def scaled_to(model: SparseTransformer, windows: Tensor, level: float, cuts: Cuts, every: bool = False) -> Cuts:
     """The cuts with all thresholds scaled by one factor, so that the model cuts `level` of its weights; they stay set.
 
-    Args:
-        windows: [N, T], the text on which that holds to within `TOLERANCE`.
-        every: each window by itself cuts at least that much, not only all of them together.
+    windows: [N, T], the text on which that holds to within `TOLERANCE`.
+    every: each window by itself cuts at least that much, not only all of them together.
     """
     log_factor, low, high = 0.0, -math.inf, math.inf
     for _ in range(40):
@@ -263,9 +258,7 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
     """Appends the levels that `table` lacks, one per iteration, from windows `tokens` [N, T] (int64, T > 1).
 
     At the end the table is rounded to float16; until then it stays as it is, so that a stopped run goes on exactly.
-
-    Raises:
-        ValueError: gradients that are not finite (float16 overflows in some models).
+    Raises as `initial_cuts` does.
     """
     # initial cuts, and the part of the text that no update sees
     cuts = initial_cuts(model, tokens[: max(1, CURVATURE_TOKENS // tokens.shape[1])], seed)

@@ -254,7 +254,7 @@ def load_table(path: str | Path) -> CutTable:
     """Reads what `CutTable.save` wrote. Raises ValueError: no file there, or one that holds something else."""
     again = "make it with greedy.py or refine.py"
     if Path(path).name in OLD_FILES:
-        raise ValueError(of_an_earlier_version(Path(path)))
+        raise ValueError(_of_an_earlier_version(Path(path)))
     tensors, metadata = _read(path, TABLE_FORMAT, "cut table", again)
     table = CutTable(tensors.pop("levels", torch.zeros(0)).flatten().tolist(), tensors, metadata)
 
@@ -269,9 +269,9 @@ def load_table(path: str | Path) -> CutTable:
     return table
 
 
-def of_an_earlier_version(path: Path) -> str:
+def _of_an_earlier_version(path: Path) -> str:
     rule = OLD_FILES[path.name]
-    return f"{path} is of an earlier version and not read; make thresholds_{rule}.safetensors: python {SCRIPTS[rule]}"
+    return f"{path} is of an earlier version and not read; make {table_name(rule)}: python {SCRIPTS[rule]}"
 
 
 def table_metadata(
@@ -326,6 +326,10 @@ def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], spars
     return Cuts(sparsity, thresholds, [None] * len(thresholds))
 
 
+def table_name(rule: str) -> str:
+    return f"thresholds_{rule}.safetensors"
+
+
 def find_table(rule: str, folder: Path | None) -> CutTable | None:
     """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None.
 
@@ -333,7 +337,7 @@ def find_table(rule: str, folder: Path | None) -> CutTable | None:
     """
     if folder is None:
         return None
-    name = f"thresholds_{rule}.safetensors"
+    name = table_name(rule)
     if (folder / name).is_file():
         return table_of(folder / name, folder)
     shipped = map(load_table, ASSETS.glob(f"*/{name}"))
@@ -365,11 +369,16 @@ RULES: dict[str, Callable[[RuleInputs, float], Cuts]] = {
 }
 
 
+def warn_of_old_files(folder: Path | None) -> None:
+    """Warns of each table of an earlier version beside the checkpoint that no table of today replaces."""
+    for name, rule in OLD_FILES.items():
+        if folder and (folder / name).is_file() and not (folder / table_name(rule)).is_file():
+            warnings.warn(_of_an_earlier_version(folder / name), stacklevel=2)
+
+
 def best_rule(sparsity: float, folder: Path | None) -> str:
     """The first rule of `SCRIPTS` whose table for this checkpoint reaches the sparsity; else uniform."""
-    for name, rule in OLD_FILES.items():
-        if folder and (folder / name).is_file() and not find_table(rule, folder):
-            warnings.warn(of_an_earlier_version(folder / name), stacklevel=2)
+    warn_of_old_files(folder)
     for rule in SCRIPTS if sparsity else ():
         table = find_table(rule, folder)
         if table and sparsity <= table.levels[-1]:
