@@ -272,10 +272,6 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
     if table.levels:
         last = table.level(-1)
         cuts = Cuts(last.sparsity, [t.to(device) for t in last.thresholds], [c.to(device) for c in last.shifts])
-    else:
-        text = "held-out calibration text" if held_out else "the calibration text"
-        quality = {"text": text, "perplexity": [(0.0, perplexity_of(model, unseen, cut=False))]}
-        table.metadata["quality"] = json.dumps(quality)
 
     done = len(table.levels)
     with tqdm(total=len(LEVELS) * updates, initial=done * updates, desc="refining", unit="update") as progress:
@@ -290,14 +286,19 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
                 progress.set_postfix_str(f"at {level:.0%}: {divergence:.4f} nats per token from dense")
                 progress.update()
 
-            # hold the sparsity on text that the updates did not see, and record the quality there
+            # hold the sparsity on text that the updates did not see
             cuts = scaled_to(model, unseen, level, scaled_to(model, few, level, state.cuts()), every=True)
             table.append(cuts)
-            quality = json.loads(table.metadata["quality"])
-            quality["perplexity"].append((level, perplexity_of(model, unseen, cut=True)))
-            table.metadata["quality"] = json.dumps(quality)
             yield
+
+    # round the table, and record the quality of what is kept
     table.halve()
+    perplexities = [(0.0, perplexity_of(model, unseen, cut=False))]
+    for i, level in enumerate(table.levels):
+        model.set_cuts(table.level(i))
+        perplexities.append((level, perplexity_of(model, unseen, cut=True)))
+    text = "held-out calibration text" if held_out else "the calibration text"
+    table.metadata["quality"] = json.dumps({"text": text, "perplexity": perplexities})
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -294,8 +294,7 @@ def make_table(output: Path, new: CutTable, steps: Callable[[CutTable], Iterable
     part, table = Path(f"{output}.partial.safetensors"), new
     with suppress(ValueError):  # absent, damaged, or of another version
         begun = load_table(part)
-        if {key: value for key, value in begun.metadata.items() if key != "quality"} == new.metadata:
-            table = begun
+        table = begun if begun.metadata == new.metadata else new
     for _ in steps(table):
         table.save(part)
     table.save(output)
