@@ -13,7 +13,7 @@ from models import build as build_model
 import refine
 from model import Transformer
 from refine import initial_cuts, perplexity_of, scaled_to
-from sparse_model import SITES, SparseProjection, SparseTransformer
+from sparse_model import SparseProjection, SparseTransformer
 from thresholds import Cuts, CutTable, load_table
 
 TABLE = "thresholds_refined.safetensors"
@@ -122,20 +122,19 @@ def test_initial_cuts_are_of_the_mean_square_of_each_segments_gradient(tokens):
     model, dense, torch_generator = build(), build(Transformer), torch.Generator().manual_seed(0)
     model.load_state_dict(dense.state_dict())
     cuts = initial_cuts(model, tokens, seed=0)
-    sites = [layer.get_submodule(site.module) for layer in dense.layers for site in SITES.values()]
     sums, inputs = {}, {}
     for window in tokens.split(1):
         leaves = {}
 
         def product(module, args, y, leaves=leaves):
             """y as before, with a zero for each segment's own input added, by which the loss is derived."""
-            j = sites.index(module)
+            j = dense.sites.index(module)
             inputs.setdefault(j, []).append(args[0][0, 1:])
             parts = module.weight.split(list(module.segments.values()))
             leaves[j] = [torch.zeros_like(args[0], requires_grad=True) for _ in parts]
             return y + torch.cat([leaf @ w.T for leaf, w in zip(leaves[j], parts, strict=True)], -1)
 
-        hooks = [module.register_forward_hook(product) for module in sites]
+        hooks = [module.register_forward_hook(product) for module in dense.sites]
         logits = dense(window)[0]
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch_generator)[:, 0]
         F.cross_entropy(logits, labels, reduction="sum").backward()
