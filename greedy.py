@@ -46,14 +46,9 @@ def output_error(block: TransformerBlock, inputs: tuple, dense: Tensor) -> Tenso
 
 
 def greedy_path(
-    model: SparseTransformer,
-    layer: int,
-    statistics: Statistics,
-    step: float,
-    error: Callable[[], Tensor],
-    progress: tqdm,
+    model: SparseTransformer, layer: int, statistics: Statistics, step: float, error: Callable, progress: tqdm
 ) -> dict[str, list[float]]:
-    """TEAL's Algorithm 1 on one block, whose `error` is that of its output; leaves its thresholds set.
+    """TEAL's Algorithm 1 on one block; `error()` is that of its output, a scalar. Leaves its thresholds set.
 
     Returns a list per name, an item per round: "level", the share of the block's weights that is cut; "error"; and
     under the name of each projection the sparsity of its input.
@@ -128,10 +123,7 @@ def greedy_paths(
 
 
 def add_layer(table: CutTable, path: dict[str, list[float]], statistics: Statistics) -> None:
-    """Adds a layer's thresholds at all levels, one value per projection, to a table of the layers before it.
-
-    The sparsity of each projection is linear between two rounds.
-    """
+    """Adds a layer's thresholds at all levels to a table of the layers before it; linear between rounds of `path`."""
     layer = table.n_layer
     shares = [{p: float(np.interp(level, path["level"], path[p])) for p in PROJECTIONS} for level in table.levels]
     for name, site in SITES.items():

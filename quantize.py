@@ -134,6 +134,12 @@ def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, group
     return {f"{name}.weight": codes.t().contiguous().cpu(), f"{name}.scale": scale.contiguous().cpu()}
 
 
+def add_moments(hessian: Tensor, module, args: tuple[Tensor]) -> None:
+    """A module's hook: adds the second moments of its input [B, T, in] to hessian [in, in], float32."""
+    x = args[0].flatten(0, -2).float()
+    hessian.addmm_(x.t(), x)
+
+
 @torch.no_grad()
 def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
     """Quantised tensors of all projections and lm_head, by name, for inputs that windows [N, T] (int64) give densely.
@@ -144,21 +150,13 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
     sensitive = replace(model.config, quant=mode).sensitive_quant
     tensors = {}
 
-    def watch(hessian: Tensor) -> Callable:
-        def hook(module, args: tuple[Tensor]) -> None:
-            x = args[0].flatten(0, -2).float()
-            hessian.addmm_(x.t(), x)
-
-        return hook
-
-    def zeros(n_in: int) -> Tensor:
-        return torch.zeros(n_in, n_in, device=model.device)
+    zeros = partial(torch.zeros, device=model.device)
 
     for layer in tqdm(model.walk(batches), total=model.config.n_layer, desc="quantising", unit="layer"):
         # the second moments of each site's inputs
         modules = {site: layer.block.get_submodule(place.module) for site, place in SITES.items()}
-        hessians = {site: zeros(len(module.weight)) for site, module in modules.items()}
-        hooks = [modules[site].register_forward_pre_hook(watch(hessian)) for site, hessian in hessians.items()]
+        hessians = {site: zeros(len(m.weight), len(m.weight)) for site, m in modules.items()}
+        hooks = [m.register_forward_pre_hook(partial(add_moments, hessians[site])) for site, m in modules.items()]
         states = layer.outputs
         for hook in hooks:
             hook.remove()
@@ -169,9 +167,10 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
             name = f"layers.{layer.index}.{SITES[site].module}"
             tensors |= quantize_weight(name, module.weight, hessians[site], form, groupsize)
 
-    hessian = zeros(model.config.dim)
+    # lm_head
+    hessian = zeros(model.config.dim, model.config.dim)
     for x in states:
-        watch(hessian)(None, (model.norm(x),))
+        add_moments(hessian, None, (model.norm(x),))
     return tensors | quantize_weight("output", model.output_weight.t(), hessian, sensitive, groupsize)
 
 
@@ -181,14 +180,10 @@ def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
     Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
     """
 
-    def own_statistics() -> Statistics:
-        statistics = load_statistics(folder / STATISTICS_NAME)
-        statistics.check_fingerprint(folder)
-        return statistics
-
+    path = folder / STATISTICS_NAME
     warn_of_old_files(folder)
     readers = {f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS}
-    readers |= {STATISTICS_NAME: own_statistics} if (folder / STATISTICS_NAME).is_file() else {}
+    readers |= {STATISTICS_NAME: partial(load_statistics, path, folder)} if path.is_file() else {}
     artifacts = {}
     for name, read in readers.items():
         try:

@@ -183,8 +183,8 @@ class Refinement:
         self.projection = [torch.zeros_like(channel[:, :1]) for channel in self.channel]
         self.shift = [shift / s for shift, s in zip(cuts.shifts, spread, strict=True)]
         rates = (RATE_PROJECTION, self.projection), (RATE_CHANNEL, self.channel), (RATE_SHIFT, self.shift)
-        self.optimizer = torch.optim.Adam([{"params": p, "lr": r} for r, p in rates], betas=(0.9, 0.98))
-        self.rates = [rate for rate, _ in rates]
+        groups = [{"params": parameters, "lr": rate, "base": rate} for rate, parameters in rates]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
 
     def cuts(self) -> Cuts:
         thresholds = [(c + p).exp() for c, p in zip(self.channel, self.projection, strict=True)]
@@ -229,8 +229,8 @@ class Refinement:
             self.channel[j].grad = slope[j] - price * volume[j]
             self.projection[j].grad = self.channel[j].grad.sum(1, keepdim=True)
             self.shift[j].grad = pull[j] * spread
-        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * rate
         self.optimizer.step()
 
         # half a step back to the sparsity: by how much it rises with log t

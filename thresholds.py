@@ -57,14 +57,12 @@ class Statistics:
     def get(self, layer: int, projection: str, name: str) -> Tensor:
         """One tensor, float32 unless said otherwise, of a projection's input (or of that and the projection's weights).
 
-        Args:
-            name: signed, magnitude [1001]: quantiles at PROBABILITIES of x and of |x| (least and greatest at the ends);
-                weighted [1001]: those of |x_i| * c_i; column_norms [in]: c, the 2-norm of each input's weights;
-                channel_mean, channel_second_moment [in]: of each input channel;
-                pooled [3]: mean, standard deviation and kurtosis (3 for a Gaussian) over all channels and tokens.
+        name: signed, magnitude [1001]: quantiles at PROBABILITIES of x and of |x| (least and greatest at the ends);
+            weighted [1001]: those of |x_i| * c_i; column_norms [in]: c, the 2-norm of each input's weights;
+            channel_mean, channel_second_moment [in]: of each input channel;
+            pooled [3]: mean, standard deviation and kurtosis (3 for a Gaussian) over all channels and tokens.
 
-        Raises:
-            ValueError: an unknown projection, a layer that is not there, a name that TEAL's histograms do not have.
+        Raises ValueError: an unknown projection, a layer that is not there, a name that TEAL's histograms do not have.
         """
         if projection not in PROJECTIONS:
             raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
@@ -81,9 +79,7 @@ class Statistics:
 
         Precise to 0.001 of sparsity (in bfloat16 to the share of one value). TEAL's histograms give TEAL's own
         threshold, the quantile (1 + sparsity) / 2 of x, which supposes symmetry.
-
-        Raises:
-            ValueError: sparsity outside [0, 1), an unknown projection, a layer that is not there.
+        Raises ValueError: a sparsity outside [0, 1), an unknown projection, a layer that is not there.
         """
         if self.metadata["kind"] == "own":
             return self._quantile(layer, projection, "magnitude", sparsity)
@@ -115,9 +111,15 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
 
 
-def load_statistics(path: str | Path) -> Statistics:
-    """Reads what `Statistics.save` wrote. Raises ValueError: no file there, or one that holds something else."""
-    return Statistics(*_read(path, STATISTICS_FORMAT, "statistics", "make it with calibrate.py"))
+def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
+    """Reads what `Statistics.save` wrote.
+
+    Raises ValueError: no file there, one that holds something else, or one of another checkpoint than that in `folder`.
+    """
+    statistics = Statistics(*_read(path, STATISTICS_FORMAT, "statistics", "make it with calibrate.py"))
+    if folder:
+        statistics.check_fingerprint(folder)
+    return statistics
 
 
 def _read(path: str | Path, form: str, what: str, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -137,8 +139,7 @@ def _read(path: str | Path, form: str, what: str, again: str) -> tuple[dict[str,
 def teal_statistics(folder: str | Path) -> Statistics:
     """TEAL's published histograms: layer-{i}/{self_attn,mlp}/histograms.pt. Layers that are missing stay absent.
 
-    Raises:
-        ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
+    Raises ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
     """
     tensors = {}
     for part, sites in (("self_attn", ("qkv", "o")), ("mlp", ("gate_up", "down"))):
@@ -250,8 +251,8 @@ class CutTable:
         write_output(path, serialize(tensors, {"format": TABLE_FORMAT, **self.metadata}))
 
 
-def load_table(path: str | Path) -> CutTable:
-    """Reads what `CutTable.save` wrote. Raises ValueError: no file there, or one that holds something else."""
+def load_table(path: str | Path, folder: Path | None = None) -> CutTable:
+    """Reads what `CutTable.save` wrote. Raises ValueError as `load_statistics` does, and for an old or damaged file."""
     again = "make it with greedy.py or refine.py"
     if Path(path).name in OLD_FILES:
         raise ValueError(_of_an_earlier_version(Path(path)))
@@ -266,6 +267,9 @@ def load_table(path: str | Path) -> CutTable:
     complete = complete and all(tensor.shape[:1] == (len(levels),) for tensor in tensors.values())
     if not (complete and levels and sorted(set(levels)) == levels and 0 < levels[0] <= levels[-1] < 1):
         raise ValueError(f"{path} is damaged: levels or tensors are missing; {again}")
+    if folder:
+        script = SCRIPTS.get(metadata.get("rule", ""), "refine.py")
+        check_fingerprint(metadata.get("fingerprint"), folder, "the cut table is", script)
     return table
 
 
@@ -338,18 +342,9 @@ def find_table(rule: str, folder: Path | None) -> CutTable | None:
         return None
     name = table_name(rule)
     if (folder / name).is_file():
-        return table_of(folder / name, folder)
+        return load_table(folder / name, folder)
     shipped = map(load_table, ASSETS.glob(f"*/{name}"))
     return next((table for table in shipped if table.metadata["fingerprint"] == fingerprint(folder)), None)
-
-
-def table_of(path: Path, folder: Path | None) -> CutTable:
-    """The table in `path`. Raises ValueError if it is of another checkpoint than the one in `folder`."""
-    table = load_table(path)
-    if folder:
-        script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
-        check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
-    return table
 
 
 def tabulated(rule: str, inputs: RuleInputs, sparsity: float) -> Cuts:
@@ -361,11 +356,9 @@ def tabulated(rule: str, inputs: RuleInputs, sparsity: float) -> Cuts:
     return table.at(sparsity)
 
 
-RULES: dict[str, Callable[[RuleInputs, float], Cuts]] = {
-    "refined": partial(tabulated, "refined"),
-    "greedy": partial(tabulated, "greedy"),
-    "uniform": uniform,
-}
+# the best first
+RULES: dict[str, Callable[[RuleInputs, float], Cuts]] = {rule: partial(tabulated, rule) for rule in SCRIPTS}
+RULES["uniform"] = uniform
 
 
 def warn_of_old_files(folder: Path | None) -> None:
@@ -376,7 +369,7 @@ def warn_of_old_files(folder: Path | None) -> None:
 
 
 def best_rule(sparsity: float, folder: Path | None) -> str:
-    """The first rule of `SCRIPTS` whose table for this checkpoint reaches the sparsity; else uniform."""
+    """The first of `RULES` whose table for this checkpoint reaches the sparsity; else uniform."""
     warn_of_old_files(folder)
     for rule in SCRIPTS if sparsity else ():
         table = find_table(rule, folder)
@@ -386,11 +379,7 @@ def best_rule(sparsity: float, folder: Path | None) -> str:
 
 
 def cuts_for(
-    thresholds: str,
-    sparsity: float,
-    folder: Path | None,
-    statistics: Callable[[], Statistics],
-    own_statistics: bool = False,
+    thresholds: str, sparsity: float, folder: Path | None, statistics: Callable[[], Statistics], own_statistics=False
 ) -> tuple[str, Cuts]:
     """From a run's options to its cuts.
 
@@ -399,12 +388,8 @@ def cuts_for(
         folder, statistics: see `RuleInputs`.
         own_statistics: whether the user gave `--statistics`.
 
-    Returns:
-        the rule's name (or the file's path) for reports, and the cuts.
-
-    Raises:
-        ValueError: an unknown rule; a table that is missing, of another checkpoint, or without that sparsity;
-            statistics beside a table, which does not read them.
+    Returns the rule's name (or the file's path) for reports, and the cuts. Raises ValueError: an unknown rule; a table
+    that is missing, of another checkpoint, or without that sparsity; statistics beside a table, which reads none.
     """
     if thresholds in OLD_RULES:
         raise ValueError(f"--thresholds {thresholds} is now {OLD_RULES[thresholds]}")
@@ -417,7 +402,7 @@ def cuts_for(
         raise ValueError(f"--statistics says nothing to --thresholds {rule}, whose table holds thresholds; drop one")
     if rule in RULES:
         return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
-    return rule, table_of(Path(rule), folder).at(sparsity)
+    return rule, load_table(rule, folder).at(sparsity)
 
 
 def recorded_perplexity(rule: str, folder: Path | None, sparsity: float) -> tuple[float, float, str] | None:
