@@ -142,10 +142,7 @@ def add_moments(hessian: Tensor, module, args: tuple[Tensor]) -> None:
 
 @torch.no_grad()
 def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
-    """Quantised tensors of all projections and lm_head, by name, for inputs that windows [N, T] (int64) give densely.
-
-    Raises as `quantize_weight` does.
-    """
+    """Quantised tensors by name, for inputs that windows [N, T] (int64) give densely. Raises as `quantize_weight`."""
     batches = windows.split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
     sensitive = replace(model.config, quant=mode).sensitive_quant
     tensors = {}
@@ -179,7 +176,6 @@ def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
 
     Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
     """
-
     path = folder / STATISTICS_NAME
     warn_of_old_files(folder)
     readers = {f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS}

@@ -197,10 +197,7 @@ class CutTable:
         return Cuts(self.levels[i], thresholds, [None if shift is None else shift[i].float() for shift in shifts])
 
     def at(self, sparsity: float) -> Cuts:
-        """The cuts at a sparsity: linear between two levels; below the first level, between thresholds 0 and its own.
-
-        Raises ValueError for a sparsity beyond the last level.
-        """
+        """The cuts between two levels, linear; the level below the first has thresholds 0. Raises ValueError beyond."""
         if not 0 <= sparsity <= self.levels[-1]:
             raise ValueError(
                 f"sparsity {sparsity} is outside what the cut table covers, 0 to {self.levels[-1]:.3f}; "
