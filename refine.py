@@ -257,8 +257,7 @@ def perplexity_of(model: SparseTransformer, windows: Tensor, cut: bool) -> float
 def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTable, seed: int = 0) -> Iterator[None]:
     """Appends the levels that `table` lacks, one per iteration, from windows `tokens` [N, T] (int64, T > 1).
 
-    At the end the table is rounded to float16, and not before, so that a stopped run goes on exactly. Raises as
-    `initial_cuts` does.
+    The table is rounded to float16 at the end alone, so that a stopped run goes on exactly. Raises as `initial_cuts`.
     """
     # initial cuts, and the part of the text that no update sees
     cuts = initial_cuts(model, tokens[: max(1, CURVATURE_TOKENS // tokens.shape[1])], seed)
