@@ -203,9 +203,7 @@ def statistics_for(folder: Path, path: str | Path | None, model: SparseTransform
     beside = folder / STATISTICS_NAME
     if path is None and not beside.exists():
         calibrate(folder, model).save(beside)
-    statistics = load_statistics(path or beside)
-    statistics.check_fingerprint(folder)
-    return statistics
+    return load_statistics(path or beside, folder)
 
 
 def plot(statistics: Statistics, path: Path) -> None:
