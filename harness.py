@@ -77,7 +77,7 @@ class HarnessModel(TemplateLM):
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs) -> list[tuple]:
         """(log-probability, whether greedy) of each request's continuation; requests of one input share its pass."""
-        found: list[tuple] = [()] * len(requests)
+        scores: list[tuple] = [()] * len(requests)
         same_input = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-self.max_length - 1 :]
@@ -91,9 +91,9 @@ class HarnessModel(TemplateLM):
                     for i, continuation in same_input[key]:
                         tail = row[-len(continuation) :]
                         value = tail.gather(-1, continuation[:, None]).sum().item()
-                        found[i] = (value, bool((tail.argmax(-1) == continuation).all()))
+                        scores[i] = (value, bool((tail.argmax(-1) == continuation).all()))
                         progress.update()
-        return found
+        return scores
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
@@ -204,17 +204,13 @@ def evaluate(
         ValueError: an unknown task, or one whose data cannot be fetched or read.
     """
     manager = task_manager()
-    task = load_task(name, data, manager)
-    if num_fewshot is None:
-        num_fewshot = NUM_FEWSHOT.get(name)
+    task, fewshot = load_task(name, data, manager), NUM_FEWSHOT.get(name) if num_fewshot is None else num_fewshot
+    options = {"num_fewshot": fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 0}
     try:
-        found = simple_evaluate(
-            model, tasks=[task], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
-            bootstrap_iters=0,
-        )["results"]  # fmt: skip
+        results = simple_evaluate(model, tasks=[task], task_manager=manager, **options)["results"]
     except (OSError, KeyError, DatasetsError, TemplateError) as error:  # the hub's, the reader's; a field not there
         raise ValueError(f"task {name} cannot be evaluated ({type(error).__name__}: {one_line(error)})") from None
-    wanted = {name: found[name]} if name in found else found
+    wanted = {name: results[name]} if name in results else results
     return {
         task: {
             metric.removesuffix(",none"): value

@@ -223,17 +223,8 @@ def measure(n_in: int, n_out: int, sparsity: float, dtype: str) -> list[dict]:
     made, rows = provenance(torch.cuda.get_device_name()), []
     for name, us in ((name, min(best)) for name, best in times.items()):
         read = problem.bytes_read(n_in if name.startswith("dense") else kept)
-        columns = {
-            "kernel": name,
-            "in_features": n_in,
-            "out_features": n_out,
-            "dtype": dtype,
-            "sparsity": sparsity,
-            "us": f"{us:.2f}",
-            "bytes": read,
-            "bandwidth_gbps": f"{read / us / 1e3:.1f}",
-        }
-        rows.append(made | columns)
+        row = {"kernel": name, "in_features": n_in, "out_features": n_out, "dtype": dtype, "sparsity": sparsity}
+        rows.append(made | row | {"us": f"{us:.2f}", "bytes": read, "bandwidth_gbps": f"{read / us / 1e3:.1f}"})
     return rows
 
 
@@ -245,36 +236,33 @@ def promising(times: list[float]) -> list[int]:
 def shapes(name: str) -> list[tuple[int, int]]:
     """[in, out] of a named config's products: qkv, o, gate|up, one of these two, down."""
     c = ModelArgs.from_name(name)
-    heads = c.n_head * c.head_dim
+    heads, hidden = c.n_head * c.head_dim, c.intermediate_size
     qkv = heads + 2 * c.n_local_heads * c.head_dim
-    return [
-        (c.dim, qkv),
-        (heads, c.dim),
-        (c.dim, 2 * c.intermediate_size),
-        (c.dim, c.intermediate_size),
-        (c.intermediate_size, c.dim),
-    ]
+    return [(c.dim, qkv), (heads, c.dim), (c.dim, 2 * hidden), (c.dim, hidden), (hidden, c.dim)]
 
 
-def main(models: list[str], sparsities: list[float], dtype: str) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures and prints all rows; writes them shape by shape. Raises ValueError without a GPU."""
+    o = parse_arguments(argv)
     if not torch.cuda.is_available():
-        raise ValueError(
-            "the kernels are timed on a GPU, and there is none; `pytest tests/test_kernels.py` checks them"
-        )
-    for n_in, n_out in dict.fromkeys(shape for name in models for shape in shapes(name)):
-        print(f"\n{n_in} -> {n_out}, {dtype}, us ({torch.cuda.get_device_name()})")
-        for i, sparsity in enumerate(sparsities):
-            rows = measure(n_in, n_out, sparsity, dtype)
+        raise ValueError("the kernels are timed on a GPU; there is none. `pytest tests/test_kernels.py` checks them")
+    for n_in, n_out in dict.fromkeys(shape for name in o.models for shape in shapes(name)):
+        print(f"\n{n_in} -> {n_out}, {o.dtype}, us ({torch.cuda.get_device_name()})")
+        for i, sparsity in enumerate(o.sparsities):
+            rows = measure(n_in, n_out, sparsity, o.dtype)
             if i == 0:
                 print(f"{'sparsity':>9}" + "".join(f"{row['kernel']:>10}" for row in rows))
             print(f"{sparsity:>9.0%}" + "".join(f"{row['us']:>10}" for row in rows))
             write_rows("gemv.csv", rows, KEY)
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-3-8b"], help="named configs whose shapes to measure")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "int8", "int4"), default="bfloat16")
-    command_line(main, parser.parse_args())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command_line(main)
