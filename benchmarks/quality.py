@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     statistics, gate_tokens = source.statistics(o.statistics), None
     if set(o.rules) & set(GATED):
         gate_tokens, _ = calibration_tokens(folder, source.sparse_model, o.calibration, CALIBRATION_TOKENS, seed=0)
+    del source.sparse_model  # its memory is the next model's
     made = provenance(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
 
     rows = []

@@ -1,6 +1,5 @@
 """Sampling, the generation loop, the command line, and every mistake of a user's that it must answer in one line."""
 
-import argparse
 import io
 import json
 import math
@@ -9,20 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from models import change_config, flags
 from safetensors.torch import load_file, save_file
 
 import generate
-from calibrate import Statistics, load_statistics
 from cli import command_line
+from decoder import Generator, sample
 from formats import default_model
-from generate import Generator, count_kept, sample
+from generate import count_kept
 from model import Transformer, transformer_configs
-from sparse_model import PROJECTIONS, SparseTransformer
+from sparse_model import SparseTransformer
+from thresholds import Cuts, Statistics, load_statistics
 from tokenizer import load_tokenizer
 
 KEYS = {
@@ -84,6 +84,13 @@ def test_greedy_takes_the_likeliest():
 # ---------------------------------------------------------------- the loop
 
 
+def cuts_of(model: SparseTransformer) -> Cuts:
+    """Cuts of about half of the inputs of the tiny model."""
+    limits = [0.05 if list(module.segments)[0] in ("o", "down") else 0.6 for module in model.sites]
+    thresholds = [torch.full((len(m.widths), 1), limit) for m, limit in zip(model.sites, limits, strict=True)]
+    return Cuts(0.5, thresholds, [None] * len(thresholds))
+
+
 @pytest.fixture
 def dense(tiny) -> Transformer:
     return Transformer.from_checkpoint(tiny, dtype=torch.float32)
@@ -92,9 +99,7 @@ def dense(tiny) -> Transformer:
 @pytest.fixture
 def sparse(tiny) -> SparseTransformer:
     model = SparseTransformer.from_checkpoint(tiny, dtype=torch.float32)
-    for layer in range(2):
-        for projection in PROJECTIONS:
-            model.set_threshold(layer, projection, 0.05 if projection in ("o", "down") else 0.6)
+    model.set_cuts(cuts_of(model))
     return model
 
 
@@ -228,12 +233,11 @@ def test_compiled_on_a_gpu_equals_eager(compile_prefill, kind, batch, tiny):
     cls = SparseTransformer if kind == "sparse" or batch == 1 else Transformer
     model = cls.from_checkpoint(tiny, "cuda", torch.float32)
     if kind == "sparse":
-        for layer in range(2):
-            for projection in PROJECTIONS:
-                model.set_threshold(layer, projection, 0.05 if projection in ("o", "down") else 0.6)
+        model.set_cuts(cuts_of(model))
     prompt = prompts(batch).cuda()
     eager = Generator(model, batch, 25, temperature=0)(prompt, 20).tokens
-    compiled = Generator(model, batch, 25, temperature=0, compile=True, compile_prefill=compile_prefill)
+    step = "fused" if batch == 1 else "compiled"
+    compiled = Generator(model, batch, 25, temperature=0, step=step, compile_prefill=compile_prefill)
     for _ in range(2):
         assert torch.equal(compiled(prompt, 20).tokens, eager)
 
@@ -248,7 +252,7 @@ def cli(monkeypatch, capsys):
     def run(*arguments) -> str:
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
         capsys.readouterr()
-        command_line(generate.main, generate.parse_arguments())
+        command_line(generate.main)
         return capsys.readouterr().out
 
     return run
@@ -273,18 +277,9 @@ def refused(cli, capsys):
 @pytest.fixture(scope="session")
 def calibrated(tiny, tmp_path_factory) -> Path:
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("org") / "calibrated")
-    generate.main(checkpoint_path=str(folder), sparsity=0.5, num_samples=1, max_new_tokens=2, precision="float32")
+    options = {"num_samples": 1, "max_new_tokens": 2, "precision": "float32"}
+    generate.main(flags(checkpoint_path=folder, sparsity=0.5, **options))
     return folder
-
-
-@pytest.fixture
-def copy(tiny, tmp_path) -> Path:
-    return shutil.copytree(tiny, tmp_path / "copy")
-
-
-def change_config(folder: Path, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def result_of(output: str) -> dict:
@@ -342,7 +337,7 @@ def test_a_single_new_token(cli, calibrated):
 
 def test_without_json_there_is_none(cli, tiny):
     output = cli("--checkpoint_path", tiny / "model.safetensors", *BRIEF)
-    assert "{" not in output and "tokens/s" in output and output.startswith("Hello, my name is")
+    assert "{" not in output and "tokens/s" in output and output.startswith(generate.DEFAULT_PROMPT)
 
 
 def test_the_seed_makes_the_text(cli, tiny):
@@ -376,7 +371,7 @@ def test_an_empty_prompt_is_not_the_default_one(cli, refused, copy):
     change_config(copy, bos_token_id=5)
     (copy / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     output = cli("--checkpoint_path", copy, "--json", "--prompt", "", *BRIEF)
-    assert result_of(output)["prompt_tokens"] == 1 and "my name is" not in output
+    assert result_of(output)["prompt_tokens"] == 1 and generate.DEFAULT_PROMPT not in output
 
 
 @pytest.mark.parametrize("name", ["trace", "trace.json"])
@@ -468,7 +463,9 @@ def test_sparsity_outside_its_range(refused, tiny, sparsity):
     (("--prompt", "Hello " * 200), "do not fit tiny's context of 160"),
     (("--prompt", 10**20), "tiny's context is 160 tokens"),
     (("--max_new_tokens", 1000), "1000 new ones do not fit"),
-    (("--allocation", "absent.json"), "absent.json"), (("--allocation", "greedy", "--sparsity", 0.5), "greedy"),
+    (("--thresholds", "absent", "--sparsity", 0.5), "--thresholds absent: no such file; it takes best, refined"),
+    (("--thresholds", "greedy", "--sparsity", 0.5), "python greedy.py"),
+    (("--allocation", "greedy"), "generate.py: --allocation is now --thresholds {best,uniform,greedy,refined,FILE}"),
     (("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
     (("--device", "toaster"), "--device toaster cannot be used here"),
     (("--statistics", "absent.safetensors", "--sparsity", 0.5), "no statistics file at absent.safetensors"),
@@ -504,7 +501,7 @@ def test_other_ends(monkeypatch, error, code):
 
     monkeypatch.setattr(sys, "argv", ["bin/pytest"])
     with pytest.raises(SystemExit) as caught:
-        command_line(main, argparse.Namespace())
+        command_line(main)
     assert caught.value.code == code
 
 
@@ -583,7 +580,7 @@ def test_statistics_that_do_not_do(refused, cli, copy, calibrated, tmp_path):
     assert "not a statistics file" in refused(*arguments)
     fewer = load_statistics(calibrated / own.name)
     Statistics({k: v for k, v in fewer.tensors.items() if k.startswith("0.")}, {"kind": "own"}).save(own)
-    assert "the model has 2 layers, the statistics 1" in refused(*arguments)
+    assert "they are for 4 sites" in refused(*arguments)
     own.unlink()
     assert "achieved" in cli(*arguments) and own.exists()  # mended as the messages say
 
@@ -612,7 +609,7 @@ def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, value, flag):
     monkeypatch.setattr(
         sys, "argv", ["generate.py", "--checkpoint_path", str(tiny), flag, "--sparsity", "0", "--json", *BRIEF]
     )
-    command_line(generate.main, generate.parse_arguments())
+    command_line(generate.main)
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "compiler" in line]
     assert len(lines) == 1 and "C++ compiler" in lines[0] and "--compile" in lines[0]
@@ -622,27 +619,10 @@ def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, value, flag):
 
 @pytest.mark.parametrize("flags", [["--compile", "--batch_size", "2"], ["--compile_prefill"]])
 def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
-    monkeypatch.setattr(generate, "can_compile", lambda device: True)
+    monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
     monkeypatch.setattr(torch, "compile", forbidden)
     with pytest.raises(AssertionError, match=r"torch\.compile was called"):
         cli("--checkpoint_path", tiny, *flags, *BRIEF)
-
-
-@pytest.mark.parametrize("fastest", ["our kernel", "torch linear, [out, in]", "torch linear, [in, out]"])
-def test_the_dense_rival_on_a_cpu_is_the_fastest_product(cli, monkeypatch, calibrated, fastest):
-    if not generate.has_cpu_kernel(torch.device("cpu"), 1):
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(generate, "fastest_dense", lambda model: fastest)
-    result = result_of(cli("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compare_dense", "--json", *BRIEF))
-    expected = fastest if fastest.startswith("torch") else "the sparse kernel at threshold 0"
-    assert result["dense_backend"] == expected
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.01])
-def test_the_fastest_product_is_found(monkeypatch, tiny, seconds):
-    model = SparseTransformer.from_checkpoint(tiny)
-    monkeypatch.setattr(generate.cpu, "launch_sparse_gemv", lambda *_: seconds and time.sleep(seconds))
-    assert (generate.fastest_dense(model) == "our kernel") == (seconds == 0)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
