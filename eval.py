@@ -36,9 +36,8 @@ def window_starts(num_tokens: int, context: int, window: int, num_windows: int) 
     if min(context, window, num_windows) < 1:
         raise ValueError(f"--context {context}, --window {window} and --num_windows {num_windows} must be at least 1")
     if num_tokens < context + window:
-        raise ValueError(
-            f"the text has {num_tokens} tokens, a window {context} + {window}; give a longer text, or less --context"
-        )
+        short = f"the text has {num_tokens} tokens, a window {context} + {window}"
+        raise ValueError(f"{short}; give a longer text, or less --context")
     return [int(i * (num_tokens - context - window) / num_windows) for i in range(num_windows)]
 
 
@@ -49,9 +48,7 @@ def perplexity(
     """Perplexity of `tokens` [num_tokens] (int64) by the protocol above, with log-softmax in float32.
 
     A SparseTransformer cuts positions [dense_prefix:] of every window and counts them anew; None is dense.
-
-    Raises:
-        ValueError: a window beyond the text or the model's context, logits that are not finite.
+    Raises ValueError for a window beyond the text or the model's context, and for logits that are not finite.
     """
     if context + window > model.config.block_size:
         raise ValueError(f"windows of {context} + {window} tokens exceed the model's context {model.config.block_size}")

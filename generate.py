@@ -71,11 +71,7 @@ class ModelSource:
         return statistics_for(self.folder, path, self.sparse_model)
 
     def cut_model(self, o: argparse.Namespace) -> tuple[SparseTransformer, str]:
-        """`sparse_model` with the cuts of --sparsity, --thresholds and --statistics set, and the rule's name.
-
-        Raises:
-            ValueError: see `cuts_for`; where no statistics are needed, before the weights are loaded.
-        """
+        """`sparse_model` with the cuts that the options ask for, and the rule's name. Raises as `cuts_for` does."""
         given = o.statistics is not None
         rule, cuts = cuts_for(o.thresholds, o.sparsity, self.folder, lambda: self.statistics(o.statistics), given)
         self.sparse_model.set_cuts(cuts)
@@ -93,17 +89,14 @@ class Prompt:
 def read_prompt(prompt: str | None, tokenizer: Tokenizer | None, config: ModelArgs, seed: int) -> Prompt:
     """What `--prompt` asks for: a text, a number of synthetic tokens, by default a question or a text to continue.
 
-    Raises:
-        ValueError: an empty prompt, one beyond the context, or a text for a model without a tokenizer.
+    Raises ValueError for an empty prompt, one beyond the context, or a text for a model without a tokenizer.
     """
     # without a prompt: a question through the chat template, if there is one
-    if prompt is None and tokenizer is not None:
-        ids = tokenizer.encode_chat([{"role": "user", "content": DEFAULT_QUESTION}])
+    if prompt is None:
+        ids = tokenizer and tokenizer.encode_chat([{"role": "user", "content": DEFAULT_QUESTION}])
         if ids:
             return Prompt(ids, f"> {DEFAULT_QUESTION}\n\n")
-        prompt = DEFAULT_PROMPT
-    if prompt is None:
-        prompt = str(SYNTHETIC_PROMPT)
+        prompt = DEFAULT_PROMPT if tokenizer else str(SYNTHETIC_PROMPT)
 
     # a number: so many tokens at random
     if prompt.isdecimal():
@@ -130,18 +123,14 @@ def cache_length(prompt: Prompt, o: argparse.Namespace, config: ModelArgs) -> in
         return min(config.block_size, CHAT_CONTEXT)
     length = len(prompt.ids) + o.max_new_tokens
     if length > config.block_size:
-        raise ValueError(
-            f"a prompt of {len(prompt.ids)} tokens and {o.max_new_tokens} new ones do not fit {config.name}'s context "
-            f"of {config.block_size}: shorten the prompt or lower --max_new_tokens"
-        )
+        both = f"a prompt of {len(prompt.ids)} tokens and {o.max_new_tokens} new ones"
+        advice = "shorten the prompt or lower --max_new_tokens"
+        raise ValueError(f"{both} do not fit {config.name}'s context of {config.block_size}: {advice}")
     return length
 
 
 def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device) -> str:
-    """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused.
-
-    On a CPU without a compiler --compile_prefill is left out as well.
-    """
+    """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused."""
     if o.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -229,15 +218,10 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def measure(
-    generators: list[Generator], prompt: Tensor, max_new_tokens: int, num_samples: int
-) -> list[list[Generation]]:
+def measure(generators: list[Generator], prompt: Tensor, new_tokens: int, num_samples: int) -> list[list[Generation]]:
     """`num_samples` generations of each generator, alternated so that a drift of the machine meets all alike."""
-    runs: list[list[Generation]] = [[] for _ in generators]
-    for _ in range(num_samples):
-        for generator, generations in zip(generators, runs, strict=True):
-            generations.append(generator(prompt, max_new_tokens))
-    return runs
+    rounds = [[generator(prompt, new_tokens) for generator in generators] for _ in range(num_samples)]
+    return [list(generations) for generations in zip(*rounds, strict=True)]
 
 
 def warm_up(generators: list[Generator], prompt: Tensor, o: argparse.Namespace, step: str) -> float | None:
@@ -296,20 +280,12 @@ def summary(
     if o.sparsity:
         count_kept(model, runs[0][-1].tokens, prompt.shape[1])
     speed, ms, read = tokens_per_sec(runs[0], prompt), ms_per_step(runs[0], prompt), model.bytes_per_step()
-    result = {
-        "model": model.config.name,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": o.precision,
-        "sparsity": o.sparsity,
-        "achieved_sparsity": model.achieved_sparsity() if o.sparsity else 0.0,
-        "tokens_per_sec": speed,
-        "ms_per_token": ms,
-        "bytes_per_token": read,
-        "bandwidth_gbps": read / ms / 1e6 if ms else None,
-        "peak_memory_gb": peak_memory_gb(device),
-        "prompt_tokens": prompt.shape[1],
-        "new_tokens": o.max_new_tokens,
-    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result = {"model": model.config.name, "device": name, "dtype": o.precision, "sparsity": o.sparsity}
+    result |= {"achieved_sparsity": model.achieved_sparsity() if o.sparsity else 0.0, "tokens_per_sec": speed}
+    result |= {"ms_per_token": ms, "bytes_per_token": read, "bandwidth_gbps": read / ms / 1e6 if ms else None}
+    result |= {"peak_memory_gb": peak_memory_gb(device), "prompt_tokens": prompt.shape[1]}
+    result |= {"new_tokens": o.max_new_tokens}
     if o.compare_dense:
         dense, backend = tokens_per_sec(runs[-1], prompt), dense_backend(step, generators[-1].model)
         result |= {"dense_tokens_per_sec": dense, "speedup": speed / dense, "dense_backend": backend}
@@ -327,11 +303,11 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
     print(f"\nModel      {r['model']}, {weights}, {r['dtype']}, on {r['device']}, {step} steps{compiled}")
 
     # speed, alone and against dense
-    batch = f" x {o.batch_size} rows" if o.batch_size > 1 else ""
     per_step, rate = "no decode step", ""
     if r["ms_per_token"] is not None:
         per_step, rate = f"{r['ms_per_token']:.2f} ms per decode step", f" = {r['bandwidth_gbps']:,.1f} GB/s"
-    counts = f"{r['prompt_tokens']} prompt tokens, {r['new_tokens']} new{batch}, sampling included"
+    new = f"{r['new_tokens']} new" + (f" x {o.batch_size} rows" if o.batch_size > 1 else "")
+    counts = f"{r['prompt_tokens']} prompt tokens, {new}, sampling included"
     print(f"Speed      {r['tokens_per_sec']:.1f} tokens/s, median of {o.num_samples} ({counts}); {per_step}")
     if "speedup" in r:
         dense = f"{r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']})"
@@ -341,8 +317,8 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
         print(f"Dense      {dense:.2f} ms per decode step, where sparse took {ours:.2f}: speed-up {dense / ours:.2f}x")
 
     # bytes, and the sparsity that they come from
-    read = f"{r['bytes_per_token'] / 1e6:,.1f} MB of weights read per step{rate}"
-    print(f"Memory     {read}; peak {r['peak_memory_gb']:.2f} GB")
+    megabytes = r["bytes_per_token"] / 1e6
+    print(f"Memory     {megabytes:,.1f} MB of weights read per step{rate}; peak {r['peak_memory_gb']:.2f} GB")
     if o.sparsity:
         achieved = f"{r['achieved_sparsity']:.1%} achieved in decoding" if r["new_tokens"] > 1 else "nothing decoded"
         print(f"Sparsity   {o.sparsity:.0%} asked for ({rule} thresholds), {achieved}; the prompt is dense")
@@ -351,18 +327,16 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
 def report_quality(rule: str, folder: Path, sparsity: float) -> None:
     """Prints what the sparsity costs in perplexity, by the cut table's own record."""
     recorded = recorded_perplexity(rule, folder, sparsity)
-    if recorded is None:
-        print("Quality    not recorded for these thresholds; eval.py measures it")
-    else:
-        dense, sparse, text = recorded
-        print(f"Quality    perplexity {sparse:.2f}, dense {dense:.2f} ({text}, recorded in the cut table)")
+    quality = "not recorded for these thresholds; eval.py measures it"
+    if recorded:
+        quality = "perplexity {1:.2f}, dense {0:.2f} ({2}, recorded in the cut table)".format(*recorded)
+    print(f"Quality    {quality}")
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Loads a model, generates `num_samples` times and returns the keys of the JSON line; of a chat none.
 
-    Raises:
-        ValueError: an option, a file or a machine that does not do; the message says what would.
+    Raises ValueError for an option, a file or a machine that does not do; the message says what would.
     """
     o = parse_arguments(argv)
     folder = None if o.random_init else resolve_checkpoint(o.checkpoint_path)

@@ -51,10 +51,9 @@ for line in sys.stdin:
 
 def read_bandwidth(block: Tensor) -> float:
     """GB/s of one pass over `block` by torch's number of threads."""
+    where, threads = (ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes)), torch.get_num_threads()
     start = time.perf_counter()
-    cpu.library().read_all(
-        ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes), ctypes.c_int(torch.get_num_threads())
-    )
+    cpu.library().read_all(*where, ctypes.c_int(threads))
     return block.nbytes / (time.perf_counter() - start) / 1e9
 
 
@@ -62,8 +61,8 @@ class LlamaCpp:
     """llama.cpp in a process of another Python. Raises ValueError if it does not start."""
 
     def __init__(self, python: str, gguf: str, threads: int):
-        call = [python, "-c", LLAMA, gguf, str(threads)]
-        self.process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        call, pipe = [python, "-c", LLAMA, gguf, str(threads)], subprocess.PIPE
+        self.process = subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True)
         if self.process.stdout.readline() != "ready\n":
             raise ValueError(f"{python} does not run llama.cpp on {gguf}; pip install llama-cpp-python there")
 
@@ -76,7 +75,7 @@ class LlamaCpp:
 
 @dataclass
 class Variant:
-    """One way to decode: its cuts (None: nothing is cut), the bytes that a token reads, and the seconds per round."""
+    """One way to decode: its cuts (None: nothing is cut), the bytes read per token, the seconds per token by round."""
 
     what: str
     sparsity: float
@@ -126,11 +125,7 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints a table and writes the rows.
-
-    Raises:
-        ValueError: no compiled kernel, counts out of range, a llama.cpp that does not start; and as generate.py does.
-    """
+    """Measures, prints a table and writes the rows. Raises ValueError for a user's mistake, as generate.py does."""
     o = parse_arguments(argv)
     folder = None if o.random_init else resolve_checkpoint(o.checkpoint_path)
     source = ModelSource(torch.device("cpu"), PRECISIONS[o.precision], folder, o.random_init)
@@ -163,10 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     for variant in variants:
         low, middle, high = (1e3 * q for q in stats.quantiles(variant.seconds[1:], n=4, method="inclusive"))
         rate = variant.bytes_per_token / middle / 1e6
-        print(
-            f"{variant.what:>12}{variant.sparsity:>10.0%}{middle:>10.2f}{1e3 / middle:>10.1f}{dense / middle:>9.2f}x"
-            f"{rate:>8.1f}{rate / bandwidth:>9.0%}"
-        )
+        speed = f"{middle:>10.2f}{1e3 / middle:>10.1f}{dense / middle:>9.2f}x"
+        print(f"{variant.what:>12}{variant.sparsity:>10.0%}{speed}{rate:>8.1f}{rate / bandwidth:>9.0%}")
         row = provenance("cpu") | model_columns(model.config)
         row |= {"weights": "random" if o.random_init else "trained", "dtype": o.precision, "threads": threads}
         row |= {"what": variant.what, "sparsity": variant.sparsity, "ms_per_token": f"{middle:.3f}"}

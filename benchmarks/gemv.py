@@ -4,16 +4,14 @@ python -m benchmarks.gemv                                    # the shapes of lla
 python -m benchmarks.gemv --models llama-2-7b --sparsities 0 0.5
 python -m benchmarks.gemv --dtype int4                       # ours alone, with int4 weights (or int8), x bfloat16
 
-Each kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times; the time is the
+Each kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times. The time is the
 median of replays over the number of matrices, with all launches that a product needs (zeroed outputs, masks), of the
-best of three recordings, each of inputs and matrices of its own: now and then one is 18 % slower than the next, and
-matrices differ by up to 1 %. Inputs are uniform in [-0.5, 0.5]. Results are checked against float64 in the same run.
-Rows go to results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches
-rows, while the launch before ends. x is the same in all launches, so its guess of the kept rows is right; in the step o
-guesses by the last token's x. The others are ordinary launches.
-
-The baselines are written anew after what their authors describe, each with its best tile of a small search (one
-recording a tile, then two more of the best three):
+best of three recordings with new inputs and matrices: now and then one is 18 % slower than the next, and matrices
+differ by up to 1 %. Inputs are uniform in [-0.5, 0.5]. The same run checks the results against float64. Rows go to
+results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches rows, while the
+launch before ends. Its guess of the kept rows is right here, since x never changes; in the step o guesses by the last
+token's x. The others are ordinary launches, written anew after what their authors describe, each with its best tile of
+a small search (one recording per tile, then two more of the best three):
     dejavu   a launch makes flags from the mask; the product loads rows by flag (Deja Vu, arXiv 2310.17157, section 4)
     teal     the product tests the threshold itself, outputs zeroed and added to in float16, of bfloat16 in
              float32 (arXiv 2408.14690, 4.3)
@@ -56,22 +54,16 @@ def _flag_kernel(x_ptr, flag_ptr, threshold, N: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _rival_kernel(
-    x_ptr,
-    flag_ptr,
-    weight_ptr,
-    out_ptr,
-    threshold,
-    n_out,
-    FLAGS: tl.constexpr,
-    N_IN: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    x_ptr, flag_ptr, weight_ptr, out_ptr, threshold, n_out, N_IN: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """A tile of inputs x outputs, its sum added to out in the dtype of out; rows by flag, or by |x| > threshold."""
-    rows = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    cols = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    """A tile of M inputs x N outputs, its sum added to out in the dtype of out.
+
+    Rows by flag or, where flag_ptr is None, by |x| > threshold.
+    """
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    cols = tl.program_id(1) * N + tl.arange(0, N)
     x = tl.load(x_ptr + rows, mask=rows < N_IN, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    if FLAGS:
+    if flag_ptr is not None:
         keep = tl.load(flag_ptr + rows, mask=rows < N_IN, other=0) > 0
     else:
         keep = tl.abs(x) > threshold
@@ -87,10 +79,9 @@ def launch_rival(x: Tensor, weight: Tensor, threshold: float, out: Tensor, flags
     out.zero_()
     if flags is not None:
         _flag_kernel[(triton.cdiv(n_in, 1024),)](x, flags, threshold, N=n_in, BLOCK=1024)
-    block_in, block_out, warps = tile
-    _rival_kernel[(triton.cdiv(n_in, block_in), triton.cdiv(n_out, block_out))](
-        x, flags, weight, out, threshold, n_out, flags is not None, n_in, block_in, block_out, num_warps=warps
-    )
+    m, n, warps = tile
+    grid = triton.cdiv(n_in, m), triton.cdiv(n_out, n)
+    _rival_kernel[grid](x, flags, weight, out, threshold, n_out, n_in, m, n, num_warps=warps)
 
 
 def random_matrix(n_in: int, n_out: int, dtype: str, device: str) -> Matrix:

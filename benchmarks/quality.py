@@ -100,13 +100,10 @@ def norm_cuts(statistics: Statistics, sparsity: float) -> Cuts:
 def prepare(
     model: SparseTransformer, rule: str, sparsity: float, folder: Path, statistics: Statistics, tokens: Tensor | None
 ) -> float:
-    """Sets a fresh model's cuts by `rule`.
+    """Sets a fresh model's cuts by `rule`; returns by what the counted sparsity is multiplied.
 
-    Returns:
-        by what the counted sparsity is multiplied, since of what a gated rule cuts only the inputs of down are counted.
-
-    Raises:
-        ValueError: a sparsity that the rule cannot reach, or a missing cut table.
+    That is not 1 for a gated rule: of what it cuts, only the inputs of down are counted.
+    Raises ValueError for a sparsity that the rule cannot reach, or a missing cut table.
     """
     if rule in THRESHOLD_RULES:
         model.set_cuts(THRESHOLD_RULES[rule](RuleInputs(folder, lambda: statistics), sparsity))

@@ -173,5 +173,5 @@ def test_mistakes(tiny, text, options, message):
 
 
 def test_an_old_flag_ends_in_one_line_that_names_the_new_one(tiny):
-    with pytest.raises(SystemExit, match="--allocation is now --thresholds {best,"):
+    with pytest.raises(SystemExit, match=r"--allocation is now --thresholds \{best,"):
         evaluation.main(flags(checkpoint_path=tiny, allocation="greedy"))

@@ -6,8 +6,10 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -86,7 +88,7 @@ def test_greedy_takes_the_likeliest():
 
 def cuts_of(model: SparseTransformer) -> Cuts:
     """Cuts of about half of the inputs of the tiny model."""
-    limits = [0.05 if list(module.segments)[0] in ("o", "down") else 0.6 for module in model.sites]
+    limits = [0.05 if next(iter(module.segments)) in ("o", "down") else 0.6 for module in model.sites]
     thresholds = [torch.full((len(m.widths), 1), limit) for m, limit in zip(model.sites, limits, strict=True)]
     return Cuts(0.5, thresholds, [None] * len(thresholds))
 
@@ -631,6 +633,37 @@ def test_compiled_steps_write_the_same_text(cli, calibrated, monkeypatch):
     arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--json", "--temperature", 0, *BRIEF)
     eager, compiled = result_of(cli(*arguments)), result_of(cli(*arguments, "--compile"))
     assert compiled["text"] == eager["text"] and compiled["compile_s"] > 0 and eager["compile_s"] is None
+
+
+# ---------------------------------------------------------------- what the default model writes
+
+
+def text_figures(text: str) -> tuple[float, float, float]:
+    """Share of distinct word pairs, mean word length, share of characters that plain prose does not have."""
+    words = text.split()
+    pairs = list(pairwise(words))
+    ordinary = set(" \n.,;:!?'\"()-/\u2013\u2014\u2018\u2019\u201c\u201d")
+    junk = sum(not (c.isalnum() or c in ordinary) for c in text) + 2 * text.count("..")
+    return len(set(pairs)) / len(pairs), sum(map(len, words)) / len(words), junk / len(text)
+
+
+def test_figures_tell_prose_from_noise():
+    distinct, length, junk = text_figures("Plants make their food from light and water.")
+    assert distinct == 1 and 4 < length < 6 and junk == 0
+    assert text_figures("a b " * 50)[0] < 0.05 and text_figures("a .. b .. \ufffd\ufffd")[2] > 0.3
+
+
+@pytest.mark.skipif("TEXT_QUALITY" not in os.environ, reason="minutes of the default model: TEXT_QUALITY=1 runs it")
+def test_the_default_model_writes_prose(capsys):
+    figures = []
+    for seed in range(8):
+        result = generate.main(["--sparsity", "0.5", "--compile", "--no-compare_dense", "--seed", str(seed)])
+        figures.append(text_figures(result["text"]))
+        with capsys.disabled():
+            print(seed, *(f"{figure:.3f}" for figure in figures[-1]), result["text"][:60].encode())
+    distinct, lengths, junk = zip(*figures, strict=True)
+    assert statistics.median(distinct) >= 0.5 and min(distinct) >= 0.15
+    assert min(lengths) > 3 and max(junk) < 0.04
 
 
 # ---------------------------------------------------------------- the command line, as a process
