@@ -21,10 +21,11 @@ import generate
 from cli import command_line
 from decoder import Generator, sample
 from formats import default_model
+from formats.checkpoint import fingerprint
 from generate import count_kept
-from model import Transformer, transformer_configs
+from model import Transformer, read_config, transformer_configs
 from sparse_model import SparseTransformer
-from thresholds import Cuts, Statistics, load_statistics
+from thresholds import Cuts, CutTable, Statistics, load_statistics
 from tokenizer import load_tokenizer
 
 KEYS = {
@@ -396,6 +397,85 @@ def test_random_init(cli, monkeypatch):
     assert "random weights" in cli("--random_init", "tiny-random", *BRIEF)
 
 
+# ---------------------------------------------------------------- the first run: question, step, what it cost
+
+
+def test_the_default_prompt_is_a_question_where_the_model_chats(cli, copy):
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    output = cli("--checkpoint_path", copy, "--json", "--temperature", 0, *BRIEF)
+    tokenizer = load_tokenizer(copy, 300)
+    ids = tokenizer.encode_chat([{"role": "user", "content": generate.DEFAULT_QUESTION}])
+    model = Transformer.from_checkpoint(copy, dtype=torch.float32)
+    new = Generator(model, 1, 160, temperature=0)(torch.tensor([ids]), 8).tokens[0, len(ids) :].tolist()
+    result = result_of(output)
+    assert result["prompt_tokens"] == len(ids) and result["text"] == tokenizer.decode(new, after=ids)
+    assert output.startswith(f"> {generate.DEFAULT_QUESTION}\n\n{result['text']}")
+
+
+COMPILES = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+
+
+@COMPILES
+@pytest.mark.parametrize("given", [(), ("--no-compare_dense",), ("--compare_dense",)])
+def test_a_fused_run_is_compared_with_dense_briefly(cli, monkeypatch, calibrated, given):
+    runs, measure = [], generate.measure
+    monkeypatch.setattr(generate, "measure", lambda *a: runs.append((len(a[0]), *a[2:])) or measure(*a))
+    arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compile", "--json", *BRIEF)
+    output = cli(*arguments, "--max_new_tokens", 40, *given)
+    lines = {line.split()[0]: line for line in output.splitlines() if line and line[0].isupper()}
+    assert ("speedup" in result_of(output)) == (given == ("--compare_dense",))
+    assert ("Dense" in lines) == (given != ("--no-compare_dense",)) == ("speed-up" in output)
+    expected = {(): [(2, 5, 1), (1, 40, 1), (2, 32, 3)], ("--no-compare_dense",): [(1, 5, 1), (1, 40, 1)]}
+    assert runs == expected.get(given, [(2, 5, 1), (2, 40, 1)])
+    assert "fused steps" in lines["Model"] and list(lines)[-1] == "Quality"
+    assert [name for name in lines if name in ("Memory", "Sparsity", "Quality")] == ["Memory", "Sparsity", "Quality"]
+
+
+def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
+    arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compile", "--json", *BRIEF)
+    texts = [result_of(cli(*arguments, *more))["text"] for more in ((), ("--no-compare_dense",))]
+    assert texts[0] == texts[1]
+
+
+@COMPILES
+@pytest.mark.parametrize(("given", "form", "line"), [
+    ((), "eager", "a step runs operation by operation; with --compile it is one C++ call"),
+    (("--batch_size", 2), "eager", ""),
+    (("--compile",), "fused", ""),
+    (("--compile", "--unfused"), "compiled", "through torch.compile, not the fused step: --unfused"),
+    (("--compile", "--batch_size", 2), "compiled", "through torch.compile, not the fused step: it serves one row"),
+    (("--compile", "--deterministic"), "fused", ""),
+])  # fmt: skip
+def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
+    try:
+        o = generate.parse_arguments(list(map(str, given)))
+        assert generate.choose_step(o, read_config(tiny), torch.device("cpu")) == form
+    finally:
+        torch.use_deterministic_algorithms(False)
+    said = capsys.readouterr().err
+    assert line in said and bool(line) == bool(said)
+
+
+def test_the_first_build_of_the_kernels_is_announced(tiny, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
+    generate.choose_step(generate.parse_arguments(["--compile"]), read_config(tiny), torch.device("cpu"))
+    assert "building the C++ kernels" in capsys.readouterr().err
+
+
+def test_the_quality_is_that_of_the_tables_record(cli, copy):
+    model = SparseTransformer.from_checkpoint(copy, dtype=torch.float32)
+    record = json.dumps({"text": "a text", "perplexity": [[0.0, 20.0], [0.5, 24.5]]})
+    table = CutTable([], {}, {"rule": "refined", "fingerprint": fingerprint(copy), "quality": record})
+    table.append(cuts_of(model))
+    table.save(copy / "thresholds_refined.safetensors")
+    arguments = ("--checkpoint_path", copy, *BRIEF, "--sparsity", 0.5)
+    output = cli(*arguments)
+    assert "(refined thresholds)" in output
+    assert "perplexity 24.50, dense 20.00 (a text, recorded in the cut table)" in output.splitlines()[-1]
+    assert "not recorded" in cli(*arguments, "--thresholds", "uniform").splitlines()[-1]
+
+
 # ---------------------------------------------------------------- chat
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -627,7 +707,7 @@ def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
         cli("--checkpoint_path", tiny, *flags, *BRIEF)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@COMPILES
 def test_compiled_steps_write_the_same_text(cli, calibrated, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--json", "--temperature", 0, *BRIEF)
