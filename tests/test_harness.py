@@ -53,7 +53,7 @@ def both(tiny, tmp_path_factory) -> tuple[Path, Path]:
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
     tokenizer.save_pretrained(folder / "hf")
-    convert(checkpoint_dir=folder / "hf", output_dir=folder / "tiny")
+    convert(flags(checkpoint_dir=folder / "hf", output_dir=folder / "tiny"))
     return folder / "hf", folder / "tiny"
 
 
