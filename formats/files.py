@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 import warnings
 from collections.abc import Iterator
@@ -41,6 +42,13 @@ def no_space_is_value_error(path: Path, needed: int | None = None) -> Iterator[N
             raise
         size = f" ({needed:,} bytes needed)" if needed else ""
         raise ValueError(f"the disk is full: cannot write {path}{size}; free some space or write elsewhere") from None
+
+
+def check_space(folder: Path, needed: int, advice: str) -> None:
+    """Raises ValueError if the disk of `folder` has not `needed` bytes free; `advice`: what else the user can do."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder} needs {needed:,} bytes, its disk has {free:,} free; free some, or {advice}")
 
 
 @contextlib.contextmanager
