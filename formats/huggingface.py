@@ -103,13 +103,9 @@ def download_snapshot(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    usual = (
-        ["model.safetensors", SHARDS[0]],
-        ["pytorch_model.bin", SHARDS[1]],
-        ["*.safetensors", "pytorch_model*.bin"],
-    )
+    usual = ["model.safetensors", SHARDS[0]], ["pytorch_model.bin", SHARDS[1]]
     try:
-        for weights in usual:
+        for weights in (*usual, ["*.safetensors", "pytorch_model*.bin"]):
             patterns = [*weights, "*.index.json", "vocab.json", *COPIED_FILES]
             folder = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
             if any(f for pattern in weights for f in folder.glob(pattern)):
