@@ -336,7 +336,7 @@ def report_quality(rule: str, folder: Path, sparsity: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Generates and says what it cost; returns the JSON line's keys, none of a chat. A user's mistake raises ValueError."""
+    """Generates and says what it cost; returns the JSON line's keys, none of a chat. A mistake raises ValueError."""
     o = parse_arguments(argv)
     folder = None if o.random_init else resolve_checkpoint(o.checkpoint_path)
     source = ModelSource(resolve_device(o.device), PRECISIONS[o.precision], folder, o.random_init, o.seed)

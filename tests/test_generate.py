@@ -590,8 +590,8 @@ def test_prompt_mistakes_come_before_the_model(refused, monkeypatch, tiny, argum
             torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB\nin all. See docs."
             ),
-            "pytest: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB in all: take a smaller model or "
-            "fewer tokens at once, or --device cpu",
+            "pytest: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB in all: take a smaller model "
+            "or fewer tokens at once, or --device cpu",
         ),
         (
             RuntimeError(
