@@ -22,9 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from kernels.plan import attention_prefetch
-from kernels.triton_gemv import (
-    ONE, RSTD_BUFFER, SLOTS, STRIDE, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd,
-)
+from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd
 
 HEAD_ROWS = 8  # tokens per program of the lm_head, and per group of the sampling
 
@@ -33,13 +31,14 @@ HEAD_ROWS = 8  # tokens per program of the lm_head, and per group of the samplin
 
 @triton.jit
 def _embed_kernel(
-    token_ptr, embedding_ptr, h_ptr, slots_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    token_ptr, embedding_ptr, h_ptr, slots_ptr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, RSTD_BUFFER: tl.constexpr, PDL: tl.constexpr,
 ):
     """h = embedding[token], float32; zeroes the slots that the lm_head's norm uses."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(slots_ptr + tl.arange(0, SLOTS * STRIDE), tl.zeros((SLOTS * STRIDE,), tl.float32))
+    tl.store(slots_ptr + tl.arange(0, RSTD_BUFFER), tl.zeros((RSTD_BUFFER,), tl.float32))
     row = tl.load(token_ptr) * DIM
     tl.store(h_ptr + i, tl.load(embedding_ptr + row + i, mask=i < DIM, other=0.0).to(tl.float32), mask=i < DIM)
 
@@ -47,7 +46,9 @@ def _embed_kernel(
 def launch_embed(token: Tensor, embedding: Tensor, h: Tensor, logits: Tensor, pdl: bool) -> None:
     """h [dim] float32 = embedding[token]; readies `logits` for `launch_head`."""
     n_vocab, dim = embedding.shape
-    _embed_kernel[(triton.cdiv(dim, 1024),)](token, embedding, h, logits[n_vocab:], DIM=dim, BLOCK=1024, PDL=pdl)
+    _embed_kernel[(triton.cdiv(dim, 1024),)](
+        token, embedding, h, logits[n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER, PDL=pdl
+    )
 
 
 # ---- attention

@@ -6,6 +6,7 @@ stays in L1 and concurrent atomics meet different addresses: that order alone to
 41.3 us.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -151,7 +152,7 @@ def _prefetch_tile(
             ahead_constants = constants
             if block > 0:
                 ahead_constants = _load_constants(ahead, gain_ptr, threshold_ptr, OP)
-            x, wanted = _inputs(ahead, _load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
+            _x, wanted = _inputs(ahead, _load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
         if PLAN.ragged:
             wanted = wanted & (first + PLAN.block_out <= last)
         _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
@@ -183,7 +184,7 @@ def prefetch_gate_up(
             threshold_ptr += up * (2 * OP.n_in if OP.shift else OP.n_in)
             constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
             h = _load_inputs(rows, h_ptr, OP, ".cg")
-            x, wanted = _inputs(rows, h, constants, tl.load(last_rstd_ptr), OP)
+            _x, wanted = _inputs(rows, h, constants, tl.load(last_rstd_ptr), OP)
 
         rows_ptr = weight_ptr + rows.to(tl.int64) * (2 * half_bytes) + up * half_bytes + start
         _prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
@@ -258,7 +259,7 @@ def _add_kept_rows(
     x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one,
     OP: tl.constexpr, PLAN: tl.constexpr,
 ):
-    """Adds the block's kept rows, PLAN.rows at a time, each loaded by the whole warp; a cut row costs no instruction."""
+    """Adds the block's kept rows, some at a time, each loaded by the whole warp; a cut row costs no instruction."""
     PACK: tl.constexpr = OP.pack
     WORDS: tl.constexpr = PLAN.block_out // PACK
     ROWS: tl.constexpr = PLAN.rows
@@ -465,14 +466,10 @@ class Norm(NamedTuple):
     last_rstd: Tensor | None = None
 
 
-def _segment_starts(segments: list[int], block_out: int) -> tuple[list[int], list[int]]:
-    """First tile and first output of each segment and of the end, the end repeated up to MAX_SEGMENTS."""
-    tiles, starts = [0], [0]
-    for width in segments:
-        tiles.append(tiles[-1] + triton.cdiv(width, block_out))
-        starts.append(starts[-1] + width)
-    pad = MAX_SEGMENTS - len(segments)
-    return tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
+def _starts(widths: list[int]) -> list[int]:
+    """Where each segment starts and the last one ends, the end repeated up to MAX_SEGMENTS."""
+    starts = [0, *accumulate(widths)]
+    return starts + starts[-1:] * (MAX_SEGMENTS - len(widths))
 
 
 def launch_gemv(
@@ -506,15 +503,15 @@ def launch_gemv(
         weight_scale = weight_scale.view(torch.int32)
 
     # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
-    tiles, starts = _segment_starts(product.segments, plan.block_out)
+    starts = _starts(product.segments)
+    tiles = _starts([triton.cdiv(width, plan.block_out) for width in product.segments])
     grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
 
     _gemv_kernel[grid](
         x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, weight_scale,
-        starts[-1], n_zero, tiles[1], tiles[2], starts[1], starts[2],
-        eps, ONE,
+        starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
         OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, UNROLL=plan.unroll, ZERO=zero_block,
         PDL=pdl, num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )
