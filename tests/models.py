@@ -51,11 +51,13 @@ def build(
 
 def build_cut(shape: dict = FUSED, *, shifted: bool = False, by_channel: bool = False, **options) -> SparseTransformer:
     """A sparse model of random cuts: around half of the inputs; by_channel: some always and the others never."""
-    model = build(SparseTransformer, shape, **{"vector_std": 0.3} | options)
+    model = build(SparseTransformer, shape, **options)
     generator = torch.Generator(model.device).manual_seed(1)
     for module in model.sites:
+        if module.bias is not None:
+            module.bias.normal_(generator=generator)
         threshold = 0.3 * torch.rand(module.threshold.shape, generator=generator, device=model.device)
-        shift = torch.rand(len(module.weight), generator=generator, device=model.device) - 0.5
+        shift = 0.4 * torch.rand(len(module.weight), generator=generator, device=model.device) - 0.2
         module.set_cut(1e9 * (threshold < 0.15) if by_channel else threshold, shift if shifted else None)
     model.sparsity = 0.5
     return model

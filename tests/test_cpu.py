@@ -240,7 +240,7 @@ def test_decode_steps_equal_plain_ones(name, dtype, cut):
         out = model(token.view(1, 1), torch.tensor([prompt + i]), dense_prefix=None if cut else 1)
         logits.append(out[0, -1].float())
     after = [t.clone() for t in caches(model)]
-    rtol = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}[dtype]
     results = []
     for threads in (1, 2, 8, 8):
         for tensor, old in zip(caches(model), before, strict=True):
