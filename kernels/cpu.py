@@ -133,10 +133,12 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """`Model` of cpu.cpp, in its order."""
+    """`Model` of cpu.cpp, in its order; SHAPE: the names of ModelArgs."""
 
+    SHAPE = ("n_layer", "n_head", "n_local_heads", "head_dim", "dim", "intermediate_size", "vocab_size")
     _fields_ = (
-        *_fields(ctypes.c_int64, "n_layer n_head n_local_heads head_dim dim hidden vocab cache_length"),
+        *_fields(ctypes.c_int64, " ".join(SHAPE)),
+        ("cache_length", ctypes.c_int64),
         ("layers", ctypes.POINTER(Layer)),
         *_fields(ctypes.c_void_p, "embedding norm output output_scale inv_freq"),
         *_fields(ctypes.c_void_p, "h qkv y act logits tops tokens"),
