@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
-from model import ModelArgs, Transformer
+from model import ModelArgs, Projection, Transformer, TransformerBlock
 from sparse_model import SparseProjection, SparseTransformer
 
 MAX_TOP_K = 1024  # that the fused sampling on a GPU sorts in one program
@@ -28,14 +28,22 @@ FUSED_FIELDS = set(
     "name block_size vocab_size n_layer n_head n_local_heads dim head_dim intermediate_size tie_embeddings norm_eps "
     "rope_base rope_scaling qkv_bias sliding_window windowed_layers quant groupsize".split()
 )
+# The weights of a block that they read.
+FUSED_WEIGHTS = {"attention_norm.weight", "attention.wqkv.weight", "attention.wqkv.bias", "attention.wo.weight"}
+FUSED_WEIGHTS |= {"ffn_norm.weight", "feed_forward.w13.weight", "feed_forward.w2.weight"}
+
+
+def unknown_parts(config: ModelArgs) -> list[str]:
+    """What the fused steps do not implement of a model: fields that differ from their default, weights of a block."""
+    default = vars(type(config)())
+    fields = [f"{k} = {v!r}" for k, v in vars(config).items() if k not in FUSED_FIELDS and v != default[k]]
+    block = TransformerBlock(config, Projection, device="meta")
+    return fields + [name for name, _ in block.named_parameters() if name not in FUSED_WEIGHTS]
 
 
 def fusable(config: ModelArgs) -> bool:
-    """Whether the fused steps implement a model: no field of ModelArgs that they do not know differs from its default.
-
-    So a new switch is never silently ignored.
-    """
-    return config == type(config)(**{name: getattr(config, name) for name in FUSED_FIELDS})
+    """Whether the fused steps implement a model. So a new switch or weight is never silently ignored."""
+    return not unknown_parts(config)
 
 
 def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
@@ -49,9 +57,7 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
     if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
         return "it adds in no fixed order"
     if not fusable(config):
-        default = vars(type(config)())
-        new = [f"{k} = {v!r}" for k, v in vars(config).items() if k not in FUSED_FIELDS and v != default[k]]
-        return f"it does not implement {', '.join(new)}"
+        return f"it does not implement {', '.join(unknown_parts(config))}"
     return None
 
 

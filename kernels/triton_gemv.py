@@ -135,8 +135,8 @@ def _prefetch(rows_ptr, wanted, n_bytes):
 
 @triton.jit
 def _prefetch_tile(
-    # the tile's first inputs and their constants, its outputs, and the words of a row
-    rows, constants, first, last, n_words,
+    # the tile's first inputs and their constants, its first output, and the words of a row
+    rows, constants, first, n_words,
     # what guesses which rows are kept, and the rows
     x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr,
     OP: tl.constexpr, PLAN: tl.constexpr,
@@ -153,8 +153,6 @@ def _prefetch_tile(
             if block > 0:
                 ahead_constants = _load_constants(ahead, gain_ptr, threshold_ptr, OP)
             _x, wanted = _inputs(ahead, _load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        if PLAN.ragged:
-            wanted = wanted & (first + PLAN.block_out <= last)
         _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
 
 
@@ -344,14 +342,12 @@ def _gemv_kernel(
     if PLAN.prefetch > 0:
         if program < PLAN.prefetch:
             _prefetch_tile(
-                rows, constants, first, last, n_words,
+                rows, constants, first, n_words,
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
-    # a small product would wait for its offsets at the end: 4 to 7 % of SmolLM2-135M's step; with integers 1 to 3 %,
-    # and 0.4 to 1.4 % more where they are loaded here (H100)
-    EARLY: tl.constexpr = OP.shift and OP.bits >= 16 and BLOCK_OUT <= 64
+    # a small product would wait for its offsets at the end: 4 to 7 % of SmolLM2-135M's step (H100)
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
-    if EARLY:
+    if OP.shift:
         if tl.program_id(1) == 0:
             offset = tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
 
@@ -404,11 +400,8 @@ def _gemv_kernel(
     elif OP.bits == 8:
         total = _joined(acc, ones, -128 * ones, OP.bits)
         total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
-    if EARLY:
+    if OP.shift:
         total += offset
-    elif OP.shift:
-        if tl.program_id(1) == 0:
-            total += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
