@@ -4,6 +4,7 @@
     python tests/fuzz.py --count 5000 --jobs 2      # thousands
     python tests/fuzz.py --rooms gguf,text          # of some kinds of input alone
     python tests/fuzz.py --index 17 --keep DIR      # one of them again, its files and its output left in DIR
+    python tests/fuzz.py --rooms harness            # lm-eval's requests, which needs lm-eval
 
 A mutation is told by its seed and index alone. It runs in a forked process of its own, so that a crash, a hang or an
 endless allocation ends that process only. Right are a result that is finite, and an error of one line that a person can
@@ -42,9 +43,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PIP_NO_INDEX": "1"}
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import numpy as np
 import torch
-from models import CONFIG, LLAMA3_ROPE, TINY, split_weights, write_checkpoint
+from models import LLAMA3_ROPE, TINY, split_weights, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from calibrate import calibrate
@@ -282,13 +282,15 @@ def mutate_tensors(r: random.Random, tensors: dict[str, torch.Tensor], name: str
 
 @dataclass
 class Case:
-    """A mutation: what it is, and what is then run: scripts with their flags, or a function."""
+    """A mutation: what it is, and what is then run: scripts with their flags one after another, or a function."""
 
     what: str
     commands: list[list[str]] = field(default_factory=list)
     call: Callable[[], Any] | None = None
     stdin: bytes = b""
     encoding: str = "utf-8:strict"
+    refuse: bool = False  # whether a result, however finite, is a fault
+    file_size: int = 0  # bytes that a file may have: beyond them writing fails as on a full disk
 
 
 def make_bases(folder: Path) -> None:
@@ -520,7 +522,7 @@ def room_gguf(r: random.Random, work: Path, bases: Path) -> Case:
             "integers": (tensor.to(torch.int8), 24),
             "NaN": (tensor * math.nan, 0),
             "a dimension of 0": (tensor, 0, (0, *tensor.shape[1:])),
-            "huge": (tensor, 0, (2**r.choice([32, 40, 62, 63]), *tensor.shape[1:])),
+            "huge": (tensor, 0, (2 ** r.choice([32, 40, 62, 63]), *tensor.shape[1:])),
             "swapped": (tensor, 0, tuple(tensor.shape[::-1])),
             "4 dimensions": (tensor, 0, (1, 1, 1, tensor.numel())),
             "missing": None,
@@ -530,7 +532,9 @@ def room_gguf(r: random.Random, work: Path, bases: Path) -> Case:
         if tensors[name] is None:
             del tensors[name]
     elif choice < 0.8:
-        options = r.choice([{"version": r.choice([0, 1, 2, 4, 2**24 * 3])}, {"shift": r.choice([1, 16, 32, -32, 4096])}])
+        options = r.choice(
+            [{"version": r.choice([0, 1, 2, 4, 2**24 * 3])}, {"shift": r.choice([1, 16, 32, -32, 4096])}]
+        )
         options = {"shift": 32} if options.get("shift", 0) < 0 else options
         options = options if r.random() < 0.7 else {"counts": (r.choice([0, 1, 10**9, 2**62]), r.choice([3, 10**9]))}
         what = str(options)
@@ -541,7 +545,8 @@ def room_gguf(r: random.Random, work: Path, bases: Path) -> Case:
         data, what = mutate_bytes(r, path.read_bytes())
         path.write_bytes(data)
     convert = ["convert_hf_checkpoint.py", "--gguf", str(path), "--output_dir", str(work / "out")]
-    return Case(f"{kind}.gguf: {what}", [convert, generate(work / "out")])
+    bad = re.search(r"trailing bytes|'shift'|: NaN|: integers|: missing|huge|a dimension of 0| shorter| longer", what)
+    return Case(f"{kind}.gguf: {what}", [convert, generate(work / "out")], refuse=bad is not None)
 
 
 def generate(folder: Path, *more: str) -> list[str]:
@@ -562,14 +567,43 @@ def room_config(r: random.Random, work: Path, bases: Path) -> Case:
     base = r.choice([*CONFIGS, "int8", "int4"])
     folder = shutil.copytree(bases / base, work / base)
     what = mutate_file(r, folder / "config.json", OTHER_KEYS)
-    return Case(f"{base}/{what}", [generate(folder, *some_options(r))])
+    return Case(f"{base}/{what}", [generate(folder, *some_options(r))], refuse=bad_config(folder / "config.json"))
+
+
+def bad_config(path: Path) -> bool:
+    """Whether a number or a switch of a config.json is of another type or outside of any sense."""
+    numbers = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size max_position_embeddings"
+    try:
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        return True
+    if not isinstance(config, dict):
+        return True
+    for key in (*numbers.split(), "rms_norm_eps", "rope_theta", "head_dim", "num_key_value_heads"):
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9):
+            if not (key in ("head_dim", "num_key_value_heads") and value == 0):
+                return True
+    return any(config.get(key) not in (None, True, False) for key in ("tie_word_embeddings", "use_sliding_window"))
+
+
+REFUSED_TENSORS = (  # kinds of `mutate_tensors` that no reader may take
+    "as int64|as int8|as bool|as complex|is missing|a row more|a row less|no rows|all NaN|all infinite|one value not"
+)
+
+
+def bad_tensor(what: str, tensors: str = REFUSED_TENSORS) -> bool:
+    return re.search(tensors, what) is not None and "header: " not in what
 
 
 def room_weights(r: random.Random, work: Path, bases: Path) -> Case:
     base = r.choice(["llama", "sharded", "sharded", "qwen2", "tied", "int8", "int4"])
     folder = shutil.copytree(bases / base, work / base)
     what = mutate_file(r, r.choice([p for p in folder.glob("model*")]))
-    return Case(f"{base}/{what}", [generate(folder, *some_options(r))])
+    bad = bad_tensor(what) and not ("int8" in base and "int8" in what)
+    if base in ("int8", "int4"):
+        bad |= re.search(r"w\w+\.(weight|scale) (as float|as int8)", what) is not None and what[-4:] != base
+    return Case(f"{base}/{what}", [generate(folder, *some_options(r))], refuse=bad)
 
 
 def room_folders(r: random.Random, work: Path, bases: Path) -> Case:
@@ -602,21 +636,53 @@ def room_tokenizer(r: random.Random, work: Path, bases: Path) -> Case:
 def room_templates(r: random.Random, work: Path, bases: Path) -> Case:
     """Chat templates, which are programs, and the lines and messages that go into them."""
     folder = shutil.copytree(bases / r.choice(["llama", "sentencepiece", "tiktoken"]), work / "chat")
-    bad = ["{{ 1 / 0 }}", "{{ x.y.z }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ 9**9**9 }}"]
+    bad = [
+        "{{ 1 / 0 }}",
+        "{{ x.y.z }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 9**9**9 }}",
+    ]
     bad += ["{% if %}", "{{ messages[9] }}", "{{ messages[0]['content'] * 10**7 }}", "{{ raise_exception('no') }}", ""]
-    bad += ["{{ ''.__class__.__mro__ }}", "{% include 'x' %}", "{{ strftime_now(3) }}", "{{ messages | tojson(indent=2) }}"]
-    bad += ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ '\\ud800' }}", TEMPLATE + "\x00", "{{ lipsum(n=10**6) }}"]
+    bad += [
+        "{{ ''.__class__.__mro__ }}",
+        "{% include 'x' %}",
+        "{{ strftime_now(3) }}",
+        "{{ messages | tojson(indent=2) }}",
+    ]
+    bad += [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ '\\ud800' }}",
+        TEMPLATE + "\x00",
+        "{{ lipsum(n=10**6) }}",
+    ]
     bad += ["{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}"]
-    bad += ["{{ range(10**7) | list }}", "{% generation %}x{% endgeneration %}", "{{ '%010000000d' % 1 }}", "{{ [1]*10**9 }}"]
+    bad += [
+        "{{ range(10**7) | list }}",
+        "{% generation %}x{% endgeneration %}",
+        "{{ '%010000000d' % 1 }}",
+        "{{ [1]*10**9 }}",
+    ]
     if r.random() < 0.5:
         template = r.choice(bad)
         (folder / "chat_template.jinja").write_text(template)
         return Case(f"template {template[:60]!r}", [generate(folder)])
-    lines = [b"caf\xe9", b"\x00", b"", b"   ", b"a" * 200_000, b"<s></s><|user|>", "日本\u2028語".encode(), b"\xed\xa0\x80"]
+    lines = [
+        b"caf\xe9",
+        b"\x00",
+        b"",
+        b"   ",
+        b"a" * 200_000,
+        b"<s></s><|user|>",
+        "日本\u2028語".encode(),
+        b"\xed\xa0\x80",
+    ]
     lines += [b"\xef\xbf\xbd" * 50, b"\x1b[2J", b"\xf0\x9f\x98\x80" * 100, b"\r", b"{{ 1 / 0 }}", b"Hello " * 40]
     if r.random() < 0.7:
         stdin = b"\n".join(r.choices(lines, k=3)) + r.choice([b"", b"\n"])
-        encoding = r.choice(["utf-8:strict", "utf-8:surrogateescape", "ascii:strict", "latin-1:strict", "utf-16:strict"])
+        encoding = r.choice(
+            ["utf-8:strict", "utf-8:surrogateescape", "ascii:strict", "latin-1:strict", "utf-16:strict"]
+        )
         return Case(f"stdin {stdin[:60]!r}, {encoding}", [generate(folder, "--interactive")], None, stdin, encoding)
     messages, what = mutate_tree(r, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}])
     messages = json.loads(dumps(messages)) if "Raw" not in what else messages
@@ -639,7 +705,8 @@ def room_artifacts(r: random.Random, work: Path, bases: Path) -> Case:
     if rule == "best":
         file = folder / "thresholds_refined.safetensors"
     what = mutate_file(r, file)
-    return Case(f"{base}/{what}", [generate(folder, *some_options(r, rule))])
+    bad = bad_tensor(what) and re.search(r"\d\.\w+\.(threshold|shift) |levels", what) is not None
+    return Case(f"{base}/{what}", [generate(folder, *some_options(r, rule))], refuse=bad)
 
 
 def room_teal(r: random.Random, work: Path, bases: Path) -> Case:
@@ -661,8 +728,12 @@ def room_teal(r: random.Random, work: Path, bases: Path) -> Case:
     out = work / "out.safetensors"
     flags = ["--teal_histograms", str(folder), "--output", str(out)]
     checkpoint = shutil.copytree(bases / "llama", work / "llama")
-    use = generate(checkpoint, "--sparsity", "0.5", "--statistics", str(out))
-    return Case(f"histograms: {what}", [["calibrate.py", *flags], use])
+    use = generate(checkpoint, "--sparsity", "0.5", "--thresholds", "uniform", "--statistics", str(out))
+    bad = bad_tensor(
+        what, REFUSED_TENSORS.replace("as int64|as int8|as bool|", "") + "|reversed|negative|h._centers zeros"
+    )
+    bad &= "h1 reversed" not in what and "h2 reversed" not in what and "strange" not in what
+    return Case(f"histograms: {what}", [["calibrate.py", *flags], use], refuse=bad)
 
 
 def room_text(r: random.Random, work: Path, bases: Path) -> Case:
@@ -684,7 +755,9 @@ def room_text(r: random.Random, work: Path, bases: Path) -> Case:
     sizes = ["--context", "32", "--window", "16", "--num_windows", "2"]
     scripts = [["calibrate.py", *common, "--num_tokens", "320", "--output", str(work / "out.safetensors")]]
     scripts += [["eval.py", *common, *sizes, "--tasks", task] for task in ("perplexity", "wikitext")]
-    scripts += [["refine.py", *common, "--num_tokens", "320", "--updates", "0", "--output", str(work / "out.safetensors")]]
+    scripts += [
+        ["refine.py", *common, "--num_tokens", "320", "--updates", "0", "--output", str(work / "out.safetensors")]
+    ]
     return Case(f"{source.name} as {path.name}: {what}", [r.choice(scripts)])
 
 
@@ -711,8 +784,30 @@ def room_flags(r: random.Random, work: Path, bases: Path) -> Case:
     declared = "".join((ROOT / file).read_text() for file in (f"{name}.py", "cli.py"))
     known = sorted(set(re.findall(r'"--(\w+)"', declared)) - NOT_FUZZED)
     values = ["-1", "0", "1", "2", "0.5", "1.5", "-0.5", "nan", "inf", "-inf", "1e-39", "1e30", "10000000", "9" * 30]
-    values += ["", " ", "true", "None", "\u0663", "\u00b2", "Zz" * 3000, "a\x01b", "\udcff", "0x10", "1_0", "+1", "1e400"]
-    values += ["/dev/null", "/dev/zero", "/nonexistent/x", "/proc/x", str(work), str(folder), str(folder / "config.json")]
+    values += [
+        "",
+        " ",
+        "true",
+        "None",
+        "\u0663",
+        "\u00b2",
+        "Zz" * 3000,
+        "a\x01b",
+        "\udcff",
+        "0x10",
+        "1_0",
+        "+1",
+        "1e400",
+    ]
+    values += [
+        "/dev/null",
+        "/dev/zero",
+        "/nonexistent/x",
+        "/proc/x",
+        str(work),
+        str(folder),
+        str(folder / "config.json"),
+    ]
     values += ["cuda", "cpu:1", "meta", "mps", "bfloat16", "int4", "uniform", "best", "wikitext", "c4", "llama-3.2-1b"]
     flags = dict(base)
     for flag in r.sample(known, r.choice([1, 1, 2, 3])):
@@ -729,6 +824,32 @@ def room_flags(r: random.Random, work: Path, bases: Path) -> Case:
     return Case(f"{name}.py {' '.join(words)}"[-400:], [[f"{name}.py", *words]], stdin=b"Hello\n")
 
 
+def room_disk(r: random.Random, work: Path, bases: Path) -> Case:
+    """Outputs where nothing can be written, or not enough."""
+    folder, file = shutil.copytree(bases / "llama", work / "llama"), work / "out.safetensors"
+    (folder / "calibration.safetensors").unlink()
+    common = ["--checkpoint_path", str(folder), "--precision", "float32"]
+    text = ["--data", str(bases / "texts/a.txt"), "--num_tokens", "256"]
+    command = r.choice([
+        ["calibrate.py", *common, *text, "--output"],
+        ["refine.py", *common, *text, "--updates", "0", "--output"],
+        ["quantize.py", *common, "--mode", r.choice(["int8", "int4"]), "--groupsize", "16", "--num_tokens", "0", "--output_dir"],
+        ["convert_hf_checkpoint.py", "--checkpoint_dir", str(bases / r.choice(["hf", "hf-sharded"])), "--output_dir"],
+        ["convert_hf_checkpoint.py", "--gguf", str(bases / "gpt2.gguf"), "--output_dir"],
+        [*generate(folder), "--profile"],
+        [*generate(folder), "--sparsity", "0.5", "--thresholds"],
+    ])  # fmt: skip
+    file = "uniform" if command[-1] == "--thresholds" else str(file)
+    size = r.choice([0, 2000, 20_000, 100_000])
+    if not size:
+        file = r.choice(
+            ["/dev/full", "/dev/null", "/proc/x", str(folder), str(folder / "config.json"), str(work / "no/no/x"), ""]
+        )
+    if size and r.random() < 0.2:
+        (work / "out.safetensors").mkdir()
+    return Case(f"{command[0]} {command[-1]} {file}, {size or 'unlimited'} bytes", [[*command, file]], file_size=size)
+
+
 def room_harness(r: random.Random, work: Path, bases: Path) -> Case:
     """Requests of lm-eval's tasks; not in the default rooms, since lm-eval takes seconds to import."""
     names = ["until", "max_gen_toks", "max_new_tokens", "max_tokens", "temperature", "do_sample", "top_p", "num_beams"]
@@ -738,9 +859,9 @@ def room_harness(r: random.Random, work: Path, bases: Path) -> Case:
         options[name] = 10**30 if isinstance(options[name], Raw) else options[name]
 
     def call() -> None:
-        import harness
         from lm_eval.api.instance import Instance
 
+        import harness
         from tokenizer import load_tokenizer
 
         model = Transformer.from_checkpoint(bases / "llama", "cpu", torch.float32)
@@ -753,7 +874,7 @@ def room_harness(r: random.Random, work: Path, bases: Path) -> Case:
 
 ROOMS = {f.__name__.removeprefix("room_"): f for f in (
     room_config, room_weights, room_artifacts, room_gguf, room_folders, room_tokenizer, room_templates, room_teal,
-    room_text, room_flags, room_harness,
+    room_text, room_flags, room_disk, room_harness,
 )}  # fmt: skip
 DEFAULT_ROOMS = [name for name in ROOMS if name != "harness"]
 
@@ -836,6 +957,8 @@ def run_case(room: str, seed: int, index: int, bases: Path, work: Path) -> dict:
         err = open(work / "stderr", "w", encoding="utf-8", errors="backslashreplace")
         sys.stdin = io.TextIOWrapper(open(work / "stdin", "rb"), encoding, errors)
         status, message = 0, ""
+        if case.file_size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_size, resource.RLIM_INFINITY))
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 case.call() if command is None else script(command[0], command[1:])
@@ -847,6 +970,7 @@ def run_case(room: str, seed: int, index: int, bases: Path, work: Path) -> dict:
             if command is not None or not isinstance(error, ValueError):
                 result |= {"fault": f"{type(error).__name__}: {message[:200]}"}
                 result |= {"place": location(traceback.extract_tb(error.__traceback__))}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         err.flush()
         with contextlib.suppress(UnicodeError):
             out.flush()
@@ -862,6 +986,8 @@ def run_case(room: str, seed: int, index: int, bases: Path, work: Path) -> dict:
             result["fault"] = f"a traceback on stderr: {written.strip().splitlines()[-1][:200]}"
         if status or result["fault"]:
             break
+    if case.refuse and not status and not result["fault"]:
+        result["fault"] = f"accepted: {case.what[:150]}"
     return result
 
 
@@ -947,7 +1073,7 @@ def main(argv: list[str] | None = None) -> int:
             if children[-1] == 0:
                 with open(log, "w") as file:
                     for index in indices[job :: o.jobs]:
-                        room, work = rooms[index % len(rooms)], folder / f"w{index}"
+                        room, work = random.Random(f"{o.seed}/{index}").choice(rooms), folder / f"w{index}"
                         result = in_child(room, o.seed, index, folder / "bases", work, o.seconds)
                         print(json.dumps(result), file=file, flush=True)
                         if not o.keep:
@@ -969,7 +1095,7 @@ def summary(results: list[dict], o: argparse.Namespace) -> int:
     faults: dict[tuple, list[dict]] = {}
     for result in results:
         if result["fault"]:
-            kind = result["place"] or re.sub(r"[\d']+", "#", result["fault"])[:60]
+            kind = result["place"] or re.sub(r"/tmp\S*|\W+|\d+", " ", result["fault"])[:60]
             faults.setdefault((result["room"], kind, result["fault"].split(":")[0]), []).append(result)
     rooms = "" if o.rooms == ",".join(DEFAULT_ROOMS) else f" --rooms {o.rooms}"
     for (room, kind, _), found in sorted(faults.items(), key=lambda item: (item[0][0], -len(item[1]))):
