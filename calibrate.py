@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
 from formats.checkpoint import fingerprint
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write
@@ -109,15 +109,13 @@ class Recorder:
 def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     """Runs the model densely over tokens [N, T] (int64, T > 1), a few windows at a time, and records its inputs.
 
-    Raises:
-        ValueError: an input is not finite (float16 overflows in some models).
+    Raises ValueError if an input is not finite (float16 overflows in some models).
     """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
 
     # every input is counted on its way into its projections
     recorders = [Recorder(module) for module in model.sites]
-    pairs = zip(model.sites, recorders, strict=True)
-    hooks = [module.register_forward_pre_hook(recorder) for module, recorder in pairs]
+    hooks = [m.register_forward_pre_hook(recorder) for m, recorder in zip(model.sites, recorders, strict=True)]
     try:
         with tqdm(total=tokens.numel(), desc="calibrating", unit="tok") as progress:
             for windows in tokens.split(max(1, WINDOW // tokens.shape[1])):
@@ -141,17 +139,15 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
 def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
     """Text that the dense model writes at temperature 1: rows [N, T], int64, of up to 128 tokens from the start token.
 
-    At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end.
-
-    Raises:
-        ValueError: the model's output is not finite.
+    At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end. Raises
+    ValueError if the model's output is not finite.
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     length = max(2, min(OWN_ROW, model.config.block_size, num_tokens))
     rows = torch.full((-(-num_tokens // length), length), start_token, device=device)
 
-    with tqdm(total=rows.numel(), desc="writing text", unit="tok") as progress:
+    with tqdm(total=rows[:, 1:].numel(), desc="writing text", unit="tok") as progress:
         for batch in rows.split(OWN_ROWS):
             model.setup_caches(len(batch), length)
             for i in range(length - 1):
@@ -162,7 +158,6 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
                 probabilities = torch.softmax(logits[:, -1].float(), -1)
                 batch[:, i + 1 : i + 2] = torch.multinomial(probabilities, 1, generator=generator)
                 progress.update(len(batch))
-            progress.update(len(batch))
 
     for block in model.layers:
         block.attention.kv_cache = None
@@ -174,25 +169,20 @@ def calibration_tokens(
 ) -> tuple[Tensor, str]:
     """Windows of token ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
-    Raises:
-        ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
+    Raises ValueError for a text that cannot be read or is too short, or a tokenizer of another model.
     """
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if data is None:
         start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
         return self_written_text(model, start, num_tokens, seed), f"the model's own, seed {seed}"
-    tokens = text_windows(data, tokenizer, num_tokens, model.config.block_size)
-    return tokens, " ".join(Path(source).name for source in data)
+    names = " ".join(Path(source).name for source in data)
+    return text_windows(data, tokenizer, num_tokens, model.config.block_size), names
 
 
 def calibrate(
     folder: Path, model: SparseTransformer, data: list[str] | None = None, num_tokens: int = OWN_TOKENS, seed: int = 0
 ) -> Statistics:
-    """Statistics of the checkpoint in `folder`, loaded as `model`, over `data` or, if None, over its own text.
-
-    Raises:
-        ValueError: a text that cannot be read, is too short, or a tokenizer of another model.
-    """
+    """Statistics of the checkpoint in `folder`, loaded as `model`, over `calibration_tokens`; raises as that does."""
     tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
     statistics = collect(model, tokens)
     statistics.metadata |= {"text": text, "fingerprint": fingerprint(folder)}
@@ -208,37 +198,31 @@ def calibrate_random(model: SparseTransformer) -> Statistics:
 def statistics_for(folder: Path, path: str | Path | None, model: SparseTransformer) -> Statistics:
     """The statistics in `path`, else those beside the checkpoint, which are made (once, of its own text) if absent.
 
-    Raises:
-        ValueError: a file that cannot be read or belongs to another checkpoint.
+    Raises ValueError for a file that cannot be read or belongs to another checkpoint.
     """
     beside = folder / STATISTICS_NAME
     if path is None and not beside.exists():
         calibrate(folder, model).save(beside)
-    statistics = load_statistics(path or beside)
-    statistics.check_fingerprint(folder)
-    return statistics
+    return load_statistics(path or beside, folder)
 
 
 def plot(statistics: Statistics, path: Path) -> None:
     """Draws the densities of the four inputs (rows) of five layers (columns) into a PNG.
 
-    Raises:
-        ValueError: matplotlib is not installed, or the disk is full.
+    Raises ValueError if matplotlib is not installed or the disk is full.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     # five layers, from the first to the last
     last = statistics.n_layer - 1
     layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
-    figure, axes = plt.subplots(4, len(layers), figsize=(2.6 * len(layers), 8), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(2.6 * len(layers), 8), layout="constrained")
+    axes = figure.subplots(4, len(layers), squeeze=False)
 
-    for row, site in zip(axes, SITES, strict=True):
-        projections = SITES[site].projections
+    for row, (_, projections) in zip(axes, SITES.values(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
             values = statistics.get(layer, projections[0], "signed").double().numpy()
             mean, std, kurtosis = statistics.get(layer, projections[0], "pooled").tolist()
@@ -253,63 +237,51 @@ def plot(statistics: Statistics, path: Path) -> None:
             # what is cut, the mean, the moments
             axis.axvspan(-cut, cut, color="#d9772b", alpha=0.15, linewidth=0)
             axis.axvline(mean, color="#a01c1c", linewidth=0.8, linestyle="--")
-            axis.set_title(f"std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
+            axis.set_title(f"layer {layer}: std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
             axis.tick_params(labelsize=7)
             axis.locator_params(axis="x", nbins=5)
             axis.set_yticks([])
         row[0].set_ylabel(f"input of {', '.join(projections)}")
 
-    # titles
-    for axis, layer in zip(axes[0], layers, strict=True):
-        axis.annotate(f"layer {layer}", (0.5, 1.22), xycoords="axes fraction", ha="center", weight="bold")
     figure.suptitle("Inputs (96 % of them): density, mean (red), what 50 % sparsity cuts (shaded)", fontsize=10)
 
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130)
-    plt.close(figure)
 
 
-def main(
-    checkpoint_path: Path | None = None,
-    data: list[str] | None = None,
-    num_tokens: int = 10 * WINDOW,
-    output: Path | None = None,
-    plot_path: Path | None = None,
-    teal_histograms: Path | None = None,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-    seed: int = 0,
-) -> Statistics:
+def main(argv: list[str] | None = None) -> Statistics:
     """Takes or converts statistics, writes and returns them. Raises ValueError for a user's mistake."""
-    if teal_histograms is not None:
-        if output is None or plot_path is not None or data is not None:
+    o = parse_arguments(argv)
+    if o.teal_histograms is not None:
+        if o.output is None or o.plot is not None or o.data is not None:
             raise ValueError("--teal_histograms needs --output, and goes with neither --plot nor --data")
-        statistics = teal_statistics(teal_histograms)
+        output, statistics = o.output, teal_statistics(o.teal_histograms)
     else:
-        if num_tokens < 2:
-            raise ValueError(f"--num_tokens {num_tokens} is too few; {10 * WINDOW} is usual")
-        folder = resolve_checkpoint(checkpoint_path)
-        output = output or folder / STATISTICS_NAME
-        model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
-        statistics = calibrate(folder, model, data, num_tokens, seed)
+        if o.num_tokens < 2:
+            raise ValueError(f"--num_tokens {o.num_tokens} is too few; {10 * WINDOW} is usual")
+        folder = resolve_checkpoint(o.checkpoint_path)
+        output = o.output or folder / STATISTICS_NAME
+        model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+        statistics = calibrate(folder, model, o.data, o.num_tokens, o.seed)
 
     statistics.save(output)
     about = ", ".join(f"{key} {value}" for key, value in statistics.metadata.items())
     print(f"{output}: statistics of {statistics.n_layer} layers ({about})")
-    if plot_path is not None:
-        plot(statistics, plot_path)
-        print(f"{plot_path}: their distributions")
+    if o.plot is not None:
+        plot(statistics, o.plot)
+        print(f"{o.plot}: their distributions")
     return statistics
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Take the statistics that thresholds are read from.")
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=10 * WINDOW, help="length of the text (default: %(default)s)")
+    add_text_arguments(parser, 10 * WINDOW)
     parser.add_argument("--output", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
-    parser.add_argument("--plot", type=Path, dest="plot_path", metavar="PNG", help="draw the distributions")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the distributions")
     parser.add_argument("--teal_histograms", type=Path, metavar="DIR", help="read TEAL's published folder instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
     add_device_arguments(parser)
-    command_line(main, parser.parse_args())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -31,6 +31,17 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
 
 
+def add_sparsity_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the checkpoint, its cuts and --json, which every script that runs a sparse model has."""
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
+    parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
+    statistics_help = "default: calibration.safetensors beside the checkpoint"
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help=statistics_help)
+    parser.add_argument("--json", action="store_true", help="a last line of JSON")
+    refuse_old_flags(parser, {"--allocation": "--thresholds {best,uniform,greedy,refined,FILE}"})
+
+
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int) -> None:
     """Adds the checkpoint and the calibration text, which every script that calibrates on a text has."""
     parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
@@ -51,7 +62,7 @@ def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -
 
 
 def command_line(main: Callable, arguments: argparse.Namespace | None = None) -> None:
-    """Runs a script's main on the command line. A user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
+    """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # no file and line of ours
     try:
         main(**vars(arguments)) if arguments else main()

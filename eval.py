@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from calibrate import statistics_for
-from cli import PRECISIONS, add_device_arguments, command_line, refuse_old_flags, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_sparsity_arguments, command_line, resolve_device
 from formats.default_model import resolve_checkpoint
 from formats.text import task_text
-from model import Transformer, read_config
-from sparse_model import SparseTransformer
-from thresholds import Statistics, cuts_for
-from tokenizer import load_tokenizer
+from generate import ModelSource
+from model import Transformer
+from tokenizer import Tokenizer, load_tokenizer
 
 TASKS = ("perplexity", "wikitext")
 GPU_WINDOWS = 4  # windows a forward pass on a GPU; logits are 4 x 512 x vocabulary in float32
@@ -38,22 +36,9 @@ def window_starts(num_tokens: int, context: int, window: int, num_windows: int) 
     if min(context, window, num_windows) < 1:
         raise ValueError(f"--context {context}, --window {window} and --num_windows {num_windows} must be at least 1")
     if num_tokens < context + window:
-        raise ValueError(
-            f"the text has {num_tokens} tokens, a window {context} + {window}; give a longer text, or less --context"
-        )
+        short = f"the text has {num_tokens} tokens, a window {context} + {window}"
+        raise ValueError(f"{short}; give a longer text, or less --context")
     return [int(i * (num_tokens - context - window) / num_windows) for i in range(num_windows)]
-
-
-def load_harness(tasks: str):
-    """The module `harness`, with which `tasks` are evaluated. Raises ValueError if lm-eval is not installed."""
-    try:
-        import harness
-    except ImportError as error:
-        raise ValueError(
-            f"--tasks {tasks}: perplexity and wikitext need nothing more, others lm-eval "
-            f"(pip install -r requirements-dev.txt): {error}"
-        ) from None
-    return harness
 
 
 @torch.no_grad()
@@ -63,20 +48,17 @@ def perplexity(
     """Perplexity of `tokens` [num_tokens] (int64) by the protocol above, with log-softmax in float32.
 
     A SparseTransformer cuts positions [dense_prefix:] of every window and counts them anew; None is dense.
-
-    Raises:
-        ValueError: a window beyond the text or the model's context, logits that are not finite.
+    Raises ValueError for a window beyond the text or the model's context, and for logits that are not finite.
     """
     if context + window > model.config.block_size:
         raise ValueError(f"windows of {context} + {window} tokens exceed the model's context {model.config.block_size}")
-    device = model.device
     starts = window_starts(len(tokens), context, window, num_windows)
     windows = torch.stack([tokens[i : i + context + window] for i in starts])
-    options = {}
-    if dense_prefix is not None:
+    options = {} if dense_prefix is None else {"dense_prefix": dense_prefix}
+    if options:
         model.reset_counts()
-        options["dense_prefix"] = dense_prefix
-    loss, seen = 0.0, 0
+
+    loss, seen, device = 0.0, 0, model.device
     with tqdm(total=num_windows, desc="evaluating", unit="window") as progress:
         for batch in windows.split(GPU_WINDOWS if device.type == "cuda" else 1):
             batch = batch.to(device)
@@ -90,129 +72,102 @@ def perplexity(
     return math.exp(loss / seen)
 
 
-def check_options(options: dict) -> None:
-    """Raises ValueError if an option of eval.py is out of its range or does not go with another."""
-    tasks, data = options["tasks"], options["data"]
-    if not 0 <= options["sparsity"] < 1:
-        raise ValueError(f"--sparsity {options['sparsity']} is outside [0, 1)")
-    if not 0 < options["sparse_fraction"] <= 1:
-        raise ValueError(f"--sparse_fraction {options['sparse_fraction']} is outside (0, 1]")
-    for flag in ("batch_size", "limit"):
-        if options[flag] is not None and options[flag] < 1:
-            raise ValueError(f"--{flag} {options[flag]} must be at least 1")
-    if tasks in TASKS:
-        return
-    named = tasks.split(",")
-    if mixed := [name for name in named if name in TASKS]:
-        raise ValueError(f"--tasks {tasks}: {mixed[0]} is a run of its own; leave out the others")
-    if data is not None and not all(name.endswith((".yaml", ".yml")) for name in named):
-        raise ValueError(f"--data is the text of perplexity and of task files; {tasks} has data of its own")
+def evaluate_text(o: argparse.Namespace, model: Transformer, tokens: Tensor) -> tuple[dict, str]:
+    """Measures and prints a perplexity; returns its JSON keys, and what was left dense."""
+    dense_prefix = round((o.context + o.window) * (1 - o.sparse_fraction)) if o.sparsity else None
+    value = perplexity(model, tokens, o.context, o.window, o.num_windows, dense_prefix)
+    counted = o.num_windows * o.window
+    print(f"{o.tasks} of {model.config.name}, {o.precision} on {o.device}: perplexity {value:.4f}")
+    print(f"over {counted} tokens: {o.num_windows} windows of {o.context} + {o.window}")
+    return {"perplexity": value, "tokens": counted}, f"the first {dense_prefix} tokens of every window are dense"
 
 
-def load_model(
-    folder: Path, sparsity: float, thresholds: str, statistics: Path | None, device: torch.device, dtype: torch.dtype
-) -> tuple[Transformer, str]:
-    """The model that is evaluated, with its cuts set, and the rule's name."""
-    if not sparsity:
-        return Transformer.from_checkpoint(folder, device, dtype), "none"
+def evaluate_tasks(o: argparse.Namespace, model: Transformer, tokenizer: Tokenizer) -> tuple[dict, str]:
+    """Scores and prints tasks of lm-eval; returns the JSON key `results`, and what was left dense."""
+    import harness
 
-    def given_statistics() -> Statistics:
-        return statistics_for(folder, statistics, SparseTransformer.from_checkpoint(folder, device, dtype))
-
-    rule, cuts = cuts_for(thresholds, sparsity, folder, given_statistics, statistics is not None)
-    model = SparseTransformer.from_checkpoint(folder, device, dtype)
-    model.set_cuts(cuts)
-    return model, rule
+    runner = harness.HarnessModel(model, tokenizer, o.sparse_fraction if o.sparsity else None, o.batch_size)
+    results = {}
+    for name in o.tasks.split(","):
+        results |= harness.evaluate(runner, name, o.data, o.num_fewshot, o.limit)
+    print(f"{model.config.name}, {o.precision} on {o.device}")
+    for name, scores in results.items():
+        print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
+    return {"results": results}, f"the first {1 - o.sparse_fraction:.0%} of every input are dense"
 
 
-def main(
-    checkpoint_path: Path | None = None,
-    sparsity: float = 0.0,
-    thresholds: str = "best",
-    statistics: Path | None = None,
-    sparse_fraction: float = 0.99,
-    tasks: str = "perplexity",
-    data: Path | None = None,
-    context: int = 2048,
-    window: int = 512,
-    num_windows: int = 128,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-    json_line: bool = False,
-) -> dict:
+def main(argv: list[str] | None = None) -> dict:
     """Evaluates and prints; returns what --json prints. Raises ValueError for a user's mistake."""
-    check_options(locals())
-    torch_device, dtype = resolve_device(device), PRECISIONS[precision]
+    o = parse_arguments(argv)
+    device, text = resolve_device(o.device), task_text(o.tasks, o.data) if o.tasks in TASKS else None
+    source = ModelSource(device, PRECISIONS[o.precision], resolve_checkpoint(o.checkpoint_path))
 
-    # the text, or the harness; a text that is too short is an error before anything is made
-    text = task_text(tasks, data) if tasks in TASKS else None
-    harness = None if tasks in TASKS else load_harness(tasks)
-    folder = resolve_checkpoint(checkpoint_path)
-    tokenizer = load_tokenizer(folder, read_config(folder).vocab_size)
+    # a text that is too short is an error before anything is made
+    tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
     if text is not None:
         tokens = torch.tensor(tokenizer.encode(text))
-        window_starts(len(tokens), context, window, num_windows)
-    model, rule = load_model(folder, sparsity, thresholds, statistics, torch_device, dtype)
+        window_starts(len(tokens), o.context, o.window, o.num_windows)
 
-    # evaluate
-    result = {"task": tasks, "model": model.config.name}
-    if text is not None:
-        dense_prefix = round((context + window) * (1 - sparse_fraction)) if sparsity else None
-        result["perplexity"] = perplexity(model, tokens, context, window, num_windows, dense_prefix)
-        result["tokens"] = num_windows * window
-        dense_part = f"the first {dense_prefix} tokens of every window are dense"
-    else:
-        runner = harness.HarnessModel(model, tokenizer, sparse_fraction if sparsity else None, batch_size)
-        result["results"] = {}
-        for name in tasks.split(","):
-            result["results"] |= harness.evaluate(runner, name, data, num_fewshot, limit)
-        dense_part = f"the first {1 - sparse_fraction:.0%} of every input are dense"
-    result |= {
-        "sparsity": sparsity,
-        "achieved_sparsity": model.achieved_sparsity() if sparsity else 0.0,
-        "thresholds": rule,
-        "sparse_fraction": sparse_fraction,
-    }
+    model, rule = source.cut_model(o) if o.sparsity else (source.load(Transformer), "none")
+    found, dense_part = evaluate_tasks(o, model, tokenizer) if text is None else evaluate_text(o, model, tokens)
+    achieved = model.achieved_sparsity() if o.sparsity else 0.0
+    if o.sparsity:
+        asked = f"sparsity {o.sparsity:.0%} asked for ({rule} thresholds), {achieved:.1%} achieved"
+        print(f"{asked}; {dense_part}, the rest is cut")
 
-    # say so
-    if text is not None:
-        print(f"{tasks} of {model.config.name}, {precision} on {torch_device}: perplexity {result['perplexity']:.4f}")
-        print(f"over {result['tokens']} tokens: {num_windows} windows of {context} + {window}")
-    else:
-        print(f"{model.config.name}, {precision} on {torch_device}")
-        for name, scores in result["results"].items():
-            print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))
-    if sparsity:
-        print(
-            f"sparsity {sparsity:.0%} asked for ({rule} thresholds), {result['achieved_sparsity']:.1%} achieved; "
-            f"{dense_part}, the rest is cut"
-        )
-    if json_line:
+    result = {"task": o.tasks, "model": model.config.name} | found | {"sparsity": o.sparsity}
+    result |= {"achieved_sparsity": achieved, "thresholds": rule, "sparse_fraction": o.sparse_fraction}
+    if o.json:
         print(json.dumps(result))
     return result
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options. Raises ValueError if one is out of its range, does not go with another, or needs lm-eval."""
     parser = argparse.ArgumentParser(description="Measure a checkpoint, dense or sparse: perplexity or tasks.")
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
-    parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
-    parser.add_argument("--statistics", type=Path, help="default: calibration.safetensors beside the checkpoint")
-    parser.add_argument("--sparse_fraction", type=float, default=0.99, help="share of a window that is cut, its end")
-    parser.add_argument(
-        "--tasks", default="perplexity", help="perplexity, wikitext, or lm-eval's names or task files (comma between)"
-    )
+    add_sparsity_arguments(parser)
+    add_device_arguments(parser)
+    tasks_help = "perplexity, wikitext, or lm-eval's names or task files (comma between)"
+    parser.add_argument("--tasks", default="perplexity", help=tasks_help)
     parser.add_argument("--data", type=Path, metavar="FILE", help="the text; of a task file, the .jsonl to read")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a window without loss")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a window with loss")
-    parser.add_argument("--num_windows", type=int, default=128)
+    add_protocol_arguments(parser)
     parser.add_argument("--num_fewshot", type=int, help="examples before a task's question (default: as in the paper)")
     parser.add_argument("--limit", type=int, help="only so many documents of a task")
     parser.add_argument("--batch_size", type=int, default=8, help="requests of a task at once")
-    parser.add_argument("--json", dest="json_line", action="store_true", help="a last line of JSON")
-    add_device_arguments(parser)
-    refuse_old_flags(parser, {"--allocation": "--thresholds {best,uniform,greedy,refined,FILE}"})
-    command_line(main, parser.parse_args())
+    o = parser.parse_args(argv)
+
+    # ranges
+    if not 0 <= o.sparsity < 1:
+        raise ValueError(f"--sparsity {o.sparsity} is outside [0, 1)")
+    if not 0 < o.sparse_fraction <= 1:
+        raise ValueError(f"--sparse_fraction {o.sparse_fraction} is outside (0, 1]")
+    for flag in ("batch_size", "limit"):
+        if getattr(o, flag) is not None and getattr(o, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(o, flag)} must be at least 1")
+    if o.tasks in TASKS:
+        return o
+
+    # tasks of the harness
+    named = o.tasks.split(",")
+    if mixed := [name for name in named if name in TASKS]:
+        raise ValueError(f"--tasks {o.tasks}: {mixed[0]} is a run of its own; leave out the others")
+    if o.data is not None and not all(name.endswith((".yaml", ".yml")) for name in named):
+        raise ValueError(f"--data is the text of perplexity and of task files; {o.tasks} has data of its own")
+    try:
+        import harness  # noqa: F401
+    except ImportError as error:
+        needs = f"--tasks {o.tasks}: perplexity and wikitext need nothing more, others lm-eval"
+        raise ValueError(f"{needs} (pip install -r requirements-dev.txt): {error}") from None
+    return o
+
+
+def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the windows of a perplexity, and the share of a window that is cut."""
+    parser.add_argument("--sparse_fraction", type=float, default=0.99, help="share of a window that is cut, its end")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a window without loss")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a window with loss")
+    parser.add_argument("--num_windows", type=int, default=128)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -10,17 +10,19 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics as stats
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from calibrate import calibrate_random, statistics_for
-from cli import PRECISIONS, add_device_arguments, command_line, refuse_old_flags, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_sparsity_arguments, command_line, resolve_device
 from decoder import Generation, Generator, why_unfused
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write
@@ -35,73 +37,66 @@ DEFAULT_PROMPT = "Plants make their food by"  # where it has none
 SYNTHETIC_PROMPT = 6  # tokens of the prompt where weights are random
 TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.5
 CHAT_CONTEXT = 4096  # positions of the cache in a chat; unfused attention reads all of them at every token
-BRIEF_TOKENS = 64  # of the dense run that gives the speed-up where --compare_dense does not
+WARM_UP_TOKENS = 5  # new ones
+BRIEF_TOKENS, BRIEF_RUNS = 32, 3  # of each model, where --compare_dense neither asks for the dense one nor forbids it
 
 
 @dataclass
 class ModelSource:
-    """Where a model's weights and cuts come from: a checkpoint's folder, or a named config with a seed.
+    """Where a model's weights and cuts come from: the checkpoint in `folder`, else the named config `random_init`."""
 
-    Attributes:
-        folder: the checkpoint's; None: `random_init` names a config whose weights are random.
-    """
-
-    folder: Path | None
-    random_init: str | None
-    seed: int
     device: torch.device
     dtype: torch.dtype
+    folder: Path | None = None
+    random_init: str | None = None
+    seed: int = 1234  # of random weights
 
     @property
     def config(self) -> ModelArgs:
         return ModelArgs.from_name(self.random_init) if self.folder is None else read_config(self.folder)
+
+    @cached_property
+    def sparse_model(self) -> SparseTransformer:
+        return self.load(SparseTransformer)
 
     def load(self, cls: type) -> Transformer:
         if self.folder is None:
             return cls.random_init(self.random_init, self.device, self.dtype, self.seed)
         return cls.from_checkpoint(self.folder, self.device, self.dtype)
 
-    def statistics(self, model: SparseTransformer, path: str | None) -> Statistics:
-        """Those in the file, else those beside the checkpoint, else new ones."""
-        return calibrate_random(model) if self.folder is None else statistics_for(self.folder, path, model)
+    def statistics(self, path: Path | None = None) -> Statistics:
+        """Those in the file, else those beside the checkpoint, else new ones; of random weights always new ones."""
+        if self.folder is None:
+            return calibrate_random(self.sparse_model)
+        return statistics_for(self.folder, path, self.sparse_model)
 
-    def load_cut(self, thresholds: str, sparsity: float, statistics: str | None) -> tuple[SparseTransformer, str]:
-        """A model with cuts set, and the rule's name. Wrong options are an error before the weights are loaded."""
-        model = None
-
-        def given_statistics() -> Statistics:
-            nonlocal model
-            model = self.load(SparseTransformer)
-            return self.statistics(model, statistics)
-
-        rule, cuts = cuts_for(thresholds, sparsity, self.folder, given_statistics, statistics is not None)
-        model = model or self.load(SparseTransformer)
-        model.set_cuts(cuts)
-        return model, rule
+    def cut_model(self, o: argparse.Namespace) -> tuple[SparseTransformer, str]:
+        """`sparse_model` with the cuts that the options ask for, and the rule's name. Raises as `cuts_for` does."""
+        given = o.statistics is not None
+        rule, cuts = cuts_for(o.thresholds, o.sparsity, self.folder, lambda: self.statistics(o.statistics), given)
+        self.sparse_model.set_cuts(cuts)
+        return self.sparse_model, rule
 
 
 @dataclass
 class Prompt:
-    """What is generated after: token ids, the text to show before the answer (None: synthetic), an end or none."""
+    """What is generated after: token ids, and the text to show before the answer (None: synthetic)."""
 
-    ids: list[int] = field(default_factory=list)
+    ids: list[int]
     shown: str | None = None
 
 
 def read_prompt(prompt: str | None, tokenizer: Tokenizer | None, config: ModelArgs, seed: int) -> Prompt:
-    """The prompt that `--prompt` asks for: a text, a number of synthetic tokens, or by default a question or its start.
+    """What `--prompt` asks for: a text, a number of synthetic tokens, by default a question or a text to continue.
 
-    Raises:
-        ValueError: an empty prompt, one beyond the context, or a text for a model without a tokenizer.
+    Raises ValueError for an empty prompt, one beyond the context, or a text for a model without a tokenizer.
     """
     # without a prompt: a question through the chat template, if there is one
-    if prompt is None and tokenizer is not None:
-        ids = tokenizer.encode_chat([{"role": "user", "content": DEFAULT_QUESTION}])
+    if prompt is None:
+        ids = tokenizer and tokenizer.encode_chat([{"role": "user", "content": DEFAULT_QUESTION}])
         if ids:
             return Prompt(ids, f"> {DEFAULT_QUESTION}\n\n")
-        prompt = DEFAULT_PROMPT
-    if prompt is None:
-        prompt = str(SYNTHETIC_PROMPT)
+        prompt = DEFAULT_PROMPT if tokenizer else str(SYNTHETIC_PROMPT)
 
     # a number: so many tokens at random
     if prompt.isdecimal():
@@ -122,9 +117,69 @@ def read_prompt(prompt: str | None, tokenizer: Tokenizer | None, config: ModelAr
     return Prompt(ids, prompt)
 
 
-def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, context: int, seed: int) -> None:
+def cache_length(prompt: Prompt, o: argparse.Namespace, config: ModelArgs) -> int:
+    """Positions of the cache. Raises ValueError if they exceed the model's context."""
+    if o.interactive:
+        return min(config.block_size, CHAT_CONTEXT)
+    length = len(prompt.ids) + o.max_new_tokens
+    if length > config.block_size:
+        both = f"a prompt of {len(prompt.ids)} tokens and {o.max_new_tokens} new ones"
+        advice = "shorten the prompt or lower --max_new_tokens"
+        raise ValueError(f"{both} do not fit {config.name}'s context of {config.block_size}: {advice}")
+    return length
+
+
+def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device) -> str:
+    """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused."""
+    if o.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if device.type == "cpu" and compiler and not any(cpu.cache_folder().glob("*.so")):
+        print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
+    reason = why_unfused(config, device, o.batch_size, o.top_k)
+    if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
+        print("No C++ compiler works here (g++, or CXX): --compile is left out", file=sys.stderr)
+        o.compile = o.compile_prefill = False
+    if o.compile and (reason or o.unfused):
+        print(f"steps go through torch.compile, not the fused step: {reason or '--unfused'}", file=sys.stderr)
+        return "compiled"
+    if not o.compile and reason is None:
+        fused = "one C++ call" if device.type == "cpu" else "one CUDA graph"
+        gain = f"with --compile it is {fused}, which makes small models several times as fast"
+        print(f"a step runs operation by operation; {gain}", file=sys.stderr)
+    return "fused" if o.compile else "eager"
+
+
+def load_generators(o: argparse.Namespace, source: ModelSource, length: int, step: str) -> tuple[list[Generator], str]:
+    """The model's Generator and, where a run compares, one of the dense model; and the name of the cuts' rule.
+
+    Where our kernels run, the dense model runs them too: a speed-up then comes from sparsity alone.
+    """
+    ours = step == "fused" or (source.device.type == "cpu" and o.batch_size == 1 and cpu.library() is not None)
+    dense_class = SparseTransformer if ours else Transformer
+    model, rule = source.cut_model(o) if o.sparsity else (source.load(dense_class), "no")
+    options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": not o.interactive}
+    sizes = o.batch_size, length, o.temperature, o.top_k
+    generators = [Generator(model, *sizes, **options)]
+    wanted = step == "fused" if o.compare_dense is None else o.compare_dense
+    if o.sparsity and wanted and not o.interactive:
+        dense_model = model if step == "fused" else source.load(dense_class)
+        generators.append(Generator(dense_model, *sizes, **options, dense=True))
+    return generators, rule
+
+
+def dense_backend(step: str, dense_model: Transformer) -> str:
+    """How the dense model ran, for the report."""
+    if step == "fused":
+        kernels = "one C++ call" if dense_model.device.type == "cpu" else "one CUDA graph"
+        return f"the sparse kernels without the threshold test, {kernels} per step"
+    ours = isinstance(dense_model, SparseTransformer)
+    return ("the sparse kernel at threshold 0" if ours else "torch linear") + ", compiled" * (step == "compiled")
+
+
+def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, context: int) -> None:
     """Reads prompts from stdin and streams answers until end of file; a chat where the model has a template."""
-    torch.manual_seed(seed)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -132,6 +187,8 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
         except (EOFError, KeyboardInterrupt):
             print()
             return
+
+        # the whole chat through the template, or the prompt alone
         ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
         stream = tokenizer.stream()
         if ids is None:
@@ -144,6 +201,8 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
             print(f"{len(ids)} tokens do not fit the chat's context of {context}; starting anew")
             messages = []
             continue
+
+        # the answer, token by token
         pieces: list[str] = []
 
         def show(token: Tensor, stream=stream, pieces=pieces) -> bool:
@@ -161,15 +220,19 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def measure(
-    generators: list[Generator], prompt: Tensor, max_new_tokens: int, num_samples: int
-) -> list[list[Generation]]:
+def measure(generators: list[Generator], prompt: Tensor, new_tokens: int, num_samples: int) -> list[list[Generation]]:
     """`num_samples` generations of each generator, alternated so that a drift of the machine meets all alike."""
-    runs: list[list[Generation]] = [[] for _ in generators]
-    for _ in range(num_samples):
-        for generator, generations in zip(generators, runs, strict=True):
-            generations.append(generator(prompt, max_new_tokens))
-    return runs
+    rounds = [[generator(prompt, new_tokens) for generator in generators] for _ in range(num_samples)]
+    return [list(generations) for generations in zip(*rounds, strict=True)]
+
+
+def warm_up(generators: list[Generator], prompt: Tensor, o: argparse.Namespace, step: str) -> float | None:
+    """Compiles and records the graphs; the seconds that it took, None where steps run operation by operation."""
+    start = time.perf_counter()
+    if o.compile_prefill or step == "compiled" or (step == "fused" and prompt.is_cuda):
+        print("compiling (a minute or two the first time, cached after)", file=sys.stderr)
+    measure(generators, prompt, min(o.max_new_tokens, WARM_UP_TOKENS), 1)
+    return None if step == "eager" else time.perf_counter() - start
 
 
 def tokens_per_sec(generations: list[Generation], prompt: Tensor) -> float:
@@ -190,12 +253,6 @@ def count_kept(model: SparseTransformer, tokens: Tensor, prompt_length: int) -> 
     model(tokens[:, :-1], num_logits=1, dense_prefix=prompt_length)
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def write_trace(path: str, generator: Generator, tokens: Tensor, max_new_tokens: int) -> None:
     """A Chrome trace of one generation, written to `path` with .json at its end."""
     with torch.profiler.profile() as profiler:
@@ -211,225 +268,120 @@ def answer_of(tokens: Tensor, prompt: Prompt, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(new[:end], after=prompt.ids)
 
 
-def report(r: dict, num_samples: int, rule: str, batch_size: int, weights: str, dense_ms: float | None) -> None:
-    """Prints what a person wants to know of the numbers in the JSON, what matters most last.
+def peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-    dense_ms: milliseconds per step of a brief dense run, where there was one.
+
+def summary(
+    o: argparse.Namespace, step: str, generators: list[Generator], prompt: Tensor, runs: list[list[Generation]]
+) -> dict:
+    """The keys of the JSON line, but for compile_s and text; runs are those of the model and of the dense one."""
+    model, device = generators[0].model, generators[0].device
+    if o.sparsity:
+        count_kept(model, runs[0][-1].tokens, prompt.shape[1])
+    speed, ms, read = tokens_per_sec(runs[0], prompt), ms_per_step(runs[0], prompt), model.bytes_per_step()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result = {"model": model.config.name, "device": name, "dtype": o.precision, "sparsity": o.sparsity}
+    result |= {"achieved_sparsity": model.achieved_sparsity() if o.sparsity else 0.0, "tokens_per_sec": speed}
+    result |= {"ms_per_token": ms, "bytes_per_token": read, "bandwidth_gbps": read / ms / 1e6 if ms else None}
+    result |= {"peak_memory_gb": peak_memory_gb(device), "prompt_tokens": prompt.shape[1]}
+    result |= {"new_tokens": o.max_new_tokens}
+    if o.compare_dense:
+        dense, backend = tokens_per_sec(runs[-1], prompt), dense_backend(step, generators[-1].model)
+        result |= {"dense_tokens_per_sec": dense, "speedup": speed / dense, "dense_backend": backend}
+    return result
+
+
+def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[float | None]) -> None:
+    """Prints what a person wants to know of the numbers in the JSON.
+
+    brief: milliseconds per step of the model and of the dense one in short alternated runs, where there were some.
     """
-    print(f"\nModel      {r['model']}, {weights}, {r['dtype']}, on {r['device']}")
-    if r["compile_s"] is not None:
-        print(f"Compile    {r['compile_s']:.1f} s, not in the speed")
-
-    # bytes, and the sparsity that they come from
-    step, rate = "no decode step", ""
-    if r["ms_per_token"] is not None:
-        step, rate = f"{r['ms_per_token']:.2f} ms per decode step", f" = {r['bandwidth_gbps']:,.1f} GB/s"
-    print(f"Memory     {r['bytes_per_token'] / 1e6:,.1f} MB of weights read per step{rate}; peak", end=" ")
-    print(f"{r['peak_memory_gb']:.2f} GB")
-    if r["sparsity"]:
-        achieved = f"{r['achieved_sparsity']:.1%} achieved in decoding" if r["new_tokens"] > 1 else "nothing decoded"
-        print(f"Sparsity   {r['sparsity']:.0%} asked for ({rule} thresholds), {achieved}; the prompt is dense")
+    # what ran
+    weights = "random weights (normal, std 0.02)" if o.random_init else "trained weights"
+    compiled = "" if r["compile_s"] is None else f"; compiled in {r['compile_s']:.1f} s, not in the speed"
+    print(f"\nModel      {r['model']}, {weights}, {r['dtype']}, on {r['device']}, {step} steps{compiled}")
 
     # speed, alone and against dense
-    batch = f" x {batch_size} rows" if batch_size > 1 else ""
-    print(
-        f"Speed      {r['tokens_per_sec']:.1f} tokens/s, median of {num_samples} ({r['prompt_tokens']} prompt tokens, "
-        f"{r['new_tokens']} new{batch}, sampling included); {step}"
-    )
+    per_step, rate = "no decode step", ""
+    if r["ms_per_token"] is not None:
+        per_step, rate = f"{r['ms_per_token']:.2f} ms per decode step", f" = {r['bandwidth_gbps']:,.1f} GB/s"
+    new = f"{r['new_tokens']} new" + (f" x {o.batch_size} rows" if o.batch_size > 1 else "")
+    counts = f"{r['prompt_tokens']} prompt tokens, {new}, sampling included"
+    print(f"Speed      {r['tokens_per_sec']:.1f} tokens/s, median of {o.num_samples} ({counts}); {per_step}")
     if "speedup" in r:
-        print(
-            f"Dense      {r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']}): speed-up {r['speedup']:.2f}x"
-        )
-    elif dense_ms and r["ms_per_token"]:
-        speedup = dense_ms / r["ms_per_token"]
-        print(f"Dense      {dense_ms:.2f} ms per decode step, in one short run: speed-up {speedup:.2f}x")
+        dense = f"{r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']})"
+        print(f"Dense      {dense}: speed-up {r['speedup']:.2f}x")
+    elif brief and all(brief):
+        ours, dense = brief
+        print(f"Dense      {dense:.2f} ms per decode step, where sparse took {ours:.2f}: speed-up {dense / ours:.2f}x")
+
+    # bytes, and the sparsity that they come from
+    megabytes = r["bytes_per_token"] / 1e6
+    print(f"Memory     {megabytes:,.1f} MB of weights read per step{rate}; peak {r['peak_memory_gb']:.2f} GB")
+    if o.sparsity:
+        achieved = f"{r['achieved_sparsity']:.1%} achieved in decoding" if r["new_tokens"] > 1 else "nothing decoded"
+        print(f"Sparsity   {o.sparsity:.0%} asked for ({rule} thresholds), {achieved}; the prompt is dense")
 
 
-def report_quality(rule: str, folder: Path | None, sparsity: float) -> None:
+def report_quality(rule: str, folder: Path, sparsity: float) -> None:
     """Prints what the sparsity costs in perplexity, by the cut table's own record."""
     recorded = recorded_perplexity(rule, folder, sparsity)
+    quality = "not recorded for these thresholds; eval.py measures it"
     if recorded:
-        dense, sparse, text = recorded
-        print(f"Quality    perplexity {sparse:.2f}, dense {dense:.2f} ({text}, recorded in the cut table)")
-    elif folder:
-        print("Quality    not recorded for these thresholds; eval.py measures it")
+        quality = "perplexity {1:.2f}, dense {0:.2f} ({2}, recorded in the cut table)".format(*recorded)
+    print(f"Quality    {quality}")
 
 
-def check_options(options: dict) -> None:
-    """Raises ValueError if an option of generate.py is out of its range or does not go with another."""
-    if not 0 <= options["sparsity"] < 1:
-        raise ValueError(f"--sparsity {options['sparsity']} is outside [0, 1); 0.5 cuts half of the weights")
-    for flag in ("num_samples", "max_new_tokens", "batch_size", "top_k"):
-        if options[flag] < 1:
-            raise ValueError(f"--{flag} {options[flag]} must be at least 1")
-    if not options["temperature"] >= 0:
-        raise ValueError(f"--temperature {options['temperature']} must be at least 0")
-    if options["random_init"] and (options["checkpoint_path"] or options["interactive"]):
-        raise ValueError("--random_init has no text to load or to talk: leave out --checkpoint_path and --interactive")
+def main(argv: list[str] | None = None) -> dict:
+    """Loads a model, generates `num_samples` times and returns the keys of the JSON line; of a chat none.
 
-
-def choose_step(compile: bool, unfused: bool, config: ModelArgs, device: torch.device, rows: int, top_k: int) -> str:
-    """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not the one asked for."""
-    reason = why_unfused(config, device, rows, top_k)
-    if not compile:
-        if reason is None:
-            print("each operation runs by itself; with --compile a step is 4 times as fast or more", file=sys.stderr)
-        return "eager"
-    if device.type == "cpu" and cpu.library() is None:
-        print("No C++ compiler works here (g++, or CXX): --compile is left out", file=sys.stderr)
-        return "eager"
-    if reason or unfused:
-        print(f"steps go through torch.compile, not the fused step: {reason or '--unfused'}", file=sys.stderr)
-        return "compiled"
-    return "fused"
-
-
-def main(
-    prompt: str | None = None,
-    interactive: bool = False,
-    num_samples: int = 5,
-    max_new_tokens: int = 200,
-    batch_size: int = 1,
-    top_k: int = 200,
-    temperature: float | None = None,
-    checkpoint_path: str | None = None,
-    compile: bool = False,
-    unfused: bool = False,
-    compile_prefill: bool = False,
-    profile: str | None = None,
-    sparsity: float = 0.0,
-    thresholds: str = "best",
-    statistics: str | None = None,
-    random_init: str | None = None,
-    seed: int = 1234,
-    compare_dense: bool | None = None,
-    deterministic: bool = False,
-    json_line: bool = False,
-    device: str | None = None,
-    precision: str = "bfloat16",
-) -> dict:
-    """Loads a model, generates `num_samples` times and returns the keys of the JSON line.
-
-    compare_dense: True times the dense model alternately, None in one short run, False not at all.
-
-    Raises:
-        ValueError: an argument, a file or a machine that does not do; the message says what would.
+    Raises ValueError for an option, a file or a machine that does not do; the message says what would.
     """
-    temperature = (CHAT_TEMPERATURE if interactive else TEMPERATURE) if temperature is None else temperature
-    check_options(locals())
-    torch_device = resolve_device(device)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    o = parse_arguments(argv)
+    folder = None if o.random_init else resolve_checkpoint(o.checkpoint_path)
+    source = ModelSource(resolve_device(o.device), PRECISIONS[o.precision], folder, o.random_init, o.seed)
 
-    # what runs, and after which prompt
-    folder = None if random_init else resolve_checkpoint(checkpoint_path)
-    source = ModelSource(folder, random_init, seed, torch_device, PRECISIONS[precision])
-    config = source.config
-    tokenizer = load_tokenizer(folder, config.vocab_size) if folder else None
-    asked = Prompt() if interactive else read_prompt(prompt, tokenizer, config, seed)
-    length = min(config.block_size, CHAT_CONTEXT) if interactive else len(asked.ids) + max_new_tokens
-    if length > config.block_size:
-        raise ValueError(
-            f"a prompt of {len(asked.ids)} tokens and {max_new_tokens} new ones do not fit {config.name}'s context of "
-            f"{config.block_size}: shorten the prompt or lower --max_new_tokens"
-        )
-    rows = 1 if interactive else batch_size
-    step = choose_step(compile, unfused, config, torch_device, rows, top_k)
+    # the prompt, the form of a step, the models
+    tokenizer = load_tokenizer(folder, source.config.vocab_size) if folder else None
+    asked = Prompt([0] * SYNTHETIC_PROMPT) if o.interactive else read_prompt(o.prompt, tokenizer, source.config, o.seed)
+    length = cache_length(asked, o, source.config)
+    step = choose_step(o, source.config, source.device)
+    generators, rule = load_generators(o, source, length, step)
 
-    # dense too goes through our kernels where they run: a speed-up then comes from sparsity alone
-    own_kernels = step == "fused" or (torch_device.type == "cpu" and rows == 1 and cpu.library() is not None)
-    dense_class = SparseTransformer if own_kernels else Transformer
-    rule = "no"
-    if sparsity:
-        model, rule = source.load_cut(thresholds, sparsity, statistics)
-    else:
-        model = source.load(dense_class)
-    weights = "random weights (normal, std 0.02)" if folder is None else "trained weights"
-
-    if interactive:
-        chat(
-            Generator(model, 1, length, temperature, top_k, step, compile_prefill, static_prompt=False),
-            tokenizer,
-            max_new_tokens,
-            length,
-            seed,
-        )
+    # compile, then chat or measure
+    tokens = torch.tensor(asked.ids, device=source.device).repeat(o.batch_size, 1)
+    compile_s = warm_up(generators, tokens, o, step)
+    torch.manual_seed(o.seed)
+    if o.interactive:
+        chat(generators[0], tokenizer, o.max_new_tokens, length)
         return {}
+    print(f"generating {o.num_samples} x {o.max_new_tokens} tokens", file=sys.stderr)
+    brief_tokens = min(BRIEF_TOKENS, o.max_new_tokens)
+    runs = measure(generators if o.compare_dense else generators[:1], tokens, o.max_new_tokens, o.num_samples)
+    brief = [] if len(runs) == len(generators) else measure(generators, tokens, brief_tokens, BRIEF_RUNS)
+    if o.profile:
+        write_trace(o.profile, generators[0], tokens, o.max_new_tokens)
 
-    # the model, and the dense one that it is compared with
-    options = (batch_size, length, temperature, top_k, step, compile_prefill)
-    generators = [Generator(model, *options)]
-    if sparsity and (compare_dense or (compare_dense is None and step == "fused")):
-        dense_model = model if step == "fused" else source.load(dense_class)
-        generators.append(Generator(dense_model, *options, dense=True))
-    tokens = torch.tensor(asked.ids, device=torch_device).repeat(batch_size, 1)
-
-    # compile, record the graphs, warm up; then measure
-    start = time.perf_counter()
-    if step == "compiled" or (step == "fused" and torch_device.type == "cuda"):
-        print("compiling (a minute or two on a CPU the first time, cached after)", file=sys.stderr)
-    torch.manual_seed(seed)
-    measure(generators, tokens, min(max_new_tokens, 5), 1)
-    compile_s = time.perf_counter() - start if compile else None
-    print(f"generating {num_samples} x {max_new_tokens} tokens", file=sys.stderr)
-    torch.manual_seed(seed)
-    runs = measure(generators if compare_dense else generators[:1], tokens, max_new_tokens, num_samples)
-    brief = generators[1](tokens, min(max_new_tokens, BRIEF_TOKENS)) if len(generators) > len(runs) else None
-    if profile:
-        write_trace(profile, generators[0], tokens, max_new_tokens)
-
-    # what it cost
-    last = runs[0][-1].tokens
-    text = answer_of(last[0], asked, tokenizer) if asked.shown is not None else None
-    if sparsity:
-        count_kept(model, last, len(asked.ids))
-    ms, read = ms_per_step(runs[0], tokens), model.bytes_per_step()
-    result = {
-        "model": config.name,
-        "device": torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "cpu",
-        "dtype": precision,
-        "sparsity": sparsity,
-        "achieved_sparsity": model.achieved_sparsity() if sparsity else 0.0,
-        "tokens_per_sec": tokens_per_sec(runs[0], tokens),
-        "ms_per_token": ms,
-        "bytes_per_token": read,
-        "bandwidth_gbps": read / ms / 1e6 if ms else None,
-        "compile_s": compile_s,
-        "peak_memory_gb": peak_memory_gb(torch_device),
-        "prompt_tokens": len(asked.ids),
-        "new_tokens": max_new_tokens,
-        "text": text,
-    }
-    if compare_dense:
-        dense = tokens_per_sec(runs[-1], tokens)
-        result |= {
-            "dense_tokens_per_sec": dense,
-            "speedup": result["tokens_per_sec"] / dense,
-            "dense_backend": dense_backend(step, own_kernels, torch_device),
-        }
-
-    # say so
-    if text is not None:
-        print(f"{asked.shown}{text}")
-    report(result, num_samples, rule, batch_size, weights, ms_per_step([brief], tokens) if brief else None)
-    if sparsity:
-        report_quality(rule, folder, sparsity)
-    if json_line:
+    # say what came out and what it cost
+    result = summary(o, step, generators, tokens, runs) | {"compile_s": compile_s, "text": None}
+    if asked.shown is not None:
+        result["text"] = answer_of(runs[0][-1].tokens[0], asked, tokenizer)
+        print(f"{asked.shown}{result['text']}")
+    report(result, o, step, rule, [ms_per_step(generations, tokens) for generations in brief])
+    if o.sparsity and folder:
+        report_quality(rule, folder, o.sparsity)
+    if o.json:
         print(json.dumps(result))
     return result
 
 
-def dense_backend(step: str, own_kernels: bool, device: torch.device) -> str:
-    """How the dense model ran, for the report."""
-    if step == "fused":
-        kernels = "one C++ call" if device.type == "cpu" else "one CUDA graph"
-        return f"the sparse kernels without the threshold test, {kernels} per step"
-    return ("the sparse kernel at threshold 0" if own_kernels else "torch linear") + ", compiled" * (step == "compiled")
-
-
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options. Raises ValueError if one is out of its range or does not go with another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what is generated
     parser.add_argument("--prompt", help="text, or a number of tokens of a synthetic prompt; default: a question")
     parser.add_argument("--interactive", action="store_true", help="chat")
     parser.add_argument("--num_samples", type=int, default=5)
@@ -438,27 +390,39 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=200)
     cooler = f"0 is greedy; default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE}"
     parser.add_argument("--temperature", type=float, help=cooler)
-    parser.add_argument(
-        "--checkpoint_path", help="a checkpoint's folder or a file in it; default: SmolLM2-135M-Instruct"
-    )
+    parser.add_argument("--seed", type=int, default=1234)
+
+    # by which model, in which form
+    parser.add_argument("--random_init", metavar="NAME", help="a named config with random weights, e.g. llama-3-8b")
+    add_sparsity_arguments(parser)
+    add_device_arguments(parser)
     parser.add_argument("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
     parser.add_argument("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
     parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one generation")
-    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
-    parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
-    parser.add_argument("--statistics", metavar="FILE", help="default: calibration.safetensors beside the checkpoint")
-    parser.add_argument("--random_init", metavar="NAME", help="a named config with random weights, e.g. llama-3-8b")
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument(
-        "--compare_dense", action=argparse.BooleanOptionalAction, help="time the dense model too, alternated"
-    )
     parser.add_argument("--deterministic", action="store_true", help="the same tokens run to run on a GPU, slower")
-    parser.add_argument("--json", dest="json_line", action="store_true", help="a last line of JSON")
-    add_device_arguments(parser)
-    refuse_old_flags(parser, {"--allocation": "--thresholds {best,uniform,greedy,refined,FILE}"})
-    return parser.parse_args()
+
+    # what is measured
+    compare_help = "time the dense model too, alternated; default: in short runs, where steps are fused"
+    parser.add_argument("--compare_dense", action=argparse.BooleanOptionalAction, help=compare_help)
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one generation")
+    o = parser.parse_args(argv)
+
+    # options in their range
+    if not 0 <= o.sparsity < 1:
+        raise ValueError(f"--sparsity {o.sparsity} is outside [0, 1); 0.5 cuts half of the weights")
+    for flag in ("num_samples", "max_new_tokens", "batch_size", "top_k"):
+        if getattr(o, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(o, flag)} must be at least 1")
+    if o.temperature is None:
+        o.temperature = CHAT_TEMPERATURE if o.interactive else TEMPERATURE
+    if not o.temperature >= 0:
+        raise ValueError(f"--temperature {o.temperature} must be at least 0")
+    if o.random_init and (o.checkpoint_path or o.interactive):
+        raise ValueError("--random_init has no text to load or to talk: leave out --checkpoint_path and --interactive")
+    if o.interactive:
+        o.batch_size = 1
+    return o
 
 
 if __name__ == "__main__":
-    command_line(main, parse_arguments())
+    command_line(main)

@@ -12,8 +12,8 @@ its threshold from the statistics.
 
 Cost, with P the weights of a block and Q those of q: P / (step Q) rounds of at most 7 passes of the block over a
 quarter of the tokens, 2 P operations per token. An 8B model took 72 s on an H100 in bfloat16, SmolLM2-135M 3.5 minutes
-per block on one busy core. Beside the model, memory holds one block's activations over all tokens. A run that was
-stopped goes on after the last complete block, which `<output>.partial.safetensors` keeps.
+per block on one busy core. Memory: the model and one block's activations over all tokens. A run that was stopped goes
+on after the last complete block, which `<output>.partial.safetensors` keeps.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import calibration_tokens, statistics_for
-from cli import PRECISIONS, add_device_arguments, command_line, refuse_old_flags, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, refuse_old_flags, resolve_device
 from formats.default_model import resolve_checkpoint
 from model import TransformerBlock
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
-from thresholds import STATISTICS_NAME, CutTable, Statistics, resume_table, table_metadata
+from thresholds import STATISTICS_NAME, CutTable, Statistics, make_table, table_metadata
 
 NUM_TOKENS = 4096
 MOST = 0.99  # no projection is cut further
@@ -46,21 +46,12 @@ def output_error(block: TransformerBlock, inputs: tuple, dense: Tensor) -> Tenso
 
 
 def greedy_path(
-    model: SparseTransformer,
-    layer: int,
-    statistics: Statistics,
-    step: float,
-    error: Callable[[], Tensor],
-    progress: tqdm,
+    model: SparseTransformer, layer: int, statistics: Statistics, step: float, error: Callable, progress: tqdm
 ) -> dict[str, list[float]]:
-    """TEAL's Algorithm 1 on one block. Leaves the block's thresholds set.
+    """TEAL's Algorithm 1 on one block; `error()` is that of its output, a scalar. Leaves its thresholds set.
 
-    Args:
-        error: of the block's output as its thresholds are.
-
-    Returns:
-        a list per name, an item per round: "level", the share of the block's weights that is cut; "error"; and under
-        the name of each projection the sparsity of its input.
+    Returns a list per name, an item per round: "level", the share of the block's weights that is cut; "error"; and
+    under the name of each projection the sparsity of its input.
     """
     modules = {p: model.sites[layer * len(SITES) + list(SITES).index(site)] for p, site in PROJECTIONS.items()}
     sizes = model.projection_sizes()
@@ -108,10 +99,7 @@ def greedy_paths(
     """The greedy paths of all blocks but the first `skip`, over tokens [N, T] (int64, T > 1).
 
     A block's dense pass leaves the keys and values of all positions in a cache. A trial runs the last quarter alone and
-    overwrites its part of the cache.
-
-    Raises:
-        ValueError: a block's output is not finite (float16 overflows in some models).
+    overwrites its part of the cache. Raises ValueError if an output is not finite (float16 overflows in some models).
     """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
     length = tokens.shape[1]
@@ -134,15 +122,10 @@ def greedy_paths(
                 yield path
 
 
-def shares_at(path: dict[str, list[float]], level: float) -> dict[str, float]:
-    """Sparsity of each projection where the block's is `level`: linear between two rounds."""
-    return {p: float(np.interp(level, path["level"], path[p])) for p in PROJECTIONS}
-
-
 def add_layer(table: CutTable, path: dict[str, list[float]], statistics: Statistics) -> None:
-    """Adds a layer's thresholds at all levels, one value per projection, to a table of the layers before it."""
+    """Adds a layer's thresholds at all levels to a table of the layers before it; linear between rounds of `path`."""
     layer = table.n_layer
-    shares = [shares_at(path, level) for level in table.levels]
+    shares = [{p: float(np.interp(level, path["level"], path[p])) for p in PROJECTIONS} for level in table.levels]
     for name, site in SITES.items():
         thresholds = [[statistics.threshold(layer, p, share[p]) for p in site.projections] for share in shares]
         table.tensors[f"{layer}.{name}.threshold"] = torch.tensor(thresholds)[:, :, None]  # [L, S, 1]
@@ -157,55 +140,45 @@ def print_shares(table: CutTable) -> None:
         print(f"{level:8.0%}" + "".join(f"{share:7.1%}" for share in mean[table.levels.index(level)].tolist()))
 
 
-def main(
-    checkpoint_path: Path | None = None,
-    statistics: Path | None = None,
-    data: list[str] | None = None,
-    num_tokens: int = NUM_TOKENS,
-    step: float = 0.1,
-    output: Path | None = None,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-    seed: int = 0,
-) -> CutTable:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser, NUM_TOKENS)
+    parser.add_argument("--statistics", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
+    parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity (default: %(default)s, TEAL's)")
+    parser.add_argument("--output", type=Path, help="default: thresholds_greedy.safetensors beside the checkpoint")
+    add_device_arguments(parser)
+    refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py the refined ones"})
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> CutTable:
     """Makes the cut table of rule `greedy`, writes and returns it. Raises ValueError for a user's mistake."""
-    if not 0.001 <= step < 1:
-        raise ValueError(f"--step {step} is outside [0.001, 1); 0.1 is TEAL's")
-    if num_tokens < 2:
-        raise ValueError(f"--num_tokens {num_tokens} is too few; {NUM_TOKENS} is usual")
+    o = parse_arguments(argv)
+    if not 0.001 <= o.step < 1:
+        raise ValueError(f"--step {o.step} is outside [0.001, 1); 0.1 is TEAL's")
+    if o.num_tokens < 2:
+        raise ValueError(f"--num_tokens {o.num_tokens} is too few; {NUM_TOKENS} is usual")
 
     # load the model, the statistics and the text
-    folder = resolve_checkpoint(checkpoint_path)
-    output = output or folder / "thresholds_greedy.safetensors"
-    model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
-    used = statistics_for(folder, statistics, model)
-    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
+    folder = resolve_checkpoint(o.checkpoint_path)
+    output = o.output or folder / "thresholds_greedy.safetensors"
+    model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+    statistics = statistics_for(folder, o.statistics, model)
+    tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
-    # go on where a run with the same inputs stopped
-    inputs = [tokens, *(used.tensors[name] for name in sorted(used.tensors))]
-    metadata = table_metadata("greedy", folder, text, tokens, inputs, step=step, dtype=precision)
-    table, part = resume_table(output, CutTable(list(LEVELS), {}, metadata))
+    # search block by block, on where a run with the same inputs stopped
+    inputs = [tokens, *(statistics.tensors[name] for name in sorted(statistics.tensors))]
+    metadata = table_metadata("greedy", folder, text, tokens, inputs, step=o.step, dtype=o.precision)
 
-    # allocate block by block
-    for path in greedy_paths(model, used, tokens, step, skip=table.n_layer):
-        add_layer(table, path, used)
-        table.save(part)
-    table.save(output)
-    part.unlink(missing_ok=True)
+    def add_layers(table: CutTable) -> Iterator[None]:
+        for path in greedy_paths(model, statistics, tokens, o.step, skip=table.n_layer):
+            yield add_layer(table, path, statistics)
+
+    table = make_table(output, CutTable(list(LEVELS), {}, metadata), add_layers)
     print_shares(table)
     print(f"{output}: greedy cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
     return table
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--statistics", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=NUM_TOKENS, help="length of the text (default: %(default)s)")
-    parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity (default: %(default)s, TEAL's)")
-    parser.add_argument("--output", type=Path, help="default: thresholds_greedy.safetensors beside the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
-    add_device_arguments(parser)
-    refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py the refined ones"})
-    command_line(main, parser.parse_args())
+    command_line(main)

@@ -3,10 +3,9 @@
     python eval.py --tasks arc_challenge,piqa --sparsity 0.5                       # by the harness's names, fetched
     python eval.py --tasks benchmarks/tasks/multiple_choice.yaml --data piqa.jsonl --limit 100
 
-The second takes a task file and a local text. Requests of equal length share a forward pass, so nothing is padded: a
-batch computes what single requests would. Of every input the last `sparse_fraction` is cut, as in perplexity; in
-generation all new tokens are cut as well. A row that has stopped stays in its batch until all have: the sparsity counts
-what it is fed then.
+Requests of equal length share a forward pass, so nothing is padded: a batch computes what single requests would. Of
+every input the last `sparse_fraction` is cut, as in perplexity; in generation all new tokens are cut as well. A row
+that has stopped stays in its batch until all have: the sparsity counts what it is fed then.
 """
 
 import math
@@ -77,7 +76,7 @@ class HarnessModel(TemplateLM):
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs) -> list[tuple]:
         """(log-probability, whether greedy) of each request's continuation; requests of one input share its pass."""
-        found: list[tuple] = [()] * len(requests)
+        scores: list[tuple] = [()] * len(requests)
         same_input = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-self.max_length - 1 :]
@@ -91,9 +90,9 @@ class HarnessModel(TemplateLM):
                     for i, continuation in same_input[key]:
                         tail = row[-len(continuation) :]
                         value = tail.gather(-1, continuation[:, None]).sum().item()
-                        found[i] = (value, bool((tail.argmax(-1) == continuation).all()))
+                        scores[i] = (value, bool((tail.argmax(-1) == continuation).all()))
                         progress.update()
-        return found
+        return scores
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
@@ -165,17 +164,13 @@ def task_manager() -> TaskManager:
 
 
 def load_task(name: str, data: Path | None, manager: TaskManager) -> str | dict:
-    """What `simple_evaluate` takes for a name or a task file; `data` replaces the file's own data.
-
-    Raises:
-        ValueError: no such task, or a task file that cannot be read.
-    """
+    """What `simple_evaluate` takes for a name or a task file; `data` replaces the file's own. Raises ValueError."""
     if not name.endswith((".yaml", ".yml")):
         if not manager.match_tasks([name]):
-            raise ValueError(
-                f"unknown task {name!r}: neither perplexity, wikitext nor one of lm-eval's ({len(manager.all_tasks)} "
-                "names: lm-eval ls tasks); a local one is given as a task file, NAME.yaml"
+            known = (
+                f"neither perplexity, wikitext nor one of lm-eval's ({len(manager.all_tasks)} names: lm-eval ls tasks)"
             )
+            raise ValueError(f"unknown task {name!r}: {known}; a local one is given as a task file, NAME.yaml")
         return name
     try:
         config = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
@@ -194,32 +189,22 @@ def load_task(name: str, data: Path | None, manager: TaskManager) -> str | dict:
 def evaluate(
     model: HarnessModel, name: str, data: Path | None = None, num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Scores by task and metric of one task, group of tasks or task file.
+    """Scores by task and metric of a task, a group of tasks or a task file; of each the first `limit` documents.
 
-    Args:
-        num_fewshot: examples before each question; None: `NUM_FEWSHOT`, else the task's own.
-        limit: only the first so many documents of each task.
-
-    Raises:
-        ValueError: an unknown task, or one whose data cannot be fetched or read.
+    num_fewshot examples stand before each question; None: as in `NUM_FEWSHOT`, else the task's own number.
+    Raises ValueError for an unknown task, or one whose data cannot be fetched or read.
     """
     manager = task_manager()
-    task = load_task(name, data, manager)
-    if num_fewshot is None:
-        num_fewshot = NUM_FEWSHOT.get(name)
+    task, fewshot = load_task(name, data, manager), NUM_FEWSHOT.get(name) if num_fewshot is None else num_fewshot
+    options = {"num_fewshot": fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 0}
     try:
-        found = simple_evaluate(
-            model, tasks=[task], num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
-            bootstrap_iters=0,
-        )["results"]  # fmt: skip
+        results = simple_evaluate(model, tasks=[task], task_manager=manager, **options)["results"]
     except (OSError, KeyError, DatasetsError, TemplateError) as error:  # the hub's, the reader's; a field not there
         raise ValueError(f"task {name} cannot be evaluated ({type(error).__name__}: {one_line(error)})") from None
-    wanted = {name: found[name]} if name in found else found
-    return {
-        task: {
-            metric.removesuffix(",none"): value
-            for metric, value in scores.items()
-            if isinstance(value, float) and "stderr" not in metric and math.isfinite(value)
-        }
-        for task, scores in wanted.items()
-    }
+    wanted = {name: results[name]} if name in results else results
+
+    def numbers(scores: dict) -> dict[str, float]:
+        kept = {metric.removesuffix(",none"): value for metric, value in scores.items() if "stderr" not in metric}
+        return {metric: value for metric, value in kept.items() if isinstance(value, float) and math.isfinite(value)}
+
+    return {task: numbers(scores) for task, scores in wanted.items()}

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats.checkpoint import checkpoint_folder, load_weights
+from formats.checkpoint import Shapes, checkpoint_folder, load_weights
 from formats.config import architecture, config_fields
 from formats.files import read_json
 from kernels.quantized import Form, dequantize, fill_random, transposed
@@ -29,39 +29,33 @@ FAMILIES: dict[str, dict] = {
     "MistralForCausalLM": {},
     "Qwen2ForCausalLM": {"qkv_bias": True},
 }
+Rope = tuple[Tensor, Tensor]  # cosines and sines [T, head_dim / 2], float32
 FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}  # projections that a checkpoint may hold apart, in order
 
 
 @dataclass
 class ModelArgs:
-    """Shape of a model. Widths that follow from others may be left at 0.
+    """Shape of a model. Widths that follow from others may be left at 0."""
 
-    Attributes:
-        block_size: positions of the context.
-        n_local_heads: key/value heads.
-        rope_scaling: None or {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's
-            config.json. "factors" is a list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them.
-        sliding_window: w: query i sees keys j with i - w < j <= i, in the layers of `windowed_layers` (default: all).
-        quant: "none", "int8" or "int4". int8: projections and lm_head are int8, with a scale per output. int4: o, gate,
-            up and down have 4 bits, with a scale and a minimum per input and group of `groupsize` outputs; q, k, v and
-            lm_head are int8. In both forms a tied lm_head becomes a tensor of its own.
-    """
-
-    block_size: int = 2048
+    block_size: int = 2048  # positions of the context
     vocab_size: int = 32000
     n_layer: int = 32
     n_head: int = 32
     dim: int = 4096
     intermediate_size: int = 0
-    n_local_heads: int = 0
+    n_local_heads: int = 0  # key/value heads
     head_dim: int = 0
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
+    # {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's config.json. "factors" is a
+    # list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them.
     rope_scaling: dict | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
-    sliding_window: int | None = None
-    windowed_layers: list[int] = field(default_factory=list)
+    sliding_window: int | None = None  # w: query i sees keys j with i - w < j <= i, in the layers of windowed_layers
+    windowed_layers: list[int] = field(default_factory=list)  # empty: all, if there is a window
+    # "none", "int8" (projections and lm_head) or "int4" (o, gate, up and down; the rest is int8), see
+    # kernels.quantized.Form. A quantised lm_head is a tensor of its own, never tied.
     quant: str = "none"
     groupsize: int = 64
     name: str = ""
@@ -84,13 +78,12 @@ class ModelArgs:
     def from_config(cls, config: dict, name: str = "") -> "ModelArgs":
         """Reads a Hugging Face config.json; `name` is that of a model whose config has none.
 
-        Raises:
-            ValueError: an architecture or a feature that this model does not have, or a missing key.
+        Raises ValueError for an architecture or a feature that this model does not have, or a missing key.
         """
         found = architecture(config)
         if found not in FAMILIES:
-            named = config.get("architectures") or config.get("model_type")
-            raise ValueError(f"unknown architecture {named!r}; supported: {', '.join(FAMILIES)}")
+            unknown = config.get("architectures") or config.get("model_type")
+            raise ValueError(f"unknown architecture {unknown!r}; supported: {', '.join(FAMILIES)}")
         for key in ("mlp_bias", "attention_bias"):
             if config.get(key) and not FAMILIES[found].get("qkv_bias"):
                 raise ValueError(f"config.json sets {key}, which this model does not have")
@@ -102,10 +95,7 @@ class ModelArgs:
     def from_name(cls, name: str) -> "ModelArgs":
         """The named config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
 
-        A name that ends in "-int8" or "-int4" is that model with such weights.
-
-        Raises:
-            ValueError: no key fits; the known names are listed.
+        "-int8" or "-int4" at the end asks for such weights. Raises ValueError if no key fits.
         """
         matches = [key for key in transformer_configs if key.lower() in name.lower()]
         if not matches:
@@ -114,57 +104,39 @@ class ModelArgs:
         return cls(**transformer_configs[max(matches, key=len)], quant=quant, name=name)
 
 
-_LLAMA31_ROPE = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-)
-_LLAMA3 = dict(block_size=8192, vocab_size=128256, rope_base=500000.0, n_local_heads=8)
-_LLAMA31 = dict(_LLAMA3, block_size=131072, rope_scaling=_LLAMA31_ROPE)
-_LLAMA32 = dict(_LLAMA31, rope_scaling=dict(_LLAMA31_ROPE, factor=32.0), tie_embeddings=True)
-_QWEN25 = dict(block_size=32768, rope_base=1e6, norm_eps=1e-6, qkv_bias=True)
-_7B = dict(n_layer=32, n_head=32, dim=4096)
-_8B = dict(n_layer=32, n_head=32, dim=4096, intermediate_size=14336)
-_13B = dict(n_layer=40, n_head=40, dim=5120)
-_70B = dict(n_layer=80, n_head=64, dim=8192, intermediate_size=28672)
+_LLAMA31_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA31_ROPE |= {"original_max_position_embeddings": 8192}
+_LLAMA2 = {"block_size": 4096}
+_LLAMA3 = {"block_size": 8192, "vocab_size": 128256, "rope_base": 500000.0}
+_LLAMA31 = _LLAMA3 | {"block_size": 131072, "rope_scaling": _LLAMA31_ROPE}
+_LLAMA32 = _LLAMA31 | {"rope_scaling": _LLAMA31_ROPE | {"factor": 32.0}, "tie_embeddings": True}
+_QWEN25 = {"block_size": 32768, "rope_base": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+_SMOLLM2 = {"block_size": 8192, "vocab_size": 49152, "rope_base": 1e5, "tie_embeddings": True}
 
-transformer_configs = {
-    "7B": _7B,
-    "13B": _13B,
-    "stories15M": dict(n_layer=6, n_head=6, dim=288),
-    "stories110M": dict(n_layer=12, n_head=12, dim=768),
-    "CodeLlama-7b-Python-hf": dict(_7B, block_size=16384, rope_base=1e6),
-    "llama-2-7b": dict(_7B, block_size=4096),
-    "llama-2-13b": dict(_13B, block_size=4096),
-    "llama-2-70b": dict(_70B, block_size=4096, n_local_heads=8),
-    "llama-3-8b": dict(_LLAMA3, **_8B),
-    "llama-3-70b": dict(_LLAMA3, **_70B),
-    "llama-3.1-8b": dict(_LLAMA31, **_8B),
-    "llama-3.2-1b": dict(_LLAMA32, n_layer=16, n_head=32, dim=2048, intermediate_size=8192),
-    "llama-3.2-3b": dict(_LLAMA32, n_layer=28, n_head=24, dim=3072, intermediate_size=8192),
-    "Mistral-7B": dict(_8B, block_size=32768, n_local_heads=8, sliding_window=4096),
-    "qwen2.5-0.5b": dict(
-        _QWEN25,
-        n_layer=24,
-        n_head=14,
-        n_local_heads=2,
-        dim=896,
-        intermediate_size=4864,
-        vocab_size=151936,
-        tie_embeddings=True,
-    ),
-    "qwen2.5-7b": dict(
-        _QWEN25, n_layer=28, n_head=28, n_local_heads=4, dim=3584, intermediate_size=18944, vocab_size=152064
-    ),
-    "smollm2-135m": dict(
-        block_size=8192,
-        vocab_size=49152,
-        n_layer=30,
-        n_head=9,
-        n_local_heads=3,
-        dim=576,
-        intermediate_size=1536,
-        rope_base=1e5,
-        tie_embeddings=True,
-    ),
+
+def _named(n_layer: int, n_head: int, n_local_heads: int, dim: int, intermediate_size: int = 0, **others) -> dict:
+    shape = {"n_layer": n_layer, "n_head": n_head, "n_local_heads": n_local_heads, "dim": dim}
+    return shape | {"intermediate_size": intermediate_size} | others
+
+
+transformer_configs = {  # layers, heads, key/value heads, width, hidden width; keyword arguments of ModelArgs
+    "7B": _named(32, 32, 32, 4096),
+    "13B": _named(40, 40, 40, 5120),
+    "stories15M": _named(6, 6, 6, 288),
+    "stories110M": _named(12, 12, 12, 768),
+    "CodeLlama-7b-Python-hf": _named(32, 32, 32, 4096, block_size=16384, rope_base=1e6),
+    "llama-2-7b": _named(32, 32, 32, 4096, **_LLAMA2),
+    "llama-2-13b": _named(40, 40, 40, 5120, **_LLAMA2),
+    "llama-2-70b": _named(80, 64, 8, 8192, 28672, **_LLAMA2),
+    "llama-3-8b": _named(32, 32, 8, 4096, 14336, **_LLAMA3),
+    "llama-3-70b": _named(80, 64, 8, 8192, 28672, **_LLAMA3),
+    "llama-3.1-8b": _named(32, 32, 8, 4096, 14336, **_LLAMA31),
+    "llama-3.2-1b": _named(16, 32, 8, 2048, 8192, **_LLAMA32),
+    "llama-3.2-3b": _named(28, 24, 8, 3072, 8192, **_LLAMA32),
+    "Mistral-7B": _named(32, 32, 8, 4096, 14336, block_size=32768, sliding_window=4096),
+    "qwen2.5-0.5b": _named(24, 14, 2, 896, 4864, vocab_size=151936, tie_embeddings=True, **_QWEN25),
+    "qwen2.5-7b": _named(28, 28, 4, 3584, 18944, vocab_size=152064, **_QWEN25),
+    "smollm2-135m": _named(30, 9, 3, 576, 1536, **_SMOLLM2),
 }
 
 
@@ -183,26 +155,18 @@ class UncastBuffers(nn.Module):
 class Projection(UncastBuffers, nn.Linear):
     """A linear layer [in] -> [sum of segments]; `segments` maps each fused projection's name to its width.
 
-    A quantised one holds the weight and scale of a `kernels.quantized.Form`, transposed: int8 [out, in] and [out], or
-    uint8 [out / 2, in] and [groups, in, 2]. Else scale is None.
+    A quantised one holds the weight and scale of its `kernels.quantized.Form`, both `transposed`; else scale is None.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        segments: dict[str, int],
-        bias=False,
-        device=None,
-        dtype=None,
-        quant: str = "none",
-        groupsize: int = 0,
+        self, n_in: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant="none", groupsize=0
     ):
-        super().__init__(in_features, sum(segments.values()), bias, device, dtype)
+        super().__init__(n_in, sum(segments.values()), bias, device, dtype)
         self.segments = segments
         self.register_buffer("scale", None)
         if quant != "none":
             form = Form.named(quant, dtype, groupsize)
-            weight, self.scale = form.empty(in_features, segments, device, out_first=True)
+            weight, self.scale = form.empty(n_in, segments, device, out_first=True)
             self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,8 +180,7 @@ class Projection(UncastBuffers, nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        """Leaves the weights as they are: a checkpoint or `init_weights` fills them."""
+    reset_parameters = Projection.reset_parameters
 
 
 def _fuse_on_load(fused: str):
@@ -289,14 +252,13 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_local_heads, self.head_dim = config.n_head, config.n_local_heads, config.head_dim
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        self.wqkv = projection(
-            config.dim, {"q": q, "k": kv, "v": kv}, config.qkv_bias, device, dtype, config.sensitive_quant
-        )
+        segments = {"q": q, "k": kv, "v": kv}
+        self.wqkv = projection(config.dim, segments, config.qkv_bias, device, dtype, config.sensitive_quant)
         self.wo = projection(q, {"o": config.dim}, False, device, dtype, config.quant, config.groupsize)
         self.kv_cache: KVCache | None = None
         self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv"))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
         # project the input to queries, keys and values; queries and keys know their position
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, D]
         qk, v = qkv.split([self.n_head + self.n_local_heads, self.n_local_heads], dim=2)
@@ -335,33 +297,26 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
         h = x + self.attention(self.attention_norm(x), rope, mask, input_pos)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 @dataclass
 class LayerPass:
-    """One layer of `Transformer.walk`.
-
-    Attributes:
-        index, block: the layer.
-        inputs: [B, T, dim] of each batch.
-        arguments: what the block takes after its input: (cos, sin) [T, head_dim / 2], mask [T, T] or None, positions
-            [T] or None.
-    """
+    """One layer of `Transformer.walk`: its number, and what its block takes."""
 
     index: int
     block: TransformerBlock
-    inputs: list[Tensor]
-    arguments: tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]
+    inputs: list[Tensor]  # [B, T, dim] of each batch
+    arguments: tuple[Rope, Tensor | None, Tensor | None]  # rope, mask [T, T] or None, positions [T] or None
 
     @cached_property
     def outputs(self) -> list[Tensor]:
         """[B, T, dim] of each batch. The block runs when they are first asked for, and only then."""
         return [self.block(x, *self.arguments) for x in self.inputs]
 
-    def arguments_at(self, part: slice) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    def arguments_at(self, part: slice) -> tuple[Rope, Tensor, Tensor]:
         """`arguments` for the positions of `part` alone; of a cached walk, whose mask and positions are tensors."""
         (cos, sin), mask, positions = self.arguments
         return (cos[part], sin[part]), mask[part], positions[part]
@@ -376,9 +331,8 @@ class Transformer(UncastBuffers):
         super().__init__()
         self.config = config
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(
-            TransformerBlock(config, self.projection_class, device, dtype) for _ in range(config.n_layer)
-        )
+        blocks = [TransformerBlock(config, self.projection_class, device, dtype) for _ in range(config.n_layer)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
         self.output = None
         if not config.tie_embeddings:
@@ -403,7 +357,7 @@ class Transformer(UncastBuffers):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations, and of weights that are not quantised."""
+        """Of activations and unquantised weights."""
         return self.norm.weight.dtype
 
     def bytes_per_step(self) -> int:
@@ -415,8 +369,7 @@ class Transformer(UncastBuffers):
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
         """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], unless it has that.
 
-        Raises:
-            ValueError: seq_length is beyond the model's context.
+        Raises ValueError if seq_length is beyond the model's context.
         """
         if seq_length > self.config.block_size:
             raise ValueError(f"{seq_length} positions do not fit the model's context of {self.config.block_size}")
@@ -426,16 +379,13 @@ class Transformer(UncastBuffers):
                 attention.kv_cache = KVCache(shape, self.device, self.dtype)
 
     def forward(self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0) -> Tensor:
-        """Logits of the next token.
+        """Logits [B, num_logits or T, vocab] of the next token, in the model's dtype.
 
         Args:
             idx: token ids [B, T], int64.
             input_pos: their positions [T], int64, to go through the KV cache; None attends inside `idx` alone,
                 from position 0, and leaves the cache untouched.
             num_logits: how many of the last positions get logits; 0 is all.
-
-        Returns:
-            [B, num_logits or T, vocab], in the model's dtype.
         """
         if input_pos is None:
             rope, masks = self.rope_and_masks(torch.arange(idx.shape[1], device=idx.device))
@@ -448,18 +398,11 @@ class Transformer(UncastBuffers):
         x = self.norm(x[:, -num_logits:])
         return F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
 
-    def rope_and_masks(
-        self, positions: Tensor, cache_length: int | None = None
-    ) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
+    def rope_and_masks(self, positions: Tensor, cache_length: int | None = None) -> tuple[Rope, list[Tensor | None]]:
         """What the blocks need besides their input at `positions` [T], int64.
 
-        Args:
-            cache_length: positions of the KV cache that they attend to; None: `positions`, from 0 on, attend to each
-                other.
-
-        Returns:
-            (cos, sin) [T, head_dim / 2], and for each layer its mask [T, keys], True where a query may look, or None
-            for plain causal attention.
+        Queries attend to a KV cache of `cache_length` positions, or for None to each other, where `positions` are from
+        0 on. A layer's mask [T, keys] is True where a query may look; None is plain causal attention.
         """
         angles = positions[:, None] * self.inv_freq
         keys = positions if cache_length is None else torch.arange(cache_length, device=positions.device)
@@ -471,16 +414,13 @@ class Transformer(UncastBuffers):
         masks = [windowed if i in self.config.windowed_layers else full for i in range(self.config.n_layer)]
         return (angles.cos(), angles.sin()), masks
 
-    def walk(self, batches: Sequence[Tensor], cached: bool = False) -> Iterator["LayerPass"]:
+    def walk(self, batches: Sequence[Tensor], cached: bool = False) -> Iterator[LayerPass]:
         """Goes layer by layer through the model with batches of token ids [B, T] (int64, one T for all).
 
         Yields each layer before its block has run. The caller looks at the layer's `inputs`, sets hooks and asks for
         its `outputs`, which are the next layer's inputs. Memory holds the inputs and outputs of one layer at a time.
-        `forward` has a loop of its own, since torch.compile does not take every generator.
-
-        Args:
-            cached: of one batch only: each block runs with a KV cache of T positions, which is taken from it when the
-                walk goes on. Else the caches of `setup_caches` are neither read nor written.
+        cached (of one batch only): each block has a KV cache of T positions while the walk is at it; else no cache is
+        read or written. `forward` has a loop of its own, since torch.compile does not take every generator.
         """
         assert not cached or len(batches) == 1
         rows, length = batches[0].shape if len(batches) else (0, 0)
@@ -501,10 +441,7 @@ class Transformer(UncastBuffers):
 
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
-        """Fills every matrix from a normal distribution with a generator of this seed; norms are 1, biases 0.
-
-        Quantised weights get random integers, and scales for which they spread by about `std`.
-        """
+        """Fills every matrix from a normal distribution (quantised ones likewise); norms are 1, biases 0."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -524,18 +461,14 @@ class Transformer(UncastBuffers):
     def from_checkpoint(cls, path: str | Path, device="cpu", dtype=torch.bfloat16) -> "Transformer":
         """Loads a converted checkpoint, or GPT-Fast's own model.pth, onto `device` in `dtype`.
 
-        Tensors are memory-mapped and copied block by block, so memory stays near one copy of the model.
-
-        Raises:
-            ValueError: nothing there, a missing, truncated or foreign file, or weights that do not fit config.json.
+        Tensors are memory-mapped, so memory stays near one copy of the model. Raises ValueError for nothing there, a
+        missing, truncated or foreign file, or weights that do not fit config.json.
         """
         folder = checkpoint_folder(path)
         state_dict = load_weights(folder)
         if "model.embed_tokens.weight" in state_dict:
-            raise ValueError(
-                f"{folder} holds a Hugging Face checkpoint; convert it first: "
-                f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
-            )
+            how = f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
+            raise ValueError(f"{folder} holds a Hugging Face checkpoint; convert it first: {how}")
 
         model = cls(read_config(folder), device=device, dtype=dtype)
         if model.output is None:
@@ -543,17 +476,15 @@ class Transformer(UncastBuffers):
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as e:
-            raise ValueError(
-                f"the weights in {folder} do not fit its config: {' '.join(str(e).split())[:400]}"
-            ) from None
+            reason = " ".join(str(e).split())[:400]
+            raise ValueError(f"the weights in {folder} do not fit its config: {reason}") from None
         return model.requires_grad_(False).eval()
 
 
 def read_config(folder: Path) -> ModelArgs:
     """The config of a checkpoint: its config.json, or the named one that its folder is called like.
 
-    Raises:
-        ValueError: see `ModelArgs.from_config` and `ModelArgs.from_name`.
+    Raises ValueError as `ModelArgs.from_config` and `ModelArgs.from_name` do.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -565,7 +496,7 @@ def read_config(folder: Path) -> ModelArgs:
         raise ValueError(f"{path} is damaged ({error!r}); convert the checkpoint again") from None
 
 
-def expected_shapes(config: ModelArgs) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelArgs) -> Shapes:
     """Names and shapes of a checkpoint's tensors: those of the model, with fused projections taken apart."""
     model = Transformer(config, device="meta")
     shapes = {}

@@ -6,18 +6,15 @@ python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # defaul
 python quantize.py --mode int8 --num_tokens 0                           # to nearest, no text
 
 generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. An input's row is a row of the
-[in, out] weight as before, so a cut input skips its bytes. int8 is symmetric with a scale an output, applied once to
-its sum. int4 is s * n + m with s and m (bfloat16) for every group of outputs of one input, which a cut input skips too.
-q, k, v and lm_head are int8 in both. The embedding and the norms keep their dtype, a tied lm_head becomes a tensor of
-its own.
+[in, out] weight as before, so a cut input skips its bytes. int8 is symmetric with one scale per output, applied once to
+its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's outputs, which a cut input skips too.
+q, k, v and lm_head are int8 in both. The embedding and the norms keep their dtype; a tied lm_head becomes a tensor of
+its own. Cut tables go along, and to int8 the statistics, too. int4 has better tables of its own: with the original's
+its perplexity was 0.2 to 0.6 % higher at 40 % and more (SmolLM2-135M).
 
-Weights are rounded input by input, and what that does to the outputs on the text is made up for by the inputs not yet
-rounded, starting from the weights in --precision. Memory: the model, the text's hidden states, eight matrices [in, in]
-in float32 for the layer at hand, lm_head twice in float32, and the rounded weights in the host's. A run that ends early
-leaves nothing; start it again.
-
-Cut tables of the checkpoint go along, and to int8 its statistics, too. int4 has better
-ones of its own: with the original's its perplexity was 0.2 to 0.6 % higher at 40 % and more (SmolLM2-135M).
+Weights are rounded input by input. The inputs not yet rounded make up for what that does to the outputs on the text,
+starting from the weights in --precision. Memory: the model, the text's hidden states, eight float32 matrices [in, in]
+for one layer, lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
 """
 
 import argparse
@@ -25,6 +22,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import calibration_tokens
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
 from formats.checkpoint import COPIED_FILES, Source, convert, fingerprint, load_weights, write_weights
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, read_json, write_json
@@ -40,7 +38,7 @@ from formats.text import WINDOW
 from kernels.quantized import pack_int4
 from model import ModelArgs, read_config
 from sparse_model import SITES, SparseTransformer
-from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, load_statistics, table_of, table_path
+from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, find_table, load_statistics, warn_of_old_files
 
 QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1", "w3", "w13", "w2", "output")}
 DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
@@ -89,13 +87,11 @@ def _codes(group: Tensor, s: Tensor, m: Tensor) -> Tensor:
 def gptq(weight: Tensor, hessian: Tensor, rounding: Rounding) -> list[Tensor]:
     """Rounds a weight's rows by falling diagonal; those that follow make up for each row's error, by least squares.
 
-    Args:
-        weight: [in, out], float32.
-        hessian: [in, in], float32, the sum of x x^T over inputs x; zeros: every row is rounded alone. It is changed.
-        rounding: of a row [out], to what the row becomes and whatever is stored of it.
+    weight: [in, out], float32.
+    hessian: [in, in], float32, the sum of x x^T over inputs x; zeros: every row is rounded alone. It is changed.
+    rounding: of a row [out], to what the row becomes and whatever is stored of it.
 
-    Returns:
-        What is stored, each [in, ...].
+    Returns what is stored, each [in, ...].
     """
     diagonal = hessian.diagonal()
     diagonal += DAMPING * diagonal.mean()
@@ -122,8 +118,7 @@ def gptq(weight: Tensor, hessian: Tensor, rounding: Rounding) -> list[Tensor]:
 def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
     """A projection's tensors as the checkpoint holds them, of its weight [in, out]; `hessian` is that of `gptq`.
 
-    Raises:
-        ValueError: weights or inputs that are not finite.
+    Raises ValueError for weights or inputs that are not finite.
     """
     weight = weight.float()
     if not weight.isfinite().all():
@@ -139,32 +134,26 @@ def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, group
     return {f"{name}.weight": codes.t().contiguous().cpu(), f"{name}.scale": scale.contiguous().cpu()}
 
 
+def add_moments(hessian: Tensor, module, args: tuple[Tensor]) -> None:
+    """A module's hook: adds the second moments of its input [B, T, in] to hessian [in, in], float32."""
+    x = args[0].flatten(0, -2).float()
+    hessian.addmm_(x.t(), x)
+
+
 @torch.no_grad()
 def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
-    """Quantised tensors of all projections and lm_head, by name, for inputs that windows [N, T] (int64) give densely.
-
-    Raises:
-        ValueError: see `quantize_weight`.
-    """
+    """Quantised tensors by name, for inputs that windows [N, T] (int64) give densely. Raises as `quantize_weight`."""
     batches = windows.split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
     sensitive = replace(model.config, quant=mode).sensitive_quant
     tensors = {}
 
-    def watch(hessian: Tensor) -> Callable:
-        def hook(module, args: tuple[Tensor]) -> None:
-            x = args[0].flatten(0, -2).float()
-            hessian.addmm_(x.t(), x)
-
-        return hook
-
-    def zeros(n_in: int) -> Tensor:
-        return torch.zeros(n_in, n_in, device=model.device)
+    zeros = partial(torch.zeros, device=model.device)
 
     for layer in tqdm(model.walk(batches), total=model.config.n_layer, desc="quantising", unit="layer"):
         # the second moments of each site's inputs
         modules = {site: layer.block.get_submodule(place.module) for site, place in SITES.items()}
-        hessians = {site: zeros(len(module.weight)) for site, module in modules.items()}
-        hooks = [modules[site].register_forward_pre_hook(watch(hessian)) for site, hessian in hessians.items()]
+        hessians = {site: zeros(len(m.weight), len(m.weight)) for site, m in modules.items()}
+        hooks = [m.register_forward_pre_hook(partial(add_moments, hessians[site])) for site, m in modules.items()]
         states = layer.outputs
         for hook in hooks:
             hook.remove()
@@ -175,9 +164,10 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
             name = f"layers.{layer.index}.{SITES[site].module}"
             tensors |= quantize_weight(name, module.weight, hessians[site], form, groupsize)
 
-    hessian = zeros(model.config.dim)
+    # lm_head
+    hessian = zeros(model.config.dim, model.config.dim)
     for x in states:
-        watch(hessian)(None, (model.norm(x),))
+        add_moments(hessian, None, (model.norm(x),))
     return tensors | quantize_weight("output", model.output_weight.t(), hessian, sensitive, groupsize)
 
 
@@ -186,79 +176,71 @@ def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
 
     Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
     """
+    path = folder / STATISTICS_NAME
+    warn_of_old_files(folder)
+    readers = {f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS}
+    readers |= {STATISTICS_NAME: partial(load_statistics, path, folder)} if path.is_file() else {}
     artifacts = {}
-    for path in (folder / STATISTICS_NAME, *(table_path(rule, folder) for rule in SCRIPTS)):
-        if path is None or not path.is_file():
-            continue
+    for name, read in readers.items():
         try:
-            if path.name == STATISTICS_NAME:
-                artifacts[path.name] = load_statistics(path)
-                artifacts[path.name].check_fingerprint(folder)
-            else:
-                artifacts[path.name] = table_of(path, folder)
+            artifacts |= {name: artifact} if (artifact := read()) else {}
         except ValueError as error:
-            artifacts.pop(path.name, None)
-            print(f"{path.name} stays behind: {error}", file=sys.stderr)
+            print(f"{name} stays behind: {error}", file=sys.stderr)
     if mode == "int4" and artifacts.pop(STATISTICS_NAME, None):
         print(f"{STATISTICS_NAME} stays behind: int4 needs its own; make it with calibrate.py", file=sys.stderr)
     return artifacts
 
 
-def main(
-    checkpoint_path: Path | None,
-    mode: str,
-    groupsize: int = ModelArgs.groupsize,
-    data: list[str] | None = None,
-    num_tokens: int = 10 * WINDOW,
-    output_dir: Path | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-) -> Path:
-    """Quantises a checkpoint and returns the new one's folder.
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser, 10 * WINDOW)
+    parser.add_argument("--mode", choices=["int8", "int4"], required=True)
+    parser.add_argument("--groupsize", type=int, default=ModelArgs.groupsize, help="of int4 (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, help="default: the checkpoint's folder with -int8 or -int4 behind")
+    add_device_arguments(parser)
+    return parser.parse_args(argv)
 
-    Raises:
-        ValueError: the checkpoint is quantised already or cannot be read, the group size does not fit, the output is
-            there, a text that cannot be read or is too short.
-    """
-    folder = resolve_checkpoint(checkpoint_path)
+
+def main(argv: list[str] | None = None) -> Path:
+    """Quantises a checkpoint and returns the new one's folder. Raises ValueError for a user's mistake."""
+    o = parse_arguments(argv)
+    folder = resolve_checkpoint(o.checkpoint_path)
     config = read_config(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json to go with the new weights; convert_hf_checkpoint.py writes one")
     if config.quant != "none":
         raise ValueError(f"{folder} is quantised already; give the checkpoint that it was made from")
-    SparseTransformer(replace(config, quant=mode, groupsize=groupsize), device="meta")  # says if groups do not fit
-    if num_tokens < 0:
-        raise ValueError(f"--num_tokens {num_tokens} is below 0; 0 rounds to nearest, without a text")
-    output = output_dir or folder.with_name(f"{folder.name}-{mode}")
-    artifacts = taken_along(folder, mode)
+    SparseTransformer(replace(config, quant=o.mode, groupsize=o.groupsize), device="meta")  # says if groups do not fit
+    if o.num_tokens < 0:
+        raise ValueError(f"--num_tokens {o.num_tokens} is below 0; 0 rounds to nearest, without a text")
+    output = o.output_dir or folder.with_name(f"{folder.name}-{o.mode}")
+    artifacts = taken_along(folder, o.mode)
 
-    def write(folder: Path, partial: Path) -> None:
-        model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
+    def write(folder: Path, part: Path) -> None:
+        model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
         windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, to nearest"
-        if num_tokens:
-            windows, text = calibration_tokens(folder, model, data, num_tokens, seed)
-        quantized = quantize_model(model, windows, mode, groupsize)
+        if o.num_tokens:
+            windows, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
+        quantized = quantize_model(model, windows, o.mode, o.groupsize)
 
         # what is not quantised stays as it is
         weights = {n: w for n, w in load_weights(folder).items() if ".".join(n.split(".")[-2:]) not in QUANTIZED}
         for name in COPIED_FILES:
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, partial / name)
-        made = {"mode": mode, "text": text, "tokens": windows.numel()}
-        if mode == "int4":
-            made["groupsize"] = groupsize
-        write_json(partial / "config.json", {**read_json(folder / "config.json"), "quantization": made})
+                shutil.copyfile(folder / name, part / name)
+        made = {"mode": o.mode, "text": text, "tokens": windows.numel()}
+        made |= {"groupsize": o.groupsize} if o.mode == "int4" else {}
+        write_json(part / "config.json", {**read_json(folder / "config.json"), "quantization": made})
         tensors = (weights | quantized).items()
-        write_weights(partial, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
+        write_weights(part, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
 
         # the artifacts belong to the new checkpoint; a table's quality was that of the original
-        own = fingerprint(partial)
+        own = fingerprint(part)
         for name, artifact in artifacts.items():
             artifact.metadata.pop("quality", None)
             if "fingerprint" in artifact.metadata:
                 artifact.metadata["fingerprint"] = own
-            artifact.save(partial / name)
+            artifact.save(part / name)
 
     with lock(output):
         convert(write, folder, output)
@@ -267,13 +249,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--mode", choices=["int8", "int4"], required=True)
-    parser.add_argument("--groupsize", type=int, default=ModelArgs.groupsize, help="of int4 (default: %(default)s)")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=10 * WINDOW, help="of the text; 0: to nearest, without one")
-    parser.add_argument("--output_dir", type=Path, help="default: the checkpoint's folder with -int8 or -int4 behind")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
-    add_device_arguments(parser)
-    command_line(main, parser.parse_args())
+    command_line(main)

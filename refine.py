@@ -3,25 +3,22 @@
     python refine.py --data c4                                    # the default model
     python refine.py --checkpoint_path DIR --data a.txt b.jsonl --updates 16
 
-Every input channel of every projection has a threshold of its own, and all thresholds of the model are bought at one
-price. Two steps:
+Every input channel of every projection has its own threshold. All thresholds of the model are bought at one price:
 
 1. Initial cuts. Cutting input x_i costs about 1/2 x_i^2 F_i of the model's loss. F_i is the mean of (dL/dx_i)^2 over
    tokens, where L is the loss with labels drawn from the model: the curvature of the KL divergence to it. The cut saves
-   a row of the weight, `width` weights long. So an input is cut where x_i^2 F_i / width < price, which gives the
-   threshold t_i = sqrt(price * width / F_i). A cut input is replaced by its channel's median c_i instead of 0; this
-   adds a constant vector to the output and reads no weights.
-2. Refinement. F is taken where nothing is cut, and errors add up otherwise where half of the model is cut. So we follow
-   the gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i
-   over cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the
-   step of the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per
-   weight, is subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the
-   sparsity.
+   a row of the weight, `width` weights long. So an input is cut where x_i^2 F_i / width < price: its threshold is
+   t_i = sqrt(price * width / F_i). A cut input is replaced by its channel's median c_i instead of 0, which adds a
+   constant vector to the output and reads no weights.
+2. Refinement. F is taken where nothing is cut; errors add up otherwise where half of the model is cut. So we follow the
+   gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i over
+   cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the step of
+   the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per weight, is
+   subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the sparsity.
 
-The weights stay as they are. At the end of each level all thresholds are scaled until the sparse model cuts at least
-that level's share of the weights in every window of a held-out part of the text, up to an eighth, that the updates did
-not see. On the text that they saw the model cuts a little more than on any other, and texts differ. The perplexity on
-the held-out part is recorded in the table.
+At the end of each level all thresholds are scaled until the sparse model cuts at least that level's share of the
+weights in every window of a held-out part of the text, up to an eighth, that the updates did not see: on the text that
+they saw it cuts a little more, and texts differ. The table records the perplexity on the held-out part.
 
 Cost: an update is two forward passes, a backward one and the gradients of the segments once more, 8 P operations per
 token for P weights. One update of five levels took an 8B model 52 s on an H100 (random weights, 40 GB); SmolLM2-135M
@@ -36,6 +33,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,10 +42,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibrate import calibration_tokens
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
 from formats.default_model import resolve_checkpoint
 from sparse_model import SITES, SparseProjection, SparseTransformer
-from thresholds import Cuts, CutTable, resume_table, table_metadata
+from thresholds import Cuts, CutTable, make_table, table_metadata
 
 NUM_TOKENS = 262144
 LEVELS = (0.25, 0.4, 0.5, 0.65, 0.8)  # sparsities that are refined; between two, thresholds are interpolated
@@ -84,11 +82,11 @@ def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[No
         return forward_hook
 
     hooks = [module.register_forward_hook(watch(j)) for j, module in enumerate(model.sites)]
-    hooks.append(
-        model.tok_embeddings.register_forward_hook(
-            lambda module, args, y: y.requires_grad_() if torch.is_grad_enabled() else y
-        )
-    )
+
+    def from_here(module, args: tuple[Tensor], y: Tensor) -> Tensor:
+        return y.requires_grad_(torch.is_grad_enabled())
+
+    hooks.append(model.tok_embeddings.register_forward_hook(from_here))
     try:
         yield
     finally:
@@ -111,8 +109,7 @@ def dense_prefix(length: int) -> int:
 def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cuts:
     """Thresholds at price 1 and shifts (medians, averaged over windows), from windows `tokens` [N, T].
 
-    Raises:
-        ValueError: outputs or gradients that are not finite (float16 overflows in some models).
+    Raises ValueError for outputs or gradients that are not finite (float16 overflows in some models).
     """
     prefix, device = dense_prefix(tokens.shape[1]), model.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -149,9 +146,8 @@ def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cut
 def scaled_to(model: SparseTransformer, windows: Tensor, level: float, cuts: Cuts, every: bool = False) -> Cuts:
     """The cuts with all thresholds scaled by one factor, so that the model cuts `level` of its weights; they stay set.
 
-    Args:
-        windows: [N, T], the text on which that holds to within `TOLERANCE`.
-        every: each window by itself cuts at least that much, not only all of them together.
+    windows: [N, T], the text on which that holds to within `TOLERANCE`.
+    every: each window by itself cuts at least that much, not only all of them together.
     """
     log_factor, low, high = 0.0, -math.inf, math.inf
     for _ in range(40):
@@ -187,8 +183,8 @@ class Refinement:
         self.projection = [torch.zeros_like(channel[:, :1]) for channel in self.channel]
         self.shift = [shift / s for shift, s in zip(cuts.shifts, spread, strict=True)]
         rates = (RATE_PROJECTION, self.projection), (RATE_CHANNEL, self.channel), (RATE_SHIFT, self.shift)
-        self.optimizer = torch.optim.Adam([{"params": p, "lr": r} for r, p in rates], betas=(0.9, 0.98))
-        self.rates = [rate for rate, _ in rates]
+        groups = [{"params": parameters, "lr": rate, "base": rate} for rate, parameters in rates]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
 
     def cuts(self) -> Cuts:
         thresholds = [(c + p).exp() for c, p in zip(self.channel, self.projection, strict=True)]
@@ -233,8 +229,8 @@ class Refinement:
             self.channel[j].grad = slope[j] - price * volume[j]
             self.projection[j].grad = self.channel[j].grad.sum(1, keepdim=True)
             self.shift[j].grad = pull[j] * spread
-        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * rate
         self.optimizer.step()
 
         # half a step back to the sparsity: by how much it rises with log t
@@ -258,11 +254,10 @@ def perplexity_of(model: SparseTransformer, windows: Tensor, cut: bool) -> float
     return math.exp(loss / windows[:, 1:].numel())
 
 
-def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: int, seed: int = 0) -> Iterator[None]:
+def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTable, seed: int = 0) -> Iterator[None]:
     """Appends the levels that `table` lacks, one per iteration, from windows `tokens` [N, T] (int64, T > 1).
 
-    Raises:
-        ValueError: gradients that are not finite (float16 overflows in some models).
+    The table is rounded to float16 at the end alone, so that a stopped run goes on exactly. Raises as `initial_cuts`.
     """
     # initial cuts, and the part of the text that no update sees
     cuts = initial_cuts(model, tokens[: max(1, CURVATURE_TOKENS // tokens.shape[1])], seed)
@@ -276,9 +271,6 @@ def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: i
     if table.levels:
         last = table.level(-1)
         cuts = Cuts(last.sparsity, [t.to(device) for t in last.thresholds], [c.to(device) for c in last.shifts])
-    else:
-        record = {"text": "held-out calibration text", "perplexity": [(0.0, perplexity_of(model, unseen, cut=False))]}
-        table.metadata["quality"] = json.dumps(record)
 
     done = len(table.levels)
     with tqdm(total=len(LEVELS) * updates, initial=done * updates, desc="refining", unit="update") as progress:
@@ -293,65 +285,56 @@ def refine(model: SparseTransformer, tokens: Tensor, table: CutTable, updates: i
                 progress.set_postfix_str(f"at {level:.0%}: {divergence:.4f} nats per token from dense")
                 progress.update()
 
-            # hold the sparsity on text that the updates did not see, and record the quality there
+            # hold the sparsity on text that the updates did not see
             cuts = scaled_to(model, unseen, level, scaled_to(model, few, level, state.cuts()), every=True)
             table.append(cuts)
-            model.set_cuts(table.level(-1))
-            record = json.loads(table.metadata["quality"])
-            record["perplexity"].append((level, perplexity_of(model, unseen, cut=True)))
-            table.metadata["quality"] = json.dumps(record)
             yield
 
+    # round the table, and record the quality of what is kept
+    table.halve()
+    perplexities = [(0.0, perplexity_of(model, unseen, cut=False))]
+    for i, level in enumerate(table.levels):
+        model.set_cuts(table.level(i))
+        perplexities.append((level, perplexity_of(model, unseen, cut=True)))
+    text = "held-out calibration text" if held_out else "the calibration text"
+    table.metadata["quality"] = json.dumps({"text": text, "perplexity": perplexities})
 
-def main(
-    checkpoint_path: Path | None = None,
-    statistics: Path | None = None,
-    data: list[str] | None = None,
-    num_tokens: int = NUM_TOKENS,
-    updates: int = UPDATES,
-    output: Path | None = None,
-    device: str = "cpu",
-    precision: str = "bfloat16",
-    seed: int = 0,
-) -> CutTable:
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_arguments(parser, NUM_TOKENS)
+    parser.add_argument("--statistics", type=Path, help="not read: refined thresholds come from gradients")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="per level of sparsity (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="default: thresholds_refined.safetensors beside the checkpoint")
+    add_device_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> CutTable:
     """Makes the cut table of rule `refined`, writes and returns it. Raises ValueError for a user's mistake."""
-    if updates < 0:
-        raise ValueError(f"--updates {updates} is below 0; {UPDATES} is usual")
-    if num_tokens < 2:
-        raise ValueError(f"--num_tokens {num_tokens} is too few; {NUM_TOKENS} is usual")
-
-    if statistics:
+    o = parse_arguments(argv)
+    if o.updates < 0:
+        raise ValueError(f"--updates {o.updates} is below 0; {UPDATES} is usual")
+    if o.num_tokens < 2:
+        raise ValueError(f"--num_tokens {o.num_tokens} is too few; {NUM_TOKENS} is usual")
+    if o.statistics:
         print("--statistics is not read: refined thresholds come from gradients", file=sys.stderr)
 
     # load the model and the text
-    folder = resolve_checkpoint(checkpoint_path)
-    output = output or folder / "thresholds_refined.safetensors"
-    model = SparseTransformer.from_checkpoint(folder, resolve_device(device), PRECISIONS[precision])
-    tokens, text = calibration_tokens(folder, model, data, num_tokens, seed)
+    folder = resolve_checkpoint(o.checkpoint_path)
+    output = o.output or folder / "thresholds_refined.safetensors"
+    model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+    tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
-    # go on where a run with the same inputs stopped
-    metadata = table_metadata("refined", folder, text, tokens, [tokens], updates=updates, dtype=precision)
-    table, part = resume_table(output, CutTable([], {}, metadata))
-
-    # refine level by level
-    for _ in refine(model, tokens, table, updates):
-        table.save(part)
-    table.save(output)
-    part.unlink(missing_ok=True)
+    # refine level by level, on where a run with the same inputs stopped
+    metadata = table_metadata("refined", folder, text, tokens, [tokens], updates=o.updates, dtype=o.precision)
+    table = make_table(output, CutTable([], {}, metadata), partial(refine, model, tokens, o.updates))
     print(f"{output}: refined cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
-    for sparsity, perplexity in json.loads(table.metadata["quality"])["perplexity"]:
-        print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on held-out calibration text")
+    quality = json.loads(table.metadata["quality"])
+    for sparsity, perplexity in quality["perplexity"]:
+        print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on {quality['text']}")
     return table
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--statistics", type=Path, help="not read: refined thresholds come from gradients")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=NUM_TOKENS, help="length of the text (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="per level of sparsity (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="default: thresholds_refined.safetensors beside the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text")
-    add_device_arguments(parser)
-    command_line(main, parser.parse_args())
+    command_line(main)

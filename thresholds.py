@@ -12,8 +12,9 @@ rule is a function of (RuleInputs, sparsity) and its row in `RULES`.
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,16 +33,16 @@ STATISTICS_FORMAT = "activation statistics 1"
 PROBABILITIES = np.linspace(0, 1, 1001)  # the sparsities whose quantiles are stored
 TABLE_FORMAT = "cut table 1"
 ASSETS = Path(__file__).parent / "assets"  # tables that come with this repository, a folder per model
-SCRIPTS = {"greedy": "greedy.py", "refined": "refine.py"}  # rule -> the script that makes its table
+SCRIPTS = {"refined": "refine.py", "greedy": "greedy.py"}  # the script that makes a rule's table; the best rule first
 OLD_FILES = {"allocation_greedy.json": "greedy", "allocation_global.safetensors": "refined"}
+OLD_RULES = {"global": "refined"}
 
 
 class Statistics:
-    """Distributions of the inputs of a model's projections, by layer and projection (q k v o gate up down).
+    """Distributions of the inputs of a model's projections.
 
-    Attributes:
-        tensors: by "<layer>.<site or projection>.<name>"; see `calibrate.Recorder.results` and `teal_statistics`.
-        metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
+    tensors: by "<layer>.<site or projection>.<name>"; see `get`, of TEAL's `teal_statistics`.
+    metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
     """
 
     def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
@@ -50,23 +51,18 @@ class Statistics:
 
     @property
     def fingerprint(self) -> str | None:
-        """`formats.checkpoint.fingerprint` of the checkpoint they were taken from, or of its int8 form.
-
-        None if it is unknown, as for TEAL's.
-        """
+        """`formats.checkpoint.fingerprint` of the checkpoint (or its int8 form) that they are of; None: unknown."""
         return self.metadata.get("fingerprint")
 
     def get(self, layer: int, projection: str, name: str) -> Tensor:
         """One tensor, float32 unless said otherwise, of a projection's input (or of that and the projection's weights).
 
-        Args:
-            name: signed, magnitude [1001]: quantiles at PROBABILITIES of x and of |x| (least and greatest at the ends);
-                weighted [1001]: those of |x_i| * c_i; column_norms [in]: c, the 2-norm of each input's weights;
-                channel_mean, channel_second_moment [in]: of each input channel;
-                pooled [3]: mean, standard deviation and kurtosis (3 for a Gaussian) over all channels and tokens.
+        name: signed, magnitude [1001]: quantiles at PROBABILITIES of x and of |x| (least and greatest at the ends);
+            weighted [1001]: those of |x_i| * c_i; column_norms [in]: c, the 2-norm of each input's weights;
+            channel_mean, channel_second_moment [in]: of each input channel;
+            pooled [3]: mean, standard deviation and kurtosis (3 for a Gaussian) over all channels and tokens.
 
-        Raises:
-            ValueError: an unknown projection, a layer that is not there, a name that TEAL's histograms do not have.
+        Raises ValueError: an unknown projection, a layer that is not there, a name that TEAL's histograms do not have.
         """
         if projection not in PROJECTIONS:
             raise ValueError(f"unknown projection {projection!r}; known: {', '.join(PROJECTIONS)}")
@@ -83,9 +79,7 @@ class Statistics:
 
         Precise to 0.001 of sparsity (in bfloat16 to the share of one value). TEAL's histograms give TEAL's own
         threshold, the quantile (1 + sparsity) / 2 of x, which supposes symmetry.
-
-        Raises:
-            ValueError: sparsity outside [0, 1), an unknown projection, a layer that is not there.
+        Raises ValueError: a sparsity outside [0, 1), an unknown projection, a layer that is not there.
         """
         if self.metadata["kind"] == "own":
             return self._quantile(layer, projection, "magnitude", sparsity)
@@ -117,30 +111,35 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
 
 
-def load_statistics(path: str | Path) -> Statistics:
+def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
     """Reads what `Statistics.save` wrote.
 
-    Raises:
-        ValueError: no file there, a truncated one, or one that holds something else.
+    Raises ValueError: no file there, one that holds something else, or one of another checkpoint than that in `folder`.
     """
-    again = "make it with calibrate.py"
-    if not Path(path).is_file():
-        raise ValueError(f"no statistics file at {path}; {again}")
+    statistics = Statistics(*_read(path, STATISTICS_FORMAT, "statistics", "make it with calibrate.py"))
+    if folder:
+        statistics.check_fingerprint(folder)
+    return statistics
+
+
+def _read(path: str | Path, form: str, what: str, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file whose metadata name this form."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.pop("format", None) != STATISTICS_FORMAT:
-                raise ValueError(f"{path} is not a statistics file of this version; {again}")
-            return Statistics({name: file.get_tensor(name) for name in file.keys()}, metadata)
+            if metadata.pop("format", None) != form:
+                raise ValueError(f"{path} is not a {what} file of this version; {again}")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except FileNotFoundError:
+        raise ValueError(f"no {what} file at {path}; {again}") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a statistics file ({error}); {again}") from None
+        raise ValueError(f"{path} is truncated or not a {what} file ({error}); {again}") from None
 
 
 def teal_statistics(folder: str | Path) -> Statistics:
     """TEAL's published histograms: layer-{i}/{self_attn,mlp}/histograms.pt. Layers that are missing stay absent.
 
-    Raises:
-        ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
+    Raises ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
     """
     tensors = {}
     for part, sites in (("self_attn", ("qkv", "o")), ("mlp", ("gate_up", "down"))):
@@ -160,18 +159,15 @@ def teal_statistics(folder: str | Path) -> Statistics:
 
 
 class Cuts(NamedTuple):
-    """Thresholds and shifts of all sites of a model at one sparsity.
+    """Thresholds and shifts, float32, of all sites of a model at one sparsity, in the order of its `sites`."""
 
-    Attributes:
-        sparsity: the share of the projections' weights that they are meant to cut, 0 <= sparsity < 1.
-        thresholds: one per site, in the order of `SparseTransformer.projections`: [S, in], or [S, 1] for one value per
-            projection; float32.
-        shifts: one per site: [in], float32, the values that stand for cut inputs; None stands for zeros.
-    """
+    sparsity: float  # the share of the projections' weights that they are meant to cut, in [0, 1)
+    thresholds: list[Tensor]  # one per site: [S, in], or [S, 1] for one value per projection
+    shifts: list[Tensor | None]  # one per site: [in], the values that stand for cut inputs; None stands for zeros
 
-    sparsity: float
-    thresholds: list[Tensor]
-    shifts: list[Tensor | None]
+
+def _site_names(n_layer: int) -> list[str]:
+    return [f"{layer}.{site}" for layer in range(n_layer) for site in SITES]
 
 
 class CutTable:
@@ -195,17 +191,13 @@ class CutTable:
 
     def level(self, i: int) -> Cuts:
         """The cuts at level i, in float32."""
-        names = [f"{layer}.{site}" for layer in range(self.n_layer) for site in SITES]
+        names = _site_names(self.n_layer)
         shifts = [self.tensors.get(f"{name}.shift") for name in names]
         thresholds = [self.tensors[f"{name}.threshold"][i].float() for name in names]
         return Cuts(self.levels[i], thresholds, [None if shift is None else shift[i].float() for shift in shifts])
 
     def at(self, sparsity: float) -> Cuts:
-        """The cuts at a sparsity: linear between two levels; below the first level, between thresholds 0 and its own.
-
-        Raises:
-            ValueError: a sparsity beyond the last level.
-        """
+        """The cuts between two levels, linear; the level below the first has thresholds 0. Raises ValueError beyond."""
         if not 0 <= sparsity <= self.levels[-1]:
             raise ValueError(
                 f"sparsity {sparsity} is outside what the cut table covers, 0 to {self.levels[-1]:.3f}; "
@@ -213,28 +205,30 @@ class CutTable:
             )
         above = int(np.searchsorted(self.levels, sparsity))
         upper = self.level(above)
-        lower = self.level(above - 1) if above else Cuts(0.0, [torch.zeros_like(t) for t in upper[1]], upper.shifts)
+        zeros = Cuts(0.0, [torch.zeros_like(threshold) for threshold in upper.thresholds], upper.shifts)
+        lower = self.level(above - 1) if above else zeros
         weight = (sparsity - lower.sparsity) / (upper.sparsity - lower.sparsity)
 
-        def between(low: Tensor | None, high: Tensor | None) -> Tensor | None:
-            return None if high is None else torch.lerp(low, high, weight)
+        def between(low: list, high: list) -> list:
+            return [None if b is None else torch.lerp(a, b, weight) for a, b in zip(low, high, strict=True)]
 
-        return Cuts(
-            sparsity,
-            list(map(between, lower.thresholds, upper.thresholds)),
-            list(map(between, lower.shifts, upper.shifts)),
-        )
+        return Cuts(sparsity, between(lower.thresholds, upper.thresholds), between(lower.shifts, upper.shifts))
 
     def append(self, cuts: Cuts) -> None:
-        """Adds a level above the others, rounded to float16, which halves the file."""
-        for j, (threshold, shift) in enumerate(zip(cuts.thresholds, cuts.shifts, strict=True)):
-            name = f"{j // len(SITES)}.{list(SITES)[j % len(SITES)]}"
-            for kind, value in (("threshold", threshold), ("shift", shift)):
+        """Adds a level above the others, in float32."""
+        names = _site_names(len(cuts.thresholds) // len(SITES))
+        for kind, values in (("threshold", cuts.thresholds), ("shift", cuts.shifts)):
+            for name, value in zip(names, values, strict=True):
                 if value is not None:
-                    value = value.detach().half().cpu()[None].clone()
                     before = [self.tensors[f"{name}.{kind}"]] if self.levels else []
+                    value = value.detach().float().cpu()[None].clone()
                     self.tensors[f"{name}.{kind}"] = torch.cat([*before, value])
         self.levels.append(cuts.sparsity)
+
+    def halve(self) -> None:
+        """Rounds all tensors to float16, or to its largest number, which halves the file."""
+        most = torch.finfo(torch.float16).max
+        self.tensors = {name: tensor.clamp(-most, most).half() for name, tensor in self.tensors.items()}
 
     def perplexity_at(self, sparsity: float) -> tuple[float, float, str] | None:
         """Perplexity of the dense model and at this sparsity, and the text's name, by the table's own record.
@@ -254,44 +248,37 @@ class CutTable:
         write_output(path, serialize(tensors, {"format": TABLE_FORMAT, **self.metadata}))
 
 
-def load_table(path: str | Path) -> CutTable:
-    """Reads what `CutTable.save` wrote. Raises ValueError: no file there, or one that holds something else."""
-    path = Path(path)
+def load_table(path: str | Path, folder: Path | None = None) -> CutTable:
+    """Reads what `CutTable.save` wrote. Raises ValueError as `load_statistics` does, and for an old or damaged file."""
     again = "make it with greedy.py or refine.py"
-    if path.name in OLD_FILES:
-        raise ValueError(f"{path} is a file of an earlier version; make thresholds_*.safetensors: {_how(path.name)}")
+    if Path(path).name in OLD_FILES:
+        raise ValueError(_of_an_earlier_version(Path(path)))
+    tensors, metadata = _read(path, TABLE_FORMAT, "cut table", again)
+    table = CutTable(tensors.pop("levels", torch.zeros(0)).flatten().tolist(), tensors, metadata)
 
-    # read the file
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.pop("format", None) != TABLE_FORMAT:
-                raise ValueError(f"{path} is not a cut table of this version; {again}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise ValueError(f"no cut table at {path}; {again}") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a cut table ({error}); {again}") from None
-
-    # every site of every layer has thresholds for every level
-    levels = tensors.pop("levels", torch.zeros(0)).flatten().tolist()
-    table = CutTable(levels, tensors, metadata)
-    needed = {f"{layer}.{site}.threshold" for layer in range(table.n_layer) for site in SITES}
-    allowed = needed | {name.replace(".threshold", ".shift") for name in needed}
-    allowed |= {f"{layer}.shares" for layer in range(table.n_layer)}
-    complete = needed and needed <= set(tensors) <= allowed and all(len(t) == len(levels) for t in tensors.values())
-    if not levels or not complete or sorted(set(levels)) != levels or not 0 < levels[0] <= levels[-1] < 1:
+    # every site of every layer has thresholds for every level, and all or none have shifts
+    levels, names = table.levels, _site_names(table.n_layer)
+    thresholds, shifts = ({f"{name}.{kind}" for name in names} for kind in ("threshold", "shift"))
+    found = set(tensors) - {f"{layer}.shares" for layer in range(table.n_layer)}
+    complete = names and found in (thresholds, thresholds | shifts)
+    complete = complete and all(tensor.shape[:1] == (len(levels),) for tensor in tensors.values())
+    if not (complete and levels and sorted(set(levels)) == levels and 0 < levels[0] <= levels[-1] < 1):
         raise ValueError(f"{path} is damaged: levels or tensors are missing; {again}")
+    if folder:
+        script = SCRIPTS.get(metadata.get("rule", ""), "refine.py")
+        check_fingerprint(metadata.get("fingerprint"), folder, "the cut table is", script)
     return table
+
+
+def _of_an_earlier_version(path: Path) -> str:
+    rule = OLD_FILES[path.name]
+    return f"{path} is of an earlier version and not read; make {table_name(rule)}: python {SCRIPTS[rule]}"
 
 
 def table_metadata(
     rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options
 ) -> dict[str, str]:
-    """How a table is made: what a run must share with an interrupted one to go on with its table.
-
-    inputs: all that the table is made from, besides the checkpoint in `folder` and the options.
-    """
+    """How a table is made: from the checkpoint in `folder`, the options, and `inputs`, which are all that is left."""
     digest = hashlib.sha256()
     for tensor in inputs:
         digest.update(tensor.cpu().numpy().tobytes())
@@ -300,28 +287,27 @@ def table_metadata(
     return {name: str(value) for name, value in facts.items()}
 
 
-def resume_table(output: Path, new: CutTable) -> tuple[CutTable, Path]:
-    """The table that an interrupted run for `output` left, if it was made like `new`, else `new`; and its file."""
-    part = Path(f"{output}.partial.safetensors")
-    try:
-        table = load_table(part) if part.is_file() else new
-    except ValueError:  # damaged, or of another version
-        return new, part
-    same = {k: v for k, v in table.metadata.items() if k != "quality"} == new.metadata
-    return (table if same else new), part
+def make_table(output: Path, new: CutTable, steps: Callable[[CutTable], Iterable]) -> CutTable:
+    """The table that all of `steps(table)` make of the empty one `new`, written to `output`.
 
-
-@dataclass
-class RuleInputs:
-    """What a rule makes cuts from.
-
-    Attributes:
-        folder: the checkpoint's, or None for random weights.
-        statistics: gives the statistics of the inputs of this model, reading or making them; called if needed.
+    After each step it is kept in `<output>.partial.safetensors`, with which a later run that begins alike goes on.
     """
+    part, table = Path(f"{output}.partial.safetensors"), new
+    with suppress(ValueError):  # absent, damaged, or of another version
+        begun = load_table(part)
+        table = begun if begun.metadata == new.metadata else new
+    for _ in steps(table):
+        table.save(part)
+    table.save(output)
+    part.unlink(missing_ok=True)
+    return table
 
-    folder: Path | None
-    statistics: Callable[[], Statistics]
+
+class RuleInputs(NamedTuple):
+    """What a rule makes cuts from."""
+
+    folder: Path | None  # the checkpoint's; None for random weights
+    statistics: Callable[[], Statistics]  # reads or makes the statistics of this model's inputs; called if needed
 
 
 def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
@@ -331,11 +317,7 @@ def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
 
 
 def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], sparsity: float) -> Cuts:
-    """Cuts that make the inputs of each layer's projections as sparse as `shares` says, layer by layer.
-
-    Raises:
-        ValueError: see `Statistics.threshold`.
-    """
+    """Cuts that make the inputs of each layer's projections as sparse as `shares` says. Raises as `threshold` does."""
     thresholds = [
         torch.tensor([[statistics.threshold(layer, p, share[p])] for p in site.projections])
         for layer, share in enumerate(shares)
@@ -344,113 +326,83 @@ def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], spars
     return Cuts(sparsity, thresholds, [None] * len(thresholds))
 
 
-def table_path(rule: str, folder: Path | None) -> Path | None:
-    """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None."""
+def table_name(rule: str) -> str:
+    return f"thresholds_{rule}.safetensors"
+
+
+def find_table(rule: str, folder: Path | None) -> CutTable | None:
+    """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None.
+
+    Raises ValueError if the file beside the checkpoint is damaged or of another checkpoint.
+    """
     if folder is None:
         return None
-    name = f"thresholds_{rule}.safetensors"
+    name = table_name(rule)
     if (folder / name).is_file():
-        return folder / name
-    shipped = [path for path in ASSETS.glob(f"*/{name}") if _fingerprint_of(path) == fingerprint(folder)]
-    return shipped[0] if shipped else None
+        return load_table(folder / name, folder)
+    shipped = map(load_table, ASSETS.glob(f"*/{name}"))
+    return next((table for table in shipped if table.metadata["fingerprint"] == fingerprint(folder)), None)
 
 
-def _fingerprint_of(table: Path) -> str | None:
-    with safe_open(table, "pt") as file:
-        return (file.metadata() or {}).get("fingerprint")
+def tabulated(rule: str, inputs: RuleInputs, sparsity: float) -> Cuts:
+    """The cuts of a rule that a script of its own makes, from its table. Raises ValueError without one."""
+    table = find_table(rule, inputs.folder)
+    if table is None:
+        where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
+        raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
+    return table.at(sparsity)
 
 
-def from_table(rule: str) -> Callable[[RuleInputs, float], Cuts]:
-    """The rule whose cuts are read from a table."""
-
-    def cuts(inputs: RuleInputs, sparsity: float) -> Cuts:
-        path = table_path(rule, inputs.folder)
-        if path is None:
-            where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
-            raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
-        return table_of(path, inputs.folder).at(sparsity)
-
-    return cuts
+# the best first
+RULES: dict[str, Callable[[RuleInputs, float], Cuts]] = {rule: partial(tabulated, rule) for rule in SCRIPTS}
+RULES["uniform"] = uniform
 
 
-def table_of(path: Path, folder: Path | None) -> CutTable:
-    """The table in `path`. Raises ValueError if it is of another checkpoint than the one in `folder`."""
-    table = load_table(path)
-    if folder:
-        script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
-        check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
-    return table
+def warn_of_old_files(folder: Path | None) -> None:
+    """Warns of each table of an earlier version beside the checkpoint that no table of today replaces."""
+    for name, rule in OLD_FILES.items():
+        if folder and (folder / name).is_file() and not (folder / table_name(rule)).is_file():
+            warnings.warn(_of_an_earlier_version(folder / name), stacklevel=2)
 
 
-# the best first: `best` is the first rule that has a table for the checkpoint, and uniform where none has
-RULES: dict[str, Callable[[RuleInputs, float], Cuts]] = {
-    "refined": from_table("refined"),
-    "greedy": from_table("greedy"),
-    "uniform": uniform,
-}
-
-
-def choose_rule(thresholds: str, sparsity: float, folder: Path | None, own_statistics: bool) -> str:
-    """What `--thresholds best` stands for; any other value stands for itself.
-
-    own_statistics: the user gave a file of statistics, which tables do not use.
-
-    Raises:
-        ValueError: `--thresholds` is neither best, a rule nor a file.
-    """
-    if thresholds in ("global", "teal"):
-        raise ValueError(f"--thresholds {thresholds} is now {'refined' if thresholds == 'global' else 'greedy'}")
-    if thresholds != "best":
-        if thresholds not in RULES and not Path(thresholds).is_file():
-            raise ValueError(f"--thresholds {thresholds}: no such file; it takes best, {', '.join(RULES)} or a file")
-        return thresholds
-    if folder:
-        for name, rule in OLD_FILES.items():
-            if (folder / name).is_file() and not table_path(rule, folder):
-                warnings.warn(f"{folder / name} is of an earlier version and not read: {_how(name)}", stacklevel=2)
-    for rule in SCRIPTS if sparsity and not own_statistics else ():
-        path = table_path(rule, folder)
-        if path and sparsity <= load_table(path).levels[-1]:
+def best_rule(sparsity: float, folder: Path | None) -> str:
+    """The first of `RULES` whose table for this checkpoint reaches the sparsity; else uniform."""
+    warn_of_old_files(folder)
+    for rule in SCRIPTS if sparsity else ():
+        table = find_table(rule, folder)
+        if table and sparsity <= table.levels[-1]:
             return rule
     return "uniform"
 
 
-def _how(old_file: str) -> str:
-    return f"python {SCRIPTS[OLD_FILES[old_file]]} makes thresholds_{OLD_FILES[old_file]}.safetensors in its place"
-
-
 def cuts_for(
-    thresholds: str,
-    sparsity: float,
-    folder: Path | None,
-    statistics: Callable[[], Statistics],
-    own_statistics: bool = False,
+    thresholds: str, sparsity: float, folder: Path | None, statistics: Callable[[], Statistics], own_statistics=False
 ) -> tuple[str, Cuts]:
     """From a run's options to its cuts.
 
     Args:
-        thresholds: `--thresholds`: best, a rule of `RULES`, or the path of a cut table.
-        sparsity: `--sparsity`.
-        folder: the checkpoint's; None for random weights.
-        statistics: called if the rule reads thresholds from statistics; see `RuleInputs`.
+        thresholds: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform with own statistics.
+        folder, statistics: see `RuleInputs`.
         own_statistics: whether the user gave `--statistics`.
 
-    Returns:
-        the rule's name (or the file's path) for reports, and the cuts.
-
-    Raises:
-        ValueError: an unknown rule; a table that is missing, of another checkpoint, or without that sparsity;
-            statistics beside a rule that does not read them.
+    Returns the rule's name (or the file's path) for reports, and the cuts. Raises ValueError: an unknown rule; a table
+    that is missing, of another checkpoint, or without that sparsity; statistics beside a table, which reads none.
     """
-    rule = choose_rule(thresholds, sparsity, folder, own_statistics)
-    if rule not in RULES:
-        return rule, table_of(Path(rule), folder).at(sparsity)
-    if own_statistics and rule in SCRIPTS:
+    if thresholds in OLD_RULES:
+        raise ValueError(f"--thresholds {thresholds} is now {OLD_RULES[thresholds]}")
+    rule = thresholds
+    if rule == "best":
+        rule = "uniform" if own_statistics else best_rule(sparsity, folder)
+    if rule not in RULES and not Path(rule).is_file():
+        raise ValueError(f"--thresholds {rule}: no such file; it takes best, {', '.join(RULES)} or a file")
+    if own_statistics and (rule in SCRIPTS or rule not in RULES):
         raise ValueError(f"--statistics says nothing to --thresholds {rule}, whose table holds thresholds; drop one")
-    return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
+    if rule in RULES:
+        return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
+    return rule, load_table(rule, folder).at(sparsity)
 
 
 def recorded_perplexity(rule: str, folder: Path | None, sparsity: float) -> tuple[float, float, str] | None:
     """`CutTable.perplexity_at` of the table that `cuts_for` took for this rule or file; None without a record."""
-    path = table_path(rule, folder) if rule in RULES else Path(rule)
-    return load_table(path).perplexity_at(sparsity) if path else None
+    table = find_table(rule, folder) if rule in RULES else load_table(rule)
+    return table and table.perplexity_at(sparsity)

@@ -18,31 +18,29 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
+from formats.files import read_json
+
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3_SPECIAL = [
-    *("<|begin_of_text|>", "<|end_of_text|>"),
-    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
-    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
-]
+_RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA3_SPECIAL += [_RESERVED[4], "<|eot_id|>", *_RESERVED[5:]]
+# files around a tokenizer, all optional
+SETTINGS = "config.json generation_config.json tokenizer_config.json special_tokens_map.json added_tokens.json".split()
 GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: marks what must not become a special token
 
 
 class Tokenizer:
     """What the three backends share. Each of them gives _encode(text, special) -> ids, where special says whether the
-    strings of special tokens become their ids, and token_bytes(id) -> bytes: b"" for special tokens and unknown ids.
-
-    vocab_size: one more than the largest id. bos_id: int or None. eos_ids: all ids that end a text, maybe none.
-    adds_bos: whether the checkpoint's own convention puts bos before a plain prompt."""
+    strings of special tokens become their ids, and token_bytes(id) -> bytes: b"" for special tokens and unknown ids."""
 
     special: dict[str, int]
-    vocab_size: int
+    vocab_size: int  # one more than the largest id
     bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    adds_bos = False
+    eos_ids: tuple[int, ...] = ()  # all ids that end a text, maybe none
+    adds_bos = False  # whether the checkpoint's own convention puts bos before a plain prompt
     leading_spaces = 0  # the encoder puts a space before a text: how many to take off again (inf: all)
     template: str | None = None
     bos_token = eos_token = ""  # as the template sees them
@@ -56,8 +54,7 @@ class Tokenizer:
         return prefix + self._encode(text.encode("utf-8", "replace").decode(), special=False)
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
-        """The text of ids, special tokens left out, bad UTF-8 as U+FFFD. after: the prompt's ids if ids continue it
-        (a sentencepiece text loses its first space, a continuation must not)."""
+        """The text of ids, special tokens left out, bad UTF-8 as U+FFFD. after: see `Stream`."""
         stream = self.stream(after)
         return "".join(map(stream.push, ids)) + stream.flush()
 
@@ -96,14 +93,15 @@ class Tokenizer:
         try:
             return env.from_string(self.template).render(messages=messages, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
-            raise ValueError(
-                f"the checkpoint's chat template does not take these messages ({type(error).__name__}: {error}): "
-                "change the messages or use a plain prompt"
-            ) from error
+            reason = f"does not take these messages ({type(error).__name__}: {error})"
+            advice = "change the messages or use a plain prompt"
+            raise ValueError(f"the checkpoint's chat template {reason}: {advice}") from error
 
 
 class Stream:
-    """Text of ids as they come: push returns what is final, so never half a character; flush what is left over."""
+    """Text of ids as they come: push returns what is final, so never half a character; flush what is left over.
+
+    after: the prompt's ids if ids continue it (a sentencepiece text loses its first space, a continuation must not)."""
 
     def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
         self._token_bytes, self._spaces = tokenizer.token_bytes, tokenizer.leading_spaces
@@ -175,10 +173,8 @@ class TikToken(Tokenizer):
 
     def _encode(self, text, special):
         allowed = "all" if special else set()
-        ids = []
-        for part in re.split(r"(\s{25000})", text):  # a run of a million spaces overflows tiktoken's stack
-            ids += self._bpe.encode(part, allowed_special=allowed, disallowed_special=())
-        return ids
+        parts = re.split(r"(\s{25000})", text)  # a run of a million spaces overflows tiktoken's stack
+        return [i for part in parts for i in self._bpe.encode(part, allowed_special=allowed, disallowed_special=())]
 
 
 class TokenizerJson(Tokenizer):
@@ -186,15 +182,17 @@ class TokenizerJson(Tokenizer):
         from tokenizers import Tokenizer as Backend
         from tokenizers.pre_tokenizers import ByteLevel
 
-        text = data.decode()
-        spec = json.loads(text)
-        self._backend = Backend.from_str(text)
+        spec, self._backend = json.loads(data), Backend.from_buffer(data)
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocab_size = max(self._backend.get_vocab().values()) + 1
+
+        # tokens that are found in a text as they stand
         tokens = spec.get("added_tokens") or []
         self.special = {token["content"]: token["id"] for token in tokens if token["special"]}
         self._added = {token["id"]: b"" if token["special"] else token["content"].encode() for token in tokens}
+
+        # what a token's characters stand for
         decoder = spec.get("decoder") or {}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
         self._byte_tokens = "ByteFallback" in steps
@@ -206,6 +204,8 @@ class TokenizerJson(Tokenizer):
             self._byte_of = None
         else:
             raise ValueError(f"its decoder {list(steps)} is none of ByteLevel, Metaspace and Replace")
+
+        # what the encoder adds: a space, bos
         if "Strip" in steps or steps.get("Metaspace", {}).get("prepend_scheme", "never") != "never":
             self.leading_spaces = 1
         first, plain = self._backend.encode("a").ids[:1], self._encode("a", special=False)[:1]
@@ -235,30 +235,27 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     by content). bos, eos and the chat template come from the folder's other files, all optional. vocab_size: the
     model's. Raises ValueError if there is no tokenizer, a file does not parse, or ids would exceed the model's."""
     folder = Path(folder)
+    files = {file.name: read_json(file) for file in map(folder.joinpath, SETTINGS) if file.is_file()}
+    config, generation, settings, special_map, more = (files.get(name, {}) for name in SETTINGS)
     path = next((folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None)
     if path is None:
         raise ValueError(f"no tokenizer in {folder}: put the checkpoint's tokenizer.json or tokenizer.model there")
 
-    # its backend, and the files around it
-    names = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-    config, generation, settings, special_map = (_read_json(folder / name) for name in names)
+    # its backend
     data = path.read_bytes()
     backend = TikToken if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) else SentencePiece
     backend = TokenizerJson if path.suffix == ".json" else backend
     try:
         added = {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}
-        tokenizer = backend(data, _read_json(folder / "added_tokens.json") | added)
+        tokenizer = backend(data, more | added)
     except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
-        raise ValueError(
-            f"{path} does not load as {backend.__name__} ({error}): copy the model's tokenizer files again"
-        ) from error
+        reason = f"does not load as {backend.__name__} ({error})"
+        raise ValueError(f"{path} {reason}: copy the model's tokenizer files again") from error
 
     # it must fit the model
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary is "
-            f"{vocab_size}: use the tokenizer files that belong to this checkpoint"
-        )
+        reason = f"has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary is {vocab_size}"
+        raise ValueError(f"the tokenizer in {folder} {reason}: use the tokenizer files of this checkpoint")
 
     def named(key: str) -> str | None:  # "bos_token": "<s>", {"content": "<s>"} or null
         token = settings.get(key, special_map.get(key))
@@ -290,15 +287,3 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 def _any_of(strings: Iterable[str]) -> re.Pattern:
     """Matches (as a group) any of the strings, the longest first; nothing where there are none."""
     return re.compile("(" + ("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or "(?!)") + ")")
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): copy it again from the model's source") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object: copy it again")
-    return content

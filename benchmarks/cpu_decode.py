@@ -51,10 +51,9 @@ for line in sys.stdin:
 
 def read_bandwidth(block: Tensor) -> float:
     """GB/s of one pass over `block` by torch's number of threads."""
+    where, threads = (ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes)), torch.get_num_threads()
     start = time.perf_counter()
-    cpu.library().read_all(
-        ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(block.nbytes), ctypes.c_int(torch.get_num_threads())
-    )
+    cpu.library().read_all(*where, ctypes.c_int(threads))
     return block.nbytes / (time.perf_counter() - start) / 1e9
 
 
@@ -62,8 +61,8 @@ class LlamaCpp:
     """llama.cpp in a process of another Python. Raises ValueError if it does not start."""
 
     def __init__(self, python: str, gguf: str, threads: int):
-        call = [python, "-c", LLAMA, gguf, str(threads)]
-        self.process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        call, pipe = [python, "-c", LLAMA, gguf, str(threads)], subprocess.PIPE
+        self.process = subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True)
         if self.process.stdout.readline() != "ready\n":
             raise ValueError(f"{python} does not run llama.cpp on {gguf}; pip install llama-cpp-python there")
 
@@ -76,7 +75,7 @@ class LlamaCpp:
 
 @dataclass
 class Variant:
-    """One way to decode: its cuts (None: nothing is cut), the bytes that a token reads, and the seconds per round."""
+    """One way to decode: its cuts (None: nothing is cut), the bytes read per token, the seconds per token by round."""
 
     what: str
     sparsity: float
@@ -125,28 +124,12 @@ def measure(
     return stats.median(bandwidths[1:])
 
 
-def main(
-    checkpoint_path: str | None,
-    random_init: str | None,
-    gguf: str | None,
-    llama_python: str | None,
-    sparsities: list[float],
-    steps: int,
-    rounds: int,
-    precision: str,
-) -> None:
-    """Measures, prints a table and writes the rows.
-
-    Raises:
-        ValueError: no compiled kernel, counts out of range, a llama.cpp that does not start; and as generate.py does.
-    """
-    if cpu.library() is None:
-        raise ValueError("the compiled CPU kernel is what is measured here; it needs a C++ compiler (g++, or CXX)")
-    if not 1 <= steps <= CACHE - PROMPT or rounds < 2:
-        raise ValueError(f"--steps {steps} is outside 1 to {CACHE - PROMPT}, or --rounds {rounds} under 2")
-    folder = None if random_init else resolve_checkpoint(checkpoint_path)
-    source = ModelSource(folder, random_init, 1234, torch.device("cpu"), PRECISIONS[precision])
-    model = source.load(SparseTransformer)
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints a table and writes the rows. Raises ValueError for a user's mistake, as generate.py does."""
+    o = parse_arguments(argv)
+    folder = None if o.random_init else resolve_checkpoint(o.checkpoint_path)
+    source = ModelSource(torch.device("cpu"), PRECISIONS[o.precision], folder, o.random_init)
+    model = source.sparse_model
     zeros = [torch.zeros(len(module.widths), 1) for module in model.sites]
     nothing = Cuts(1e-9, zeros, [None] * len(zeros))  # all but exact zeros kept, with the test in place
     threads = torch.get_num_threads()
@@ -154,47 +137,40 @@ def main(
     # the variants: dense, nothing cut, each sparsity; llama.cpp reads what our dense model does
     dense_bytes = model.bytes_per_step()
     variants = [Variant("dense", 0.0, dense_bytes), Variant("threshold 0", 0.0, dense_bytes, nothing)]
-    for sparsity in sparsities:
-        _, cuts = cuts_for("uniform", sparsity, folder, lambda: source.statistics(model, None))
+    for sparsity in o.sparsities:
+        _, cuts = cuts_for("uniform", sparsity, folder, source.statistics)
         variants.append(Variant("sparse", sparsity, dense_bytes, cuts))
-    llama = (LlamaCpp(llama_python, gguf, threads), Variant("llama.cpp", 0.0, dense_bytes)) if gguf else None
+    llama = None
+    if o.gguf:
+        llama = LlamaCpp(o.llama_python, o.gguf, threads), Variant("llama.cpp", 0.0, dense_bytes)
 
     # caches come after a calibration, which has caches of its own
     model.setup_caches(1, CACHE)
-    bandwidth = measure(model, variants, llama, steps, rounds)
+    bandwidth = measure(model, variants, llama, o.steps, o.rounds)
     if llama:
         llama[0].process.communicate()  # closes its input, which ends it
         variants.append(llama[1])
 
     # a table for a person, rows for the file
-    print(f"\n{model.config.name}, {precision}, {threads} threads; {bandwidth:.1f} GB/s read, medians of {rounds}")
+    print(f"\n{model.config.name}, {o.precision}, {threads} threads; {bandwidth:.1f} GB/s read, medians of {o.rounds}")
     print(f"{'':>12}{'sparsity':>10}{'ms/token':>10}{'tokens/s':>10}{'to dense':>10}{'GB/s':>8}{'of read':>9}")
     dense, rows = 1e3 * stats.median(variants[0].seconds[1:]), []
     for variant in variants:
         low, middle, high = (1e3 * q for q in stats.quantiles(variant.seconds[1:], n=4, method="inclusive"))
         rate = variant.bytes_per_token / middle / 1e6
-        print(
-            f"{variant.what:>12}{variant.sparsity:>10.0%}{middle:>10.2f}{1e3 / middle:>10.1f}{dense / middle:>9.2f}x"
-            f"{rate:>8.1f}{rate / bandwidth:>9.0%}"
-        )
-        columns = {
-            "weights": "random" if random_init else "trained",
-            "dtype": precision,
-            "threads": threads,
-            "what": variant.what,
-            "sparsity": variant.sparsity,
-            "ms_per_token": f"{middle:.3f}",
-            "ms_quartiles": f"{low:.3f}-{high:.3f}",
-            "bytes_per_token": variant.bytes_per_token,
-            "bandwidth_gbps": f"{rate:.1f}",
-            "read_bandwidth_gbps": f"{bandwidth:.1f}",
-            "command": command("benchmarks.cpu_decode"),
-        }
-        rows.append(provenance("cpu") | model_columns(model.config) | columns)
+        speed = f"{middle:>10.2f}{1e3 / middle:>10.1f}{dense / middle:>9.2f}x"
+        print(f"{variant.what:>12}{variant.sparsity:>10.0%}{speed}{rate:>8.1f}{rate / bandwidth:>9.0%}")
+        row = provenance("cpu") | model_columns(model.config)
+        row |= {"weights": "random" if o.random_init else "trained", "dtype": o.precision, "threads": threads}
+        row |= {"what": variant.what, "sparsity": variant.sparsity, "ms_per_token": f"{middle:.3f}"}
+        row |= {"ms_quartiles": f"{low:.3f}-{high:.3f}", "bytes_per_token": variant.bytes_per_token}
+        row |= {"bandwidth_gbps": f"{rate:.1f}", "read_bandwidth_gbps": f"{bandwidth:.1f}"}
+        rows.append(row | {"command": command("benchmarks.cpu_decode", argv)})
     write_rows("cpu.csv", rows, KEY)
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options. Raises ValueError if a count is out of its range, or the compiled kernel is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_path", metavar="DIR", help="default: the default model")
     parser.add_argument("--random_init", metavar="NAME", help="a named config, random weights")
@@ -204,4 +180,13 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=60, help="tokens of each measurement")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", default="bfloat16", choices=sorted(PRECISIONS))
-    command_line(main, parser.parse_args())
+    o = parser.parse_args(argv)
+    if cpu.library() is None:
+        raise ValueError("the compiled CPU kernel is what is measured here; it needs a C++ compiler (g++, or CXX)")
+    if not 1 <= o.steps <= CACHE - PROMPT or o.rounds < 2:
+        raise ValueError(f"--steps {o.steps} is outside 1 to {CACHE - PROMPT}, or --rounds {o.rounds} under 2")
+    return o
+
+
+if __name__ == "__main__":
+    command_line(main)

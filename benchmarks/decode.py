@@ -5,7 +5,8 @@ python -m benchmarks.decode --random_init llama-3-8b llama-3-8b-int8 # latency o
 python -m benchmarks.decode --random_init llama-3-8b --prompt 4096   # at a longer context
 
 Every row is what `generate.py` prints for the command in it: sampling included, prefill included in tokens_per_sec and
-not in ms_per_token. Rows go to benchmarks/results/decode.csv; `python -m benchmarks.plot` draws them.
+not in ms_per_token. All other flags go to generate.py; thresholds are uniform unless they say otherwise. Rows go to
+benchmarks/results/decode.csv; `python -m benchmarks.plot` draws them.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import shlex
 import torch
 
 from benchmarks.results import form, model_columns, provenance, short, write_rows
-from cli import add_device_arguments, command_line
+from cli import command_line
 from formats.default_model import resolve_checkpoint
 from generate import main as generate
 from model import ModelArgs, read_config
@@ -25,37 +26,19 @@ SPARSITIES = [0.0, 0.25, 0.4, 0.5, 0.65]
 KEY = "device model quant weights dtype batch gpus draft sparsity prompt_tokens new_tokens"
 
 
-def measure(options: dict, sparsity: float) -> dict:
-    """One row: a run of generate.py with these options, compiled."""
-    name, path = options.get("random_init"), options.get("checkpoint_path")
-    config = ModelArgs.from_name(name) if name else read_config(resolve_checkpoint(path))
-    result = generate(**options, sparsity=sparsity, compile=True)
-
-    # the command that makes this row again, without what is left at its default
-    flags = [f"--sparsity {sparsity}"]
-    for flag, value in options.items():
-        if value:
-            text = short(str(value)) if flag == "checkpoint_path" else str(value)
-            flags.append(f"--{flag}" if value is True else f"--{flag} {shlex.quote(text)}")
-
-    columns = {
-        "weights": "random" if name else "trained",
-        "dtype": result["dtype"],
-        "batch": 1,
-        "gpus": 1,
-        "draft": result.get("draft", "none"),
-        "sparsity": sparsity,
-        "achieved_sparsity": f"{result['achieved_sparsity']:.4f}",
-        "prompt_tokens": result["prompt_tokens"],
-        "new_tokens": result["new_tokens"],
-        "tokens_per_sec": f"{result['tokens_per_sec']:.2f}",
-        "ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}",
-        "ttft_ms": result.get("ttft_ms", ""),
-        "bytes_per_token": result["bytes_per_token"],
-        "bandwidth_gbps": f"{result['bandwidth_gbps'] or math.nan:.1f}",
-        "command": " ".join(["python generate.py --compile", *flags]),
-    }
-    return provenance(result["device"]) | model_columns(config) | columns
+def measure(flags: list[str], config: ModelArgs) -> dict:
+    """One row: the run of generate.py with these flags, compiled."""
+    flags = ["--compile", "--no-compare_dense", "--thresholds", "uniform", *flags]
+    result = generate(flags)
+    row = provenance(result["device"]) | model_columns(config)
+    row |= {"weights": "random" if "--random_init" in flags else "trained", "dtype": result["dtype"]}
+    row |= {"batch": 1, "gpus": 1, "draft": result.get("draft", "none"), "sparsity": result["sparsity"]}
+    row |= {"achieved_sparsity": f"{result['achieved_sparsity']:.4f}", "prompt_tokens": result["prompt_tokens"]}
+    row |= {"new_tokens": result["new_tokens"], "tokens_per_sec": f"{result['tokens_per_sec']:.2f}"}
+    row |= {"ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}", "ttft_ms": result.get("ttft_ms", "")}
+    row |= {"bytes_per_token": result["bytes_per_token"]}
+    row |= {"bandwidth_gbps": f"{result['bandwidth_gbps'] or math.nan:.1f}"}
+    return row | {"command": shlex.join(["python", "generate.py", *map(short, flags)])}
 
 
 def print_table(rows: list[dict]) -> None:
@@ -65,23 +48,26 @@ def print_table(rows: list[dict]) -> None:
     print(f"{'sparsity':>9}{'achieved':>10}{'tokens/s':>10}{'speed-up':>10}{'ms/token':>10}{'GB/s':>8}")
     for row in rows:
         speedup = f"{float(row['tokens_per_sec']) / dense:.2f}x" if dense else ""
-        print(
+        counted = (
             f"{row['sparsity']:>9.0%}{float(row['achieved_sparsity']):>10.1%}{float(row['tokens_per_sec']):>10.1f}"
-            f"{speedup:>10}{float(row['ms_per_token']):>10.3f}{float(row['bandwidth_gbps']):>8.0f}"
         )
+        print(f"{counted}{speedup:>10}{float(row['ms_per_token']):>10.3f}{float(row['bandwidth_gbps']):>8.0f}")
 
 
-def main(random_init: list[str], checkpoint_path: list[str], sparsities: list[float], **options) -> None:
-    """Measures, prints a table and writes the rows, model by model. Raises ValueError as generate.py does.
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints a table and writes the rows, model by model. Raises ValueError as generate.py does."""
+    o, flags = parse_arguments(argv)
 
-    `options` are further arguments of generate.py.
-    """
-    sources = [{"random_init": name} for name in random_init] + [{"checkpoint_path": path} for path in checkpoint_path]
+    # the models, each with the flags that load it
+    models = [(["--random_init", name], ModelArgs.from_name(name)) for name in o.random_init]
+    models += [(["--checkpoint_path", path], read_config(resolve_checkpoint(path))) for path in o.checkpoint_path]
+    models = models or [([], read_config(resolve_checkpoint(None)))]
+
     tables = []
-    for source in sources or [{}]:
+    for source, config in models:
         rows = []
-        for sparsity in sparsities:
-            rows.append(measure(source | options, sparsity))
+        for sparsity in o.sparsities:
+            rows.append(measure(["--sparsity", str(sparsity), *source, *flags], config))
             gc.collect()  # the next model takes this one's place on the GPU
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -93,15 +79,15 @@ def main(random_init: list[str], checkpoint_path: list[str], sparsities: list[fl
         print_table(rows)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the sweep, and the flags that go to generate.py."""
+    description = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description, allow_abbrev=False)
     parser.add_argument("--random_init", nargs="+", default=[], metavar="NAME", help="named configs, random weights")
     parser.add_argument("--checkpoint_path", nargs="+", default=[], metavar="DIR", help="default: the default model")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--prompt", help="text, or a number of tokens")
-    parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    parser.add_argument("--thresholds", default="uniform", help="as generate.py's; rows of another replace each other")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--num_samples", type=int, default=5)
-    add_device_arguments(parser)
-    command_line(main, parser.parse_args())
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -4,16 +4,14 @@ python -m benchmarks.gemv                                    # the shapes of lla
 python -m benchmarks.gemv --models llama-2-7b --sparsities 0 0.5
 python -m benchmarks.gemv --dtype int4                       # ours alone, with int4 weights (or int8), x bfloat16
 
-Each kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times; the time is the
+Each kernel runs in a CUDA graph over enough different matrices to overflow the L2 cache several times. The time is the
 median of replays over the number of matrices, with all launches that a product needs (zeroed outputs, masks), of the
-best of three recordings, each of inputs and matrices of its own: now and then one is 18 % slower than the next, and
-matrices differ by up to 1 %. Inputs are uniform in [-0.5, 0.5]. Results are checked against float64 in the same run.
-Rows go to results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches
-rows, while the launch before ends. x is the same in all launches, so its guess of the kept rows is right; in the step o
-guesses by the last token's x. The others are ordinary launches.
-
-The baselines are written anew after what their authors describe, each with its best tile of a small search (one
-recording a tile, then two more of the best three):
+best of three recordings with new inputs and matrices: now and then one is 18 % slower than the next, and matrices
+differ by up to 1 %. Inputs are uniform in [-0.5, 0.5]. The same run checks the results against float64. Rows go to
+results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches rows, while the
+launch before ends. Its guess of the kept rows is right here, since x never changes; in the step o guesses by the last
+token's x. The others are ordinary launches, written anew after what their authors describe, each with its best tile of
+a small search (one recording per tile, then two more of the best three):
     dejavu   a launch makes flags from the mask; the product loads rows by flag (Deja Vu, arXiv 2310.17157, section 4)
     teal     the product tests the threshold itself, outputs zeroed and added to in float16, of bfloat16 in
              float32 (arXiv 2408.14690, 4.3)
@@ -56,22 +54,16 @@ def _flag_kernel(x_ptr, flag_ptr, threshold, N: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _rival_kernel(
-    x_ptr,
-    flag_ptr,
-    weight_ptr,
-    out_ptr,
-    threshold,
-    n_out,
-    FLAGS: tl.constexpr,
-    N_IN: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    x_ptr, flag_ptr, weight_ptr, out_ptr, threshold, n_out, N_IN: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """A tile of inputs x outputs, its sum added to out in the dtype of out; rows by flag, or by |x| > threshold."""
-    rows = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    cols = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    """A tile of M inputs x N outputs, its sum added to out in the dtype of out.
+
+    Rows by flag or, where flag_ptr is None, by |x| > threshold.
+    """
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    cols = tl.program_id(1) * N + tl.arange(0, N)
     x = tl.load(x_ptr + rows, mask=rows < N_IN, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    if FLAGS:
+    if flag_ptr is not None:
         keep = tl.load(flag_ptr + rows, mask=rows < N_IN, other=0) > 0
     else:
         keep = tl.abs(x) > threshold
@@ -87,10 +79,9 @@ def launch_rival(x: Tensor, weight: Tensor, threshold: float, out: Tensor, flags
     out.zero_()
     if flags is not None:
         _flag_kernel[(triton.cdiv(n_in, 1024),)](x, flags, threshold, N=n_in, BLOCK=1024)
-    block_in, block_out, warps = tile
-    _rival_kernel[(triton.cdiv(n_in, block_in), triton.cdiv(n_out, block_out))](
-        x, flags, weight, out, threshold, n_out, flags is not None, n_in, block_in, block_out, num_warps=warps
-    )
+    m, n, warps = tile
+    grid = triton.cdiv(n_in, m), triton.cdiv(n_out, n)
+    _rival_kernel[grid](x, flags, weight, out, threshold, n_out, n_in, m, n, num_warps=warps)
 
 
 def random_matrix(n_in: int, n_out: int, dtype: str, device: str) -> Matrix:
@@ -223,17 +214,8 @@ def measure(n_in: int, n_out: int, sparsity: float, dtype: str) -> list[dict]:
     made, rows = provenance(torch.cuda.get_device_name()), []
     for name, us in ((name, min(best)) for name, best in times.items()):
         read = problem.bytes_read(n_in if name.startswith("dense") else kept)
-        columns = {
-            "kernel": name,
-            "in_features": n_in,
-            "out_features": n_out,
-            "dtype": dtype,
-            "sparsity": sparsity,
-            "us": f"{us:.2f}",
-            "bytes": read,
-            "bandwidth_gbps": f"{read / us / 1e3:.1f}",
-        }
-        rows.append(made | columns)
+        row = {"kernel": name, "in_features": n_in, "out_features": n_out, "dtype": dtype, "sparsity": sparsity}
+        rows.append(made | row | {"us": f"{us:.2f}", "bytes": read, "bandwidth_gbps": f"{read / us / 1e3:.1f}"})
     return rows
 
 
@@ -245,36 +227,33 @@ def promising(times: list[float]) -> list[int]:
 def shapes(name: str) -> list[tuple[int, int]]:
     """[in, out] of a named config's products: qkv, o, gate|up, one of these two, down."""
     c = ModelArgs.from_name(name)
-    heads = c.n_head * c.head_dim
+    heads, hidden = c.n_head * c.head_dim, c.intermediate_size
     qkv = heads + 2 * c.n_local_heads * c.head_dim
-    return [
-        (c.dim, qkv),
-        (heads, c.dim),
-        (c.dim, 2 * c.intermediate_size),
-        (c.dim, c.intermediate_size),
-        (c.intermediate_size, c.dim),
-    ]
+    return [(c.dim, qkv), (heads, c.dim), (c.dim, 2 * hidden), (c.dim, hidden), (hidden, c.dim)]
 
 
-def main(models: list[str], sparsities: list[float], dtype: str) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures and prints all rows; writes them shape by shape. Raises ValueError without a GPU."""
+    o = parse_arguments(argv)
     if not torch.cuda.is_available():
-        raise ValueError(
-            "the kernels are timed on a GPU, and there is none; `pytest tests/test_kernels.py` checks them"
-        )
-    for n_in, n_out in dict.fromkeys(shape for name in models for shape in shapes(name)):
-        print(f"\n{n_in} -> {n_out}, {dtype}, us ({torch.cuda.get_device_name()})")
-        for i, sparsity in enumerate(sparsities):
-            rows = measure(n_in, n_out, sparsity, dtype)
+        raise ValueError("the kernels are timed on a GPU; there is none. `pytest tests/test_kernels.py` checks them")
+    for n_in, n_out in dict.fromkeys(shape for name in o.models for shape in shapes(name)):
+        print(f"\n{n_in} -> {n_out}, {o.dtype}, us ({torch.cuda.get_device_name()})")
+        for i, sparsity in enumerate(o.sparsities):
+            rows = measure(n_in, n_out, sparsity, o.dtype)
             if i == 0:
                 print(f"{'sparsity':>9}" + "".join(f"{row['kernel']:>10}" for row in rows))
             print(f"{sparsity:>9.0%}" + "".join(f"{row['us']:>10}" for row in rows))
             write_rows("gemv.csv", rows, KEY)
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama-3-8b"], help="named configs whose shapes to measure")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "int8", "int4"), default="bfloat16")
-    command_line(main, parser.parse_args())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command_line(main)

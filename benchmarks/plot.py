@@ -3,11 +3,13 @@
 python -m benchmarks.plot            # decode.csv -> decode.png, gemv.csv -> gemv.png, quality.csv -> quality.png
 """
 
+import argparse
 from collections import defaultdict
 
 import numpy as np
 
 from benchmarks.results import RESULTS, form, read_rows
+from cli import command_line
 from formats.files import atomic_write
 
 # Datasheet bandwidths, GB/s: no decode step is faster than the bytes it reads over this.
@@ -181,9 +183,8 @@ def grid(plt, n: int, columns: int = 3):
     """A figure and its n axes, at most `columns` in a row."""
     columns = min(columns, n)
     lines = -(-n // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.8 * columns, 3.9 * lines + 0.6), squeeze=False, layout="constrained"
-    )
+    size = 4.8 * columns, 3.9 * lines + 0.6
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     for axis in axes.flat[n:]:
         axis.set_visible(False)
@@ -211,21 +212,23 @@ def save(figure, name: str, legend: list) -> None:
     print(RESULTS / name)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Draws what has rows. Raises ValueError without matplotlib, or where nothing was measured."""
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("the plots need matplotlib: pip install matplotlib") from None
+        raise ValueError("the plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plots = {"decode.csv": plot_decode, "gemv.csv": plot_gemv, "quality.csv": plot_quality}
     measured = [plot for name, plot in plots.items() if read_rows(name)]
     if not measured:
-        raise SystemExit(f"{RESULTS} has no rows; run benchmarks/run.sh or benchmarks/quality.sh first")
+        raise ValueError(f"{RESULTS} has no rows; run benchmarks/run.sh or benchmarks/quality.sh first")
     for plot in measured:
         plot(plt)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

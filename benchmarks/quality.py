@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import command, model_columns, provenance, write_rows
-from calibrate import calibration_tokens, statistics_for
+from calibrate import calibration_tokens
 from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
-from eval import perplexity
+from eval import add_protocol_arguments, perplexity
 from formats.default_model import resolve_checkpoint
 from formats.text import task_text
+from generate import ModelSource
 from model import FeedForward
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
 from thresholds import RULES as THRESHOLD_RULES
@@ -99,13 +100,10 @@ def norm_cuts(statistics: Statistics, sparsity: float) -> Cuts:
 def prepare(
     model: SparseTransformer, rule: str, sparsity: float, folder: Path, statistics: Statistics, tokens: Tensor | None
 ) -> float:
-    """Sets a fresh model's cuts by `rule`.
+    """Sets a fresh model's cuts by `rule`; returns by what the counted sparsity is multiplied.
 
-    Returns:
-        by what the counted sparsity is multiplied, since of what a gated rule cuts only the inputs of down are counted.
-
-    Raises:
-        ValueError: a sparsity that the rule cannot reach, or a missing cut table.
+    That is not 1 for a gated rule: of what it cuts, only the inputs of down are counted.
+    Raises ValueError for a sparsity that the rule cannot reach, or a missing cut table.
     """
     if rule in THRESHOLD_RULES:
         model.set_cuts(THRESHOLD_RULES[rule](RuleInputs(folder, lambda: statistics), sparsity))
@@ -130,82 +128,60 @@ def prepare(
     return share_of(model, *cut) / share_of(model, "down")
 
 
-def main(
-    checkpoint_path: Path | None = None,
-    statistics: Path | None = None,
-    calibration: list[str] | None = None,
-    data: Path | None = None,
-    text: str = "wikitext",
-    rules: tuple[str, ...] = RULES,
-    sparsities: tuple[float, ...] = (0.25, 0.4, 0.5, 0.65),
-    sparse_fraction: float = 0.99,
-    context: int = 2048,
-    window: int = 512,
-    num_windows: int = 128,
-    device: str = "cpu",
-    precision: str = "float32",
-) -> list[dict]:
+def main(argv: list[str] | None = None) -> list[dict]:
     """Measures, writes the rows and prints them as a table. Raises ValueError for a user's mistake."""
-    content = task_text("wikitext" if text == "wikitext" else "perplexity", data)
-    folder, torch_device = resolve_checkpoint(checkpoint_path), resolve_device(device)
+    o = parse_arguments(argv)
+    content, device = task_text("wikitext" if o.text == "wikitext" else "perplexity", o.data), resolve_device(o.device)
+    folder = resolve_checkpoint(o.checkpoint_path)
 
     # what all rules share: the text's tokens, statistics, and the tokens that gates are calibrated on
-    model = SparseTransformer.from_checkpoint(folder, torch_device, PRECISIONS[precision])
-    tokens = torch.tensor(load_tokenizer(folder, model.config.vocab_size).encode(content))
-    known = statistics_for(folder, statistics, model)
-    gate_tokens = None
-    if set(rules) & set(GATED):
-        gate_tokens, _ = calibration_tokens(folder, model, calibration, CALIBRATION_TOKENS, seed=0)
-    made = provenance(torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "cpu")
+    source = ModelSource(device, PRECISIONS[o.precision], folder)
+    tokens = torch.tensor(load_tokenizer(folder, source.config.vocab_size).encode(content))
+    statistics, gate_tokens = source.statistics(o.statistics), None
+    if set(o.rules) & set(GATED):
+        gate_tokens, _ = calibration_tokens(folder, source.sparse_model, o.calibration, CALIBRATION_TOKENS, seed=0)
+    del source.sparse_model  # its memory is the next model's
+    made = provenance(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
 
     rows = []
-    levels = {rule: (0.0,) if rule in ("dense", "relu") else sparsities for rule in rules}
-    for rule, sparsity in [(name, level) for name in rules for level in levels[name]]:
+    levels = {rule: (0.0,) if rule in ("dense", "relu") else o.sparsities for rule in o.rules}
+    for rule, sparsity in [(name, level) for name in o.rules for level in levels[name]]:
         # a fresh model each time: some rules replace its modules
-        model = SparseTransformer.from_checkpoint(folder, torch_device, PRECISIONS[precision])
+        model = source.load(SparseTransformer)
         try:
-            factor = prepare(model, rule, sparsity, folder, known, gate_tokens)
+            factor = prepare(model, rule, sparsity, folder, statistics, gate_tokens)
         except ValueError as error:
             print(f"{rule} at {sparsity:.0%}: {error}", file=sys.stderr)
             continue
 
-        prefix = None if rule == "dense" else round((context + window) * (1 - sparse_fraction))
-        value = perplexity(model, tokens, context, window, num_windows, prefix)
+        prefix = None if rule == "dense" else round((o.context + o.window) * (1 - o.sparse_fraction))
+        value = perplexity(model, tokens, o.context, o.window, o.num_windows, prefix)
         achieved = 0.0 if rule == "dense" else model.achieved_sparsity() * factor
         print(f"{rule:>10} {sparsity:5.0%} achieved {achieved:6.2%}  perplexity {value:.4f}", flush=True)
 
-        columns = {
-            "text": text,
-            "rule": rule,
-            "sparsity": sparsity,
-            "achieved_sparsity": f"{achieved:.4f}",
-            "sparse_fraction": sparse_fraction,
-            "context": context,
-            "window": window,
-            "num_windows": num_windows,
-            "perplexity": f"{value:.4f}",
-            "command": command("benchmarks.quality"),
-        }
-        rows.append(made | model_columns(model.config) | columns)
+        row = made | model_columns(model.config) | {"text": o.text, "rule": rule, "sparsity": sparsity}
+        row |= {"achieved_sparsity": f"{achieved:.4f}", "sparse_fraction": o.sparse_fraction}
+        row |= {"context": o.context, "window": o.window, "num_windows": o.num_windows}
+        rows.append(row | {"perplexity": f"{value:.4f}", "command": command("benchmarks.quality", argv)})
         write_rows("quality.csv", rows[-1:], KEY)
     return rows
 
 
-if __name__ == "__main__":
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure perplexity against sparsity for each rule.")
     parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
     parser.add_argument("--statistics", type=Path, help="default: calibration.safetensors beside the checkpoint")
-    parser.add_argument(
-        "--calibration", nargs="+", metavar="DATA", help="as calibrate.py's --data, for cats' thresholds"
-    )
+    calibration_help = "as calibrate.py's --data, for cats' thresholds"
+    parser.add_argument("--calibration", nargs="+", metavar="DATA", help=calibration_help)
     parser.add_argument("--data", type=Path, help="the text to measure on")
     parser.add_argument("--text", choices=("wikitext", "c4", "alpaca", "code"), default="wikitext", help="what it is")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--sparsities", nargs="+", type=float, default=(0.25, 0.4, 0.5, 0.65))
-    parser.add_argument("--sparse_fraction", type=float, default=0.99)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--num_windows", type=int, default=128)
+    add_protocol_arguments(parser)
     add_device_arguments(parser)
     parser.set_defaults(precision="float32")
-    command_line(main, parser.parse_args())
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    command_line(main)

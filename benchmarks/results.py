@@ -18,10 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 def provenance(device: str) -> dict[str, str]:
     """date, device, torch, triton, commit of a measurement made now. A tree with changes is marked -dirty."""
     # a machine that has the tree without its history can be told the commit
+    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
     if not (commit := os.environ.get("GIT_COMMIT", "")):
-        git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
-        described = subprocess.run(git, capture_output=True, text=True)
-        commit = described.stdout.strip() if described.returncode == 0 else "unknown"
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
     try:
         triton = version("triton")
@@ -42,10 +41,9 @@ def form(row: dict[str, str]) -> str:
 
 
 def read_rows(name: str) -> list[dict[str, str]]:
-    path = RESULTS / name
-    if not path.exists():
+    if not (RESULTS / name).exists():
         return []
-    with open(path, newline="") as f:
+    with open(RESULTS / name, newline="") as f:
         return list(csv.DictReader(f))
 
 
@@ -62,9 +60,9 @@ def write_rows(name: str, rows: list[dict], key: str) -> None:
         writer.writerows([*kept, *new.values()])
 
 
-def command(module: str) -> str:
-    """How this run of a benchmark was called."""
-    return shlex.join(["python", "-m", module, *map(short, sys.argv[1:])])
+def command(module: str, argv: list[str] | None) -> str:
+    """How this run of a benchmark was called; argv None: by the command line."""
+    return shlex.join(["python", "-m", module, *map(short, sys.argv[1:] if argv is None else argv)])
 
 
 def short(argument: str) -> str:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from formats.files import no_space_is_value_error, one_line, read_json, write_json
 
+Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
@@ -36,11 +37,7 @@ COPIED_FILES = (
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint, given it or any file in it.
-
-    Raises:
-        ValueError: the path does not exist, or holds no weights.
-    """
+    """The folder of a checkpoint, given it or any file in it. Raises ValueError if there are no weights."""
     path = Path(os.path.abspath(path))  # "." has no name to choose a config by
     folder = path if path.is_dir() else path.parent
     if not path.exists():
@@ -61,8 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
 def indexed_files(index: Path) -> list[Path]:
     """The weight files that a model.safetensors.index.json (or pytorch_model.bin.index.json) names, each once.
 
-    Raises:
-        ValueError: it is no such index, or names a file that is missing or not in its own folder.
+    Raises ValueError if it is no such index, or names a file that is missing or not in its own folder.
     """
     try:
         names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
@@ -77,17 +73,22 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors by name, memory-mapped. Raises ValueError for a file that is truncated or no weight file."""
-    state_dict = {}
-    for path in weight_files(folder):
-        try:
-            if path.suffix == ".pth":
-                state_dict |= torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-            else:
-                state_dict |= load_file(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, TypeError) as e:
-            raise ValueError(f"{path} cannot be read, it may be truncated: {one_line(e)}") from None
-    return state_dict
+    """All tensors by name, memory-mapped. Raises ValueError as `read_tensors` does."""
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_tensors(path).items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, memory-mapped; a pickled file's code is not run.
+
+    Raises ValueError if the file is truncated or no weight file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        pickled = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        return {name: tensor.detach() for name, tensor in pickled.items()}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(error)}") from None
 
 
 # ---------------------------------------------------------------- identity
@@ -98,10 +99,8 @@ def fingerprint(folder: Path) -> str:
 
     Artifacts made from a checkpoint carry its fingerprint, so that one of another checkpoint is noticed.
     """
-    digest = hashlib.sha256()
     config = folder / "config.json"
-    if config.is_file():
-        digest.update(config.read_bytes())
+    digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     for path in weight_files(folder):
         size = os.path.getsize(path)
         digest.update(str(size).encode())
@@ -118,10 +117,8 @@ def check_fingerprint(found: str | None, folder: Path, what: str, script: str) -
     `what` opens the message ("the statistics are"); `script` is the one that makes the artifact anew.
     """
     if found is not None and found != (own := fingerprint(folder)):
-        raise ValueError(
-            f"{what} of another checkpoint than {folder} ({found} against {own}); "
-            f"to mend this: python {script} --checkpoint_path {folder}"
-        )
+        mend = f"to mend this: python {script} --checkpoint_path {folder}"
+        raise ValueError(f"{what} of another checkpoint than {folder} ({found} against {own}); {mend}")
 
 
 # ---------------------------------------------------------------- writing
@@ -142,8 +139,7 @@ class Source(NamedTuple):
 def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
     """Writes model.safetensors, or shards and their index, with one tensor in memory at a time.
 
-    Raises:
-        ValueError: the disk has no room for the tensors.
+    Raises ValueError if the disk has no room for them.
     """
     total, free = sum(source.nbytes for source in tensors.values()), shutil.disk_usage(folder).free
     if total > free:
@@ -202,8 +198,7 @@ def check_absent(output: Path) -> None:
 def convert(convert_source: Callable[[Path, Path], None], source: Path, output: Path) -> None:
     """Runs convert_source(source, <output>.partial), then renames that folder; the caller holds the lock of output.
 
-    Raises:
-        ValueError: `output` is there already, the disk is full, and what convert_source raises.
+    Raises ValueError if `output` is there already or the disk is full, and what convert_source raises.
     """
     check_absent(output)
     partial = output.with_name(f"{output.name}.partial")
@@ -220,21 +215,13 @@ def convert(convert_source: Callable[[Path, Path], None], source: Path, output: 
 
 
 def rename_tensors(
-    sources: dict[str, Source],
-    names: dict[str, str],
-    expected: dict[str, tuple[int, ...]] | None,
-    head_dim: int,
-    half_split: bool,
+    sources: dict[str, Source], names: dict[str, str], expected: Shapes | None, head_dim: int, half_split: bool
 ) -> dict[str, Source]:
     """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent.
 
-    Args:
-        names: another program's name of a module (without layer) -> ours.
-        expected: names and shapes of the model's tensors, for a source that may not fit; None checks names alone.
-        head_dim, half_split: whether rotary pairs are half of a head's head_dim rows apart, as Hugging Face has them.
-
-    Raises:
-        ValueError: unexpected or missing tensors, wrong shapes or dtypes.
+    `names` gives ours for another program's name of a module (without layer). `expected` None checks names alone.
+    `half_split`: rotary pairs are half of a head's head_dim rows apart, as Hugging Face has them. Raises ValueError for
+    unexpected or missing tensors, wrong shapes or dtypes.
     """
     tensors, unexpected = {}, []
     for name, source in sources.items():

@@ -1,5 +1,10 @@
 """config.json in Hugging Face's form, as keyword arguments of `model.ModelArgs`."""
 
+# field of ModelArgs -> key of config.json, and its default if it has one
+NUMBERS = {"n_layer": ("num_hidden_layers",), "n_head": ("num_attention_heads",), "dim": ("hidden_size",)}
+NUMBERS |= {"vocab_size": ("vocab_size",), "intermediate_size": ("intermediate_size",)}
+NUMBERS |= {"n_local_heads": ("num_key_value_heads", 0), "head_dim": ("head_dim", 0)}
+NUMBERS |= {"block_size": ("max_position_embeddings", 2048), "norm_eps": ("rms_norm_eps", 1e-6)}
 ROPE_KEYS = {  # what each type of rope scaling needs
     "default": (),
     "linear": ("factor",),
@@ -23,43 +28,22 @@ def config_fields(config: dict, name: str = "") -> dict:
 
     `name`: of a model whose config names none. Of int8 or int4 weights the name ends in "-int8" or "-int4".
 
-    Raises:
-        ValueError: a missing key, a value of another type, rope scaling or quantisation of an unknown kind.
+    Raises ValueError for a missing key, a value of another type, rope scaling or quantisation of an unknown kind.
     """
     # widths, some of which follow from others
-    n_layer, n_head = _number(config, "num_hidden_layers"), _number(config, "num_attention_heads")
-    dim, n_local_heads = _number(config, "hidden_size"), _number(config, "num_key_value_heads", 0) or n_head
-    head_dim = _number(config, "head_dim", 0) or dim // n_head
+    fields = {field: _number(config, key, *default) for field, (key, *default) in NUMBERS.items()}
+    n_head, head_dim = fields["n_head"], fields["head_dim"] or fields["dim"] // fields["n_head"]
+    n_local_heads = fields["n_local_heads"] or n_head
     if n_head % n_local_heads or head_dim % 2:
-        raise ValueError(
-            f"config.json: {n_head} heads do not divide into {n_local_heads} key/value heads, "
-            f"or head_dim {head_dim} is odd"
-        )
+        pair = f"{n_head} heads do not divide into {n_local_heads} key/value heads"
+        raise ValueError(f"config.json: {pair}, or head_dim {head_dim} is odd")
 
     # parts with rules of their own
-    rope_base, rope_scaling = _rope(config)
-    quantization = _quantization(config)
-    name, quant = config.get("_name_or_path") or name, quantization["quant"]
-    sliding_window, windowed_layers = _windows(config, n_layer)
-
-    return {
-        "block_size": _number(config, "max_position_embeddings", 2048),
-        "vocab_size": _number(config, "vocab_size"),
-        "n_layer": n_layer,
-        "n_head": n_head,
-        "dim": dim,
-        "intermediate_size": _number(config, "intermediate_size"),
-        "n_local_heads": n_local_heads,
-        "head_dim": head_dim,
-        "rope_base": rope_base,
-        "norm_eps": _number(config, "rms_norm_eps", 1e-6),
-        "rope_scaling": rope_scaling,
-        "tie_embeddings": config.get("tie_word_embeddings", False),
-        "sliding_window": sliding_window,
-        "windowed_layers": windowed_layers,
-        "name": name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}",
-        **quantization,
-    }
+    parts = _rope(config) | _quantization(config) | _windows(config, fields["n_layer"])
+    name, quant = config.get("_name_or_path") or name, parts["quant"]
+    name = name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}"
+    fields |= {"n_local_heads": n_local_heads, "head_dim": head_dim, "name": name}
+    return fields | parts | {"tie_embeddings": config.get("tie_word_embeddings", False)}
 
 
 def _number(config: dict, key: str, default: float | None = None) -> float:
@@ -78,13 +62,12 @@ def _quantization(config: dict) -> dict:
         mode, groupsize = found.get("mode", "none"), found.get("groupsize", 64)
     if "quantization_config" in config or mode not in ("none", "int8", "int4") or not isinstance(groupsize, int):
         found = config.get("quantization_config") or mode or found
-        raise ValueError(
-            f"config.json says the weights are quantised ({found}); only quantize.py's int8 and int4 are supported"
-        )
+        only = "only quantize.py's int8 and int4 are supported"
+        raise ValueError(f"config.json says the weights are quantised ({found}); {only}")
     return {"quant": mode, "groupsize": groupsize}
 
 
-def _rope(config: dict) -> tuple[float, dict | None]:
+def _rope(config: dict) -> dict:
     """Base and scaling of the rotary embedding, from either of Hugging Face's two forms."""
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     base = _number(scaling, "rope_theta", _number(config, "rope_theta", 10000.0))
@@ -96,21 +79,17 @@ def _rope(config: dict) -> tuple[float, dict | None]:
     missing = [key for key in ROPE_KEYS[kind] if key not in scaling]
     if missing:
         raise ValueError(f"config.json's {kind} rope scaling has no {', '.join(missing)}")
-    return float(base), None if kind == "default" else scaling
+    return {"rope_base": float(base), "rope_scaling": None if kind == "default" else scaling}
 
 
-def _windows(config: dict, n_layer: int) -> tuple[int | None, list[int]]:
-    """The sliding window and the layers that have it.
-
-    Llama has none. Mistral has one in all layers; others where the config says `use_sliding_window`, in
-    `layer_types`' sliding layers or from `max_window_layers` on.
-    """
+def _windows(config: dict, n_layer: int) -> dict:
+    """The sliding window and its layers: Llama has none, Mistral one in all layers, others if their config says so."""
     family, window = architecture(config), config.get("sliding_window")
     everywhere = family == "MistralForCausalLM"
     if family == "LlamaForCausalLM" or not window or not (everywhere or config.get("use_sliding_window", False)):
-        return None, []
+        return {}
     if config.get("layer_types"):
         layers = [i for i, kind in enumerate(config["layer_types"]) if kind == "sliding_attention"]
     else:
         layers = list(range(0 if everywhere else config.get("max_window_layers", n_layer), n_layer))
-    return (window, layers) if layers else (None, [])
+    return {"sliding_window": window, "windowed_layers": layers} if layers else {}

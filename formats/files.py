@@ -20,10 +20,7 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def no_space_is_value_error(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turns the error of a full disk (safetensors reports it in a way of its own) into a ValueError.
-
-    The ValueError names `path` and, where it is known, `needed`: the number of bytes to be written.
-    """
+    """Turns a full disk's error (safetensors has its own) into a ValueError that names `path` and the bytes needed."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -35,12 +32,9 @@ def no_space_is_value_error(path: Path, needed: int | None = None) -> Iterator[N
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`; renames it to `path` on success, removes it on failure.
+    """Yields a temporary path beside `path`, of its suffix; renames it to `path` on success, removes it on failure.
 
-    The temporary name is unique and keeps the suffix. The folder is made if it is absent.
-
-    Raises:
-        ValueError: the disk is full.
+    The folder is made if it is absent. Raises ValueError if the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +53,7 @@ def write_output(path: str | Path, content: bytes) -> None:
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise ValueError(
-            f"cannot write {path} ({error}); give another --output, of calibrate.py or greedy.py"
-        ) from None
+        raise ValueError(f"cannot write {path} ({error}); give the script that makes it another --output") from None
 
 
 def read_json(path: Path) -> dict:
@@ -71,9 +63,9 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
+        raise ValueError(f"{path} is not valid JSON ({e}); get it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object; get it again")
     return value
 
 

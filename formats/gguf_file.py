@@ -7,32 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from formats.checkpoint import DTYPES, Source, rename_tensors, write_weights
+from formats.checkpoint import DTYPES, Shapes, Source, rename_tensors, write_weights
 from formats.config import architecture_of, config_fields
 from formats.files import one_line, write_json
 from tokenizer import LLAMA3_SPLIT
 
-GGUF_NAMES = {
-    "token_embd": "tok_embeddings",
-    "output_norm": "norm",
-    "output": "output",
-    "attn_norm": "attention_norm",
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_up": "feed_forward.w3",
-    "ffn_down": "feed_forward.w2",
-}
+GGUF_NAMES = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}  # theirs -> ours
+GGUF_NAMES |= {"attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "attn_output": "attention.wo"}
+GGUF_NAMES |= {f"attn_{letter}": f"attention.w{letter}" for letter in "qkv"}
+GGUF_NAMES |= {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
-GGUF_PRE = {  # tokenizer.ggml.pre -> the regex before byte-level BPE, None for GPT-2's
-    **dict.fromkeys(("default", "gpt-2", "smollm")),
-    "qwen2": LLAMA3_SPLIT.replace("{1,3}", ""),  # digits one by one
-    **dict.fromkeys(LLAMA3_PRE, LLAMA3_SPLIT),
-}
+# tokenizer.ggml.pre -> the regex before byte-level BPE, None for GPT-2's; qwen2 splits digits one by one
+GGUF_PRE = dict.fromkeys(("default", "gpt-2", "smollm")) | dict.fromkeys(LLAMA3_PRE, LLAMA3_SPLIT)
+GGUF_PRE["qwen2"] = LLAMA3_SPLIT.replace("{1,3}", "")
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type, which are sentencepiece's own numbers
 
 
@@ -40,17 +28,13 @@ def convert_gguf(
     source: Path,
     partial: Path,
     architectures: Collection[str] = ("LlamaForCausalLM",),
-    expected_shapes: Callable[[dict], dict[str, tuple[int, ...]]] | None = None,
+    expected_shapes: Callable[[dict], Shapes] | None = None,
 ) -> None:
     """Writes the checkpoint of a GGUF file to `partial`; see `formats.checkpoint.convert`.
 
-    Args:
-        architectures: those that are supported.
-        expected_shapes: names and shapes of the tensors that the model of a config.json has; None for a file that is
-            known to be whole.
-
-    Raises:
-        ValueError: a damaged file, an unknown architecture, tensor type or tokenizer, tensors that do not fit.
+    `expected_shapes` gives names and shapes of the tensors that the model of a config.json has; None is for a file that
+    is known to be whole. Raises ValueError for a damaged file, an architecture that is not among `architectures`, an
+    unknown tensor type or tokenizer, tensors that do not fit.
     """
     metadata, sources = read_gguf(source)
     config = gguf_config(metadata, sources, architectures)
@@ -118,11 +102,7 @@ def _dequantized(path: Path, tensor: Any, shape: tuple[int, ...], dtype: torch.d
 
 
 def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Collection[str]) -> dict[str, Any]:
-    """A config.json in Hugging Face's form.
-
-    Raises:
-        ValueError: an architecture that is not among `architectures`, a feature that is not supported, a missing key.
-    """
+    """A config.json in Hugging Face's form. Raises ValueError for what is missing or not supported."""
     family = meta["general.architecture"]
     if architecture_of(family) not in architectures:
         raise ValueError(f"unknown GGUF architecture {family!r}; supported: {', '.join(architectures)}")
@@ -142,24 +122,16 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
         raise ValueError(f"rotary embedding of {rotated} of a head's {head_dim} dimensions is not supported")
     ends = {meta[f"tokenizer.ggml.{k}_token_id"] for k in ("eos", "eot") if f"tokenizer.ggml.{k}_token_id" in meta}
 
-    config = {
-        "architectures": [architecture_of(family)],
-        "model_type": family,
-        "hidden_size": dim,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "vocab_size": sources["token_embd.weight"].shape[0],
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),  # 1e-05, not 9.99999974e-06
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in sources,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None),
-    }
+    epsilon = float(str(np.float32(get("attention.layer_norm_rms_epsilon"))))  # 1e-05, not 9.99999974e-06
+    config = {"architectures": [architecture_of(family)], "model_type": family, "hidden_size": dim}
+    config |= {"intermediate_size": get("feed_forward_length"), "num_hidden_layers": get("block_count")}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", heads)}
+    config |= {"head_dim": head_dim, "vocab_size": sources["token_embd.weight"].shape[0]}
+    config |= {"max_position_embeddings": get("context_length"), "rms_norm_eps": epsilon}
+    config |= {"rope_theta": get("rope.freq_base", 10000.0), "hidden_act": "silu"}
+    config |= {"tie_word_embeddings": "output.weight" not in sources}
+    config |= {"bos_token_id": meta.get("tokenizer.ggml.bos_token_id")}
+    config |= {"eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None)}
 
     # a window makes a Llama a Mistral; scaling factors of the rotary frequencies come as a tensor
     if window := get("attention.sliding_window", 0):

@@ -1,40 +1,24 @@
 """A checkpoint in Hugging Face's form, as a folder or in the hub, becomes one of ours."""
 
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
-from formats.checkpoint import COPIED_FILES, DTYPES, Source, indexed_files, rename_tensors, write_weights
+from formats.checkpoint import COPIED_FILES, Shapes, Source, indexed_files, read_tensors, rename_tensors, write_weights
 from formats.config import config_fields
 from formats.files import one_line, read_json
 
-HF_NAMES = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2",
-}
+HF_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}  # theirs -> ours
+HF_NAMES |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+HF_NAMES |= {f"self_attn.{letter}_proj": f"attention.w{letter}" for letter in "qkvo"}
+HF_NAMES |= {"mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
 
 
-def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict], dict[str, tuple[int, ...]]]) -> None:
+def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict], Shapes]) -> None:
     """Writes the checkpoint of a Hugging Face folder to `partial`; see `formats.checkpoint.convert`.
 
-    `expected_shapes` gives names and shapes of the tensors that the model of a config.json has.
-
-    Raises:
-        ValueError: a missing or damaged file, tensors that do not fit the config, and what expected_shapes raises.
+    `expected_shapes` gives names and shapes of the tensors that the model of a config.json has. Raises ValueError for a
+    missing or damaged file, tensors that do not fit the config, and what expected_shapes raises.
     """
     config = read_json(source / "config.json")
     expected, head_dim = expected_shapes(config), config_fields(config)["head_dim"]
@@ -62,41 +46,17 @@ def folder_sources(folder: Path) -> dict[str, Source]:
     """Every tensor of the folder's weight files; a file is opened anew for each tensor, so that only one is mapped."""
     sources: dict[str, Source] = {}
     for path in source_files(folder):
-        try:
-            found = _safetensors_sources(path) if path.suffix == ".safetensors" else _bin_sources(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
-            raise ValueError(f"{path} is truncated or not a weight file: {one_line(error)}") from None
-        if twice := sources.keys() & found.keys():
-            raise ValueError(f"{path} repeats the tensor {min(twice)} of another file")
-        sources |= found
+        for name, tensor in read_tensors(path).items():
+            if name in sources:
+                raise ValueError(f"{path} repeats the tensor {name} of another file")
+            sources[name] = Source(tuple(tensor.shape), tensor.dtype, lambda p=path, n=name: read_tensors(p)[n])
     return sources
-
-
-def _safetensors_sources(path: Path) -> dict[str, Source]:
-    def load(name: str) -> torch.Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    with safe_open(path, "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {
-            name: Source(tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()), lambda n=name: load(n))
-            for name, s in slices.items()
-        }
-
-
-def _bin_sources(path: Path) -> dict[str, Source]:
-    def load() -> dict[str, torch.Tensor]:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-    return {name: Source(tuple(t.shape), t.dtype, lambda n=name: load()[n]) for name, t in load().items()}
 
 
 def download_snapshot(repo_id: str) -> Path:
     """The folder of a hub repository in Hugging Face's cache, fetched: safetensors, or .bin where there are none.
 
-    Raises:
-        ValueError: no such repository, no access to it, or no network; it says what to do.
+    Raises ValueError for no such repository, no access to it, or no network.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError

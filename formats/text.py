@@ -16,8 +16,7 @@ WINDOW, MIN_WINDOW = 2048, 256  # tokens: of a window of calibration text, and t
 def read_documents(source: str) -> Iterator[str]:
     """Texts of a .txt file (one), a .jsonl file or `c4` (a shard of its validation split), an empty line after each.
 
-    Raises:
-        ValueError: no such file, another kind of file, a line that holds no text, C4 cannot be fetched.
+    Raises ValueError for no such file, another kind of file, a line that holds no text, C4 that cannot be fetched.
     """
     path = _fetch_c4() if source == "c4" else Path(source)
     if not path.is_file():
@@ -49,19 +48,15 @@ def _fetch_c4() -> Path:
 
         return Path(hf_hub_download("allenai/c4", shard, repo_type="dataset"))
     except Exception as error:  # the hub's client raises its HTTP library's errors too
-        raise ValueError(
-            f"cannot fetch C4 from the hub ({one_line(error)}); give a .txt or .jsonl file with --data"
-        ) from None
+        reason = f"cannot fetch C4 from the hub ({one_line(error)})"
+        raise ValueError(f"{reason}; give a .txt or .jsonl file with --data") from None
 
 
 def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> Tensor:
     """The documents' first `num_tokens` tokens, each document followed by an empty line, as windows [N, T].
 
     T is the least of 2048, `context` (the model's) and what there is. No bos is added; a last window that is not full
-    is left out.
-
-    Raises:
-        ValueError: a text that cannot be read or is too short.
+    is left out. Raises ValueError for a text that cannot be read or is too short.
     """
     tokens: list[int] = []
     for source in data:
@@ -78,11 +73,7 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
 
 
 def task_text(task: str, data: Path | None) -> str:
-    """The text of a task: for "perplexity" `data` as it is, for "wikitext" its lines with an empty line between two.
-
-    Raises:
-        ValueError: no file given, or one that is not UTF-8 text.
-    """
+    """The text in `data`, for "wikitext" with an empty line between two lines. Raises ValueError if it has no text."""
     if data is None:
         raise ValueError(f"--tasks {task} needs --data FILE, for wikitext WikiText-2's raw test split (wiki.test.raw)")
     try:

@@ -91,3 +91,14 @@ def split_weights(folder: Path) -> None:
         save_file({name: tensors[name] for name in names}, folder / shard)
         weight_map |= dict.fromkeys(names, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def flags(**options) -> list[str]:
+    """A script's command line: True is a bare flag, False its --no_ form, None is left out, a list is spread."""
+    words = []
+    for name, value in options.items():
+        if value is True or value is False:
+            words.append(f"--{name}" if value else f"--no_{name}")
+        elif value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words

@@ -1,11 +1,15 @@
 import csv
+import shlex
 
 import pytest
 import torch
+from models import flags
 
 import benchmarks.results as results
+import generate
 from benchmarks import cpu_decode, decode, gemv, plot, quality
 from benchmarks.results import provenance, read_rows, write_rows
+from model import ModelArgs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -137,12 +141,24 @@ def test_provenance_says_what_ran():
     assert row["device"] == "some device" and row["torch"] and row["commit"]
 
 
-def test_rows_of_integer_weights_have_the_model_and_its_form_apart():
-    row = decode.measure(
-        {"random_init": "stories15M-int8", "max_new_tokens": 2, "num_samples": 1, "device": "cpu"}, 0.5
-    )
-    assert (row["model"], row["quant"]) == ("stories15M", "int8")
-    assert (row["batch"], row["gpus"], row["draft"]) == (1, 1, "none")
+def test_a_row_is_a_run_of_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    given = flags(random_init="stories15M-int8", sparsities=[0.0, 0.5], max_new_tokens=2, num_samples=1, device="cpu")
+    decode.main([*given, "--prompt", "9"])
+    dense, row = read_rows("decode.csv")
+    assert (row["model"], row["quant"], row["weights"]) == ("stories15M", "int8", "random")
+    assert (row["batch"], row["gpus"], row["draft"]) == ("1", "1", "none") and set(decode.KEY.split()) < row.keys()
+    assert (dense["sparsity"], row["sparsity"], row["prompt_tokens"]) == ("0.0", "0.5", "9")
+    assert float(dense["achieved_sparsity"]) == 0 and float(row["achieved_sparsity"]) == pytest.approx(0.5, abs=0.1)
+
+    # the command in the row is the run
+    run = []
+    monkeypatch.setattr(decode, "generate", lambda flags: run.append(flags) or generate.main(flags))
+    words = shlex.split(row["command"])
+    assert words[:2] == ["python", "generate.py"]
+    again = decode.measure(words[2:], ModelArgs.from_name("stories15M-int8"))
+    same = ("bytes_per_token", "achieved_sparsity", "prompt_tokens", "new_tokens", "sparsity")
+    assert [str(again[k]) for k in same] == [row[k] for k in same] and run[0][-len(words[2:]) :] == words[2:]
 
 
 def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):

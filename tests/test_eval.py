@@ -6,22 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_calibrate import CONFIG, checkpoint, text_of  # noqa: F401
+from models import CONFIG, build, flags
 
-import calibrate
 import eval as evaluation
-from calibrate import collect, load_statistics
-from eval import perplexity, task_text, window_starts
-from model import ModelArgs, Transformer
+from calibrate import calibrate, collect
+from eval import perplexity, window_starts
+from formats.text import task_text
+from model import Transformer
 from sparse_model import SparseTransformer
+from thresholds import RuleInputs, load_statistics, uniform
 
 CONTEXT, WINDOW, NUM_WINDOWS = 21, 10, 4
 
 
 def make_model(cls: type) -> Transformer:
-    model = cls(ModelArgs.from_config(CONFIG), dtype=torch.float32)
-    model.init_weights(seed=2, std=0.15)
-    return model.requires_grad_(False)
+    return build(cls, CONFIG, seed=2, std=0.15, num_hidden_layers=3, max_position_embeddings=320)
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(tokens, prefix):
     dense, sparse = make_model(Transformer), make_model(SparseTransformer)
     sparse.load_state_dict(dense.state_dict())
     statistics = collect(sparse, tokens[None, :64])
-    sparse.set_sparsity(statistics, 0.6)
+    sparse.set_cuts(uniform(RuleInputs(None, lambda: statistics), 0.6))
     thresholds = {(i, p): statistics.threshold(i, p, 0.6) for i in range(3) for p in ("q", "o", "gate", "down")}
 
     expected = naive_perplexity(lambda idx: masked_logits(dense, thresholds, prefix, idx), tokens.tolist())
@@ -122,32 +121,32 @@ def test_task_text(tmp_path):
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text(text_of(40))
+    path.write_text("".join(f"Hello, my name is Ann and story {i} is of rivers.\n" for i in range(40)))
     return path
 
 
-def test_main(checkpoint, text, capsys):  # noqa: F811
-    options = {"checkpoint_path": checkpoint, "data": text, "context": 40, "window": 20, "num_windows": 3}
-    options |= {"precision": "float32", "json_line": True}
-    dense = evaluation.main(**options)
-    assert not (checkpoint / "calibration.safetensors").exists()
+def test_main(copy, text, capsys):
+    options = {"checkpoint_path": copy, "data": text, "context": 40, "window": 20, "num_windows": 3}
+    options |= {"precision": "float32", "json": True}
+    dense = evaluation.main(flags(**options))
+    assert not (copy / "calibration.safetensors").exists()
     assert dense["sparsity"] == dense["achieved_sparsity"] == 0 and dense["tokens"] == 60
 
-    calibrate.main(checkpoint_path=checkpoint, data=[str(text)], num_tokens=640, precision="float32")
+    model = SparseTransformer.from_checkpoint(copy, dtype=torch.float32)
+    calibrate(copy, model, [str(text)], 640).save(copy / "calibration.safetensors")
     capsys.readouterr()
-    sparse = evaluation.main(sparsity=0.5, sparse_fraction=0.9, **options)
+    sparse = evaluation.main(flags(sparsity=0.5, sparse_fraction=0.9, **options))
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == sparse and "the first 6 tokens" in "\n".join(lines)
-    assert set(sparse) == {
-        *("task", "model", "perplexity", "tokens", "sparsity", "achieved_sparsity", "allocation", "sparse_fraction"),
-    }
-    assert (sparse["allocation"], sparse["sparse_fraction"], sparse["model"]) == ("uniform", 0.9, "tiny")
+    keys = "task model perplexity tokens sparsity achieved_sparsity thresholds sparse_fraction"
+    assert set(sparse) == set(keys.split())
+    assert (sparse["thresholds"], sparse["sparse_fraction"], sparse["model"]) == ("uniform", 0.9, "copy")
     assert sparse["achieved_sparsity"] == pytest.approx(0.5, abs=0.06)
     assert sparse["perplexity"] != pytest.approx(dense["perplexity"], rel=1e-6)
 
-    model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
-    model.set_sparsity(load_statistics(checkpoint / "calibration.safetensors"), 0.5)
-    tokens = torch.tensor(evaluation.load_tokenizer(checkpoint).encode(text.read_text()))
+    statistics = load_statistics(copy / "calibration.safetensors")
+    model.set_cuts(uniform(RuleInputs(copy, lambda: statistics), 0.5))
+    tokens = torch.tensor(evaluation.load_tokenizer(copy, 300).encode(text.read_text()))
     assert perplexity(model, tokens, 40, 20, 3, dense_prefix=6) == sparse["perplexity"]
 
 
@@ -157,9 +156,9 @@ def test_main(checkpoint, text, capsys):  # noqa: F811
         ({"sparsity": 1.0}, "--sparsity 1.0"),
         ({"sparsity": 50.0}, "--sparsity 50.0"),
         ({"sparse_fraction": 0.0}, "--sparse_fraction 0.0"),
-        ({"allocation": "greedy"}, "greedy"),
+        ({"thresholds": "greedy", "sparsity": 0.5, "context": 10, "window": 5}, "python greedy.py"),
         ({"device": "mars"}, "--device mars"),
-        ({"context": 300}, r"300 \+ 512 tokens exceed"),
+        ({"context": 300, "window": 20}, r"300 \+ 20 tokens exceed"),
         ({"context": 300_000}, r"a window 300000 \+ 512"),
         ({"sparsity": 0.5, "statistics": Path("absent.safetensors"), "context": 10, "window": 5}, "no statistics file"),
         ({"checkpoint_path": Path("absent")}, "absent"),
@@ -168,6 +167,11 @@ def test_main(checkpoint, text, capsys):  # noqa: F811
         ({"limit": 0}, "--limit 0 must be at least 1"),
     ],
 )
-def test_mistakes(checkpoint, text, options, message):  # noqa: F811
+def test_mistakes(tiny, text, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluation.main(**({"checkpoint_path": checkpoint, "data": text, "precision": "float32"} | options))
+        evaluation.main(flags(**({"checkpoint_path": tiny, "data": text, "precision": "float32"} | options)))
+
+
+def test_an_old_flag_ends_in_one_line_that_names_the_new_one(tiny):
+    with pytest.raises(SystemExit, match=r"--allocation is now --thresholds \{best,"):
+        evaluation.main(flags(checkpoint_path=tiny, allocation="greedy"))

@@ -1,28 +1,31 @@
 """Sampling, the generation loop, the command line, and every mistake of a user's that it must answer in one line."""
 
-import argparse
 import io
 import json
 import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
-import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from models import change_config, flags
 from safetensors.torch import load_file, save_file
 
 import generate
-from calibrate import Statistics, load_statistics
 from cli import command_line
+from decoder import Generator, sample
 from formats import default_model
-from generate import Generator, count_kept, sample
-from model import Transformer, transformer_configs
-from sparse_model import PROJECTIONS, SparseTransformer
+from formats.checkpoint import fingerprint
+from generate import count_kept
+from model import Transformer, read_config, transformer_configs
+from sparse_model import SparseTransformer
+from thresholds import Cuts, CutTable, Statistics, load_statistics
 from tokenizer import load_tokenizer
 
 KEYS = {
@@ -84,6 +87,13 @@ def test_greedy_takes_the_likeliest():
 # ---------------------------------------------------------------- the loop
 
 
+def cuts_of(model: SparseTransformer) -> Cuts:
+    """Cuts of about half of the inputs of the tiny model."""
+    limits = [0.05 if next(iter(module.segments)) in ("o", "down") else 0.6 for module in model.sites]
+    thresholds = [torch.full((len(m.widths), 1), limit) for m, limit in zip(model.sites, limits, strict=True)]
+    return Cuts(0.5, thresholds, [None] * len(thresholds))
+
+
 @pytest.fixture
 def dense(tiny) -> Transformer:
     return Transformer.from_checkpoint(tiny, dtype=torch.float32)
@@ -92,9 +102,7 @@ def dense(tiny) -> Transformer:
 @pytest.fixture
 def sparse(tiny) -> SparseTransformer:
     model = SparseTransformer.from_checkpoint(tiny, dtype=torch.float32)
-    for layer in range(2):
-        for projection in PROJECTIONS:
-            model.set_threshold(layer, projection, 0.05 if projection in ("o", "down") else 0.6)
+    model.set_cuts(cuts_of(model))
     return model
 
 
@@ -228,12 +236,11 @@ def test_compiled_on_a_gpu_equals_eager(compile_prefill, kind, batch, tiny):
     cls = SparseTransformer if kind == "sparse" or batch == 1 else Transformer
     model = cls.from_checkpoint(tiny, "cuda", torch.float32)
     if kind == "sparse":
-        for layer in range(2):
-            for projection in PROJECTIONS:
-                model.set_threshold(layer, projection, 0.05 if projection in ("o", "down") else 0.6)
+        model.set_cuts(cuts_of(model))
     prompt = prompts(batch).cuda()
     eager = Generator(model, batch, 25, temperature=0)(prompt, 20).tokens
-    compiled = Generator(model, batch, 25, temperature=0, compile=True, compile_prefill=compile_prefill)
+    step = "fused" if batch == 1 else "compiled"
+    compiled = Generator(model, batch, 25, temperature=0, step=step, compile_prefill=compile_prefill)
     for _ in range(2):
         assert torch.equal(compiled(prompt, 20).tokens, eager)
 
@@ -248,7 +255,7 @@ def cli(monkeypatch, capsys):
     def run(*arguments) -> str:
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
         capsys.readouterr()
-        command_line(generate.main, generate.parse_arguments())
+        command_line(generate.main)
         return capsys.readouterr().out
 
     return run
@@ -273,18 +280,9 @@ def refused(cli, capsys):
 @pytest.fixture(scope="session")
 def calibrated(tiny, tmp_path_factory) -> Path:
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("org") / "calibrated")
-    generate.main(checkpoint_path=str(folder), sparsity=0.5, num_samples=1, max_new_tokens=2, precision="float32")
+    options = {"num_samples": 1, "max_new_tokens": 2, "precision": "float32"}
+    generate.main(flags(checkpoint_path=folder, sparsity=0.5, **options))
     return folder
-
-
-@pytest.fixture
-def copy(tiny, tmp_path) -> Path:
-    return shutil.copytree(tiny, tmp_path / "copy")
-
-
-def change_config(folder: Path, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def result_of(output: str) -> dict:
@@ -342,7 +340,7 @@ def test_a_single_new_token(cli, calibrated):
 
 def test_without_json_there_is_none(cli, tiny):
     output = cli("--checkpoint_path", tiny / "model.safetensors", *BRIEF)
-    assert "{" not in output and "tokens/s" in output and output.startswith("Hello, my name is")
+    assert "{" not in output and "tokens/s" in output and output.startswith(generate.DEFAULT_PROMPT)
 
 
 def test_the_seed_makes_the_text(cli, tiny):
@@ -376,7 +374,7 @@ def test_an_empty_prompt_is_not_the_default_one(cli, refused, copy):
     change_config(copy, bos_token_id=5)
     (copy / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     output = cli("--checkpoint_path", copy, "--json", "--prompt", "", *BRIEF)
-    assert result_of(output)["prompt_tokens"] == 1 and "my name is" not in output
+    assert result_of(output)["prompt_tokens"] == 1 and generate.DEFAULT_PROMPT not in output
 
 
 @pytest.mark.parametrize("name", ["trace", "trace.json"])
@@ -397,6 +395,85 @@ def test_random_init(cli, monkeypatch):
     assert (result["prompt_tokens"], result["text"], result["model"]) == (6, None, "tiny-random")
     assert result["achieved_sparsity"] == pytest.approx(0.5, abs=0.15)
     assert "random weights" in cli("--random_init", "tiny-random", *BRIEF)
+
+
+# ---------------------------------------------------------------- the first run: question, step, what it cost
+
+
+def test_the_default_prompt_is_a_question_where_the_model_chats(cli, copy):
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    output = cli("--checkpoint_path", copy, "--json", "--temperature", 0, *BRIEF)
+    tokenizer = load_tokenizer(copy, 300)
+    ids = tokenizer.encode_chat([{"role": "user", "content": generate.DEFAULT_QUESTION}])
+    model = Transformer.from_checkpoint(copy, dtype=torch.float32)
+    new = Generator(model, 1, 160, temperature=0)(torch.tensor([ids]), 8).tokens[0, len(ids) :].tolist()
+    result = result_of(output)
+    assert result["prompt_tokens"] == len(ids) and result["text"] == tokenizer.decode(new, after=ids)
+    assert output.startswith(f"> {generate.DEFAULT_QUESTION}\n\n{result['text']}")
+
+
+COMPILES = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+
+
+@COMPILES
+@pytest.mark.parametrize("given", [(), ("--no-compare_dense",), ("--compare_dense",)])
+def test_a_fused_run_is_compared_with_dense_briefly(cli, monkeypatch, calibrated, given):
+    runs, measure = [], generate.measure
+    monkeypatch.setattr(generate, "measure", lambda *a: runs.append((len(a[0]), *a[2:])) or measure(*a))
+    arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compile", "--json", *BRIEF)
+    output = cli(*arguments, "--max_new_tokens", 40, *given)
+    lines = {line.split()[0]: line for line in output.splitlines() if line and line[0].isupper()}
+    assert ("speedup" in result_of(output)) == (given == ("--compare_dense",))
+    assert ("Dense" in lines) == (given != ("--no-compare_dense",)) == ("speed-up" in output)
+    expected = {(): [(2, 5, 1), (1, 40, 1), (2, 32, 3)], ("--no-compare_dense",): [(1, 5, 1), (1, 40, 1)]}
+    assert runs == expected.get(given, [(2, 5, 1), (2, 40, 1)])
+    assert "fused steps" in lines["Model"] and list(lines)[-1] == "Quality"
+    assert [name for name in lines if name in ("Memory", "Sparsity", "Quality")] == ["Memory", "Sparsity", "Quality"]
+
+
+def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
+    arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compile", "--json", *BRIEF)
+    texts = [result_of(cli(*arguments, *more))["text"] for more in ((), ("--no-compare_dense",))]
+    assert texts[0] == texts[1]
+
+
+@COMPILES
+@pytest.mark.parametrize(("given", "form", "line"), [
+    ((), "eager", "a step runs operation by operation; with --compile it is one C++ call"),
+    (("--batch_size", 2), "eager", ""),
+    (("--compile",), "fused", ""),
+    (("--compile", "--unfused"), "compiled", "through torch.compile, not the fused step: --unfused"),
+    (("--compile", "--batch_size", 2), "compiled", "through torch.compile, not the fused step: it serves one row"),
+    (("--compile", "--deterministic"), "fused", ""),
+])  # fmt: skip
+def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
+    try:
+        o = generate.parse_arguments(list(map(str, given)))
+        assert generate.choose_step(o, read_config(tiny), torch.device("cpu")) == form
+    finally:
+        torch.use_deterministic_algorithms(False)
+    said = capsys.readouterr().err
+    assert line in said and bool(line) == bool(said)
+
+
+def test_the_first_build_of_the_kernels_is_announced(tiny, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
+    generate.choose_step(generate.parse_arguments(["--compile"]), read_config(tiny), torch.device("cpu"))
+    assert "building the C++ kernels" in capsys.readouterr().err
+
+
+def test_the_quality_is_that_of_the_tables_record(cli, copy):
+    model = SparseTransformer.from_checkpoint(copy, dtype=torch.float32)
+    record = json.dumps({"text": "a text", "perplexity": [[0.0, 20.0], [0.5, 24.5]]})
+    table = CutTable([], {}, {"rule": "refined", "fingerprint": fingerprint(copy), "quality": record})
+    table.append(cuts_of(model))
+    table.save(copy / "thresholds_refined.safetensors")
+    arguments = ("--checkpoint_path", copy, *BRIEF, "--sparsity", 0.5)
+    output = cli(*arguments)
+    assert "(refined thresholds)" in output
+    assert "perplexity 24.50, dense 20.00 (a text, recorded in the cut table)" in output.splitlines()[-1]
+    assert "not recorded" in cli(*arguments, "--thresholds", "uniform").splitlines()[-1]
 
 
 # ---------------------------------------------------------------- chat
@@ -468,7 +545,9 @@ def test_sparsity_outside_its_range(refused, tiny, sparsity):
     (("--prompt", "Hello " * 200), "do not fit tiny's context of 160"),
     (("--prompt", 10**20), "tiny's context is 160 tokens"),
     (("--max_new_tokens", 1000), "1000 new ones do not fit"),
-    (("--allocation", "absent.json"), "absent.json"), (("--allocation", "greedy", "--sparsity", 0.5), "greedy"),
+    (("--thresholds", "absent", "--sparsity", 0.5), "--thresholds absent: no such file; it takes best, refined"),
+    (("--thresholds", "greedy", "--sparsity", 0.5), "python greedy.py"),
+    (("--allocation", "greedy"), "generate.py: --allocation is now --thresholds {best,uniform,greedy,refined,FILE}"),
     (("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
     (("--device", "toaster"), "--device toaster cannot be used here"),
     (("--statistics", "absent.safetensors", "--sparsity", 0.5), "no statistics file at absent.safetensors"),
@@ -504,7 +583,7 @@ def test_other_ends(monkeypatch, error, code):
 
     monkeypatch.setattr(sys, "argv", ["bin/pytest"])
     with pytest.raises(SystemExit) as caught:
-        command_line(main, argparse.Namespace())
+        command_line(main)
     assert caught.value.code == code
 
 
@@ -583,7 +662,7 @@ def test_statistics_that_do_not_do(refused, cli, copy, calibrated, tmp_path):
     assert "not a statistics file" in refused(*arguments)
     fewer = load_statistics(calibrated / own.name)
     Statistics({k: v for k, v in fewer.tensors.items() if k.startswith("0.")}, {"kind": "own"}).save(own)
-    assert "the model has 2 layers, the statistics 1" in refused(*arguments)
+    assert "they are for 4 sites" in refused(*arguments)
     own.unlink()
     assert "achieved" in cli(*arguments) and own.exists()  # mended as the messages say
 
@@ -612,7 +691,7 @@ def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, value, flag):
     monkeypatch.setattr(
         sys, "argv", ["generate.py", "--checkpoint_path", str(tiny), flag, "--sparsity", "0", "--json", *BRIEF]
     )
-    command_line(generate.main, generate.parse_arguments())
+    command_line(generate.main)
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "compiler" in line]
     assert len(lines) == 1 and "C++ compiler" in lines[0] and "--compile" in lines[0]
@@ -622,35 +701,49 @@ def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, value, flag):
 
 @pytest.mark.parametrize("flags", [["--compile", "--batch_size", "2"], ["--compile_prefill"]])
 def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
-    monkeypatch.setattr(generate, "can_compile", lambda device: True)
+    monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
     monkeypatch.setattr(torch, "compile", forbidden)
     with pytest.raises(AssertionError, match=r"torch\.compile was called"):
         cli("--checkpoint_path", tiny, *flags, *BRIEF)
 
 
-@pytest.mark.parametrize("fastest", ["our kernel", "torch linear, [out, in]", "torch linear, [in, out]"])
-def test_the_dense_rival_on_a_cpu_is_the_fastest_product(cli, monkeypatch, calibrated, fastest):
-    if not generate.has_cpu_kernel(torch.device("cpu"), 1):
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(generate, "fastest_dense", lambda model: fastest)
-    result = result_of(cli("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compare_dense", "--json", *BRIEF))
-    expected = fastest if fastest.startswith("torch") else "the sparse kernel at threshold 0"
-    assert result["dense_backend"] == expected
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.01])
-def test_the_fastest_product_is_found(monkeypatch, tiny, seconds):
-    model = SparseTransformer.from_checkpoint(tiny)
-    monkeypatch.setattr(generate.cpu, "launch_sparse_gemv", lambda *_: seconds and time.sleep(seconds))
-    assert (generate.fastest_dense(model) == "our kernel") == (seconds == 0)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@COMPILES
 def test_compiled_steps_write_the_same_text(cli, calibrated, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--json", "--temperature", 0, *BRIEF)
     eager, compiled = result_of(cli(*arguments)), result_of(cli(*arguments, "--compile"))
     assert compiled["text"] == eager["text"] and compiled["compile_s"] > 0 and eager["compile_s"] is None
+
+
+# ---------------------------------------------------------------- what the default model writes
+
+
+def text_figures(text: str) -> tuple[float, float, float]:
+    """Share of distinct word pairs, mean word length, share of characters that plain prose does not have."""
+    words = text.split()
+    pairs = list(pairwise(words))
+    ordinary = set(" \n.,;:!?'\"()-/\u2013\u2014\u2018\u2019\u201c\u201d")
+    junk = sum(not (c.isalnum() or c in ordinary) for c in text) + 2 * text.count("..")
+    return len(set(pairs)) / len(pairs), sum(map(len, words)) / len(words), junk / len(text)
+
+
+def test_figures_tell_prose_from_noise():
+    distinct, length, junk = text_figures("Plants make their food from light and water.")
+    assert distinct == 1 and 4 < length < 6 and junk == 0
+    assert text_figures("a b " * 50)[0] < 0.05 and text_figures("a .. b .. \ufffd\ufffd")[2] > 0.3
+
+
+@pytest.mark.skipif("TEXT_QUALITY" not in os.environ, reason="minutes of the default model: TEXT_QUALITY=1 runs it")
+def test_the_default_model_writes_prose(capsys):
+    figures = []
+    for seed in range(8):
+        result = generate.main(["--sparsity", "0.5", "--compile", "--no-compare_dense", "--seed", str(seed)])
+        figures.append(text_figures(result["text"]))
+        with capsys.disabled():
+            print(seed, *(f"{figure:.3f}" for figure in figures[-1]), result["text"][:60].encode())
+    distinct, lengths, junk = zip(*figures, strict=True)
+    assert statistics.median(distinct) >= 0.5 and min(distinct) >= 0.15
+    assert min(lengths) > 3 and max(junk) < 0.04
 
 
 # ---------------------------------------------------------------- the command line, as a process

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from lm_eval.api.instance import Instance
+from models import flags
 
 import eval as evaluation
 from calibrate import collect
@@ -15,6 +16,7 @@ from convert_hf_checkpoint import main as convert
 from harness import HarnessModel
 from model import Transformer
 from sparse_model import SparseTransformer
+from thresholds import RuleInputs, uniform
 from tokenizer import load_tokenizer
 
 TASKS = Path(__file__).parents[1] / "benchmarks" / "tasks"
@@ -51,7 +53,7 @@ def both(tiny, tmp_path_factory) -> tuple[Path, Path]:
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
     tokenizer.save_pretrained(folder / "hf")
-    convert(checkpoint_dir=folder / "hf", output_dir=folder / "tiny")
+    convert(flags(checkpoint_dir=folder / "hf", output_dir=folder / "tiny"))
     return folder / "hf", folder / "tiny"
 
 
@@ -59,6 +61,14 @@ def ours(folder: Path, sparse_fraction: float | None = None, batch_size: int = 4
     cls = Transformer if sparse_fraction is None else SparseTransformer
     model = cls.from_checkpoint(folder, dtype=torch.float32)
     return HarnessModel(model, load_tokenizer(folder), sparse_fraction, batch_size)
+
+
+def cut(mine: HarnessModel, sparsity: float) -> None:
+    """Sets uniform thresholds and starts counting."""
+    tokens = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(1))
+    statistics = collect(mine.model, tokens)
+    mine.model.set_cuts(uniform(RuleInputs(None, lambda: statistics), sparsity))
+    mine.model.reset_counts()
 
 
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
@@ -93,9 +103,7 @@ def test_sparse_requests_are_cut_as_windows_are_and_batches_change_nothing(both,
     runs = []
     for batch_size in (1, 4):
         mine = ours(both[1], fraction, batch_size)
-        tokens = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(1))
-        mine.model.set_sparsity(collect(mine.model, tokens), 0.5)
-        mine.model.reset_counts()
+        cut(mine, 0.5)
         found = mine.loglikelihood(instances("loglikelihood", PAIRS))
         runs.append((found, mine.model.achieved_sparsity()))
     for (a, _), (b, _) in zip(*(found for found, _ in runs), strict=True):
@@ -111,9 +119,7 @@ def test_sparse_requests_are_cut_as_windows_are_and_batches_change_nothing(both,
 
 def test_new_tokens_are_cut_too(both):
     mine = ours(both[1], 0.5)
-    tokens = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(1))
-    mine.model.set_sparsity(collect(mine.model, tokens), 0.6)
-    mine.model.reset_counts()
+    cut(mine, 0.6)
     mine.generate_until(instances("generate_until", [("Hello, my name is", {"max_gen_toks": 9})]))
     prompt = len(mine.tok_encode("Hello, my name is"))
     assert mine.model.sites[0].steps <= prompt - round(prompt * 0.5) + 8
@@ -139,11 +145,11 @@ def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task
     task_file = tmp_path / f"{task}.yaml"  # the context of this model is short
     task_file.write_text((TASKS / task_file.name).read_text().replace("do_sample:", "max_gen_toks: 20\n  do_sample:"))
     options = {"checkpoint_path": both[1], "tasks": str(task_file), "data": path, "limit": 2}
-    result = evaluation.main(**options, precision="float32", json_line=True)
+    result = evaluation.main(flags(**options, precision="float32", json=True))
     (scores,) = result["results"].values()
     assert scores and all(isinstance(value, float) for value in scores.values())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
-    assert result["sparsity"] == 0 and set(result) >= {"task", "model", "achieved_sparsity", "allocation"}
+    assert result["sparsity"] == 0 and set(result) >= {"task", "model", "achieved_sparsity", "thresholds"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +164,7 @@ def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task
 )
 def test_mistakes(both, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluation.main(checkpoint_path=both[1], precision="float32", **options)
+        evaluation.main(flags(checkpoint_path=both[1], precision="float32", **options))
 
 
 @pytest.mark.parametrize("content", ["{not json", json.dumps({"other": 1}) + "\n"])
@@ -168,10 +174,10 @@ def test_data_that_are_no_documents(both, tmp_path, monkeypatch, content):
     path.write_text(content)
     options = {"tasks": str(TASKS / "multiple_choice.yaml"), "data": path, "precision": "float32"}
     with pytest.raises(ValueError, match="cannot be evaluated"):
-        evaluation.main(checkpoint_path=both[1], **options)
+        evaluation.main(flags(checkpoint_path=both[1], **options))
 
 
 def test_without_lm_eval(both, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "harness", None)
     with pytest.raises(ValueError, match="need"):
-        evaluation.main(checkpoint_path=both[1], tasks="piqa")
+        evaluation.main(flags(checkpoint_path=both[1], tasks="piqa"))

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models import flags
 
 import benchmarks.results as results
-import calibrate
 from benchmarks import quality
-from calibrate import load_statistics
+from calibrate import calibrate
 from sparse_model import SparseTransformer
+from thresholds import load_statistics
 
 WINDOWS = {"context": 40, "window": 20, "num_windows": 4, "device": "cpu"}
 
@@ -22,7 +23,8 @@ def folder(tiny, tmp_path_factory) -> Path:
     (folder / "text.txt").write_text(
         "".join(f"Hello, my name is Ann and story {i} is of rivers.\n" for i in range(200))
     )
-    calibrate.main(folder, data=[str(folder / "text.txt")], num_tokens=1600, precision="float32")
+    statistics = calibrate(folder, load(folder), [str(folder / "text.txt")], 1600)
+    statistics.save(folder / "calibration.safetensors")
     return folder
 
 
@@ -77,7 +79,7 @@ def test_column_norms_weigh_the_inputs(folder, tokens):
 def test_rows(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     options = {"data": folder / "text.txt", "text": "c4", "calibration": [str(folder / "text.txt")]}
-    rows = quality.main(folder, sparsities=(0.15,), **options, **WINDOWS)
+    rows = quality.main(flags(checkpoint_path=folder, sparsities=[0.15], **options, **WINDOWS))
     written = results.read_rows("quality.csv")
     assert [row["rule"] for row in written] == ["dense", "uniform", "norms", "cats", "relu", "up-input", "up-output"]
     assert len(rows) == len(written) and set(quality.KEY.split()) < written[0].keys()
@@ -88,7 +90,7 @@ def test_rows(folder, monkeypatch, tmp_path, capsys):
             assert float(row["achieved_sparsity"]) == pytest.approx(0.15, abs=0.06)
     errors = capsys.readouterr().err
     for rule in ("greedy", "refined"):  # what is not there is said, the rest is measured
-        assert f"{rule} at 15%: " in errors and "no file" in errors
+        assert f"{rule} at 15%: " in errors and "no cut table beside" in errors
 
 
 def test_paths_in_a_command_are_names():

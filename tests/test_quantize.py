@@ -1,53 +1,49 @@
 """int8 and int4 checkpoints: what rounding costs, that every way through the model means the same weights, errors."""
 
-import json
+import shutil
 
 import pytest
 import torch
+from models import CONFIG, build, change_config, flags, random_tokens, write_checkpoint
 
-from calibrate import collect, load_statistics, statistics_for
+import generate
+import quantize as script
+from calibrate import collect, statistics_for
+from decoder import Generator
 from formats.checkpoint import fingerprint
-from generate import Generator
-from generate import main as generate
-from greedy import resolve_allocation
+from formats.files import read_json
 from kernels import cpu
 from kernels.quantized import dequantize, pack_int4
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
 from model import ModelArgs, Transformer, read_config
 from quantize import gptq, int8_scale, quantize_model, quantize_weight, round_int4, round_int8
-from quantize import main as quantize_main
-from refine import ThresholdTable
 from sparse_model import SparseTransformer
+from thresholds import STATISTICS_NAME, Cuts, CutTable, cuts_for, load_statistics, recorded_perplexity
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}  # fmt: skip
+SHAPE = {"intermediate_size": 176, "vocab_size": 300, "max_position_embeddings": 256, "tie_word_embeddings": True}
+SHAPE = CONFIG | SHAPE
 MODES = ["int8", "int4"]
 
 
 def quantize(folder, mode, output=None, **options):
-    options = {"groupsize": 16, "num_tokens": 0, "precision": "float32", **options}
-    return quantize_main(folder, mode, output_dir=output, **options)
+    options = {"groupsize": 16, "num_tokens": 0, "precision": "float32", "device": "cpu"} | options
+    return script.main(flags(checkpoint_path=folder, mode=mode, output_dir=output, **options))
 
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """A tied checkpoint of random weights."""
-    from safetensors.torch import save_file
+    return write_checkpoint(tmp_path_factory.mktemp("org") / "tiny", SHAPE, std=0.1)
 
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(TINY))
-    model = Transformer(read_config(folder), dtype=torch.float32)
-    model.init_weights(0, std=0.1)
-    save_file({name: tensor for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    return folder
+
+@pytest.fixture
+def checkpoint(written, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(written, tmp_path / "tiny")
 
 
 def test_int8_is_the_nearest_of_255_values():
@@ -121,7 +117,7 @@ def test_every_class_computes_with_the_same_weights(checkpoint, mode):
     original = Transformer.from_checkpoint(checkpoint, dtype=torch.float32)
     dense = Transformer.from_checkpoint(folder, dtype=torch.float32)
     sparse = SparseTransformer.from_checkpoint(folder, dtype=torch.float32)
-    idx = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(1))
+    idx = random_tokens(2, 20, 300)
     expected = dense(idx)
     torch.testing.assert_close(sparse(idx), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sparse(idx, dense_prefix=3), expected, rtol=1e-4, atol=1e-4)  # thresholds are 0
@@ -129,7 +125,7 @@ def test_every_class_computes_with_the_same_weights(checkpoint, mode):
     assert (1e-4 < error < 0.03) if mode == "int8" else (0.01 < error < 0.4)  # rounded, and no more than that
 
     # the original with the weights that the quantised ones stand for
-    for module, source in zip(original.projections, sparse.sites, strict=True):
+    for module, source in zip(original.sites, sparse.sites, strict=True):
         assert (module.weight - source.dequantized(torch.float32).t()).norm() < 0.12 * module.weight.norm()
         module.weight.data = source.dequantized(torch.float32).t()
     original.output = dense.output
@@ -140,11 +136,7 @@ def test_every_class_computes_with_the_same_weights(checkpoint, mode):
 
 def test_fused_projections_are_those_of_the_single_ones():
     """Parts stacked along out, each with whole groups."""
-    model = SparseTransformer(
-        ModelArgs(dim=64, n_head=4, n_local_heads=2, intermediate_size=96, n_layer=1), dtype=torch.float32
-    )
-    model.requires_grad_(False).init_weights(0)
-    module = model.sites[0]
+    module = build(SparseTransformer, CONFIG, std=0.02).sites[0]
     zeros = torch.zeros(64, 64)
     whole = quantize_weight("wqkv", module.weight, zeros, "int4", 32)
     parts = [
@@ -159,12 +151,11 @@ def test_fused_projections_are_those_of_the_single_ones():
 @pytest.mark.parametrize("mode", MODES)
 def test_a_text_makes_the_outputs_better(checkpoint, mode):
     model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
-    windows = torch.randint(300, (8, 100), generator=torch.Generator().manual_seed(1))
+    windows = random_tokens(8, 100, 300)
     errors = []
     for text in (windows[:0], windows):
-        quantized = SparseTransformer(
-            ModelArgs.from_config({**TINY, "quantization": {"mode": mode, "groupsize": 16}}), dtype=torch.float32
-        )
+        config = ModelArgs.from_config(SHAPE | {"quantization": {"mode": mode, "groupsize": 16}})
+        quantized = SparseTransformer(config, dtype=torch.float32)
         quantized.load_state_dict(quantize_model(model, text, mode, 16), strict=False)
         for name in ("tok_embeddings", "norm"):
             quantized.get_submodule(name).load_state_dict(model.get_submodule(name).state_dict())
@@ -178,7 +169,7 @@ def test_a_text_makes_the_outputs_better(checkpoint, mode):
 def test_decoding_equals_the_whole_pass(checkpoint, mode):
     folder = quantize(checkpoint, mode)
     model = SparseTransformer.from_checkpoint(folder, dtype=torch.float32)
-    prompt = torch.randint(300, (1, 5), generator=torch.Generator().manual_seed(2))
+    prompt = random_tokens(1, 5, 300, seed=2)
     tokens = Generator(model, 1, 25, temperature=0)(prompt, 15).tokens
     assert torch.equal(model(tokens[:, :-1])[:, 4:].argmax(-1), tokens[:, 5:])
 
@@ -204,7 +195,7 @@ def test_bytes_of_a_step_are_those_of_the_quantised_weights(checkpoint, mode):
     in_rows = weights if mode == "int8" else wqkv + (weights - wqkv) // 2 + (weights - wqkv) // 16 * 4
     scales = 4 * outputs if mode == "int8" else 4 * 2 * 128
     assert model.bytes_per_step() == in_rows + scales + rest
-    model.set_cuts([(torch.full_like(m.threshold, float("inf")), None) for m in model.sites])
+    model.set_cuts(Cuts(0.99, [torch.full_like(m.threshold, float("inf")) for m in model.sites], [None] * 8))
     model(torch.zeros(1, 9, dtype=torch.int64), dense_prefix=2)
     assert model.bytes_per_step() == scales + rest  # a cut input's row skips the scales that are its own
     assert model.to(torch.float16).layers[0].attention.wo.scale.dtype == (
@@ -237,51 +228,69 @@ def test_random_weights_by_name(mode):
 
 @pytest.mark.parametrize("name", ["stories15M-int8", "stories110M-int4"])
 def test_the_command_line_generates_with_it(name):
-    result = generate(
-        random_init=name, sparsity=0.5, max_new_tokens=4, num_samples=1, device="cpu",
-        precision="float32", compare_dense=True,
-    )  # fmt: skip
+    options = {"max_new_tokens": 4, "num_samples": 1, "device": "cpu", "precision": "float32", "compare_dense": True}
+    result = generate.main(flags(random_init=name, sparsity=0.5, **options))
     assert 0.3 < result["achieved_sparsity"] < 0.7
     assert result["dense_backend"] == ("the sparse kernel at threshold 0" if cpu.library() else "torch linear")
 
 
 def test_a_checkpoint_with_a_tokenizer_is_quantised_on_its_own_text(tiny, tmp_path):
     folder = quantize(tiny, "int4", tmp_path / "out", num_tokens=64, groupsize=16)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     assert config["quantization"] == {"mode": "int4", "text": "the model's own, seed 0", "tokens": 64, "groupsize": 16}
-    result = generate(checkpoint_path=folder, sparsity=0.5, max_new_tokens=4, num_samples=1, device="cpu")
+    options = {"max_new_tokens": 4, "num_samples": 1, "device": "cpu"}
+    result = generate.main(flags(checkpoint_path=folder, sparsity=0.5, **options))
     assert 0.2 < result["achieved_sparsity"] < 0.8
 
 
-def test_statistics_and_allocations_go_along(checkpoint, tmp_path, capsys):
+@pytest.fixture
+def calibrated(checkpoint):
+    """The checkpoint with statistics and a cut table."""
     model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
-    statistics = collect(model, torch.arange(64).view(1, 64))
-    table = ThresholdTable([], {}, {"method": "global"})
-    cuts = [(torch.rand(module.threshold.shape), randn(module.threshold.shape[1])) for module in model.sites]
-    table.append(0.5, cuts)
-    for name, artifact in (("calibration.safetensors", statistics), ("allocation_global.safetensors", table)):
+    quality = '{"text": "t", "perplexity": [[0, 9]]}'
+    table = CutTable([], {}, {"rule": "refined", "quality": quality})
+    shapes = [module.threshold.shape for module in model.sites]
+    table.append(Cuts(0.5, [torch.rand(shape) for shape in shapes], [randn(shape[1]) for shape in shapes]))
+    statistics = collect(model, random_tokens(1, 64, 300))
+    for name, artifact in (("calibration", statistics), ("thresholds_refined", table)):
         artifact.metadata["fingerprint"] = fingerprint(checkpoint)
-        artifact.save(checkpoint / name)
-    folder = quantize(checkpoint, "int8", tmp_path / "out")
-    name, found = resolve_allocation("best", folder, 0.5)  # says if it were of another checkpoint
-    assert name == "global"
-    torch.testing.assert_close(found, cuts)
-    quantised = SparseTransformer.from_checkpoint(folder, dtype=torch.float32)
-    assert statistics_for(folder, None, quantised).threshold(1, "up", 0.5) == statistics.threshold(1, "up", 0.5)
-    folder = quantize(checkpoint, "int4", tmp_path / "out4")
-    assert resolve_allocation("best", folder, 0.5)[0] == "global"
-    assert not (folder / "calibration.safetensors").exists()
+        artifact.save(checkpoint / f"{name}.safetensors")
+    return checkpoint
+
+
+def test_statistics_and_tables_go_along(calibrated, tmp_path, capsys):
+    cuts = cuts_for("best", 0.5, calibrated, None)[1]
+    for mode in MODES:
+        folder = quantize(calibrated, mode, tmp_path / mode)
+        rule, found = cuts_for("best", 0.5, folder, None)  # says if they were of another checkpoint
+        assert rule == "refined" and recorded_perplexity(rule, folder, 0.5) is None  # it was that of the original
+        torch.testing.assert_close((found.thresholds, found.shifts), (cuts.thresholds, cuts.shifts))
+        assert (folder / STATISTICS_NAME).is_file() == (mode == "int8")
+    model = SparseTransformer.from_checkpoint(tmp_path / "int8", dtype=torch.float32)
+    expected = load_statistics(calibrated / STATISTICS_NAME).threshold(1, "up", 0.5)
+    assert statistics_for(tmp_path / "int8", None, model).threshold(1, "up", 0.5) == expected
     printed = capsys.readouterr()
-    assert "(with it: allocation_global.safetensors)" in printed.out
+    assert "(with it: thresholds_refined.safetensors, calibration.safetensors)" in printed.out
     assert "calibration.safetensors stays behind: int4 needs its own" in printed.err
-    (checkpoint / "config.json").write_text(json.dumps({**TINY, "rope_theta": 5e5}))
-    folder = quantize(checkpoint, "int8", tmp_path / "again")
-    assert "calibration.safetensors stays behind: the statistics are of another checkpoint" in capsys.readouterr().err
-    assert not list(folder.glob("a*"))
-    del statistics.metadata["fingerprint"]  # unknown, as of TEAL's histograms: it stays so
-    statistics.save(checkpoint / "calibration.safetensors")
-    folder = quantize(checkpoint, "int8", tmp_path / "unknown")
-    assert load_statistics(folder / "calibration.safetensors").fingerprint is None
+
+
+def test_what_stays_behind(calibrated, tmp_path, capsys):
+    change_config(calibrated, rope_theta=5e5)
+    (calibrated / "allocation_greedy.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"allocation_greedy.json is of an earlier version.*python greedy.py"):
+        folder = quantize(calibrated, "int8", tmp_path / "again")
+    printed = capsys.readouterr().err
+    assert "calibration.safetensors stays behind: the statistics are of another checkpoint" in printed
+    assert "thresholds_refined.safetensors stays behind: the cut table is of another checkpoint" in printed
+    assert not [*folder.glob("thresholds*"), *folder.glob("allocation*"), *folder.glob("calibration*")]
+
+
+def test_an_unknown_fingerprint_stays_unknown(calibrated, tmp_path):
+    statistics = load_statistics(calibrated / STATISTICS_NAME)
+    del statistics.metadata["fingerprint"]  # as of TEAL's histograms
+    statistics.save(calibrated / STATISTICS_NAME)
+    folder = quantize(calibrated, "int8", tmp_path / "unknown")
+    assert load_statistics(folder / STATISTICS_NAME).fingerprint is None
 
 
 def test_errors(checkpoint, tmp_path):
@@ -297,16 +306,11 @@ def test_errors(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="--num_tokens -5 is below 0"):
         quantize(checkpoint, "int8", tmp_path / "again", num_tokens=-5)
     assert not (tmp_path / "again").exists()
-    (checkpoint / "config.json").write_text(json.dumps({**TINY, "quantization": {"mode": "int3"}}))
-    with pytest.raises(ValueError, match=r"quantised \(int3\)"):
-        read_config(checkpoint)
-    for found in ("int8", {"mode": "int4", "groupsize": "64"}):
-        (checkpoint / "config.json").write_text(json.dumps({**TINY, "quantization": found}))
+    for wrong in ({"mode": "int3"}, "int8", {"mode": "int4", "groupsize": "64"}):
+        change_config(checkpoint, quantization=wrong)
         with pytest.raises(ValueError, match=r"quantised \(int"):
             read_config(checkpoint)
-    (checkpoint / "config.json").write_text(
-        json.dumps({**TINY, "_name_or_path": "org/m", "quantization": {"mode": "int8"}})
-    )
+    change_config(checkpoint, _name_or_path="org/m", quantization={"mode": "int8"})
     assert read_config(checkpoint).name == "org/m-int8"
     (checkpoint / "config.json").unlink()
     with pytest.raises(ValueError, match=r"no config\.json"):

@@ -1,41 +1,44 @@
-"""Cuts around a shift, the thresholds that refine.py makes of gradients, their file, what --allocation makes of it."""
+"""Cuts around a shift, the thresholds that refine.py makes of gradients, and its runs that stop and go on."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from models import SMALL, flags, random_tokens
+from models import build as build_model
 
-import eval as evaluation
-import generate
-import greedy
 import refine
-from greedy import resolve_allocation
-from model import ModelArgs, Transformer
-from refine import ThresholdTable, load_table, settle, start
+from model import Transformer
+from refine import initial_cuts, perplexity_of, scaled_to
 from sparse_model import SparseProjection, SparseTransformer
+from thresholds import Cuts, CutTable, load_table
 
-SMALL = {"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "n_local_heads": 2, "dim": 32}
-BRIEF = {"device": "cpu", "precision": "float32", "max_new_tokens": 4, "num_samples": 1}
+TABLE = "thresholds_refined.safetensors"
 
 
-def build(cls: type) -> Transformer:
-    model = cls(ModelArgs(**SMALL, intermediate_size=48), dtype=torch.float32)
-    model.init_weights(seed=3, std=0.25)
-    return model.requires_grad_(False).eval()
+def build(cls: type = SparseTransformer) -> Transformer:
+    return build_model(cls, SMALL, n_local_heads=2, seed=3, std=0.25)
 
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    return torch.randint(SMALL["vocab_size"], (6, 40), generator=torch.Generator().manual_seed(5))
+    return random_tokens(6, 40, seed=5)
 
 
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(refine, "LEVELS", (0.3, 0.6))
-    monkeypatch.setattr(refine, "ROWS", 6)
+    monkeypatch.setattr(refine, "WINDOWS", 6)
+
+
+def refined(model: SparseTransformer, tokens: torch.Tensor, updates: int) -> CutTable:
+    table = CutTable([], {}, {})
+    for _ in refine.refine(model, tokens, updates, table):
+        pass
+    return table
 
 
 def divergence(model: SparseTransformer, tokens: torch.Tensor) -> float:
@@ -52,8 +55,7 @@ def test_a_cut_input_is_taken_to_be_its_shift(dtype):
     module = SparseProjection(24, {"a": 10, "b": 6}, dtype=dtype)
     module.weight.data.normal_()
     threshold, shift = torch.rand(2, 24), torch.randn(24)
-    module.threshold.copy_(threshold)
-    module.set_shift(shift)
+    module.set_cut(threshold, shift)
     x = torch.randn(3, 5, 24, dtype=dtype)
     expected = []
     for t, weight in zip(threshold, module.weight.double().split([10, 6], 1), strict=True):
@@ -76,44 +78,50 @@ def test_a_cut_input_is_taken_to_be_its_shift(dtype):
     again.load_state_dict(module.state_dict())
     again.dense_prefix = 2
     assert torch.equal(again(x), module(x))
-    module.set_shift(None)
+    module.set_cut(threshold)
     assert module.shift is None and "shift" not in module.state_dict()
 
 
 def test_threshold_zero_with_a_shift_is_dense(tokens):
-    model = build(SparseTransformer)
+    model = build()
     dense = model(tokens)
     for module in model.sites:
-        module.set_shift(torch.randn(module.weight.shape[0]))
+        module.set_cut(module.threshold, torch.randn(module.weight.shape[0]))
     torch.testing.assert_close(model(tokens, dense_prefix=0), dense, atol=2e-4, rtol=1e-4)
     assert torch.equal(model(tokens), dense)  # several tokens at once are dense as they were
 
 
 def test_the_offset_is_counted_as_read():
-    model = build(SparseTransformer)
+    model = build()
     before = model.bytes_per_step()
     for module in model.sites:
-        module.set_shift(torch.ones(module.weight.shape[0]))
+        module.set_cut(module.threshold, torch.ones(module.weight.shape[0]))
     assert model.bytes_per_step() - before == 4 * sum(module.weight.shape[1] for module in model.sites)
 
 
 def test_cuts_of_another_model():
-    model = build(SparseTransformer)
-    cuts = [(module.threshold + 1, None) for module in model.sites]
-    wide = [(threshold, torch.zeros(threshold.shape[1] + 1)) for threshold, _ in cuts]
-    for wrong in (cuts[:-1], [(cuts[0][0][:, :-1], None), *cuts[1:]], wide):
-        with pytest.raises(ValueError, match=rf"of another model: {len(wrong)} inputs.*the model has 8"):
+    model = build()
+    thresholds, shifts = [module.threshold + 1 for module in model.sites], [None] * 8
+    wide = [torch.zeros(threshold.shape[1] + 1) for threshold in thresholds]
+    for wrong in (
+        Cuts(0.5, thresholds[:-1], shifts[:-1]),
+        Cuts(0.5, [thresholds[0][:, :-1], *thresholds[1:]], shifts),
+        Cuts(0.5, thresholds, wide),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"of another model: they are for {len(wrong[1])} sites.*this model has 8"
+        ):
             model.set_cuts(wrong)
-    assert not any(module.threshold.any() for module in model.sites)
+    assert not any(module.threshold.any() for module in model.sites) and model.sparsity == 0
 
 
 # ---------------------------------------------------------------- the algorithm
 
 
-def test_start_is_the_mean_square_of_each_segments_gradient(tokens):
-    model, dense, torch_generator = build(SparseTransformer), build(Transformer), torch.Generator().manual_seed(0)
+def test_initial_cuts_are_of_the_mean_square_of_each_segments_gradient(tokens):
+    model, dense, torch_generator = build(), build(Transformer), torch.Generator().manual_seed(0)
     model.load_state_dict(dense.state_dict())
-    found = start(model, tokens, seed=0)
+    cuts = initial_cuts(model, tokens, seed=0)
     sums, inputs = {}, {}
     for window in tokens.split(1):
         leaves = {}
@@ -135,7 +143,7 @@ def test_start_is_the_mean_square_of_each_segments_gradient(tokens):
         for j, segments in leaves.items():
             for s, leaf in enumerate(segments):
                 sums[j, s] = sums.get((j, s), 0) + leaf.grad[0, 1:].double().square().sum(0)
-    for j, (threshold, shift) in enumerate(found):
+    for j, (threshold, shift) in enumerate(zip(cuts.thresholds, cuts.shifts, strict=True)):
         widths = model.sites[j].widths
         for s, width in enumerate(widths):
             expected = (width / (sums[j, s] / (6 * 39))).sqrt()
@@ -145,38 +153,35 @@ def test_start_is_the_mean_square_of_each_segments_gradient(tokens):
 
 
 @pytest.mark.parametrize("level", [0.05, 0.5, 0.93])
-def test_settle_reaches_the_level(tokens, level):
-    model = build(SparseTransformer)
-    settle(model, tokens, level, start(model, tokens))
+def test_scaled_cuts_reach_the_level(tokens, level):
+    model = build()
+    cuts = scaled_to(model, tokens, level, initial_cuts(model, tokens))
+    assert cuts.sparsity == model.sparsity == level
+    assert torch.equal(model.sites[3].threshold, cuts.thresholds[3])  # they stay set
     model.reset_counts()
     model(tokens, dense_prefix=1)
     assert model.achieved_sparsity() == pytest.approx(level, abs=0.003)
 
 
 def test_refinement_lowers_the_divergence_at_equal_sparsity(tokens, quick):
-    model = build(SparseTransformer)
-    tables = [ThresholdTable([], {}, {}) for _ in range(2)]
-    for table, updates in zip(tables, (0, 30), strict=True):
-        for _ in refine.refine(model, tokens, table, updates):
-            pass
-        assert table.levels == [0.3, 0.6]
-    for i in range(2):
+    model = build()
+    tables = [refined(model, tokens, updates) for updates in (0, 30)]
+    for i, level in enumerate((0.3, 0.6)):
         values = []
         for table in tables:
-            refine.settle(model, tokens, table.levels[i], table.row(i))  # on all windows, to compare
+            assert table.levels == [0.3, 0.6]
+            scaled_to(model, tokens, level, table.level(i))  # on all windows, to compare
             model.reset_counts()
             values.append(divergence(model, tokens))
-            assert model.achieved_sparsity() == pytest.approx(table.levels[i], abs=0.003)
+            assert model.achieved_sparsity() == pytest.approx(level, abs=0.003)
         assert values[1] < 0.97 * values[0]
 
 
 def test_every_unseen_window_is_cut_by_the_level(quick):
-    tokens = torch.randint(SMALL["vocab_size"], (24, 40), generator=torch.Generator().manual_seed(5))
-    model, table = build(SparseTransformer), ThresholdTable([], {}, {})
-    for _ in refine.refine(model, tokens, table, 2):
-        pass
+    model, tokens = build(), random_tokens(24, 40, seed=5)
+    table = refined(model, tokens, 2)
     for i, level in enumerate(table.levels):
-        model.set_cuts(table.row(i))
+        model.set_cuts(table.level(i))
         reached = []
         for window in tokens[-3:].split(1):  # an eighth
             model.reset_counts()
@@ -185,147 +190,96 @@ def test_every_unseen_window_is_cut_by_the_level(quick):
         assert min(reached) == pytest.approx(level, abs=0.001) and max(reached) > level + 0.003
 
 
+@pytest.mark.parametrize(("windows", "text"), [(24, "held-out calibration text"), (6, "the calibration text")])
+def test_the_perplexity_on_the_held_out_text_is_recorded(quick, windows, text):
+    model, tokens = build(), random_tokens(windows, 40, seed=5)
+    table = refined(model, tokens, 1)
+    quality = json.loads(table.metadata["quality"])
+    assert quality["text"] == text and [level for level, _ in quality["perplexity"]] == [0.0, 0.3, 0.6]
+    unseen = tokens[-3:] if windows == 24 else tokens
+    logits = model(unseen)[:, :-1]
+    dense = F.cross_entropy(logits.flatten(0, 1), unseen[:, 1:].flatten()).exp().item()
+    assert quality["perplexity"][0][1] == pytest.approx(dense, rel=1e-4)
+    model.set_cuts(table.at(0.6))
+    sparse = perplexity_of(model, unseen, cut=True)
+    assert quality["perplexity"][2][1] == pytest.approx(sparse)  # of what is kept, rounded
+    assert table.perplexity_at(0.6) == (quality["perplexity"][0][1], pytest.approx(sparse), text)
+
+
 def test_a_begun_table_is_continued(tokens, quick):
-    model = build(SparseTransformer)
-    whole, part = (ThresholdTable([], {}, {}) for _ in range(2))
-    for _ in refine.refine(model, tokens, whole, 2):
+    model, begun = build(), CutTable([], {}, {})
+    complete = refined(model, tokens, 2)
+    next(refine.refine(model, tokens, 2, begun))
+    assert begun.levels == [0.3] and {tensor.dtype for tensor in begun.tensors.values()} == {torch.float32}
+    for _ in refine.refine(model, tokens, 2, begun):
         pass
-    next(refine.refine(model, tokens, part, 2))
-    assert part.levels == [0.3]
-    for _ in refine.refine(model, tokens, part, 2):
-        pass
-    assert part.levels == whole.levels
-    for name, tensor in whole.tensors.items():
-        torch.testing.assert_close(part.tensors[name], tensor)
+    assert begun.levels == complete.levels and begun.metadata == complete.metadata
+    for name, tensor in complete.tensors.items():
+        assert tensor.dtype == torch.float16 and torch.equal(begun.tensors[name], tensor)
 
 
 def test_gradients_that_are_not_finite(tokens):
-    model = build(SparseTransformer)
+    model = build()
     model.layers[1].ffn_norm.weight[3] = float("inf")
     with pytest.raises(ValueError, match=r"not finite; choose another --precision"):
-        start(model, tokens)
+        initial_cuts(model, tokens)
 
 
-# ---------------------------------------------------------------- the file
+# ---------------------------------------------------------------- the script
 
 
-def table_of(model: SparseTransformer, **metadata) -> ThresholdTable:
-    table = ThresholdTable([], {}, metadata)
-    for level in (0.2, 0.6):
-        table.append(level, [(module.threshold + level, torch.full_like(module.threshold[0], -level))
-                             for module in model.sites])  # fmt: skip
-    return table
-
-
-def test_a_level_lies_between_its_neighbours(tmp_path):
-    table_of(build(SparseTransformer), method="global").save(tmp_path / "t.safetensors")
-    table = load_table(tmp_path / "t.safetensors")
-    assert table.metadata == {"method": "global"} and table.levels == [0.2, 0.6]
-    for sparsity, threshold, shift in (
-        (0.0, 0.0, -0.2),
-        (0.1, 0.1, -0.2),
-        (0.2, 0.2, -0.2),
-        (0.5, 0.5, -0.5),
-        (0.6, 0.6, -0.6),
-    ):
-        cuts = table.at(sparsity)
-        assert len(cuts) == 8 and cuts[0][0].shape == (3, 32) and cuts[3][1].shape == (48,)
-        assert all(t.sub(threshold).abs().max() < 1e-6 and c.sub(shift).abs().max() < 1e-6 for t, c in cuts)
-    with pytest.raises(ValueError, match=r"sparsity 0.7 is outside what the allocation covers, 0 to 0.600"):
-        table.at(0.7)
-
-
-def test_files_that_are_no_table(tmp_path):
-    path = tmp_path / "t.safetensors"
-    with pytest.raises(ValueError, match="no allocation file at"):
-        load_table(path)
-    path.write_bytes(b"short")
-    with pytest.raises(ValueError, match="truncated or not a file of thresholds"):
-        load_table(path)
-    save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="not a file of thresholds of this version"):
-        load_table(path)
+def make(folder: Path, **changes) -> CutTable:
+    options = {"data": folder / "text.txt", "num_tokens": 800, "updates": 1, "precision": "float32", "device": "cpu"}
+    return refine.main(flags(checkpoint_path=folder, **options | changes))
 
 
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory) -> Path:
-    """A checkpoint with a text and thresholds made by the command line's main."""
+    """A checkpoint with a text and a cut table."""
     folder = shutil.copytree(tiny, tmp_path_factory.mktemp("refined") / "tiny")
-    (folder / "text.txt").write_text(
-        "".join(f"Hello, my name is Ann and story {i} is of rivers.\n" for i in range(200))
-    )
+    lines = [f"Hello, my name is Ann and story {i} is of rivers." for i in range(200)]
+    (folder / "text.txt").write_text("\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refine, "LEVELS", (0.3, 0.6))
-        greedy.main(folder, data=[str(folder / "text.txt")], num_tokens=800, updates=1, method="global",
-                    precision="float32")  # fmt: skip
+        make(folder)
     return folder
 
 
-def test_programs_use_and_name_it(made, capsys):
+def test_main(made):
+    table = load_table(made / TABLE)
+    about = {"rule": "refined", "text": "text.txt", "tokens": "800", "window": "160", "updates": "1"}
+    assert (about | {"dtype": "float32"}).items() <= table.metadata.items()
+    assert table.levels == [0.3, 0.6] and {tensor.dtype for tensor in table.tensors.values()} == {torch.float16}
     assert not list(made.glob("*partial*"))
-    options = {"checkpoint_path": made, "sparsity": 0.45}
-    result = evaluation.main(
-        **options, data=made / "text.txt", context=40, window=20, num_windows=4, precision="float32"
-    )
-    assert result["allocation"] == "global" and "45% asked for (global allocation)" in capsys.readouterr().out
-    assert result["achieved_sparsity"] == pytest.approx(0.45, abs=0.05)
-    assert not (made / "calibration.safetensors").exists()  # thresholds need none
-    generate.main(**options, **BRIEF)
-    assert "45% asked for (global allocation)" in capsys.readouterr().out
 
 
-def test_tables_that_do_not_do(made, tmp_path):
+def test_a_stopped_run_goes_on(made, tmp_path, monkeypatch, capsys):
     copy = shutil.copytree(made, tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"sparsity 0\.7 is outside"):
-        resolve_allocation("global", copy, 0.7)
-    assert resolve_allocation("best", copy, 0.7) == ("uniform", 0.7)
-    assert resolve_allocation("best", copy, 0.0) == ("uniform", 0.0)
-    path = copy / "allocation_global.safetensors"
-    table = load_table(path)
-    table.metadata["fingerprint"] = "0" * 32
-    table.save(path)
-    for name in ("best", "global", str(path)):
-        with pytest.raises(ValueError, match=r"the allocation is of another checkpoint.*greedy.py --method global"):
-            resolve_allocation(name, copy, 0.5)
-
-
-def test_a_stopped_run_goes_on(made, tmp_path, monkeypatch):
-    copy = shutil.copytree(made, tmp_path / "copy")
-    (copy / "allocation_global.safetensors").unlink()
+    (copy / TABLE).unlink()
     monkeypatch.setattr(refine, "LEVELS", (0.3, 0.6))
-    options = {"data": [str(copy / "text.txt")], "num_tokens": 800, "updates": 1, "method": "global"}
     original, calls = refine.Refinement.update, []
 
     def stop(self, *args):
-        calls.append(args[1])
+        calls.append(self.level)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return original(self, *args)
 
     monkeypatch.setattr(refine.Refinement, "update", stop)
     with pytest.raises(KeyboardInterrupt):
-        greedy.main(copy, **options, precision="float32")
-    assert load_table(copy / "allocation_global.safetensors.partial.safetensors").levels == [0.3]
-    greedy.main(copy, **options, precision="float32")
+        make(copy)
+    assert load_table(copy / f"{TABLE}.partial.safetensors").levels == [0.3]
+    make(copy, statistics="any.safetensors")
     assert calls == [0.3, 0.6, 0.6]
-    expected = load_table(made / "allocation_global.safetensors")
-    for name, tensor in load_table(copy / "allocation_global.safetensors").tensors.items():
-        torch.testing.assert_close(tensor, expected.tensors[name])
+    printed = capsys.readouterr()
+    assert "--statistics is not read" in printed.err and "60% cut: perplexity" in printed.out
+    expected, table = load_table(made / TABLE), load_table(copy / TABLE)
+    assert table.metadata == expected.metadata
+    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in table.tensors.items())
 
 
-def test_mistakes(made):
-    for options, message in (({"updates": -1}, "--updates -1"), ({"num_tokens": 1}, "--num_tokens 1 is too few")):
-        with pytest.raises(ValueError, match=message):
-            greedy.main(made, method="global", **options)
-
-
-@pytest.mark.parametrize("missing", ["levels", "0.o.shift", "all"])
-def test_damaged_tables(missing, made, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(made / "allocation_global.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if missing != "all" and name != missing}
-    path = tmp_path / "table.safetensors"
-    save_file(kept or {"levels": torch.ones(1)}, path, {"format": "thresholds 1"})
-    with pytest.raises(ValueError, match="is damaged"):
-        load_table(path)
+@pytest.mark.parametrize("options", [{"updates": -1}, {"num_tokens": 1}, {"device": "mars"}])
+def test_mistakes(made, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"--{name} {value}"):
+        make(made, **options)
