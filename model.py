@@ -499,16 +499,11 @@ def read_config(folder: Path) -> ModelArgs:
 
 
 def check_tensors(tensors: dict[str, Tensor], config: ModelArgs, folder: Path) -> None:
-    """Raises ValueError for a tensor of another shape, or of integers instead of floats, than the config asks for.
-
-    It compares names that it knows, with a model of one layer and no memory; load_state_dict finds what else is wrong.
-    """
+    """Raises ValueError for a tensor of another shape or kind than in a model of the config, which takes no memory."""
     one_layer = replace(config, n_layer=1, windowed_layers=[])
     expected = expected_tensors(one_layer) | Transformer(one_layer, device="meta").state_dict()
     for name, tensor in tensors.items():
-        due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name))
-        if due is None:
-            continue
+        due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name), tensor)  # load_state_dict finds foreign names
         if tensor.shape != due.shape or tensor.is_floating_point() != due.is_floating_point():
             found, asked = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, due))
             reason = f"{name} is {found}, config.json asks for {asked}"
@@ -528,8 +523,9 @@ def expected_tensors(config: ModelArgs) -> dict[str, Tensor]:
         path, kind = name.rsplit(".", 1)
         owner, _, last = path.rpartition(".")
         if last in FUSED:
-            widths = list(model.get_submodule(path).segments.values())
-            for part, rows in zip(FUSED[last], tensor.split(widths), strict=True):
+            widths = model.get_submodule(path).segments.values()
+            packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
+            for part, rows in zip(FUSED[last], tensor.split([width // packed for width in widths]), strict=True):
                 tensors[f"{owner}.{part}.{kind}"] = rows
         else:
             tensors[name] = tensor

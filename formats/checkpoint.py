@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from formats.files import check_space, no_space_is_value_error, one_line, read_json, shown, write_json
+from formats.files import ECHO, check_space, no_space_is_value_error, one_line, read_json, shown, write_json
 
 Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -38,10 +38,7 @@ COPIED_FILES = (
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint, given it or a file in it.
-
-    Raises ValueError if there are no weights, or for a weight file beside those that would be loaded.
-    """
+    """The folder of a checkpoint, given it or a file in it; ValueError for no weights, or not those that it loads."""
     path = Path(os.path.abspath(path))  # "." has no name to choose a config by
     folder = path if path.is_dir() else path.parent
     if not path.exists():
@@ -88,7 +85,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name, memory-mapped unless it is a pickle in torch's older format.
 
-    Raises ValueError if the file is truncated or no weight file, or a pickle of more than tensors, which is not run.
+    Raises ValueError for a file that is truncated or holds anything else; a pickle's code is not run.
     """
     try:
         if path.suffix == ".safetensors":
@@ -96,8 +93,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         pickled = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
     except Exception as error:  # of safetensors, torch, pickle, and whatever damaged bytes lead to in them
         if refused := re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error)):
-            what = f"{path} is refused: it is a pickle that would run {shown(refused[1])}; get it as safetensors"
-            raise ValueError(what) from None
+            raise ValueError(f"{path} is refused: it would run {refused[1][:ECHO]}; get it as safetensors") from None
         raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(error)}") from None
     if not isinstance(pickled, dict):
         raise ValueError(f"{path} is no weight file: it holds a {type(pickled).__name__}, not tensors by name")

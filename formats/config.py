@@ -35,18 +35,16 @@ def checked(
     value = values.get(key)
     if value is None and default:
         return default[0]
-    if not _fits(value, kind, least, most):
-        one = kind[0] if isinstance(kind, list) else kind
-        wanted = f"a list, each {KINDS[one]}" if isinstance(kind, list) else KINDS[one]
-        wanted += f" from {least} to {most}" if one in (int, float) else ""
+    one = kind[0] if isinstance(kind, list) else kind
+    items = value if isinstance(kind, list) else [value]
+    if not isinstance(items, list) or not all(_fits(item, one, least, most) for item in items):
+        wanted = KINDS[one] + (f" from {least} to {most}" if one in (int, float) else "")
         found = "it has none" if value is None else f"not {shown(value)}"
-        raise ValueError(f"{where} needs {wanted} as {key!r}, {found}")
+        raise ValueError(f"{where} needs {'a list, each ' * (one is not kind)}{wanted} as {key!r}, {found}")
     return int(value) if kind is int else value
 
 
-def _fits(value: Any, kind: Any, least: float, most: float) -> bool:
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(_fits(item, kind[0], least, most) for item in value)
+def _fits(value: Any, kind: type, least: float, most: float) -> bool:
     if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, int | float):
         return kind in (bool, str) and isinstance(value, kind)
     return least <= value <= most and (kind is float or value == int(value))
@@ -68,8 +66,7 @@ def known_architecture(config: dict, known: Collection[str]) -> str:
     if any(checked(config, key, int, 0, least=0) > 1 for key in EXPERTS) or re.search("moe|mixtral", name or "", re.I):
         raise ValueError(f"{shown(name)} is a mixture of experts, not supported; supported: {', '.join(known)}")
     if name not in known:
-        unknown = config.get("architectures") or config.get("model_type")
-        raise ValueError(f"unknown architecture {shown(unknown)}; supported: {', '.join(known)}")
+        raise ValueError(f"unknown architecture {shown(name)}; supported: {', '.join(known)}")
     return name
 
 
@@ -78,8 +75,7 @@ def config_fields(config: dict, name: str = "") -> dict:
 
     `name`: of the model, where it is known. Of int8 or int4 weights the name ends in "-int8" or "-int4".
 
-    Raises ValueError for a value that is missing, of another type or out of range, and for rope scaling or quantisation
-    of an unknown kind.
+    Raises ValueError for a wrong or missing value, and rope scaling or quantisation of an unknown kind.
     """
     # widths, some of which follow from others
     fields = {
@@ -107,8 +103,7 @@ def _quantization(config: dict) -> dict:
     if foreign or mode not in ("none", "int8", "int4"):
         only = "only quantize.py's int8 and int4 are supported"
         raise ValueError(f"config.json says the weights are quantised ({shown(foreign or mode)}); {only}")
-    groupsize = checked(found, "groupsize", int, 64, where="config.json's quantization")
-    return {"quant": mode, "groupsize": groupsize}
+    return {"quant": mode, "groupsize": checked(found, "groupsize", int, 64, where="config.json's quantization")}
 
 
 def _rope(config: dict, head_dim: int) -> dict:
@@ -140,9 +135,9 @@ def _rope(config: dict, head_dim: int) -> dict:
 
 def _windows(config: dict, n_layer: int) -> dict:
     """The sliding window and its layers: Llama has none, Mistral one in all layers, others if their config says so."""
-    family = architecture(config)
+    family, some = architecture(config), checked(config, "use_sliding_window", bool, False)
     everywhere = family == "MistralForCausalLM"
-    if family == "LlamaForCausalLM" or not (everywhere or checked(config, "use_sliding_window", bool, False)):
+    if family == "LlamaForCausalLM" or not (everywhere or some):
         return {}
     window = checked(config, "sliding_window", int, 0, least=0)
     types = checked(config, "layer_types", [str], [])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from formats.checkpoint import DTYPES, Shapes, Source, check_layers, rename_tensors, write_weights
-from formats.config import EXPERTS, architecture_of, checked, config_fields, known_architecture
+from formats.config import EXPERTS, MOST, architecture_of, checked, config_fields, known_architecture
 from formats.files import one_line, regular_file, shown, write_json
 from tokenizer import LLAMA3_SPLIT, load_tokenizer
 
@@ -25,10 +25,8 @@ GGUF_TYPES = (*UNQUANTIZED, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_
 SINGLE_DIGITS = "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2".split()  # then GPT-2's
 LLAMA3_PRE = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2".split()
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-GGUF_PRE: dict[str, tuple[str, ...]] = dict.fromkeys(SINGLE_DIGITS, ())
-GGUF_PRE |= dict.fromkeys(
-    "gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4".split(), ()
-)
+GPT2_PRE = "gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4".split()
+GGUF_PRE: dict[str, tuple[str, ...]] = dict.fromkeys(SINGLE_DIGITS + GPT2_PRE, ())
 GGUF_PRE |= dict.fromkeys([*LLAMA3_PRE, *"dbrx smaug-bpe glm4 chatglm-bpe".split()], (LLAMA3_SPLIT,))
 QWEN2_PRE = "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2".split()
 GGUF_PRE |= dict.fromkeys(QWEN2_PRE, (LLAMA3_SPLIT.replace("{1,3}", ""),))  # digits one by one
@@ -66,11 +64,14 @@ def convert_gguf(
 
 
 class Metadata(dict):
-    """A GGUF file's key/value pairs."""
-
     def read(self, key: str, kind: Any, *default, least: float = 0, most: float = 2**31 - 1) -> Any:
-        """The value of `key`, judged as `formats.config.checked` does."""
         return checked(self, key, kind, *default, least=least, most=most, where="the GGUF file")
+
+    def per_token(self, name: str, n_tokens: int, kind: type, *default, **limits) -> list:
+        values = self.read(f"tokenizer.ggml.{name}", [kind], *default, **limits)
+        if len(values) != n_tokens:
+            raise ValueError(f"the GGUF file has {len(values)} tokenizer.ggml.{name} for {n_tokens} tokens")
+        return values
 
     def token_id(self, name: str, n_tokens: int, default: int | None = None) -> int | None:
         """The special token `name`, such as "eos", else `default`: as in llama.cpp also for an id out of range."""
@@ -113,10 +114,9 @@ def read_gguf(path: Path) -> tuple[Metadata, dict[str, Source]]:
     # the tensors' bytes follow each other to the file's end; else something was inserted, lost or appended
     end, unit = int(reader.data_offset), int(reader.alignment)
     for tensor in reader.tensors:
-        if (start := int(tensor.data_offset)) != -(-end // unit) * unit:
-            raise ValueError(
-                f"{path} is damaged: tensor {tensor.name} is at byte {start}, not {-(-end // unit) * unit}"
-            )
+        start, due = int(tensor.data_offset), -(-end // unit) * unit
+        if start != due:
+            raise ValueError(f"{path} is damaged: tensor {tensor.name} is at byte {start}, not {due}")
         end = start + int(tensor.n_bytes)
     if reader.data.size > -(-end // unit) * unit or reader.data[end:].any():
         raise ValueError(f"{path} is damaged: it has {reader.data.size} bytes, its tensors end at byte {end}")
@@ -148,13 +148,13 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
     """A config.json in Hugging Face's form. Raises ValueError for what is missing or not supported."""
     family = meta.read("general.architecture", str)
 
-    def get(key: str, kind: Any, *default, least: float = 0, most: float = 2**31 - 1) -> Any:
+    def get(key: str, kind: Any, *default, **limits) -> Any:
         value = meta.get(f"{family}.{key}")
-        if isinstance(value, list) and value and kind in (int, float):  # one value per layer
+        if isinstance(value, list) and value:  # one value per layer
             if any(item != value[0] for item in value):
                 raise ValueError(f"{family}.{key} differs from layer to layer ({shown(value)}), which is not supported")
-            return checked({key: value[0]}, key, kind, *default, least=least, most=most, where=f"the GGUF's {family}")
-        return meta.read(f"{family}.{key}", kind, *default, least=least, most=most)
+            value = value[0]
+        return Metadata({f"{family}.{key}": value}).read(f"{family}.{key}", kind, *default, **limits)
 
     config = {"architectures": [architecture_of(family)], EXPERTS[0]: get("expert_count", int, 0)}
     known_architecture(config, architectures)
@@ -165,11 +165,9 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
     heads, dim = get("attention.head_count", int, least=1), get("embedding_length", int, least=1)
     head_dim = get("attention.key_length", int, dim // heads)
     fixed = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, "rope.scaling.attn_factor": 1}
-    for key, value in fixed.items():
-        if (other := get(key, float, value, least=-1e30, most=1e30)) != value:
+    for key, value in (fixed | {"attention.causal": True}).items():
+        if (other := get(key, bool if value is True else float, value, least=-MOST, most=MOST)) != value:
             raise ValueError(f"{family}.{key} {other} is not supported in a GGUF file; {value} is")
-    if not get("attention.causal", bool, True):
-        raise ValueError(f"{family}.attention.causal false is not supported in a GGUF file")
 
     # tokens that end a text
     vocab_size, n_tokens = sources["token_embd.weight"].shape[0], len(meta.read("tokenizer.ggml.tokens", [str], []))
@@ -177,14 +175,14 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
         raise ValueError(f"the GGUF file has {n_tokens} tokens for an embedding of {vocab_size} rows; it is damaged")
     ends = {meta.token_id(name, n_tokens or vocab_size) for name in ("eos", "eot", "eom")} - {None}
 
-    epsilon = get("attention.layer_norm_rms_epsilon", float, most=1e30)
-    epsilon = float(str(np.float32(epsilon)))  # 1e-05, not 9.99999974e-06
+    epsilon = np.float32(get("attention.layer_norm_rms_epsilon", float, most=MOST))
+    epsilon = float(str(epsilon))  # 1e-05, not 9.99999974e-06
     config = {"architectures": [architecture_of(family)], "model_type": family, "hidden_size": dim}
     config |= {"intermediate_size": get("feed_forward_length", int), "num_hidden_layers": get("block_count", int)}
     config |= {"num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", int, heads)}
     config |= {"head_dim": head_dim, "vocab_size": vocab_size}
     config |= {"max_position_embeddings": get("context_length", int), "rms_norm_eps": epsilon}
-    config |= {"rope_theta": get("rope.freq_base", float, 10000.0, most=1e30), "hidden_act": "silu"}
+    config |= {"rope_theta": get("rope.freq_base", float, 10000.0, most=MOST), "hidden_act": "silu"}
     config |= {"tie_word_embeddings": "output.weight" not in sources}
     config |= {"bos_token_id": meta.token_id("bos", n_tokens or vocab_size)}
     config |= {"eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None)}
@@ -235,12 +233,9 @@ def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
 
 
 def _tokens(meta: Metadata) -> tuple[list[str], list[int]]:
-    """Pieces and types of the tokens. As in llama.cpp an empty piece gets a name, and a repeated one is its last id's;
-    the ids before it are unused."""
+    """Pieces and types of the tokens. As in llama.cpp an empty piece gets a name, a repeated one means its last id."""
     tokens = meta.read("tokenizer.ggml.tokens", [str])
-    types = meta.read("tokenizer.ggml.token_type", [int], [NORMAL] * len(tokens), most=BYTE)
-    if len(types) != len(tokens):
-        raise ValueError(f"the GGUF file has {len(types)} tokenizer.ggml.token_type for {len(tokens)} tokens")
+    types = meta.per_token("token_type", len(tokens), int, [NORMAL] * len(tokens), most=BYTE)
     last = {token: i for i, token in enumerate(tokens)}
     odd = [i for i, token in enumerate(tokens) if not token or last[token] != i]
     if odd:
@@ -300,9 +295,7 @@ def _sentencepiece_model(meta: Metadata, tokens: list[str], types: list[int]) ->
         types = [UNKNOWN if i == special["unknown"] else kind for i, kind in enumerate(types)]
 
     # pieces: token, score, type
-    scores = meta.read("tokenizer.ggml.scores", [float], least=-1e38, most=1e38)
-    if len(scores) != len(tokens):
-        raise ValueError(f"the GGUF file has {len(scores)} tokenizer.ggml.scores for {len(tokens)} tokens")
+    scores = meta.per_token("scores", len(tokens), float, least=-1e38, most=1e38)
     pieces = b"".join(
         field(1, field(1, token) + field(2, float(score)) + field(3, kind or NORMAL))
         for token, score, kind in zip(tokens, scores, types, strict=True)

@@ -6,17 +6,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from formats.checkpoint import (
-    COPIED_FILES,
-    Shapes,
-    Source,
-    check_layers,
-    indexed_files,
-    is_own_head,
-    read_tensors,
-    rename_tensors,
-    write_weights,
-)
+from formats import checkpoint
+from formats.checkpoint import COPIED_FILES, Shapes, Source
 from formats.config import config_fields
 from formats.files import one_line, read_json, write_json
 
@@ -26,7 +17,6 @@ HF_NAMES |= {f"self_attn.{letter}_proj": f"attention.w{letter}" for letter in "q
 HF_NAMES |= {"mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
-TOKENIZERS = ("json", "model")
 OTHER_WEIGHTS = re.compile(r"adapter|consolidated|optimizer|scheduler|rng_state|training_args|\.(fp|bf)\d+[.-]")
 
 
@@ -38,39 +28,37 @@ def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict]
     """
     config = read_json(source / "config.json")
     fields, sources = config_fields(config), folder_sources(source)
-    check_layers(sources, fields["n_layer"])
-    if (source / "vocab.json").is_file() and not any((source / f"tokenizer.{kind}").is_file() for kind in TOKENIZERS):
+    checkpoint.check_layers(sources, fields["n_layer"])
+    if (source / "vocab.json").is_file() and not any(source.glob("tokenizer.[jm]*")):
         make = "make it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         raise ValueError(f"{source} has vocab.json and merges.txt, but no tokenizer.json; {make}")
 
     # of tied matrices a folder may hold both, or the head alone
-    untied = False
-    if fields["tie_embeddings"] and HEAD in sources:
-        head = sources.pop(HEAD) if EMBEDDING not in sources else sources[HEAD]
-        untied = is_own_head(head.load(), sources.setdefault(EMBEDDING, head).load())
+    head, untied = sources.get(HEAD), False
+    if fields["tie_embeddings"] and head:
+        untied = checkpoint.is_own_head(head.load(), sources.setdefault(EMBEDDING, head).load())
     config |= {"tie_word_embeddings": False} if untied else {}
 
-    tensors = rename_tensors(sources, HF_NAMES, expected_shapes(config), fields["head_dim"], half_split=True)
+    tensors = checkpoint.rename_tensors(sources, HF_NAMES, expected_shapes(config), fields["head_dim"], half_split=True)
     for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
     if untied:
         write_json(partial / "config.json", config)
-    write_weights(partial, tensors)
+    checkpoint.write_weights(partial, tensors)
 
 
 def source_files(folder: Path) -> list[Path]:
     """Files that hold the weights, chosen as transformers does: safetensors before pickled ones, one before an index.
 
-    Where neither has its usual name: shards without an index, else any file that is no adapter, variant in another
-    precision or state of a training. Raises ValueError if there is none.
+    Else any file that is no adapter, variant in another precision or state of a training. Raises ValueError for none.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
         if index.is_file():
-            return indexed_files(index)
+            return checkpoint.indexed_files(index)
     for pattern in (*SHARDS, "*.safetensors", "pytorch_model*.bin"):
         if files := sorted(f for f in folder.glob(pattern) if not OTHER_WEIGHTS.search(f.name)):
             return files
@@ -80,17 +68,15 @@ def source_files(folder: Path) -> list[Path]:
 
 
 def folder_sources(folder: Path) -> dict[str, Source]:
-    """Every tensor of the folder's weight files; a file is opened anew for each tensor, so that only one is mapped.
-
-    A pickle in torch's older format cannot be mapped: its tensors stay in memory.
-    """
+    """Every tensor of the folder's weight files; a file is opened anew for each tensor, so that only one is mapped."""
     sources: dict[str, Source] = {}
     for path in source_files(folder):
+        # torch's older format cannot be mapped
         mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
-        for name, tensor in read_tensors(path).items():
+        for name, tensor in checkpoint.read_tensors(path).items():
             if name in sources:
                 raise ValueError(f"{path} repeats the tensor {name} of another file")
-            load = (lambda p=path, n=name: read_tensors(p)[n]) if mapped else (lambda t=tensor: t)
+            load = (lambda p=path, n=name: checkpoint.read_tensors(p)[n]) if mapped else (lambda t=tensor: t)
             sources[name] = Source(tuple(tensor.shape), tensor.dtype, load)
     return sources
 
