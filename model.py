@@ -493,7 +493,7 @@ def read_config(folder: Path) -> ModelArgs:
     Raises ValueError as `ModelArgs.from_config` and `ModelArgs.from_name` do.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return ModelArgs.from_name(folder.name)
     return ModelArgs.from_config(read_json(path), folder.name)
 

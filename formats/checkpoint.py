@@ -92,9 +92,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         pickled = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
     except Exception as error:  # of safetensors, torch, pickle, and whatever damaged bytes lead to in them
-        if refused := re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error)):
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} is refused: it would run {refused[1][:ECHO]}; get it as safetensors") from None
-        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(error)}") from None
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__  # no advice
+        reason = one_line(ValueError(reason))
+        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {reason}") from None
     if not isinstance(pickled, dict):
         raise ValueError(f"{path} is no weight file: it holds a {type(pickled).__name__}, not tensors by name")
     for name, value in pickled.items():

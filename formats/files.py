@@ -97,9 +97,9 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
     try:
         return json.loads(text if isinstance(text, str) else text.decode())
     except RecursionError:
-        raise ValueError(f"{shown(where)} is JSON that is nested too deeply") from None
+        raise ValueError(f"{str(where)[:ECHO]} is JSON that is nested too deeply") from None
     except ValueError as error:  # among them bytes that are not UTF-8
-        raise ValueError(f"{shown(where)} is not valid JSON ({one_line(error)}); get it again") from None
+        raise ValueError(f"{str(where)[:ECHO]} is not valid JSON ({one_line(error)}); get it again") from None
 
 
 def read_json(path: Path) -> dict:
