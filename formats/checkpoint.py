@@ -281,7 +281,7 @@ def rename_tensors(
             why = "the config is of another model" if unexpected else "the file is incomplete, or the config of another"
             if missing == ["lm_head.weight"]:
                 why = "it has no lm_head of its own: set tie_word_embeddings to true if it shares the embedding"
-            listed = ", ".join(name[:100] for name in found[:5])
+            listed = ", ".join(repr(name[:100])[1:-1] for name in found[:5])
             raise ValueError(f"{problem} tensors for this config: {listed}{more}; {why}")
     return tensors
 

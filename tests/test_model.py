@@ -650,10 +650,23 @@ def test_widths_are_compared_before_memory_is_taken(copy, key, monkeypatch):
         Transformer.from_checkpoint(copy)
 
 
-def test_floats_are_not_cast_into_a_quantised_file(copy):
-    change_config(copy, quantization={"mode": "int8"})
-    with pytest.raises(ValueError, match=r"is .* float32, config.json asks for .* int8"):
-        Transformer.from_checkpoint(copy)
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.complex64, torch.bool])
+def test_weights_of_another_dtype_are_not_cast(copy, quant, dtype):
+    """Into a quantised file no other dtype is cast; into a file of floats no integers and no complex numbers."""
+    config = models.TINY | {"intermediate_size": 64, "quantization": {"mode": quant, "groupsize": 16}}
+    with torch.device("meta"):
+        meta = Transformer(ModelArgs.from_config(config))
+    tensors = {n: torch.ones(t.shape).to(t.dtype) for n, t in meta.state_dict().items()}
+    change_config(copy, **config)
+    save_file(tensors, copy / "model.safetensors")
+    Transformer.from_checkpoint(copy)
+    for name, tensor in tensors.items():
+        exact = name.endswith(".scale") or not tensor.is_floating_point()
+        if name.startswith("layers.1") and tensor.dtype != dtype and (exact or not dtype.is_floating_point):
+            save_file(tensors | {name: torch.ones(tensor.shape, dtype=dtype)}, copy / "model.safetensors")
+            with pytest.raises(ValueError, match=rf"{name} is \(.*\) \w+, config.json asks for \(.*\) \w+"):
+                Transformer.from_checkpoint(copy)
 
 
 def test_fingerprint(tiny, copy):
