@@ -6,19 +6,25 @@
     stream = tokenizer.stream(after=ids)
     text = "".join(stream.push(i) for i in new_ids) + stream.flush()
 
-A backend turns text into ids and one id into bytes; all else (decoding, streaming, chats) is common to the three.
+A backend turns text into ids and one id into bytes; all else (decoding, streaming, chats) is common to the three. What
+transformers does with a checkpoint's files is the standard, but for one thing: a message cannot bring special tokens.
 """
 
 import base64
 import codecs
 import json
 import math
+import multiprocessing
+import os
 import re
-from collections.abc import Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from formats.files import read_json
+from formats.files import one_line, read_json, shown
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -29,29 +35,89 @@ LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:4], "<|sta
 LLAMA3_SPECIAL += [_RESERVED[4], "<|eot_id|>", *_RESERVED[5:]]
 # files around a tokenizer, all optional
 SETTINGS = "config.json generation_config.json tokenizer_config.json special_tokens_map.json added_tokens.json".split()
-GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: marks what must not become a special token
+NAMED = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()  # settings: special tokens
+GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: the character after it is no part of a special token
+ANSWER = "Wolf, 31 wolves"  # an answer that no template has of its own
+SECONDS, BYTES = 2, 2**30  # that a template may take
+CHARACTERS, TIMES = 1_000_000, 10  # that a template may write: so many, and so many times its messages
+GROWTH = 100  # characters that a normaliser may make of one; NFKC makes 18 of U+FDFA
+
+
+class AddedToken(NamedTuple):
+    """A string that is one token wherever it stands: if it is special, in a template alone, else in any text."""
+
+    content: str
+    id: int | None  # None: the next one that is free
+    special: bool
+    lstrip: bool = False  # takes the spaces before it along
+    rstrip: bool = False
+    single_word: bool = False  # does not count beside a letter or digit
+    normalized: bool = False  # looked for in the normalised text (tokenizer.json alone knows a normaliser)
 
 
 class Tokenizer:
-    """What the three backends share. Each of them gives _encode(text, special) -> ids, where special says whether the
-    strings of special tokens become their ids, and token_bytes(id) -> bytes: b"" for special tokens and unknown ids."""
+    """What the three backends share. Each gives _encode(text, special) -> ids, where special says whether the strings
+    of special tokens become their ids and a GUARD is taken off, and _piece_bytes(id) -> bytes of a token of its own."""
 
-    special: dict[str, int]
-    vocab_size: int  # one more than the largest id
+    added: dict[str, AddedToken]  # by content
+    own_size: int  # one more than the largest id that is not an added token's
+    limit: float = math.inf  # the model's vocabulary: an added token may have an id beyond it, but no text may hold it
     bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()  # all ids that end a text, maybe none
+    end_ids: tuple[int, ...] = ()  # all ids that end a text by the checkpoint's files, maybe none
     adds_bos = False  # whether the checkpoint's own convention puts bos before a plain prompt
     leading_spaces = 0  # the encoder puts a space before a text: how many to take off again (inf: all)
     template: str | None = None
-    bos_token = eos_token = ""  # as the template sees them
+    named: dict[str, str]  # bos_token, eos_token, ... as the template sees them
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        return {token.content: token.id for token in self.added.values() if token.special}
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.own_size, *(token.id + 1 for token in self.added.values()), 0)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a text or an answer: `end_ids`, then that of the token that the template puts after one."""
+        question = {"role": "user", "content": "?"}
+        try:
+            text = self._render([question, {"role": "assistant", "content": ANSWER}, question]) if self.template else ""
+        except ValueError:  # where it matters, encode_chat says so
+            return self.end_ids
+        after = text.partition(ANSWER)[2].lstrip()
+        ends = [token for token in self.added.values() if after.startswith(token.content) and token.id < self.limit]
+        ends.sort(key=lambda token: len(token.content))
+        return tuple(dict.fromkeys([*self.end_ids, *(token.id for token in ends[-1:])]))
 
     def token_id(self, token: str) -> int | None:
-        return self.special.get(token)
+        return self.added[token].id if token in self.added else None
+
+    @cached_property
+    def _added_bytes(self) -> dict[int, bytes]:
+        return {token.id: b"" if token.special else token.content.encode() for token in self.added.values()}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of a token, which may end inside a character; b"" for special tokens and unknown ids."""
+        added = self._added_bytes.get(token_id)
+        return self._piece_bytes(token_id) if added is None else added
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """The text taken literally: "<s>" is three characters. bos=True puts bos_id before it, if there is one."""
+        """The text taken literally: "<s>" is three characters. bos=True puts bos_id before it, if there is one.
+
+        Raises ValueError if it holds an added token that the model's vocabulary lacks.
+        """
         prefix = [self.bos_id] if bos and self.bos_id is not None else []
-        return prefix + self._encode(text.encode("utf-8", "replace").decode(), special=False)
+        return prefix + self._ids(text, special=False)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        ids = self._encode(text.encode("utf-8", "replace").decode(), special)
+        if self.vocab_size > self.limit and max(ids, default=0) >= self.limit:
+            token = next(token for token in self.added.values() if token.id == max(ids))
+            reason = f"has the id {token.id}, but the model's vocabulary is {self.limit}"
+            raise ValueError(f"{shown(token.content)} in the text {reason}: leave it out")
+        return ids
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
         """The text of ids, special tokens left out, bad UTF-8 as U+FFFD. after: see `Stream`."""
@@ -64,38 +130,76 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict]) -> list[int] | None:
         """messages: [{"role": ..., "content": ...}] -> ids that end where the assistant's answer begins; None if the
         checkpoint has no chat template. Special tokens come from the template alone: those spelt out in a message stay
-        text. Raises ValueError where the template refuses or fails."""
+        text. Raises ValueError where the template refuses, fails, or takes over 2 s or 1 GB."""
         if self.template is None:
             return None
-        special = _any_of(self.special)
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError(f"a chat is a list of {{role, content}}, not {shown(messages)}")
+        special = _any_of([GUARD, *self.special])
 
         def guard(value):
+            if isinstance(value, dict):
+                return {key: guard(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [guard(item) for item in value]
             return special.sub(lambda m: "".join(GUARD + c for c in m[0]), value) if isinstance(value, str) else value
 
-        text = self._render([{key: guard(value) for key, value in message.items()} for message in messages])
-        ids = []
-        for i, part in enumerate(re.split(f"((?:{GUARD}(?s:.))+)", text)):  # template, guarded, template, ...
-            ids += self.encode(part.replace(GUARD, "")) if i % 2 else self._encode(part, special=True)
-        return ids
+        return self._ids(self._render(guard(messages)), special=True)
 
     def _render(self, messages: list[dict]) -> str:
-        import jinja2
+        from jinja2 import TemplateError
+        from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message):
-            raise jinja2.TemplateError(message)
+        class Generation(Extension):  # marks what a model is trained on: rendered as it is
+            tags = frozenset({"generation"})
 
-        loops = "jinja2.ext.loopcontrols"  # break and continue
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loops])
-        env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
-        env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-        env.globals.update(bos_token=self.bos_token, eos_token=self.eos_token, tools=None, documents=None)
-        try:
-            return env.from_string(self.template).render(messages=messages, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
-            reason = f"does not take these messages ({type(error).__name__}: {error})"
+            def parse(self, parser):
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def refuse(message):
+            raise TemplateError(message)
+
+        def render() -> str:
+            extensions = ["jinja2.ext.loopcontrols", Generation]  # the first: break and continue
+            options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": extensions}
+            env = ImmutableSandboxedEnvironment(**options)
+            env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
+            env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+            env.globals.update(self.named, tools=None, documents=None)
+            text = env.from_string(self.template).render(messages=messages, add_generation_prompt=True)
+            if len(text) > CHARACTERS + TIMES * len(json.dumps(messages)):
+                raise MemoryError(f"it writes {len(text):,} characters")
+            return text
+
+        text, reason = _in_a_child(render)
+        if text is None:
             advice = "change the messages or use a plain prompt"
-            raise ValueError(f"the checkpoint's chat template {reason}: {advice}") from error
+            raise ValueError(f"the checkpoint's chat template does not take these messages ({reason}): {advice}")
+        return text
+
+    @cached_property
+    def _patterns(self) -> tuple[re.Pattern, re.Pattern]:
+        tokens = self.added.values()
+        return _token_pattern(token for token in tokens if not token.special), _token_pattern(tokens)
+
+    def _parts(self, text: str, special: bool) -> Iterator[str | int]:
+        """A text, an added token's id, a text, ..., a text (for backends that do not look for added tokens)."""
+        end = 0
+        for found in self._patterns[special].finditer(text):
+            yield _unguarded(text[end : found.start()]) if special else text[end : found.start()]
+            yield self.added[found[found.lastindex]].id
+            end = found.end()
+        yield _unguarded(text[end:]) if special else text[end:]
+
+    def _add(self, tokens: Iterable[AddedToken], own_id: Callable[[str], int | None]) -> None:
+        """Fills `added`; a token without an id has that of the backend's own token, else the next one that is free."""
+        self.added = {token.content: token for token in tokens if token.id is not None}
+        for token in tokens:
+            if token.id is None and token.content not in self.added:
+                known = own_id(token.content)
+                self.added[token.content] = token._replace(id=self.vocab_size if known is None else known)
 
 
 class Stream:
@@ -121,23 +225,29 @@ class Stream:
 
 
 class SentencePiece(Tokenizer):
-    def __init__(self, data: bytes, added: dict[str, int]):
+    def __init__(self, data: bytes, added: list[AddedToken], legacy: bool):
         from sentencepiece import SentencePieceProcessor
 
-        self._sp = SentencePieceProcessor(model_proto=data)
-        size = self._sp.vocab_size()
-        self.special = {self._sp.id_to_piece(i): i for i in range(size) if self._sp.is_control(i)} | added
-        self.vocab_size = max(size, *(i + 1 for i in self.special.values()), 0)
+        self._sp = self._inside = SentencePieceProcessor(model_proto=data)
+        if not legacy:  # no space after an added token: the file, and normalizer_spec.add_dummy_prefix: false
+            self._inside = SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
+        self.own_size = self._sp.vocab_size()
+        control = [AddedToken(self._sp.id_to_piece(i), i, True) for i in range(self.own_size) if self._sp.is_control(i)]
+        self._add([*control, *added], self._own_id)
         self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
-        self.eos_ids = (self._sp.eos_id(),) if self._sp.eos_id() >= 0 else ()
+        self.end_ids = (self._sp.eos_id(),) if self._sp.eos_id() >= 0 else ()
         self.adds_bos = True
         if self._sp.encode("  x") == self._sp.encode("x"):  # it drops spaces that it deems superfluous
             self.leading_spaces = math.inf
         elif self._sp.encode("x", out_type=str)[0].startswith("▁"):
             self.leading_spaces = 1
 
-    def token_bytes(self, token_id):
-        if not 0 <= token_id < self._sp.vocab_size() or self._sp.is_control(token_id):
+    def _own_id(self, piece: str) -> int | None:
+        known = self._sp.piece_to_id(piece)
+        return known if self._sp.id_to_piece(known) == piece else None
+
+    def _piece_bytes(self, token_id):
+        if not 0 <= token_id < self.own_size:
             return b""
         if self._sp.is_unknown(token_id):
             return self._sp.decode([token_id]).encode()
@@ -145,52 +255,68 @@ class SentencePiece(Tokenizer):
         return bytes([int(piece[3:5], 16)]) if self._sp.is_byte(token_id) else piece.replace("▁", " ").encode()
 
     def _encode(self, text, special):
-        parts = _any_of(self.special).split(text) if special else [text]
-        return [i for part in parts for i in ([self.special[part]] if part in self.special else self._sp.encode(part))]
+        first, *parts = self._parts(text, special)
+        ids = self._sp.encode(first)
+        for part in parts:
+            ids += self._inside.encode(part) if isinstance(part, str) else [part]
+        return ids
 
 
 class TikToken(Tokenizer):
-    def __init__(self, data: bytes, added: dict[str, int]):
+    def __init__(self, data: bytes, added: list[AddedToken], legacy: bool):
         import tiktoken
 
         lines = (line.split() for line in data.splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        count = len(ranks)
+        self.own_size = count = len(ranks)
         if sorted(ranks.values()) != list(range(count)) or any(bytes([i]) not in ranks for i in range(256)):
             raise ValueError(f"its {count} ranks have gaps or lack a byte")
-        self.special = added or {token: 128000 + i for i, token in enumerate(LLAMA3_SPECIAL)}
-        if min(self.special.values()) != count:
-            raise ValueError(f"it has {count} ranks, but the special tokens start at {min(self.special.values())}")
-        self.vocab_size = max(self.special.values()) + 1
+        if all(token.id is None for token in added):
+            added = [*(AddedToken(token, 128000 + i, True) for i, token in enumerate(LLAMA3_SPECIAL)), *added]
+        first = min(token.id for token in added if token.id is not None)
+        if first != count:
+            raise ValueError(f"it has {count} ranks, but the special tokens start at {first}")
+        self._add(added, lambda token: ranks.get(token.encode()))
         self.bos_id = self.special.get("<|begin_of_text|>")
-        self.eos_ids = tuple(self.special[t] for t in ("<|end_of_text|>", "<|eot_id|>") if t in self.special)
+        self.end_ids = tuple(self.special[t] for t in ("<|end_of_text|>", "<|eot_id|>") if t in self.special)
         self.adds_bos = True
         self._tokens = {rank: token for token, rank in ranks.items()}
-        self._bpe = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self.special)
+        self._bpe = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
 
-    def token_bytes(self, token_id):
+    def _piece_bytes(self, token_id):
         return self._tokens.get(token_id, b"")
 
     def _encode(self, text, special):
-        allowed = "all" if special else set()
-        parts = re.split(r"(\s{25000})", text)  # a run of a million spaces overflows tiktoken's stack
-        return [i for part in parts for i in self._bpe.encode(part, allowed_special=allowed, disallowed_special=())]
+        ids = []
+        for part in self._parts(text, special):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                for piece in re.split(r"(\s{25000})", part):  # a run of a million spaces overflows tiktoken's stack
+                    ids += self._bpe.encode_ordinary(piece)
+        return ids
 
 
 class TokenizerJson(Tokenizer):
-    def __init__(self, data: bytes, added: dict[str, int]):
-        from tokenizers import Tokenizer as Backend
+    def __init__(self, data: bytes, added: list[AddedToken], legacy: bool):
+        import tokenizers
         from tokenizers.pre_tokenizers import ByteLevel
 
-        spec, self._backend = json.loads(data), Backend.from_buffer(data)
+        spec, self._backend = json.loads(data), tokenizers.Tokenizer.from_buffer(data)
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.vocab_size = max(self._backend.get_vocab().values()) + 1
+        if (growth := _growth(spec.get("normalizer"))) > GROWTH:
+            raise ValueError(f"its normaliser may make a text {growth:.3g} times as long")
 
-        # tokens that are found in a text as they stand
-        tokens = spec.get("added_tokens") or []
-        self.special = {token["content"]: token["id"] for token in tokens if token["special"]}
-        self._added = {token["id"]: b"" if token["special"] else token["content"].encode() for token in tokens}
+        # tokens that are found in a text as they stand: the file's, and those of the other files
+        added = sorted(added, key=lambda token: math.inf if token.id is None else token.id)
+        known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        added = [token for token in added if token.id is not None or token.content not in known]
+        self._backend.add_tokens([tokenizers.AddedToken(t.content, **_flags(t)) for t in added])
+        decoder = self._backend.get_added_tokens_decoder().items()
+        self.added = {t.content: AddedToken(t.content, i, t.special) for i, t in decoder}
+        vocabulary = self._backend.get_vocab().items()
+        self.own_size = max((i for token, i in vocabulary if token not in self.added), default=-1) + 1
 
         # what a token's characters stand for
         decoder = spec.get("decoder") or {}
@@ -203,7 +329,7 @@ class TokenizerJson(Tokenizer):
         elif steps.keys() & {"Metaspace", "Replace"}:
             self._byte_of = None
         else:
-            raise ValueError(f"its decoder {list(steps)} is none of ByteLevel, Metaspace and Replace")
+            raise ValueError(f"its decoder {shown(list(steps))} is none of ByteLevel, Metaspace and Replace")
 
         # what the encoder adds: a space, bos
         if "Strip" in steps or steps.get("Metaspace", {}).get("prepend_scheme", "never") != "never":
@@ -215,10 +341,8 @@ class TokenizerJson(Tokenizer):
     def token_id(self, token):
         return self._backend.token_to_id(token)
 
-    def token_bytes(self, token_id):
-        if token_id in self._added:
-            return self._added[token_id]
-        token = self._backend.id_to_token(token_id) or "" if 0 <= token_id < self.vocab_size else ""
+    def _piece_bytes(self, token_id):
+        token = self._backend.id_to_token(token_id) or "" if 0 <= token_id < self.own_size else ""
         if self._byte_of is not None:
             return b"".join(bytes([self._byte_of[c]]) if c in self._byte_of else c.encode() for c in token)
         if self._byte_tokens and re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -226,14 +350,26 @@ class TokenizerJson(Tokenizer):
         return token.replace("▁", " ").encode()
 
     def _encode(self, text, special):
+        if special and GUARD in text:  # template, guarded, template, ...
+            ids = []
+            for i, part in enumerate(re.split(f"((?:{GUARD}(?s:.))+)", text)):
+                ids += self._after(ids, _unguarded(part), special=i % 2 == 0)
+            return ids
         self._backend.encode_special_tokens = not special
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _after(self, ids: list[int], text: str, special: bool) -> list[int]:
+        """Ids of a text that follows other ids: without the space that the encoder puts before a text."""
+        line, on_a_line = self._encode("\n", special), self._encode("\n" + text, special)
+        inside = self.leading_spaces and ids and text and on_a_line[: len(line)] == line
+        return on_a_line[len(line) :] if inside else self._encode(text, special)
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, else tokenizer.model (sentencepiece or tiktoken, told apart
-    by content). bos, eos and the chat template come from the folder's other files, all optional. vocab_size: the
-    model's. Raises ValueError if there is no tokenizer, a file does not parse, or ids would exceed the model's."""
+    by content). Added tokens, bos, eos and the chat template come from the folder's other files, all optional.
+    vocab_size: the model's. Raises ValueError if there is no tokenizer, a file does not parse, a setting is of a wrong
+    type, or ids of other than added tokens would exceed the model's."""
     folder = Path(folder)
     files = {file.name: read_json(file) for file in map(folder.joinpath, SETTINGS) if file.is_file()}
     config, generation, settings, special_map, more = (files.get(name, {}) for name in SETTINGS)
@@ -241,49 +377,171 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     if path is None:
         raise ValueError(f"no tokenizer in {folder}: put the checkpoint's tokenizer.json or tokenizer.model there")
 
+    # special tokens by name, and all tokens that other files add to the backend's
+    named = {key: _content(key, settings.get(key, special_map.get(key))) for key in NAMED}
+    extra = [value for key in ("additional_special_tokens", "extra_special_tokens") for value in _values(settings, key)]
+    specials = [*filter(None, named.values()), *(_content("a special token", value) for value in extra)]
+    added = _added_tokens(_setting(settings, "added_tokens_decoder", dict, {}), more, specials)
+
     # its backend
     data = path.read_bytes()
     backend = TikToken if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) else SentencePiece
     backend = TokenizerJson if path.suffix == ".json" else backend
+    legacy = _setting(settings, "legacy", bool, True)
     try:
-        added = {t["content"]: int(i) for i, t in settings.get("added_tokens_decoder", {}).items()}
-        tokenizer = backend(data, more | added)
+        tokenizer = backend(data, added, legacy)
     except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
-        reason = f"does not load as {backend.__name__} ({error})"
+        reason = f"does not load as {backend.__name__} ({one_line(error)})"
         raise ValueError(f"{path} {reason}: copy the model's tokenizer files again") from error
 
     # it must fit the model
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        reason = f"has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary is {vocab_size}"
+    if vocab_size is not None:
+        tokenizer.limit = vocab_size
+    if tokenizer.own_size > tokenizer.limit:
+        reason = f"has ids up to {tokenizer.own_size - 1}, but the model's vocabulary is {vocab_size}"
         raise ValueError(f"the tokenizer in {folder} {reason}: use the tokenizer files of this checkpoint")
 
-    def named(key: str) -> str | None:  # "bos_token": "<s>", {"content": "<s>"} or null
-        token = settings.get(key, special_map.get(key))
-        return token.get("content") if isinstance(token, dict) else token
-
-    def known(*values) -> list[int]:
-        ids = [i for value in values for i in (value if isinstance(value, list | tuple) else [value])]
-        return [i for i in dict.fromkeys(ids) if isinstance(i, int) and 0 <= i < tokenizer.vocab_size]
+    def known(*ids: int | None) -> list[int]:
+        size = min(tokenizer.vocab_size, tokenizer.limit)
+        return [i for i in dict.fromkeys(ids) if i is not None and 0 <= i < size]
 
     # bos and eos: the first that is given, and all that are given
-    bos, eos = named("bos_token"), named("eos_token")
-    given = tokenizer.token_id(bos or ""), config.get("bos_token_id"), generation.get("bos_token_id"), tokenizer.bos_id
+    bos, eos = (named[key] and tokenizer.token_id(named[key]) for key in ("bos_token", "eos_token"))
+    given = bos, *_token_ids(config, "bos_token_id"), *_token_ids(generation, "bos_token_id"), tokenizer.bos_id
     tokenizer.bos_id = next(iter(known(*given)), None)
-    given = config.get("eos_token_id"), generation.get("eos_token_id"), tokenizer.token_id(eos or ""), tokenizer.eos_ids
-    tokenizer.eos_ids = tuple(known(*given))
+    given = *_token_ids(config, "eos_token_id"), *_token_ids(generation, "eos_token_id"), eos, *tokenizer.end_ids
+    tokenizer.end_ids = tuple(known(*given))
+    _setting(settings, "add_bos_token", bool)
     tokenizer.adds_bos = tokenizer.bos_id is not None and bool(settings.get("add_bos_token", tokenizer.adds_bos))
     strings = {i: token for token, i in tokenizer.special.items()}
-    tokenizer.bos_token = bos or ("" if "bos_token" in settings else strings.get(tokenizer.bos_id, ""))
-    tokenizer.eos_token = eos or next((strings[i] for i in tokenizer.eos_ids if i in strings), "")
+    bos_token = "" if "bos_token" in settings else strings.get(tokenizer.bos_id, "")
+    eos_token = next((strings[i] for i in tokenizer.end_ids if i in strings), "")
+    given = {key: token for key, token in named.items() if token}
+    tokenizer.named = {"bos_token": bos_token, "eos_token": eos_token} | given
 
     # the chat template: a file of its own, or a setting
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
-    if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    tokenizer.template = file.read_text("utf-8") if file.is_file() else template
+    if file.is_file():
+        template = file.read_bytes().decode("utf-8-sig", "replace")
+    elif isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
+        if not all(isinstance(entry, dict) for entry in template):
+            raise ValueError(f"chat_template {shown(template)} is not a list of {{name, template}}")
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    tokenizer.template = _setting({"chat_template": template}, "chat_template", str)
     return tokenizer
+
+
+def _setting(settings: dict, key: str, kind: type, default: Any = None) -> Any:
+    """A setting, or the default where it is null or absent. Raises ValueError if it is of another type."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"the tokenizer's setting {key} is {shown(value)}, not a {kind.__name__}: correct its file")
+    return default if value is None else value
+
+
+def _values(settings: dict, key: str) -> list:
+    """The values of a list, of an object or of null."""
+    value = _setting(settings, key, list | dict, [])
+    return [*value.values()] if isinstance(value, dict) else value
+
+
+def _content(key: str, token: Any) -> str | None:
+    """The string of a special token: "<s>", {"content": "<s>"} or null."""
+    return _setting({key: token.get("content") if isinstance(token, dict) else token}, key, str)
+
+
+def _token_ids(config: dict, key: str) -> list[int | None]:
+    """The ids that a config gives as one, as a list or as null."""
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [value]
+    if not all(i is None or type(i) is int for i in ids):
+        raise ValueError(f"{key} {shown(value)} is neither a token's id nor a list of them: correct its file")
+    return ids
+
+
+def _added_tokens(decoder: dict[str, dict], more: dict[str, int], specials: list[str]) -> list[AddedToken]:
+    """The tokens of tokenizer_config.json and of added_tokens.json, then the special ones that are in neither."""
+    tokens = {content: AddedToken(content, token_id, content in specials) for content, token_id in more.items()}
+    for token_id, entry in decoder.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not token_id.isdecimal():
+            raise ValueError(f"added_tokens_decoder has {shown({token_id: entry})}: a token has an id and a content")
+        flags = {flag: _setting(entry, flag, bool, False) for flag in AddedToken._fields[2:]}
+        flags["special"] |= entry["content"] in specials
+        tokens[entry["content"]] = AddedToken(entry["content"], int(token_id), **flags)
+    _token_ids({"added_tokens.json": [*more.values()]}, "added_tokens.json")
+    missing = (content for content in dict.fromkeys(specials) if content and content not in tokens)
+    return [*tokens.values(), *(AddedToken(content, None, True) for content in missing)]
+
+
+def _flags(token: AddedToken) -> dict[str, bool]:
+    return dict(zip(token._fields[2:], token[2:], strict=True))
+
+
+def _growth(normalizer: dict | None) -> float:
+    """How many times as long a normaliser of tokenizer.json may make a text, at most; 1 for those that only fold."""
+    step = normalizer or {"type": None}
+    if step["type"] == "Sequence":
+        return math.prod(map(_growth, step["normalizers"]))
+    if step["type"] == "Replace":
+        return max(1.0, len(step["content"]) / max(1, len(step["pattern"].get("String", ""))))
+    if step["type"] == "Precompiled":  # the length of a trie, the trie, strings that end in a zero
+        charsmap = base64.b64decode(step["precompiled_charsmap"])
+        return max(1.0, *map(len, charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")))
+    return 1.0
+
+
+def _in_a_child(function: Callable[[], str]) -> tuple[str | None, str | None]:
+    """What a function returns, and None; or None, and why it failed: an error, or the limits SECONDS and BYTES.
+
+    It runs in a child process, so that neither its memory nor its time is ours.
+    """
+    from resource import RLIMIT_AS, RLIMIT_CORE, RLIMIT_CPU, getrlimit, setrlimit
+
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    late = f"it takes over {SECONDS} s"
+
+    def child():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            for kind, most in ((RLIMIT_CORE, 0), (RLIMIT_CPU, SECONDS), (RLIMIT_AS, used + BYTES)):
+                hard = getrlimit(kind)[1]
+                setrlimit(kind, (most, hard) if hard < 0 else (min(most, hard), hard))
+            theirs.send((function(), None))
+        except MemoryError as error:
+            theirs.send((None, str(error) or f"it takes over {BYTES / 1e9:.0f} GB"))
+        except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
+            theirs.send((None, f"{type(error).__name__}: {one_line(error)}"))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(10 * SECONDS) else (None, late)
+    except EOFError:  # its time was up
+        return None, late
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern:
     """Matches (as a group) any of the strings, the longest first; nothing where there are none."""
     return re.compile("(" + ("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or "(?!)") + ")")
+
+
+def _token_pattern(tokens: Iterable[AddedToken]) -> re.Pattern:
+    """Matches any of the tokens, the longest first, with the spaces that it takes along; its content is a group."""
+    tokens, patterns = sorted(tokens, key=lambda token: -len(token.content)), []
+    plain = [token.content for token in tokens if not (token.lstrip or token.rstrip or token.single_word)]
+    for token in tokens:
+        if token.content not in plain:
+            before, after = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
+            before, after = r"(?:(?<!\s)\s+)?" * token.lstrip + before, after + r"\s*" * token.rstrip
+            patterns.append(f"{before}({re.escape(token.content)}){after}")
+    return re.compile("|".join([*patterns, _any_of(plain).pattern]))
+
+
+def _unguarded(text: str) -> str:
+    return re.sub(f"{GUARD}(?s:(.))", r"\1", text)
