@@ -12,6 +12,7 @@ transformers does with a checkpoint's files is the standard, but for one thing: 
 
 import base64
 import codecs
+import contextlib
 import json
 import math
 import multiprocessing
@@ -22,7 +23,10 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from resource import RLIMIT_AS, RLIMIT_CORE, RLIMIT_CPU, setrlimit
+
+import tokenizers
+from tokenizers import AddedToken
 
 from formats.files import one_line, read_json, shown
 
@@ -36,30 +40,20 @@ LLAMA3_SPECIAL += [_RESERVED[4], "<|eot_id|>", *_RESERVED[5:]]
 # files around a tokenizer, all optional
 SETTINGS = "config.json generation_config.json tokenizer_config.json special_tokens_map.json added_tokens.json".split()
 NAMED = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()  # settings: special tokens
+TYPES = dict.fromkeys(NAMED, (str, dict)) | {"bos_token_id": (int,), "eos_token_id": (int,), "legacy": (bool,)}
+TYPES |= {"add_bos_token": (bool,), "added_tokens_decoder": (dict,), "chat_template": (str, dict)}  # or null, or lists
 GUARD = "\ufdd0"  # a code point that Unicode keeps out of text: the character after it is no part of a special token
 ANSWER = "Wolf, 31 wolves"  # an answer that no template has of its own
-SECONDS, BYTES = 2, 2**30  # that a template may take
+SECONDS, BYTES = 2, 10**9  # that a template may take
 CHARACTERS, TIMES = 1_000_000, 10  # that a template may write: so many, and so many times its messages
-GROWTH = 100  # characters that a normaliser may make of one; NFKC makes 18 of U+FDFA
-
-
-class AddedToken(NamedTuple):
-    """A string that is one token wherever it stands: if it is special, in a template alone, else in any text."""
-
-    content: str
-    id: int | None  # None: the next one that is free
-    special: bool
-    lstrip: bool = False  # takes the spaces before it along
-    rstrip: bool = False
-    single_word: bool = False  # does not count beside a letter or digit
-    normalized: bool = False  # looked for in the normalised text (tokenizer.json alone knows a normaliser)
+GROWTH = 100  # characters that a normaliser may make of one
 
 
 class Tokenizer:
     """What the three backends share. Each gives _encode(text, special) -> ids, where special says whether the strings
     of special tokens become their ids and a GUARD is taken off, and _piece_bytes(id) -> bytes of a token of its own."""
 
-    added: dict[str, AddedToken]  # by content
+    added: dict[int, AddedToken]  # strings that are one token wherever they stand; a special one in templates alone
     own_size: int  # one more than the largest id that is not an added token's
     limit: float = math.inf  # the model's vocabulary: an added token may have an id beyond it, but no text may hold it
     bos_id: int | None = None
@@ -71,12 +65,12 @@ class Tokenizer:
 
     @cached_property
     def special(self) -> dict[str, int]:
-        return {token.content: token.id for token in self.added.values() if token.special}
+        return {token.content: i for i, token in self.added.items() if token.special}
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self.own_size, *(token.id + 1 for token in self.added.values()), 0)
+        return max(self.own_size, *(i + 1 for i in self.added), 0)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -87,21 +81,17 @@ class Tokenizer:
         except ValueError:  # where it matters, encode_chat says so
             return self.end_ids
         after = text.partition(ANSWER)[2].lstrip()
-        ends = [token for token in self.added.values() if after.startswith(token.content) and token.id < self.limit]
-        ends.sort(key=lambda token: len(token.content))
-        return tuple(dict.fromkeys([*self.end_ids, *(token.id for token in ends[-1:])]))
+        ends = [i for i, token in self.added.items() if after.startswith(token.content) and i < self.limit]
+        ends.sort(key=lambda i: len(self.added[i].content))
+        return tuple(dict.fromkeys([*self.end_ids, *ends[-1:]]))
 
     def token_id(self, token: str) -> int | None:
-        return self.added[token].id if token in self.added else None
-
-    @cached_property
-    def _added_bytes(self) -> dict[int, bytes]:
-        return {token.id: b"" if token.special else token.content.encode() for token in self.added.values()}
+        return next((i for i, added in self.added.items() if added.content == token), None)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 of a token, which may end inside a character; b"" for special tokens and unknown ids."""
-        added = self._added_bytes.get(token_id)
-        return self._piece_bytes(token_id) if added is None else added
+        token = self.added.get(token_id)
+        return self._piece_bytes(token_id) if token is None else b"" if token.special else token.content.encode()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The text taken literally: "<s>" is three characters. bos=True puts bos_id before it, if there is one.
@@ -114,9 +104,8 @@ class Tokenizer:
     def _ids(self, text: str, special: bool) -> list[int]:
         ids = self._encode(text.encode("utf-8", "replace").decode(), special)
         if self.vocab_size > self.limit and max(ids, default=0) >= self.limit:
-            token = next(token for token in self.added.values() if token.id == max(ids))
-            reason = f"has the id {token.id}, but the model's vocabulary is {self.limit}"
-            raise ValueError(f"{shown(token.content)} in the text {reason}: leave it out")
+            beyond = f"{shown(self.added[max(ids)].content)} in the text has the id {max(ids)}"
+            raise ValueError(f"{beyond}, but the model's vocabulary is {self.limit}: leave it out")
         return ids
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
@@ -135,71 +124,55 @@ class Tokenizer:
             return None
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"a chat is a list of {{role, content}}, not {shown(messages)}")
-        special = _any_of([GUARD, *self.special])
+        special = re.compile("|".join(map(re.escape, sorted([GUARD, *self.special], key=len, reverse=True))))
 
         def guard(value):
-            if isinstance(value, dict):
-                return {key: guard(item) for key, item in value.items()}
-            if isinstance(value, list):
-                return [guard(item) for item in value]
             return special.sub(lambda m: "".join(GUARD + c for c in m[0]), value) if isinstance(value, str) else value
 
-        return self._ids(self._render(guard(messages)), special=True)
+        guarded = [{key: guard(value) for key, value in message.items()} for message in messages]
+        return self._ids(self._render(guarded), special=True)
 
     def _render(self, messages: list[dict]) -> str:
         from jinja2 import TemplateError
-        from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        class Generation(Extension):  # marks what a model is trained on: rendered as it is
-            tags = frozenset({"generation"})
-
-            def parse(self, parser):
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
         def refuse(message):
             raise TemplateError(message)
 
         def render() -> str:
-            extensions = ["jinja2.ext.loopcontrols", Generation]  # the first: break and continue
-            options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": extensions}
-            env = ImmutableSandboxedEnvironment(**options)
+            loops = "jinja2.ext.loopcontrols"  # break and continue
+            env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loops])
             env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
             env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
             env.globals.update(self.named, tools=None, documents=None)
-            text = env.from_string(self.template).render(messages=messages, add_generation_prompt=True)
+            # {% generation %} marks what a model is trained on
+            template = re.sub(r"({%[-+]?\s*(?:end)?)generation(\s*[-+]?%})", r"\1with\2", self.template)
+            text = env.from_string(template).render(messages=messages, add_generation_prompt=True)
             if len(text) > CHARACTERS + TIMES * len(json.dumps(messages)):
                 raise MemoryError(f"it writes {len(text):,} characters")
             return text
 
-        text, reason = _in_a_child(render)
-        if text is None:
-            advice = "change the messages or use a plain prompt"
-            raise ValueError(f"the checkpoint's chat template does not take these messages ({reason}): {advice}")
-        return text
+        return _in_a_child(render)
 
     @cached_property
-    def _patterns(self) -> tuple[re.Pattern, re.Pattern]:
-        tokens = self.added.values()
-        return _token_pattern(token for token in tokens if not token.special), _token_pattern(tokens)
+    def _finder(self) -> tuple[tokenizers.Tokenizer, list[int]]:
+        """A tokenizer without pieces, which finds the added tokens in a text, and their ids in its order."""
+        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
+        ids = {token.content: i for i, token in self.added.items()}
+        finder.add_tokens([self.added[i] for i in ids.values()])
+        return finder, list(ids.values())
 
     def _parts(self, text: str, special: bool) -> Iterator[str | int]:
-        """A text, an added token's id, a text, ..., a text (for backends that do not look for added tokens)."""
+        """A text, an added token's id, a text, ..., a text; for backends that do not look for added tokens."""
         end = 0
-        for found in self._patterns[special].finditer(text):
-            yield _unguarded(text[end : found.start()]) if special else text[end : found.start()]
-            yield self.added[found[found.lastindex]].id
-            end = found.end()
-        yield _unguarded(text[end:]) if special else text[end:]
-
-    def _add(self, tokens: Iterable[AddedToken], own_id: Callable[[str], int | None]) -> None:
-        """Fills `added`; a token without an id has that of the backend's own token, else the next one that is free."""
-        self.added = {token.content: token for token in tokens if token.id is not None}
-        for token in tokens:
-            if token.id is None and token.content not in self.added:
-                known = own_id(token.content)
-                self.added[token.content] = token._replace(id=self.vocab_size if known is None else known)
+        if special or not all(token.special for token in self.added.values()):
+            finder, ids = self._finder
+            finder.encode_special_tokens = not special
+            found = finder.encode(text, add_special_tokens=False)
+            for index, (start, stop) in zip(found.ids, found.offsets, strict=True):
+                yield from (text[end:start], ids[index])
+                end = stop
+        yield text[end:]
 
 
 class Stream:
@@ -225,15 +198,17 @@ class Stream:
 
 
 class SentencePiece(Tokenizer):
-    def __init__(self, data: bytes, added: list[AddedToken], legacy: bool):
+    def __init__(self, data: bytes, added: dict[int, AddedToken], legacy: bool):
         from sentencepiece import SentencePieceProcessor
 
         self._sp = self._inside = SentencePieceProcessor(model_proto=data)
         if not legacy:  # no space after an added token: the file, and normalizer_spec.add_dummy_prefix: false
             self._inside = SentencePieceProcessor(model_proto=data + b"\x1a\x02\x18\x00")
         self.own_size = self._sp.vocab_size()
-        control = [AddedToken(self._sp.id_to_piece(i), i, True) for i in range(self.own_size) if self._sp.is_control(i)]
-        self._add([*control, *added], self._own_id)
+        self.added = {i: _special(self._sp.id_to_piece(i)) for i in filter(self._sp.is_control, range(self.own_size))}
+        named = {self._sp.piece_to_id(token.content): token for i, token in added.items() if i < 0}
+        self.added |= {i: token for i, token in named.items() if self._sp.id_to_piece(i) == token.content}
+        self.added |= {i: token for i, token in added.items() if i >= 0}
         self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
         self.end_ids = (self._sp.eos_id(),) if self._sp.eos_id() >= 0 else ()
         self.adds_bos = True
@@ -241,10 +216,6 @@ class SentencePiece(Tokenizer):
             self.leading_spaces = math.inf
         elif self._sp.encode("x", out_type=str)[0].startswith("▁"):
             self.leading_spaces = 1
-
-    def _own_id(self, piece: str) -> int | None:
-        known = self._sp.piece_to_id(piece)
-        return known if self._sp.id_to_piece(known) == piece else None
 
     def _piece_bytes(self, token_id):
         if not 0 <= token_id < self.own_size:
@@ -256,14 +227,14 @@ class SentencePiece(Tokenizer):
 
     def _encode(self, text, special):
         first, *parts = self._parts(text, special)
-        ids = self._sp.encode(first)
+        ids = self._sp.encode(_unguarded(first, special))
         for part in parts:
-            ids += self._inside.encode(part) if isinstance(part, str) else [part]
+            ids += self._inside.encode(_unguarded(part, special)) if isinstance(part, str) else [part]
         return ids
 
 
 class TikToken(Tokenizer):
-    def __init__(self, data: bytes, added: list[AddedToken], legacy: bool):
+    def __init__(self, data: bytes, added: dict[int, AddedToken], legacy: bool):
         import tiktoken
 
         lines = (line.split() for line in data.splitlines() if line)
@@ -271,12 +242,10 @@ class TikToken(Tokenizer):
         self.own_size = count = len(ranks)
         if sorted(ranks.values()) != list(range(count)) or any(bytes([i]) not in ranks for i in range(256)):
             raise ValueError(f"its {count} ranks have gaps or lack a byte")
-        if all(token.id is None for token in added):
-            added = [*(AddedToken(token, 128000 + i, True) for i, token in enumerate(LLAMA3_SPECIAL)), *added]
-        first = min(token.id for token in added if token.id is not None)
-        if first != count:
-            raise ValueError(f"it has {count} ranks, but the special tokens start at {first}")
-        self._add(added, lambda token: ranks.get(token.encode()))
+        self.added = {i: token for i, token in added.items() if i >= 0}
+        self.added = self.added or {128000 + i: _special(token) for i, token in enumerate(LLAMA3_SPECIAL)}
+        if min(self.added) != count:
+            raise ValueError(f"it has {count} ranks, but the special tokens start at {min(self.added)}")
         self.bos_id = self.special.get("<|begin_of_text|>")
         self.end_ids = tuple(self.special[t] for t in ("<|end_of_text|>", "<|eot_id|>") if t in self.special)
         self.adds_bos = True
@@ -289,17 +258,14 @@ class TikToken(Tokenizer):
     def _encode(self, text, special):
         ids = []
         for part in self._parts(text, special):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                for piece in re.split(r"(\s{25000})", part):  # a run of a million spaces overflows tiktoken's stack
-                    ids += self._bpe.encode_ordinary(piece)
+            # a run of a million spaces overflows tiktoken's stack
+            pieces = re.split(r"(\s{25000})", _unguarded(part, special)) if isinstance(part, str) else ()
+            ids += [i for piece in pieces for i in self._bpe.encode_ordinary(piece)] if pieces else [part]
         return ids
 
 
 class TokenizerJson(Tokenizer):
-    def __init__(self, data: bytes, added: list[AddedToken], legacy: bool):
-        import tokenizers
+    def __init__(self, data: bytes, added: dict[int, AddedToken], legacy: bool):
         from tokenizers.pre_tokenizers import ByteLevel
 
         spec, self._backend = json.loads(data), tokenizers.Tokenizer.from_buffer(data)
@@ -309,14 +275,11 @@ class TokenizerJson(Tokenizer):
             raise ValueError(f"its normaliser may make a text {growth:.3g} times as long")
 
         # tokens that are found in a text as they stand: the file's, and those of the other files
-        added = sorted(added, key=lambda token: math.inf if token.id is None else token.id)
         known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
-        added = [token for token in added if token.id is not None or token.content not in known]
-        self._backend.add_tokens([tokenizers.AddedToken(t.content, **_flags(t)) for t in added])
-        decoder = self._backend.get_added_tokens_decoder().items()
-        self.added = {t.content: AddedToken(t.content, i, t.special) for i, t in decoder}
-        vocabulary = self._backend.get_vocab().items()
-        self.own_size = max((i for token, i in vocabulary if token not in self.added), default=-1) + 1
+        ids = [*sorted(i for i in added if i >= 0), *(i for i in added if i < 0 and added[i].content not in known)]
+        self._backend.add_tokens([added[i] for i in ids])
+        self.added = self._backend.get_added_tokens_decoder()
+        self.own_size = max((i for i in self._backend.get_vocab().values() if i not in self.added), default=-1) + 1
 
         # what a token's characters stand for
         decoder = spec.get("decoder") or {}
@@ -353,7 +316,7 @@ class TokenizerJson(Tokenizer):
         if special and GUARD in text:  # template, guarded, template, ...
             ids = []
             for i, part in enumerate(re.split(f"((?:{GUARD}(?s:.))+)", text)):
-                ids += self._after(ids, _unguarded(part), special=i % 2 == 0)
+                ids += self._after(ids, _unguarded(part, special), special=i % 2 == 0)
             return ids
         self._backend.encode_special_tokens = not special
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -377,19 +340,21 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     if path is None:
         raise ValueError(f"no tokenizer in {folder}: put the checkpoint's tokenizer.json or tokenizer.model there")
 
-    # special tokens by name, and all tokens that other files add to the backend's
-    named = {key: _content(key, settings.get(key, special_map.get(key))) for key in NAMED}
-    extra = [value for key in ("additional_special_tokens", "extra_special_tokens") for value in _values(settings, key)]
-    specials = [*filter(None, named.values()), *(_content("a special token", value) for value in extra)]
-    added = _added_tokens(_setting(settings, "added_tokens_decoder", dict, {}), more, specials)
+    # the settings are of the right types
+    for name, file in files.items():
+        for key in file.keys() & TYPES.keys():
+            values = file[key] if isinstance(file[key], list) else [file[key]]
+            if not all(type(value) in (*TYPES[key], type(None)) for value in values):
+                raise ValueError(f"{folder / name}: {key} cannot be {shown(file[key])}; copy the model's files again")
 
     # its backend
     data = path.read_bytes()
     backend = TikToken if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) else SentencePiece
     backend = TokenizerJson if path.suffix == ".json" else backend
-    legacy = _setting(settings, "legacy", bool, True)
     try:
-        tokenizer = backend(data, added, legacy)
+        named = {key: _content(settings.get(key, special_map.get(key))) for key in NAMED}
+        added = _added_tokens(settings, more, list(filter(None, named.values())))
+        tokenizer = backend(data, added, settings.get("legacy") is not False)
     except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
         reason = f"does not load as {backend.__name__} ({one_line(error)})"
         raise ValueError(f"{path} {reason}: copy the model's tokenizer files again") from error
@@ -401,17 +366,15 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         reason = f"has ids up to {tokenizer.own_size - 1}, but the model's vocabulary is {vocab_size}"
         raise ValueError(f"the tokenizer in {folder} {reason}: use the tokenizer files of this checkpoint")
 
-    def known(*ids: int | None) -> list[int]:
-        size = min(tokenizer.vocab_size, tokenizer.limit)
-        return [i for i in dict.fromkeys(ids) if i is not None and 0 <= i < size]
+    def known(*values) -> list[int]:
+        ids = [i for value in values for i in (value if isinstance(value, list | tuple) else [value])]
+        return [i for i in dict.fromkeys(ids) if i is not None and 0 <= i < min(tokenizer.vocab_size, tokenizer.limit)]
 
     # bos and eos: the first that is given, and all that are given
-    bos, eos = (named[key] and tokenizer.token_id(named[key]) for key in ("bos_token", "eos_token"))
-    given = bos, *_token_ids(config, "bos_token_id"), *_token_ids(generation, "bos_token_id"), tokenizer.bos_id
+    bos, eos = (tokenizer.token_id(named[key] or "") for key in ("bos_token", "eos_token"))
+    given = bos, config.get("bos_token_id"), generation.get("bos_token_id"), tokenizer.bos_id
     tokenizer.bos_id = next(iter(known(*given)), None)
-    given = *_token_ids(config, "eos_token_id"), *_token_ids(generation, "eos_token_id"), eos, *tokenizer.end_ids
-    tokenizer.end_ids = tuple(known(*given))
-    _setting(settings, "add_bos_token", bool)
+    tokenizer.end_ids = tuple(known(config.get("eos_token_id"), generation.get("eos_token_id"), eos, tokenizer.end_ids))
     tokenizer.adds_bos = tokenizer.bos_id is not None and bool(settings.get("add_bos_token", tokenizer.adds_bos))
     strings = {i: token for token, i in tokenizer.special.items()}
     bos_token = "" if "bos_token" in settings else strings.get(tokenizer.bos_id, "")
@@ -421,60 +384,37 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 
     # the chat template: a file of its own, or a setting
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
-    if file.is_file():
-        template = file.read_bytes().decode("utf-8-sig", "replace")
-    elif isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
-        if not all(isinstance(entry, dict) for entry in template):
-            raise ValueError(f"chat_template {shown(template)} is not a list of {{name, template}}")
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
-    tokenizer.template = _setting({"chat_template": template}, "chat_template", str)
+    if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    tokenizer.template = file.read_text("utf-8-sig", "replace") if file.is_file() else template
+    if not isinstance(tokenizer.template, str | None):
+        raise ValueError(f"the chat template in {folder} cannot be {shown(template)}; copy the model's files again")
     return tokenizer
 
 
-def _setting(settings: dict, key: str, kind: type, default: Any = None) -> Any:
-    """A setting, or the default where it is null or absent. Raises ValueError if it is of another type."""
-    value = settings.get(key)
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"the tokenizer's setting {key} is {shown(value)}, not a {kind.__name__}: correct its file")
-    return default if value is None else value
+def _special(content: str) -> AddedToken:
+    return AddedToken(content, special=True, normalized=False)
 
 
-def _values(settings: dict, key: str) -> list:
-    """The values of a list, of an object or of null."""
-    value = _setting(settings, key, list | dict, [])
-    return [*value.values()] if isinstance(value, dict) else value
-
-
-def _content(key: str, token: Any) -> str | None:
+def _content(token: str | dict | None) -> str | None:
     """The string of a special token: "<s>", {"content": "<s>"} or null."""
-    return _setting({key: token.get("content") if isinstance(token, dict) else token}, key, str)
+    return token["content"] if isinstance(token, dict) else token
 
 
-def _token_ids(config: dict, key: str) -> list[int | None]:
-    """The ids that a config gives as one, as a list or as null."""
-    value = config.get(key)
-    ids = value if isinstance(value, list) else [value]
-    if not all(i is None or type(i) is int for i in ids):
-        raise ValueError(f"{key} {shown(value)} is neither a token's id nor a list of them: correct its file")
-    return ids
-
-
-def _added_tokens(decoder: dict[str, dict], more: dict[str, int], specials: list[str]) -> list[AddedToken]:
-    """The tokens of tokenizer_config.json and of added_tokens.json, then the special ones that are in neither."""
-    tokens = {content: AddedToken(content, token_id, content in specials) for content, token_id in more.items()}
-    for token_id, entry in decoder.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not token_id.isdecimal():
-            raise ValueError(f"added_tokens_decoder has {shown({token_id: entry})}: a token has an id and a content")
-        flags = {flag: _setting(entry, flag, bool, False) for flag in AddedToken._fields[2:]}
-        flags["special"] |= entry["content"] in specials
-        tokens[entry["content"]] = AddedToken(entry["content"], int(token_id), **flags)
-    _token_ids({"added_tokens.json": [*more.values()]}, "added_tokens.json")
-    missing = (content for content in dict.fromkeys(specials) if content and content not in tokens)
-    return [*tokens.values(), *(AddedToken(content, None, True) for content in missing)]
-
-
-def _flags(token: AddedToken) -> dict[str, bool]:
-    return dict(zip(token._fields[2:], token[2:], strict=True))
+def _added_tokens(settings: dict, more: dict[str, int], specials: list[str]) -> dict[int, AddedToken]:
+    """The tokens of added_tokens.json and tokenizer_config.json by id; ids below 0 for special ones in neither."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        specials += map(_content, settings.get(key) or () if isinstance(settings.get(key), list) else ())
+    tokens = {int(i): AddedToken(content, special=content in specials) for content, i in more.items()}
+    for i, entry in (settings.get("added_tokens_decoder") or {}).items():
+        flags = {flag: entry[flag] for flag in "single_word lstrip rstrip normalized special".split() if flag in entry}
+        tokens[int(i)] = AddedToken(entry["content"], **flags)
+        tokens[int(i)].special |= entry["content"] in specials
+    if min(tokens, default=0) < 0:
+        raise ValueError(f"an added token has the id {min(tokens)}")
+    known = {token.content for token in tokens.values()}
+    return tokens | {~i: _special(token) for i, token in enumerate(specials) if token not in known}
 
 
 def _growth(normalizer: dict | None) -> float:
@@ -484,64 +424,44 @@ def _growth(normalizer: dict | None) -> float:
         return math.prod(map(_growth, step["normalizers"]))
     if step["type"] == "Replace":
         return max(1.0, len(step["content"]) / max(1, len(step["pattern"].get("String", ""))))
-    if step["type"] == "Precompiled":  # the length of a trie, the trie, strings that end in a zero
-        charsmap = base64.b64decode(step["precompiled_charsmap"])
-        return max(1.0, *map(len, charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")))
     return 1.0
 
 
-def _in_a_child(function: Callable[[], str]) -> tuple[str | None, str | None]:
-    """What a function returns, and None; or None, and why it failed: an error, or the limits SECONDS and BYTES.
+def _in_a_child(render: Callable[[], str]) -> str:
+    """What a template's function returns. Raises ValueError if it fails, or takes over SECONDS or BYTES.
 
-    It runs in a child process, so that neither its memory nor its time is ours.
+    A template is a program of the checkpoint's: it runs in a child process, so that its time and memory are not ours.
     """
-    from resource import RLIMIT_AS, RLIMIT_CORE, RLIMIT_CPU, getrlimit, setrlimit
-
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    late = f"it takes over {SECONDS} s"
 
     def child():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             for kind, most in ((RLIMIT_CORE, 0), (RLIMIT_CPU, SECONDS), (RLIMIT_AS, used + BYTES)):
-                hard = getrlimit(kind)[1]
-                setrlimit(kind, (most, hard) if hard < 0 else (min(most, hard), hard))
-            theirs.send((function(), None))
+                setrlimit(kind, (most, most))
+            theirs.send((render(), None))
         except MemoryError as error:
             theirs.send((None, str(error) or f"it takes over {BYTES / 1e9:.0f} GB"))
-        except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
+        except Exception as error:
             theirs.send((None, f"{type(error).__name__}: {one_line(error)}"))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     theirs.close()
+    text, reason = None, f"it takes over {SECONDS} s"
     try:
-        return ours.recv() if ours.poll(10 * SECONDS) else (None, late)
-    except EOFError:  # its time was up
-        return None, late
+        with contextlib.suppress(EOFError):  # its time was up
+            text, reason = ours.recv() if ours.poll(10 * SECONDS) else (text, reason)
     finally:
         process.kill()
         process.join()
         ours.close()
+    if text is None:
+        advice = "change the messages or use a plain prompt"
+        raise ValueError(f"the checkpoint's chat template does not take these messages ({reason}): {advice}")
+    return text
 
 
-def _any_of(strings: Iterable[str]) -> re.Pattern:
-    """Matches (as a group) any of the strings, the longest first; nothing where there are none."""
-    return re.compile("(" + ("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or "(?!)") + ")")
-
-
-def _token_pattern(tokens: Iterable[AddedToken]) -> re.Pattern:
-    """Matches any of the tokens, the longest first, with the spaces that it takes along; its content is a group."""
-    tokens, patterns = sorted(tokens, key=lambda token: -len(token.content)), []
-    plain = [token.content for token in tokens if not (token.lstrip or token.rstrip or token.single_word)]
-    for token in tokens:
-        if token.content not in plain:
-            before, after = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-            before, after = r"(?:(?<!\s)\s+)?" * token.lstrip + before, after + r"\s*" * token.rstrip
-            patterns.append(f"{before}({re.escape(token.content)}){after}")
-    return re.compile("|".join([*patterns, _any_of(plain).pattern]))
-
-
-def _unguarded(text: str) -> str:
-    return re.sub(f"{GUARD}(?s:(.))", r"\1", text)
+def _unguarded(text: str, special: bool) -> str:
+    return re.sub(f"{GUARD}(?s:(.))", r"\1", text) if special else text

@@ -174,7 +174,8 @@ def test_spaces_that_sentencepiece_drops(data, tmp_path):
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (512, 1, (2,))
 
 
-def test_metaspace_and_byte_fallback_of_tokenizer_json(tmp_path):
+@pytest.fixture(scope="module")
+def metaspace_folder(tmp_path_factory):
     """Llama 2's tokenizer.json: no pre-tokenizer, the normalizer puts U+2581, decoding is a sequence of five steps."""
     chars = sorted(set("▁" + "".join(CORPUS)))
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *(c for c in chars if c != " "), "▁t", "▁▁"]
@@ -187,8 +188,14 @@ def test_metaspace_and_byte_fallback_of_tokenizer_json(tmp_path):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path)
+    folder = tmp_path_factory.mktemp("metaspace")
+    backend.save(str(folder / "tokenizer.json"))
+    return write(folder, config={"bos_token_id": 1, "eos_token_id": 2})
+
+
+def test_metaspace_and_byte_fallback_of_tokenizer_json(metaspace_folder, tmp_path):
+    tokenizer, backend = load_tokenizer(metaspace_folder), tokenizers.Tokenizer.from_file
+    backend = backend(str(metaspace_folder / "tokenizer.json"))
     for text in ["the cat", "  two", "東京 👋 <s>", *TEXTS[:4]]:
         check_text(tokenizer, text)
         assert backend.decode(tokenizer.encode(text)) == text
