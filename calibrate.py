@@ -12,6 +12,7 @@ weights and about 1 GB for a window's widest inputs in float32. The file of a 70
 """
 
 import argparse
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,12 @@ def statistics_for(folder: Path, path: str | Path | None, model: SparseTransform
     """
     beside = folder / STATISTICS_NAME
     if path is None and not beside.exists():
-        calibrate(folder, model).save(beside)
+        statistics = calibrate(folder, model)
+        try:
+            statistics.save(beside)
+        except ValueError as error:
+            warnings.warn(f"{error}. This run has the statistics in memory, a later one takes them anew", stacklevel=2)
+            return statistics
     return load_statistics(path or beside, folder)
 
 

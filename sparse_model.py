@@ -39,42 +39,30 @@ PROJECTIONS = {projection: name for name, site in SITES.items() for projection i
 class SparseProjection(UncastBuffers):
     """A linear layer whose cut inputs' weights are not read.
 
-    Attributes:
-        weight: [in, out], contiguous: a kept input reads one row. int4 is packed to [in, out / 2], uint8.
-        scale: [out], float32, of int8; [in, groups, 2], bfloat16, of int4; else None. See `kernels.quantized.Form`.
-        segments: name and width of each of the S projections fused along out.
-        threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
-        shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
-        kept: kept inputs of each segment since `reset_counts` [S], int64, on the device.
-        read: the same, but an input that several rows of a batch keep at one step counts once, as its weights do.
-        seen, steps: positions that were cut, of all rows and of one row.
+    weight, scale: [in, out], contiguous: a kept input reads one row; None. Other forms: `kernels.quantized.Form`.
+    segments: name and width of each of the S projections fused along out.
+    threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
+    shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
+    kept: kept inputs of each segment since `reset_counts` [S], int64, on the device.
+    read: the same, but an input that several rows of a batch keep at one step counts once, as its weights do.
+    seen, steps: positions that were cut, of all rows and of one row.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        segments: dict[str, int],
-        bias=False,
-        device=None,
-        dtype=None,
-        quant: str = "none",
-        groupsize: int = 0,
+        self, n_in: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant="none", groupsize=0
     ):
         super().__init__()
-        self.segments = segments
-        self.widths = list(segments.values())
-        n_out = sum(self.widths)
-        weight, scale = Form.named(quant, dtype, groupsize).empty(in_features, segments, device)
+        self.segments, self.widths = segments, list(segments.values())
+        weight, scale = Form.named(quant, dtype, groupsize).empty(n_in, segments, device)
         self.weight = nn.Parameter(weight, requires_grad=quant == "none")
-        self.register_buffer("scale", scale)
-        self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
-        threshold = torch.zeros(len(segments), in_features, device=device, dtype=torch.float32)
-        self.register_buffer("threshold", threshold)
-        self.register_buffer("shift", None)
-        self.register_buffer("offset", None)
-        for counter in ("kept", "read"):
-            zeros = torch.zeros(len(segments), device=device, dtype=torch.int64)
-            self.register_buffer(counter, zeros, persistent=False)
+        self.bias = nn.Parameter(torch.empty(sum(self.widths), device=device, dtype=dtype)) if bias else None
+
+        # buffers, which keep their dtype; the counters are no part of a saved model
+        threshold = torch.zeros(len(segments), n_in, device=device, dtype=torch.float32)
+        for name, buffer in {"scale": scale, "threshold": threshold, "shift": None, "offset": None}.items():
+            self.register_buffer(name, buffer)
+        for name in ("kept", "read"):
+            self.register_buffer(name, torch.zeros_like(threshold[:, 0], dtype=torch.int64), persistent=False)
         self.seen = self.steps = 0
         self.dense_prefix: int | None = None
         self.register_load_state_dict_pre_hook(_transpose_on_load)
@@ -131,10 +119,7 @@ class SparseProjection(UncastBuffers):
 
 
 def _transpose_on_load(module, state_dict, prefix, *_):
-    """Checkpoints hold [out, in]; the transposition runs on the module's own device, one matrix at a time.
-
-    This class's own state, which has thresholds, is taken as it is.
-    """
+    """Checkpoints hold [out, in], transposed on the module's device; own state, which has thresholds, is not."""
     for name in ("shift", "offset"):
         if prefix + name in state_dict:
             setattr(module, name, torch.empty_like(state_dict[prefix + name], device=module.weight.device))
@@ -155,8 +140,7 @@ class SparseTransformer(Transformer):
     ) -> Tensor:
         """Logits of the next token; see `Transformer.forward`.
 
-        `dense_prefix` n: positions [n:] of `idx` are cut by plain masking and their kept inputs counted, the first n
-        are dense. None: a single token is cut (by the kernels), several are dense.
+        dense_prefix: None: a single token is cut (by the kernels), several are dense. n: see `cut_after`.
         """
         if dense_prefix is None:
             return super().forward(idx, input_pos, num_logits)
@@ -178,8 +162,7 @@ class SparseTransformer(Transformer):
     def set_cuts(self, cuts: "Cuts") -> None:
         """Sets the thresholds and shifts of all sites, and remembers their sparsity.
 
-        Raises:
-            ValueError: the cuts are of another model; nothing was set then.
+        Raises ValueError: the cuts are of another model; nothing was set then.
         """
         shapes = [tuple(module.threshold.shape) for module in self.sites]
         fits = len(cuts.thresholds) == len(cuts.shifts) == len(shapes) and all(
@@ -222,9 +205,6 @@ class SparseTransformer(Transformer):
 
     def achieved_sparsity(self) -> float:
         """Share of the projections' weights that cut positions did not need, since `reset_counts`."""
-        total = kept = 0.0
-        for module in self.sites:
-            n_in = module.weight.shape[0]
-            total += n_in * sum(module.widths) * module.seen
-            kept += sum(k * width for k, width in zip(module.kept.tolist(), module.widths, strict=True))
+        total = sum(m.threshold.shape[1] * sum(m.widths) * m.seen for m in self.sites)
+        kept = sum(k * width for m in self.sites for k, width in zip(m.kept.tolist(), m.widths, strict=True))
         return 1.0 - kept / total if total else 0.0
