@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from decoder import check_finite
 from formats.files import one_line
 from model import Transformer
 from tokenizer import Tokenizer
@@ -68,7 +69,9 @@ class HarnessModel(TemplateLM):
 
     def _logits(self, idx: Tensor, num_logits: int, dense_prefix: int, input_pos: Tensor | None = None) -> Tensor:
         cut = {} if self.sparse_fraction is None else {"dense_prefix": dense_prefix}
-        return self.model(idx, input_pos, num_logits=num_logits, **cut).float()
+        logits = self.model(idx, input_pos, num_logits=num_logits, **cut)
+        check_finite(logits, self.model.dtype)
+        return logits.float()
 
     def _dense_prefix(self, length: int) -> int:
         return 0 if self.sparse_fraction is None else round(length * (1 - self.sparse_fraction))

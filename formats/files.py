@@ -14,7 +14,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-
 ECHO = 200  # characters of a user's value, or of another library's message, that a message repeats at most
 
 
