@@ -3,7 +3,7 @@
     form       what runs a step                                     serves
     eager      the model's forward, op by op                        every run
     compiled   the same through torch.compile (CUDA graphs)         every run
-    fused      five launches per layer in one CUDA graph, on a GPU  batch 1 and what `unfusable` lets pass
+    fused      five launches per layer in one CUDA graph, on a GPU  where `why_unfused` has no reason against it
     fused      one call of C++, on a CPU                            the same
 
 Why a fused step on a GPU records its own CUDA graph: README, "How it works".
@@ -12,13 +12,14 @@ Why a fused step on a GPU records its own CUDA graph: README, "How it works".
 import ctypes
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels import cpu
-from model import ModelArgs, Transformer
+from model import ModelArgs, Projection, Transformer, TransformerBlock
 from sparse_model import SparseProjection, SparseTransformer
 
 MAX_TOP_K = 1024  # that the fused sampling on a GPU sorts in one program
@@ -28,18 +29,36 @@ FUSED_FIELDS = set(
     "name block_size vocab_size n_layer n_head n_local_heads dim head_dim intermediate_size tie_embeddings norm_eps "
     "rope_base rope_scaling qkv_bias sliding_window windowed_layers quant groupsize".split()
 )
+# The weights of a block that they read.
+FUSED_WEIGHTS = {"attention_norm.weight", "attention.wqkv.weight", "attention.wqkv.bias", "attention.wo.weight"}
+FUSED_WEIGHTS |= {"ffn_norm.weight", "feed_forward.w13.weight", "feed_forward.w2.weight"}
 
 
-def unfusable(config: ModelArgs) -> str | None:
-    """Why the fused steps do not serve a model, in one line; None: they do.
+def unknown_parts(config: ModelArgs) -> list[str]:
+    """What the fused steps do not implement of a model: fields that differ from their default, weights of a block."""
+    default = vars(type(config)())
+    fields = [f"{k} = {v!r}" for k, v in vars(config).items() if k not in FUSED_FIELDS and v != default[k]]
+    block = TransformerBlock(config, Projection, device="meta")
+    return fields + [name for name, _ in block.named_parameters() if name not in FUSED_WEIGHTS]
 
-    A field of ModelArgs that they do not know must have its default, so that no switch is silently ignored.
-    """
-    for field in fields(config):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = getattr(config, field.name)
-        if field.name not in FUSED_FIELDS and value != default:
-            return f"the fused steps do not implement {field.name} = {value!r}"
+
+def fusable(config: ModelArgs) -> bool:
+    """Whether the fused steps implement a model. So a new switch or weight is never silently ignored."""
+    return not unknown_parts(config)
+
+
+def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
+    """Why a run's steps are not fused, in a few words; None: they can be."""
+    if batch_size > 1:
+        return "it serves one row"
+    if device.type == "cpu" and cpu.library() is None:
+        return "it needs a C++ compiler"
+    if device.type == "cuda" and top_k > MAX_TOP_K:
+        return f"it sorts a top_k of at most {MAX_TOP_K}"
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return "it adds in no fixed order"
+    if not fusable(config):
+        return f"it does not implement {', '.join(unknown_parts(config))}"
     return None
 
 
@@ -62,16 +81,17 @@ class FusedGpuStep:
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
         from kernels import fused_step, plan, triton_gemv
 
-        self.kernels, self.launch_gemv = fused_step, triton_gemv.launch_gemv
-        self.model, self.sparsity = model, 0.0 if dense else model.sparsity
+        self.kernels, self.gemv, self.model = fused_step, triton_gemv, model
+        self.sparsity = 0.0 if dense else model.sparsity
         config, device = model.config, model.device
         self.sampling = temperature, min(top_k, config.vocab_size)
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.graph: torch.cuda.CUDAGraph | None = None
 
         def buffer(*shape: int, dtype=torch.float32) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        # What one launch of a step leaves to the next. y is kept per layer: o guesses by its last input.
+        # what one launch of a step leaves to the next; y is kept per layer: o guesses by its last input
         cache_length, rstd_buffer = model.layers[0].attention.kv_cache.k_cache.shape[2], triton_gemv.RSTD_BUFFER
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
         splits = plan.attention_splits(cache_length, config.n_local_heads)
@@ -79,36 +99,30 @@ class FusedGpuStep:
         self.qkv = buffer(q + 2 * kv + rstd_buffer)
         self.gate_up = buffer(2 * config.intermediate_size + rstd_buffer)
         self.y = buffer(config.n_layer, q, dtype=model.dtype)
-        self.chunks = fused_step.Chunks(
-            buffer(splits, q), buffer(splits, config.n_head), buffer(config.n_local_heads, dtype=torch.int32)
-        )
+        arrived = buffer(config.n_local_heads, dtype=torch.int32)
+        self.chunks = fused_step.Chunks(buffer(splits, q), buffer(splits, config.n_head), arrived)
         self.logits = buffer(config.vocab_size + rstd_buffer)
 
-        # The sampling's room, and what goes from step to step.
+        # the sampling's room, and what goes from step to step
         self.top = buffer(-(-config.vocab_size // fused_step.HEAD_ROWS))
         self.groups = buffer(1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
         self.seed, self.position, self.token = (buffer(1, dtype=torch.int64) for _ in range(3))
         self.tokens = buffer(cache_length + 1, dtype=torch.int64)
-        self.state = self.seed, self.position, self.token, self.tokens
 
-        # What the launches multiply and normalise with.
+        # what the launches multiply and normalise with
         self.last_rstds = buffer(2 * config.n_layer, 1)
         norms = [norm for block in model.layers for norm in (block.attention_norm, block.ffn_norm)]
-        self.norms = [
-            triton_gemv.Norm(norm.weight, norm.eps, last_rstd)
-            for norm, last_rstd in zip(norms, self.last_rstds, strict=True)
-        ]
+        self.norms = [triton_gemv.Norm(norms[i].weight, norms[i].eps, rstd) for i, rstd in enumerate(self.last_rstds)]
         self.head_norm = triton_gemv.Norm(model.norm.weight, model.norm.eps)
-        self.products = {module: self._product(triton_gemv.Product, module) for module in model.sites}
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.products = {module: self._product(module) for module in model.sites}
 
-    def _product(self, make: type, module: SparseProjection) -> tuple:
+    def _product(self, module: SparseProjection) -> tuple:
         """The module's `kernels.triton_gemv.Product`, thresholds and shifts side by side if there are shifts."""
         threshold, offset = module.threshold, None
         if self.sparsity and module.shift is not None:
             threshold = torch.stack((threshold, module.shift.expand_as(threshold)), dim=2)
             offset = module.offset
-        return make(module.weight, threshold, module.widths, self.sparsity, module.scale, offset)
+        return self.gemv.Product(module.weight, threshold, module.widths, self.sparsity, module.scale, offset)
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
         """Sets the token to feed next, its position, and the seed of the draws."""
@@ -144,30 +158,28 @@ class FusedGpuStep:
 
     def step(self) -> None:
         """Launches the kernels of one step."""
-        kernels, model, products, pdl = self.kernels, self.model, self.products, self.pdl
-        options = {"dtype": model.dtype, "pdl": pdl}
-        kernels.launch_embed(self.token, model.tok_embeddings.weight, self.h, self.logits, pdl)
+        kernels, model, products, h, pdl = self.kernels, self.model, self.products, self.h, self.pdl
+        gemv = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl)
+        kernels.launch_embed(self.token, model.tok_embeddings.weight, h, self.logits, pdl)
 
         for i, block in enumerate(model.layers):
-            attention, feed_forward = block.attention, block.feed_forward
-            wqkv, wo, w13, w2 = attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2
+            attention, feed_forward, y = block.attention, block.feed_forward, self.y[i]
             attention_norm, ffn_norm = self.norms[2 * i : 2 * i + 2]
+            gate_up, bias = products[feed_forward.w13], attention.wqkv.bias
             window = model.config.sliding_window if i in model.config.windowed_layers else None
-            cache, ahead = attention.kv_cache, (self.h, ffn_norm, products[w13])
+            cache, ahead = attention.kv_cache, (h, ffn_norm, gate_up)
 
-            self.launch_gemv(
-                "norm", self.h, products[wqkv], self.qkv, norm=attention_norm, zero=self.gate_up, **options
-            )
+            gemv("norm", h, products[attention.wqkv], self.qkv, norm=attention_norm, zero=self.gate_up)
             kernels.launch_attention(
-                self.qkv, wqkv.bias, cache, self.position, model.inv_freq, self.chunks, self.y[i], window, ahead, pdl
+                self.qkv, bias, cache, self.position, model.inv_freq, self.chunks, y, window, ahead, pdl
             )
-            self.launch_gemv("given", self.y[i : i + 1], products[wo], self.h[None], **options)
-            self.launch_gemv("norm", self.h, products[w13], self.gate_up, norm=ffn_norm, zero=self.qkv, **options)
-            self.launch_gemv("silu", self.gate_up, products[w2], self.h, **options)
+            gemv("given", y[None], products[attention.wo], h[None])
+            gemv("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
+            gemv("silu", self.gate_up, products[feed_forward.w2], h)
 
-        head_scale = None if model.output is None else model.output.scale
-        kernels.launch_head(self.h, self.head_norm, model.output_weight, head_scale, self.logits, self.top, pdl)
-        kernels.launch_sample(self.logits, self.top, self.groups, *self.state, *self.sampling, pdl)
+        scale, state = model.output and model.output.scale, (self.seed, self.position, self.token, self.tokens)
+        kernels.launch_head(h, self.head_norm, model.output_weight, scale, self.logits, self.top, pdl)
+        kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)
 
 
 class FusedCpuStep:
@@ -186,49 +198,29 @@ class FusedCpuStep:
         self.logits = torch.zeros(config.vocab_size)
         self.tokens = torch.zeros(cache.shape[2] + 1, dtype=torch.int64)
 
-        # the weights, layer by layer
+        # the layers
         layers = (cpu.Layer * config.n_layer)()
         for i, block in enumerate(model.layers):
-            attention, feed_forward = block.attention, block.feed_forward
-            layers[i] = cpu.Layer(
-                attention_norm=self._pointer(block.attention_norm.weight),
-                ffn_norm=self._pointer(block.ffn_norm.weight),
-                wqkv=self._projection(attention.wqkv),
-                wo=self._projection(attention.wo),
-                w13=self._projection(feed_forward.w13),
-                w2=self._projection(feed_forward.w2),
-                k_cache=self._pointer(attention.kv_cache.k_cache),
-                v_cache=self._pointer(attention.kv_cache.v_cache),
-                window=config.sliding_window if i in config.windowed_layers else cache.shape[2],
-            )
+            norms = [self._pointer(norm.weight) for norm in (block.attention_norm, block.ffn_norm)]
+            projections = [self._projection(module) for module in model.sites[4 * i : 4 * i + 4]]
+            caches = [self._pointer(tensor) for tensor in block.attention.kv_cache.buffers()]
+            window = config.sliding_window if i in config.windowed_layers else cache.shape[2]
+            layers[i] = cpu.Layer(*norms, *projections, *caches, window)
 
         # the model: its shape, its other weights, room for values between the phases of a step, and the sampling
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
+        shape = {name: getattr(config, name) for name in cpu.Model.SHAPE}
+        tensors = {"embedding": model.tok_embeddings.weight, "norm": model.norm.weight, "output": model.output_weight}
+        tensors |= {"output_scale": model.output and model.output.scale, "inv_freq": model.inv_freq}
+        room = {"h": config.dim, "qkv": q + 2 * kv, "y": q, "act": config.intermediate_size}
+        room["tops"] = -(-config.vocab_size // cpu.GROUP)
+        tensors |= {name: torch.zeros(n) for name, n in room.items()}
+        tensors |= {"logits": self.logits, "tokens": self.tokens}
         self._model = cpu.Model(
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_local_heads=config.n_local_heads,
-            head_dim=config.head_dim,
-            dim=config.dim,
-            hidden=config.intermediate_size,
-            vocab=config.vocab_size,
+            **shape,
+            **{name: self._pointer(tensor) for name, tensor in tensors.items()},
             cache_length=cache.shape[2],
             layers=layers,
-            # weights
-            embedding=self._pointer(model.tok_embeddings.weight),
-            norm=self._pointer(model.norm.weight),
-            output=self._pointer(model.output_weight),
-            output_scale=self._pointer(None if model.output is None else model.output.scale),
-            inv_freq=self._pointer(model.inv_freq),
-            # room
-            h=self._pointer(torch.zeros(config.dim)),
-            qkv=self._pointer(torch.zeros(q + 2 * kv)),
-            y=self._pointer(torch.zeros(q)),
-            act=self._pointer(torch.zeros(config.intermediate_size)),
-            logits=self._pointer(self.logits),
-            tops=self._pointer(torch.zeros(-(-config.vocab_size // cpu.GROUP))),
-            tokens=self._pointer(self.tokens),
-            # how it runs
             cut=not dense and model.sparsity > 0,
             eps=config.norm_eps,
             temperature=temperature,
@@ -264,19 +256,6 @@ class FusedCpuStep:
         if self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads):
             raise MemoryError(f"no memory for a decode step at position {self.position} on the CPU")
         self.position += 1
-
-
-def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
-    """Why a run's steps are not fused, in a few words; None: they can be."""
-    if batch_size > 1:
-        return "it serves one row"
-    if device.type == "cpu" and cpu.library() is None:
-        return "it needs a C++ compiler"
-    if device.type == "cuda" and top_k > MAX_TOP_K:
-        return f"it sorts a top_k of at most {MAX_TOP_K}"
-    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
-        return "it adds in no fixed order"
-    return unfusable(config)
 
 
 def not_finite(dtype: torch.dtype, what: str = "the model's output") -> ValueError:
@@ -401,8 +380,7 @@ class Generator:
             self._prefill = GraphedPrefill(self._prefill)
 
         # the step, in the form that was asked for
-        self._fused: FusedGpuStep | FusedCpuStep | None = None
-        self._decode = decode_one_token
+        self._fused, self._decode = None, decode_one_token
         if step == "fused":
             fused_class = FusedCpuStep if self.device.type == "cpu" else FusedGpuStep
             self._fused = fused_class(model, temperature, top_k, dense)
@@ -461,15 +439,11 @@ class Generator:
         look = on_token is not None or self.device.type == "cpu"  # at every step, where the host waits for it anyway
         fused.start(token, length, torch.randint(2**31, ()).item())
         end = length + 1
-        while True:
-            if end > length + 1 and (look or end == length + max_new_tokens):
-                check_finite(fused.logits[:vocab], self.model.dtype)
-            if on_token is not None and on_token(fused.tokens[None, end - 1 : end]):
-                break
-            if end == length + max_new_tokens:
-                break
+        while not (on_token and on_token(fused.tokens[None, end - 1 : end])) and end < length + max_new_tokens:
             fused.replay()
             end += 1
+            if look or end == length + max_new_tokens:
+                check_finite(fused.logits[:vocab], self.model.dtype)
         return fused.tokens[None, length:end].clone()
 
     def _now(self) -> float:

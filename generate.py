@@ -341,10 +341,7 @@ def report_quality(rule: str, folder: Path, sparsity: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Loads a model, generates `num_samples` times and returns the keys of the JSON line; of a chat none.
-
-    Raises ValueError for an option, a file or a machine that does not do; the message says what would.
-    """
+    """Generates and says what it cost; returns the JSON line's keys, none of a chat. A mistake raises ValueError."""
     o = options.generate(argv)
     if o.interactive and sys.stdin is None:
         raise ValueError("--interactive reads stdin, which is closed")

@@ -51,30 +51,20 @@ class SparseProjection(UncastBuffers):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        segments: dict[str, int],
-        bias=False,
-        device=None,
-        dtype=None,
-        quant: str = "none",
-        groupsize: int = 0,
+        self, n_in: int, segments: dict[str, int], bias=False, device=None, dtype=None, quant="none", groupsize=0
     ):
         super().__init__()
-        self.segments = segments
-        self.widths = list(segments.values())
-        n_out = sum(self.widths)
-        weight, scale = Form.named(quant, dtype, groupsize).empty(in_features, segments, device)
+        self.segments, self.widths = segments, list(segments.values())
+        weight, scale = Form.named(quant, dtype, groupsize).empty(n_in, segments, device)
         self.weight = nn.Parameter(weight, requires_grad=quant == "none")
-        self.register_buffer("scale", scale)
-        self.bias = nn.Parameter(torch.empty(n_out, device=device, dtype=dtype)) if bias else None
-        threshold = torch.zeros(len(segments), in_features, device=device, dtype=torch.float32)
-        self.register_buffer("threshold", threshold)
-        self.register_buffer("shift", None)
-        self.register_buffer("offset", None)
-        for counter in ("kept", "read"):
-            zeros = torch.zeros(len(segments), device=device, dtype=torch.int64)
-            self.register_buffer(counter, zeros, persistent=False)
+        self.bias = nn.Parameter(torch.empty(sum(self.widths), device=device, dtype=dtype)) if bias else None
+
+        # buffers, which keep their dtype; the counters are no part of a saved model
+        threshold = torch.zeros(len(segments), n_in, device=device, dtype=torch.float32)
+        for name, buffer in {"scale": scale, "threshold": threshold, "shift": None, "offset": None}.items():
+            self.register_buffer(name, buffer)
+        for name in ("kept", "read"):
+            self.register_buffer(name, torch.zeros_like(threshold[:, 0], dtype=torch.int64), persistent=False)
         self.seen = self.steps = 0
         self.dense_prefix: int | None = None
         self.register_load_state_dict_pre_hook(_transpose_on_load)
@@ -222,9 +212,6 @@ class SparseTransformer(Transformer):
 
     def achieved_sparsity(self) -> float:
         """Share of the projections' weights that cut positions did not need, since `reset_counts`."""
-        total = kept = 0.0
-        for module in self.sites:
-            n_in = module.weight.shape[0]
-            total += n_in * sum(module.widths) * module.seen
-            kept += sum(k * width for k, width in zip(module.kept.tolist(), module.widths, strict=True))
+        total = sum(m.threshold.shape[1] * sum(m.widths) * m.seen for m in self.sites)
+        kept = sum(k * width for m in self.sites for k, width in zip(m.kept.tolist(), m.widths, strict=True))
         return 1.0 - kept / total if total else 0.0

@@ -26,7 +26,7 @@ from formats.default_model import resolve_checkpoint
 from generate import main as generate
 from model import ModelArgs, read_config
 
-KEY = "device model quant weights dtype batch gpus draft sparsity prompt_tokens new_tokens"
+KEY = "device model quant weights dtype batch gpus draft step sparsity prompt_tokens new_tokens"
 
 
 def measure(flags: list[str], config: ModelArgs) -> dict:
@@ -35,7 +35,8 @@ def measure(flags: list[str], config: ModelArgs) -> dict:
     result = generate(flags)
     row = provenance(result["device"]) | model_columns(config)
     row |= {"weights": "random" if "--random_init" in flags else "trained", "dtype": result["dtype"]}
-    row |= {"batch": 1, "gpus": 1, "draft": result.get("draft", "none"), "sparsity": result["sparsity"]}
+    row |= {"batch": 1, "gpus": 1, "draft": result.get("draft", "none")}
+    row |= {"step": "compiled" if "--unfused" in flags else "fused", "sparsity": result["sparsity"]}
     row |= {"achieved_sparsity": f"{result['achieved_sparsity']:.4f}", "prompt_tokens": result["prompt_tokens"]}
     row |= {"new_tokens": result["new_tokens"], "tokens_per_sec": f"{result['tokens_per_sec']:.2f}"}
     row |= {"ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}", "ttft_ms": result.get("ttft_ms", "")}

@@ -59,10 +59,7 @@ def _flag_kernel(x_ptr, flag_ptr, threshold, N: tl.constexpr, BLOCK: tl.constexp
 def _rival_kernel(
     x_ptr, flag_ptr, weight_ptr, out_ptr, threshold, n_out, N_IN: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """A tile of M inputs x N outputs, its sum added to out in the dtype of out.
-
-    Rows by flag or, where flag_ptr is None, by |x| > threshold.
-    """
+    """Adds a tile of M inputs x N outputs to out, in the dtype of out; without flags rows go by |x| > threshold."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     cols = tl.program_id(1) * N + tl.arange(0, N)
     x = tl.load(x_ptr + rows, mask=rows < N_IN, other=0.0, eviction_policy="evict_last").to(tl.float32)

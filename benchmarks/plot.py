@@ -37,7 +37,7 @@ def plot_decode(plt) -> None:
     """
     panels = defaultdict(lambda: defaultdict(list))
     for row in sorted(read_rows("decode.csv"), key=lambda row: float(row["sparsity"])):
-        if (row["batch"], row["gpus"], row["draft"]) == ("1", "1", "none"):
+        if (row["batch"], row["gpus"], row["draft"], row["step"]) == ("1", "1", "none", "fused"):
             sweep = row["device"], row["model"], int(row["prompt_tokens"]), row["new_tokens"]
             panels[sweep][form(row)].append(row)
     panels = {sweep: {name: rows for name, rows in lines.items() if len(rows) >= 4} for sweep, lines in panels.items()}

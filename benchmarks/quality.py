@@ -103,9 +103,8 @@ def norm_cuts(statistics: Statistics, sparsity: float) -> Cuts:
 def prepare(
     model: SparseTransformer, rule: str, sparsity: float, folder: Path, statistics: Statistics, tokens: Tensor | None
 ) -> float:
-    """Sets a fresh model's cuts by `rule`; returns by what the counted sparsity is multiplied.
+    """Sets a fresh model's cuts by `rule`; returns the factor of the counted sparsity (gated rules: down alone counts).
 
-    That is not 1 for a gated rule: of what it cuts, only the inputs of down are counted.
     Raises ValueError for a sparsity that the rule cannot reach, or a missing cut table.
     """
     if rule in RULES:

@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 def find_compiler() -> list[str] | None:
     """The C++ compiler's words, $CXX (which may be several, "ccache g++") or g++; None if there is no such program."""
     words = shlex.split(os.environ.get("CXX") or "g++")
-    return words if shutil.which(words[0]) else None
+    return words if words and shutil.which(words[0]) else None
 
 
 def build(folder: Path, flags: list[str]) -> Path:
@@ -146,10 +146,12 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """`Model` of cpu.cpp, in its order."""
+    """`Model` of cpu.cpp, in its order; SHAPE: the names of ModelArgs."""
 
+    SHAPE = ("n_layer", "n_head", "n_local_heads", "head_dim", "dim", "intermediate_size", "vocab_size")
     _fields_ = (
-        *_fields(ctypes.c_int64, "n_layer n_head n_local_heads head_dim dim hidden vocab cache_length"),
+        *_fields(ctypes.c_int64, " ".join(SHAPE)),
+        ("cache_length", ctypes.c_int64),
         ("layers", ctypes.POINTER(Layer)),
         *_fields(ctypes.c_void_p, "embedding norm output output_scale inv_freq"),
         *_fields(ctypes.c_void_p, "h qkv y act logits tops tokens"),

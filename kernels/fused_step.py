@@ -21,20 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import Module
 
-from kernels.plan import AHEAD_BYTES, AHEAD_ROWS, attention_prefetch
-from kernels.triton_gemv import (
-    ONE,
-    RSTD_BUFFER,
-    SLOT_STRIDE,
-    SLOTS,
-    Norm,
-    Product,
-    fraction,
-    norm_block,
-    prefetch_gate_up,
-    rounded,
-    shared_rstd,
-)
+from kernels.plan import attention_prefetch
+from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd
 
 HEAD_ROWS = 8  # tokens per program of the lm_head, and per group of the sampling
 
@@ -67,35 +55,30 @@ def launch_embed(token: Tensor, embedding: Tensor, h: Tensor, logits: Tensor, pd
 
 
 @triton.jit
-def _rotated(x_ptr, bias_ptr, offsets, mask, pair, cos, sin, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr):
-    """Elements of qkv rotated in adjacent pairs: j needs its partner j ^ 1, at `pair`."""
+def _of_qkv(x_ptr, bias_ptr, offsets, mask, DTYPE: tl.constexpr):
+    """Elements of qkv with their bias, float32, rounded where the unfused model rounds."""
     x = rounded(tl.load(x_ptr + offsets, mask=mask, other=0.0), DTYPE)
-    y = rounded(tl.load(x_ptr + pair, mask=mask, other=0.0), DTYPE)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         x = rounded(x + tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32), DTYPE)
-        y = rounded(y + tl.load(bias_ptr + pair, mask=mask, other=0.0).to(tl.float32), DTYPE)
-    return (x * cos + y * sin).to(DTYPE)
+    return x
 
 
 @triton.jit
 def _join_chunks(
-    part_ptr, lse_ptr, y_ptr, head, g, q_offsets, q_mask,
-    SPLITS: tl.constexpr, N_HEAD: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+    part_ptr, lse_ptr, heads, in_g, q_offsets, q_mask, SPLITS: tl.constexpr, N_HEAD: tl.constexpr, SIZE: tl.constexpr
 ):
-    """y of a key/value head's queries: the chunks' results, weighted by their log-sum-exps."""
-    in_g = g < HEADS_PER_KV
+    """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps."""
     s = tl.arange(0, SPLITS)[None, :]
-    lses = tl.load(lse_ptr + s * N_HEAD + (head * HEADS_PER_KV + g)[:, None], mask=in_g[:, None], other=0.0)
+    lses = tl.load(lse_ptr + s * N_HEAD + heads[:, None], mask=in_g[:, None], other=0.0)
     top = tl.max(lses, axis=1)
     total = tl.sum(tl.exp(lses - top[:, None]), axis=1)
 
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    acc = tl.zeros_like(q_offsets).to(tl.float32)
     for s in tl.static_range(SPLITS):
-        lse = tl.load(lse_ptr + s * N_HEAD + head * HEADS_PER_KV + g, mask=in_g, other=0.0)
-        part = tl.load(part_ptr + s * (N_HEAD * HEAD_DIM) + q_offsets, mask=q_mask, other=0.0)
+        lse = tl.load(lse_ptr + s * N_HEAD + heads, mask=in_g, other=0.0)
+        part = tl.load(part_ptr + s * SIZE + q_offsets, mask=q_mask, other=0.0)
         acc += tl.exp(lse - top)[:, None] * part
-    tl.store(y_ptr + q_offsets, (acc / total[:, None]).to(DTYPE), mask=q_mask)
+    return acc / total[:, None]
 
 
 @triton.jit
@@ -108,13 +91,9 @@ def _attention_kernel(
     seq_length, chunk, sliding_window, softmax_scale,
     # what the additional programs prefetch, see `prefetch_gate_up`
     h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, n_pieces,
-    # compiled in: of the prefetch; AHEAD_ROWS 0: none
-    AHEAD_ROWS: tl.constexpr, AHEAD_BYTES: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr,
-    # compiled in: the model
-    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr,
-    # compiled in: chunks; tiles of BLOCK_N positions, BLOCK_D elements and BLOCK_G query heads
-    SPLITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    # compiled in: heads and chunks; AHEAD: the `Operation` of gate|up, or None: nothing is prefetched
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One query over one chunk of a key/value head's cache. The head's last program to end joins the chunks' results.
 
@@ -123,23 +102,28 @@ def _attention_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
     head, split = tl.program_id(0), tl.program_id(1)
-    if AHEAD_ROWS > 0:
+    if AHEAD is not None:
         if split >= SPLITS:
+            piece = (split - SPLITS) * N_KV + head
             prefetch_gate_up(
-                (split - SPLITS) * N_KV + head, n_pieces,
-                h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes,
-                CUT, SHIFT, N_IN, AHEAD_ROWS, AHEAD_BYTES, DTYPE,
+                piece, n_pieces, h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, AHEAD
             )
             return
 
-    # the rotation at the new position, in adjacent pairs of elements
-    position = tl.load(position_ptr).to(tl.int32)
+    # tiles of positions, elements and query heads, of which the tensor cores want 16
+    DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
+    HEADS_PER_KV: tl.constexpr = N_HEAD // N_KV
+    BLOCK_N: tl.constexpr = 64
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+    BLOCK_G: tl.constexpr = max(16, triton.next_power_of_2(HEADS_PER_KV))
+    n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
-    n = tl.arange(0, BLOCK_N)
-    in_d = d < HEAD_DIM
+    in_d, in_g = d < HEAD_DIM, g < HEADS_PER_KV
+
+    # the rotation at the new position, in adjacent pairs of elements
+    position = tl.load(position_ptr).to(tl.int32)
     angle = position.to(tl.float32) * tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
     cos, sin = tl.cos(angle), tl.sin(angle)
     sin = tl.where(d % 2 == 0, -sin, sin)
@@ -148,7 +132,7 @@ def _attention_kernel(
     first = split * chunk
     last = tl.minimum(first + chunk, position)
     owner = (position >= first) & (position < first + chunk)
-    if WINDOW:
+    if sliding_window is not None:
         first = tl.maximum(first, position - sliding_window + 1)
     cache = head.to(tl.int64) * seq_length * HEAD_DIM
     offsets = cache + (first + n)[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
@@ -159,17 +143,18 @@ def _attention_kernel(
     # qkv has ended: the queries of this key/value head, its new key and its new value
     if PDL:
         tl.extra.cuda.gdc_wait()
-    q_offsets = ((head * HEADS_PER_KV + g) * HEAD_DIM)[:, None] + d[None, :]
-    q_mask = (g < HEADS_PER_KV)[:, None] & in_d[None, :]
-    pair = ((head * HEADS_PER_KV + g) * HEAD_DIM)[:, None] + (d ^ 1)[None, :]
-    q = _rotated(qkv_ptr, bias_ptr, q_offsets, q_mask, pair, cos[None, :], sin[None, :], HAS_BIAS, DTYPE)
+    heads = head * HEADS_PER_KV + g
+    q_start = (heads * HEAD_DIM)[:, None]
+    q_offsets = q_start + d[None, :]
+    q_mask = in_g[:, None] & in_d[None, :]
+    q = _of_qkv(qkv_ptr, bias_ptr, q_offsets, q_mask, DTYPE)
+    partner = _of_qkv(qkv_ptr, bias_ptr, q_start + (d ^ 1)[None, :], q_mask, DTYPE)
+    q = (q * cos[None, :] + partner * sin[None, :]).to(DTYPE)
     k_start = (N_HEAD + head) * HEAD_DIM
-    k_new = _rotated(qkv_ptr, bias_ptr, k_start + d, in_d, k_start + (d ^ 1), cos, sin, HAS_BIAS, DTYPE)
-    v_start = (N_HEAD + N_KV + head) * HEAD_DIM
-    v_new = rounded(tl.load(qkv_ptr + v_start + d, mask=in_d, other=0.0), DTYPE)
-    if HAS_BIAS:
-        v_new = v_new + tl.load(bias_ptr + v_start + d, mask=in_d, other=0.0).to(tl.float32)
-    v_new = v_new.to(DTYPE)
+    k_new = _of_qkv(qkv_ptr, bias_ptr, k_start + d, in_d, DTYPE)
+    partner = _of_qkv(qkv_ptr, bias_ptr, k_start + (d ^ 1), in_d, DTYPE)
+    k_new = (k_new * cos + partner * sin).to(DTYPE)
+    v_new = _of_qkv(qkv_ptr, bias_ptr, (N_HEAD + N_KV + head) * HEAD_DIM + d, in_d, DTYPE).to(DTYPE)
     if owner:
         tl.store(k_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, k_new, mask=in_d)
         tl.store(v_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, v_new, mask=in_d)
@@ -203,14 +188,12 @@ def _attention_kernel(
     lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
     if SPLITS > 1:
         tl.store(part_ptr + split * (N_HEAD * HEAD_DIM) + q_offsets, acc, mask=q_mask)
-        tl.store(lse_ptr + split * N_HEAD + head * HEADS_PER_KV + g, lse, mask=g < HEADS_PER_KV)
+        tl.store(lse_ptr + split * N_HEAD + heads, lse, mask=in_g)
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(arrived_ptr + head, 0)
-            _join_chunks(
-                part_ptr, lse_ptr, y_ptr, head, g, q_offsets, q_mask,
-                SPLITS, N_HEAD, HEADS_PER_KV, HEAD_DIM, BLOCK_G, BLOCK_D, DTYPE,
-            )
+            y = _join_chunks(part_ptr, lse_ptr, heads, in_g, q_offsets, q_mask, SPLITS, N_HEAD, N_HEAD * HEAD_DIM)
+            tl.store(y_ptr + q_offsets, y.to(DTYPE), mask=q_mask)
     else:
         tl.store(y_ptr + q_offsets, acc.to(DTYPE), mask=q_mask)
 
@@ -243,25 +226,17 @@ def launch_attention(
     weight = gate_up.weight
     _, n_kv, seq_length, head_dim = k_cache.shape
     splits, n_head = chunks.lse.shape
-    n_in, n_out = len(weight), sum(gate_up.segments)
-    n_pieces = attention_prefetch(n_in, n_out, gate_up.sparsity, gate_up.form, n_kv * splits) if pdl else 0
+    shape = len(weight), sum(gate_up.segments)
+    n_pieces = attention_prefetch(*shape, gate_up.sparsity, gate_up.form, n_kv * splits) if pdl else 0
 
     _attention_kernel[(n_kv, splits + triton.cdiv(n_pieces, n_kv))](
         qkv, bias, k_cache, v_cache, position, inv_freq,
         *chunks, y,
-        seq_length, triton.cdiv(seq_length, splits), sliding_window or 0, head_dim**-0.5,
+        seq_length, triton.cdiv(seq_length, splits), sliding_window, head_dim**-0.5,
         h, ffn_norm.gain, gate_up.threshold, ffn_norm.last_rstd, weight.view(torch.uint8), weight[0].nbytes // 2,
         n_pieces,
-        # the prefetch
-        AHEAD_ROWS=AHEAD_ROWS if n_pieces else 0, AHEAD_BYTES=AHEAD_BYTES, CUT=gate_up.sparsity > 0,
-        SHIFT=gate_up.offset is not None, N_IN=n_in,
-        # the model
-        N_HEAD=n_head, N_KV=n_kv, HEADS_PER_KV=n_head // n_kv, HEAD_DIM=head_dim, HAS_BIAS=bias is not None,
-        WINDOW=sliding_window is not None,
-        # tiles, of which the tensor cores want 16 rows
-        SPLITS=splits, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_G=max(16, triton.next_power_of_2(n_head // n_kv)), BLOCK_N=64, PDL=pdl,
-        # the launch
+        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, SPLITS=splits,
+        AHEAD=gate_up.operation("norm", k_cache.dtype) if n_pieces else None, PDL=pdl,
         num_warps=4, launch_pdl=pdl,
     )
 
@@ -272,8 +247,7 @@ def launch_attention(
 @triton.jit
 def _head_kernel(
     h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, eps, one,
-    DIM: tl.constexpr, NORM_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLOTS: tl.constexpr, STRIDE: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
     """Logits of BLOCK_V tokens, W RMSNorm(h) with W [vocab, DIM], and the largest of them, for the sampling."""
     if PDL:
@@ -282,7 +256,7 @@ def _head_kernel(
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    rstd = shared_rstd(logits_ptr + n_vocab, tl.program_id(0), h_ptr, eps, DIM, NORM_BLOCK, SLOTS, STRIDE)
+    rstd = shared_rstd(logits_ptr + n_vocab, tl.program_id(0), h_ptr, eps, DIM)
 
     # the sums, BLOCK_K inputs at a time
     acc = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
@@ -294,12 +268,12 @@ def _head_kernel(
         h = tl.load(h_ptr + k, mask=k < DIM, other=0.0)
         gain = tl.load(gain_ptr + k, mask=k < DIM, other=0.0).to(tl.float32)
         x = rounded(rounded(h * rstd, DTYPE) * gain, DTYPE)
-        if SCALED:
+        if weight_scale_ptr is not None:
             weight = fraction(weight.to(tl.int32) ^ 0x80, one, 0, 8) - 1.5  # a 256th of it
         acc += weight.to(tl.float32) * x[None, :]
 
     logits = tl.sum(acc, axis=1)
-    if SCALED:
+    if weight_scale_ptr is not None:
         logits *= 256 * tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
     tl.store(logits_ptr + v, logits, mask=v < n_vocab)
     tl.store(top_ptr + tl.program_id(0), tl.max(tl.where(v < n_vocab, logits, float("-inf")), axis=0))
@@ -315,9 +289,7 @@ def launch_head(
     n_vocab, dim = weight.shape
     _head_kernel[(top.numel(),)](
         h, norm.gain, weight, weight_scale, logits, top, n_vocab, norm.eps, ONE,
-        DIM=dim, NORM_BLOCK=norm_block(dim), BLOCK_V=HEAD_ROWS, BLOCK_K=1024,
-        SLOTS=SLOTS, STRIDE=SLOT_STRIDE, SCALED=weight_scale is not None, PDL=pdl,
-        num_warps=4, launch_pdl=pdl,
+        DIM=dim, BLOCK_V=HEAD_ROWS, BLOCK_K=1024, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )
 
 

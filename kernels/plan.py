@@ -53,7 +53,6 @@ class Plan(NamedTuple):
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
-    ragged: bool = False  # some tile reaches past its segment, and is not prefetched
 
     @property
     def unroll(self) -> int:
@@ -77,19 +76,17 @@ def plan_for(
     n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
     blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
 
-    # A tile that divides every segment can be prefetched whole. Not int4's wide ones: 512 outputs do not divide
-    # llama-2-7b's gate, but 256 make its step 4 to 6 % longer; there just the tile that reaches past is not prefetched.
-    aligned = common % 128 == 0
-    if dependent and aligned and not (bits == 4 and n_out > WIDE):
+    # Only tiles that divide every segment are prefetched. int4's wide ones keep their size all the same: 512 outputs do
+    # not divide llama-2-7b's gate, but 256 make its step 4 to 6 % longer.
+    if dependent and common % 128 == 0 and not (bits == 4 and n_out > WIDE):
         block_out = min(block_out, common & -common)
-    ragged = common % block_out > 0
 
     registers = _registers(prologue, sparsity, bits, blocks, block_out, rows)
     prefetch, prefetch_blocks, guess = _prefetch(prologue, n_out, sparsity, bits, min(blocks, 3))
     unknown = guess and prologue == "norm" and not last_rstd
-    if not dependent or unknown or (ragged and not aligned):
+    if not dependent or unknown or common % block_out:
         return Plan(blocks, block_out, rows, registers)
-    return Plan(blocks, block_out, rows, registers, prefetch, prefetch_blocks, guess, ragged)
+    return Plan(blocks, block_out, rows, registers, prefetch, prefetch_blocks, guess)
 
 
 def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int]:
@@ -122,11 +119,9 @@ def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> t
     if bits == 8:
         return 2 if n_in > 8192 else 1, 256, rows
 
-    # Wide, of 16 bits. With x given smaller programs are better: 4096 -> 28672 at 50 % 39.0 instead of 39.4 us.
+    # wide, of 16 bits
     if wide and sparsity > MOSTLY_CUT:
         return 1 if given or n_out <= VERY_WIDE else 2, 256, 16
-    if wide and sparsity and given:
-        return 1, 128, 0
     if wide and (not sparsity or n_out > VERY_WIDE):
         return 1, 256, 0
 

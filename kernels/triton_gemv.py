@@ -6,6 +6,7 @@ stays in L1 and concurrent atomics meet different addresses: that order alone to
 41.3 us.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.plan import BLOCK_IN, Plan, plan_for
+from kernels.plan import AHEAD_BYTES, AHEAD_ROWS, BLOCK_IN, Plan, plan_for
 from kernels.quantized import Form, form_of
 
 MAX_SEGMENTS = 3
-SLOTS, SLOT_STRIDE = 64, 32  # copies of a norm's rstd, one per cache line of 32 float32
-RSTD_BUFFER = SLOTS * SLOT_STRIDE  # behind the outputs of a product with a norm before it
+SLOTS, STRIDE = tl.constexpr(64), tl.constexpr(32)  # copies of a norm's rstd, one per cache line of 32 float32
+RSTD_BUFFER = SLOTS.value * STRIDE.value  # behind the outputs of a product with a norm before it
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
+BLOCK = tl.constexpr(BLOCK_IN)
+PIECE_ROWS, PIECE_BYTES = tl.constexpr(AHEAD_ROWS), tl.constexpr(AHEAD_BYTES)
+
+
+class Operation(NamedTuple):
+    """What a product's kernel computes: compiled in, as its `Plan` is, both as the kernels' uppercase OP and PLAN."""
+
+    prologue: str  # what x is. "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up
+    cut: bool  # whether inputs are compared with thresholds
+    shift: bool  # whether thresholds come with shifts
+    n_in: int
+    dtype: tl.dtype  # in which inputs are rounded and compared
+    bits: int = 16  # of a weight
+    pack: int = 1  # outputs of a word, as it is loaded
+    groupsize: int = 0  # int4's outputs per scale
 
 
 # ---- what a product multiplies: the prologue's inputs, and their norm's rstd
@@ -32,19 +48,17 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def shared_rstd(
-    slots_ptr, program, h_ptr, eps,
-    N: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, STRIDE: tl.constexpr,
-):
+def shared_rstd(slots_ptr, program, h_ptr, eps, N: tl.constexpr):
     """RMSNorm's 1 / sqrt(mean(h^2) + eps) of h [N] float32: the first program computes it, the others wait for it.
 
     The slots hold 0 until then (an earlier launch has zeroed them). There are many, one per cache line, since thousands
     of programs that poll one address queue for it: 4096 -> 6144 at 50 % took 13.5 us so, 12.7 us with 64 (H100).
     """
     if program == 0:
-        squares = tl.zeros((BLOCK,), tl.float32)
-        for start in tl.static_range(0, N, BLOCK):
-            i = start + tl.arange(0, BLOCK)
+        PASS: tl.constexpr = min(4096, triton.next_power_of_2(N))
+        squares = tl.zeros((PASS,), tl.float32)
+        for start in tl.static_range(0, N, PASS):
+            i = start + tl.arange(0, PASS)
             h = tl.load(h_ptr + i, mask=i < N, other=0.0)
             squares += h * h
         rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
@@ -59,49 +73,52 @@ def shared_rstd(
 
 
 @triton.jit
-def _load_constants(
-    rows, gain_ptr, threshold_ptr,
-    PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr,
-):
+def _load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
     """Loads the constants of inputs `rows`: the norm's gain, thresholds and shifts, float32."""
-    in_range = rows < N_IN
+    in_range = rows < OP.n_in
     gain = tl.zeros_like(rows).to(tl.float32)
     threshold, shift = gain, gain
-    if PROLOGUE == "norm":
+    if OP.prologue == "norm":
         gain = tl.load(gain_ptr + rows, mask=in_range, other=0.0).to(tl.float32)
-    if SHIFT:
+    if OP.shift:
         pairs = 2 * rows[:, None] + tl.arange(0, 2)[None, :]
         threshold, shift = tl.split(tl.load(threshold_ptr + pairs, mask=in_range[:, None], other=0.0))
-    elif CUT:
+    elif OP.cut:
         threshold = tl.load(threshold_ptr + rows, mask=in_range, other=0.0)
     return gain, threshold, shift
 
 
 @triton.jit
-def _load_inputs(rows, x_ptr, PROLOGUE: tl.constexpr, N_IN: tl.constexpr, CACHE: tl.constexpr):
+def _load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
     """Loads the two float32 operands from which `_inputs` makes x[rows]; the second is zero but for SiLU(gate) * up.
 
     CACHE ".cg" leaves nothing in L1: what is read before the wait may change.
     """
-    in_range = rows < N_IN
+    in_range = rows < OP.n_in
     a = tl.load(x_ptr + rows, mask=in_range, other=0.0, cache_modifier=CACHE).to(tl.float32)
     b = tl.zeros_like(a)
-    if PROLOGUE == "silu":
-        b = tl.load(x_ptr + N_IN + rows, mask=in_range, other=0.0, cache_modifier=CACHE)
+    if OP.prologue == "silu":
+        b = tl.load(x_ptr + OP.n_in + rows, mask=in_range, other=0.0, cache_modifier=CACHE)
     return a, b
 
 
 @triton.jit
-def _inputs(a, b, gain, rstd, shift, PROLOGUE: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
-    """x - shift from its operands, float32, rounded where the unfused model rounds."""
-    if PROLOGUE == "norm":
-        a = rounded(rounded(a * rstd, DTYPE) * gain, DTYPE)
-    elif PROLOGUE == "silu":
-        gate = rounded(a, DTYPE)
-        a = rounded(rounded(gate * tl.sigmoid(gate), DTYPE) * rounded(b, DTYPE), DTYPE)
-    if SHIFT:
-        a = rounded(a - shift, DTYPE)
-    return a
+def _inputs(rows, operands, constants, rstd, OP: tl.constexpr):
+    """x[rows] - shift, float32, rounded where the unfused model rounds; and which of them are kept."""
+    x, up = operands
+    gain, threshold, shift = constants
+    if OP.prologue == "norm":
+        x = rounded(rounded(x * rstd, OP.dtype) * gain, OP.dtype)
+    elif OP.prologue == "silu":
+        gate = rounded(x, OP.dtype)
+        x = rounded(rounded(gate * tl.sigmoid(gate), OP.dtype) * rounded(up, OP.dtype), OP.dtype)
+    if OP.shift:
+        x = rounded(x - shift, OP.dtype)
+
+    keep = rows < OP.n_in
+    if OP.cut:
+        keep = keep & ~(tl.abs(x) <= threshold)
+    return x, keep
 
 
 # ---- prefetching rows to L2, while the launch before still runs
@@ -118,29 +135,25 @@ def _prefetch(rows_ptr, wanted, n_bytes):
 
 @triton.jit
 def _prefetch_tile(
-    # the tile: its first inputs, and its outputs
-    rows, first, last, n_words,
-    # what guesses which rows are kept; the first block's constants are loaded already
-    x_ptr, gain_ptr, threshold_ptr, last_rstd, gain, threshold, shift,
-    weight_ptr,
-    # compiled in, as in `_gemv_kernel`
-    PREFETCH_BLOCKS: tl.constexpr, GUESS: tl.constexpr, RAGGED: tl.constexpr, PROLOGUE: tl.constexpr,
-    CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    PACK: tl.constexpr, TILE_BYTES: tl.constexpr, DTYPE: tl.constexpr,
+    # the tile's first inputs and their constants, its first output, and the words of a row
+    rows, constants, first, n_words,
+    # what guesses which rows are kept, and the rows
+    x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr,
+    OP: tl.constexpr, PLAN: tl.constexpr,
 ):
     """Prefetches the tile's part of the first blocks' rows, all of them or those that it guesses to be kept."""
-    for block in tl.static_range(PREFETCH_BLOCKS):
-        ahead = rows + block * BLOCK_IN
-        wanted = ahead < N_IN
-        if RAGGED:
-            wanted = wanted & (first + BLOCK_OUT <= last)
-        if GUESS:
-            g, t, s = gain, threshold, shift
+    BLOCKS: tl.constexpr = PLAN.prefetch_blocks
+    TILE_BYTES: tl.constexpr = PLAN.block_out * OP.bits // 8
+    tl.static_assert(TILE_BYTES % 16 == 0)
+    for block in tl.static_range(BLOCKS):
+        ahead = rows + block * BLOCK
+        wanted = ahead < OP.n_in
+        if PLAN.guess:
+            ahead_constants = constants
             if block > 0:
-                g, t, s = _load_constants(ahead, gain_ptr, threshold_ptr, PROLOGUE, CUT, SHIFT, N_IN)
-            a, b = _load_inputs(ahead, x_ptr, PROLOGUE, N_IN, ".cg")
-            wanted = wanted & ~(tl.abs(_inputs(a, b, g, last_rstd, s, PROLOGUE, SHIFT, DTYPE)) <= t)
-        _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // PACK, wanted, TILE_BYTES)
+                ahead_constants = _load_constants(ahead, gain_ptr, threshold_ptr, OP)
+            _x, wanted = _inputs(ahead, _load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
+        _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
 
 
 @triton.jit
@@ -150,33 +163,29 @@ def prefetch_gate_up(
     # the input of gate|up as it is now, and its norm
     h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr,
     # gate|up as uint8: a row is gate's half_bytes, then up's
-    weight_ptr, half_bytes,
-    # compiled in; a piece is BYTES of each of ROWS rows
-    CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
-    DTYPE: tl.constexpr,
+    weight_ptr, half_bytes, OP: tl.constexpr,
 ):
     """Prefetches one piece of gate|up while attention runs: of the rows that h and its norm's last rstd keep.
 
-    It waits for qkv to end first: sooner it would hold up qkv, and llama-3-8b's step at 50 % takes 3.03 instead of 2.96
-    ms (512 rows, H100).
+    A piece is PIECE_BYTES of each of PIECE_ROWS rows. It waits for qkv to end first: sooner it would hold up qkv, and
+    llama-3-8b's step at 50 % takes 3.03 instead of 2.96 ms (512 rows, H100).
     """
     tl.extra.cuda.gdc_wait()
     if piece < n_pieces:
-        pieces = tl.cdiv(half_bytes, BYTES)
-        rows = piece // (2 * pieces) * ROWS + tl.arange(0, ROWS)
+        pieces = tl.cdiv(half_bytes, PIECE_BYTES)
+        rows = piece // (2 * pieces) * PIECE_ROWS + tl.arange(0, PIECE_ROWS)
         up = piece // pieces % 2
-        start = piece % pieces * BYTES
+        start = piece % pieces * PIECE_BYTES
 
-        wanted = rows < N_IN
-        if CUT:
-            threshold_ptr += up * (2 * N_IN if SHIFT else N_IN)
-            gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, "norm", CUT, SHIFT, N_IN)
-            h, none = _load_inputs(rows, h_ptr, "norm", N_IN, ".cg")
-            x = _inputs(h, none, gain, tl.load(last_rstd_ptr), shift, "norm", SHIFT, DTYPE)
-            wanted = wanted & ~(tl.abs(x) <= threshold)
+        wanted = rows < OP.n_in
+        if OP.cut:
+            threshold_ptr += up * (2 * OP.n_in if OP.shift else OP.n_in)
+            constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
+            h = _load_inputs(rows, h_ptr, OP, ".cg")
+            _x, wanted = _inputs(rows, h, constants, tl.load(last_rstd_ptr), OP)
 
         rows_ptr = weight_ptr + rows.to(tl.int64) * (2 * half_bytes) + up * half_bytes + start
-        _prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, BYTES))
+        _prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
 
 
 # ---- integers: sums of x times integer, taken without converting the integers
@@ -207,26 +216,16 @@ def _add_products(acc, x, word, one, BITS: tl.constexpr):
 
 
 @triton.jit
-def _sum_of(acc, ones, low, k: tl.constexpr, BITS: tl.constexpr):
-    """The sum of x * integer, plus `low`, from that of x * fraction and `ones`, that of x."""
-    return (acc[k] - ones) * 2.0 ** (8 - BITS % 8 * (k % 2)) + low
-
-
-@triton.jit
 def _joined(acc, ones, low, BITS: tl.constexpr):
-    """`_sum_of` all integers of the words, in the outputs' order."""
+    """The sums of x * integer, plus `low`, in the outputs' order, from those of x * fraction and `ones`, that of x."""
+    s = ()
+    for k in tl.static_range(32 // BITS):
+        s = s + ((acc[k] - ones) * 2.0 ** (8 - BITS % 8 * (k % 2)) + low,)  # noqa: RUF005
     if BITS == 8:
-        even = tl.interleave(_sum_of(acc, ones, low, 0, BITS), _sum_of(acc, ones, low, 2, BITS))
-        odd = tl.interleave(_sum_of(acc, ones, low, 1, BITS), _sum_of(acc, ones, low, 3, BITS))
+        even, odd = tl.interleave(s[0], s[2]), tl.interleave(s[1], s[3])
     else:
-        even = tl.interleave(
-            tl.interleave(_sum_of(acc, ones, low, 0, BITS), _sum_of(acc, ones, low, 4, BITS)),
-            tl.interleave(_sum_of(acc, ones, low, 2, BITS), _sum_of(acc, ones, low, 6, BITS)),
-        )
-        odd = tl.interleave(
-            tl.interleave(_sum_of(acc, ones, low, 1, BITS), _sum_of(acc, ones, low, 5, BITS)),
-            tl.interleave(_sum_of(acc, ones, low, 3, BITS), _sum_of(acc, ones, low, 7, BITS)),
-        )
+        even = tl.interleave(tl.interleave(s[0], s[4]), tl.interleave(s[2], s[6]))
+        odd = tl.interleave(tl.interleave(s[1], s[5]), tl.interleave(s[3], s[7]))
     return tl.interleave(even, odd)
 
 
@@ -252,17 +251,18 @@ def _outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT:
 
 @triton.jit
 def _add_kept_rows(
-    # sums so far, see `_add_products`; `ones` and `low` of integers alone
+    # sums of the tile so far, see `_add_products`; `ones` and `low` of integers alone
     acc, ones, low,
-    # the block's inputs
-    keep, x, lane,
-    # the tile's words, pairs of words, and the end of its segment's outputs
-    words, pairs, last,
-    weight_ptr, weight_scale_ptr, n_words, n_groups, one,
-    # compiled in, as in `_gemv_kernel`
-    ROWS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    # the block's inputs, its rows, and the end of the tile's segment of outputs
+    x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one,
+    OP: tl.constexpr, PLAN: tl.constexpr,
 ):
-    """Adds the block's kept rows, ROWS at a time, each loaded by the whole warp; a cut row costs no instruction."""
+    """Adds the block's kept rows, some at a time, each loaded by the whole warp; a cut row costs no instruction."""
+    PACK: tl.constexpr = OP.pack
+    WORDS: tl.constexpr = PLAN.block_out // PACK
+    ROWS: tl.constexpr = PLAN.rows
+    words = first // PACK + tl.arange(0, WORDS)
+    lane = tl.arange(0, BLOCK)
     kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
     while kept != 0:
         for _row in tl.static_range(ROWS):
@@ -270,31 +270,31 @@ def _add_kept_rows(
             x_i = tl.sum(tl.where(lane == i, x.to(tl.int32, bitcast=True), 0), axis=0)
             x_i = x_i.to(tl.float32, bitcast=True)
             mask = words < tl.where(kept != 0, last // PACK, 0)
-            word = tl.load(weight_ptr + i * n_words + words, mask=mask, other=0, eviction_policy="evict_first")
+            at = weight_ptr + i * (n_out // PACK) + words
+            word = tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
 
-            if BITS >= 16:
+            if OP.bits >= 16:
                 acc = (acc[0] + x_i * word.to(tl.float32),)
-            elif BITS == 8:  # the sign's bit flipped: 128 too large
+            elif OP.bits == 8:  # the sign's bit flipped: 128 too large
                 ones += x_i
-                acc = _add_products(acc, x_i, word ^ -0x7F7F7F80, one, BITS)
+                acc = _add_products(acc, x_i, word ^ -0x7F7F7F80, one, OP.bits)
             else:  # two bfloat16, a scale and a minimum, for two words
-                mask = pairs < tl.where(kept != 0, last // (2 * PACK), 0)
-                pair = tl.load(weight_scale_ptr + i * n_groups + pairs * (2 * PACK) // GROUP, mask=mask, other=0)
+                pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
+                at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
+                pair = tl.load(at, mask=pairs < tl.where(kept != 0, last // (2 * PACK), 0), other=0)
                 low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
                 x_i *= (pair << 16).to(tl.float32, bitcast=True)
                 ones += x_i
-                acc = _add_products(acc, tl.interleave(x_i, x_i), word, one, BITS)
+                acc = _add_products(acc, tl.interleave(x_i, x_i), word, one, OP.bits)
             kept = kept & (kept - 1)
     return acc, ones, low
 
 
 @triton.jit
-def _masked_sum(keep, x, lane, cols, in_cols, weight_ptr, n_out, CUT: tl.constexpr):
+def _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols):
     """The block's sum by a tile that is loaded at once, its cut rows masked: fewer latencies than row by row."""
-    if CUT:
-        x = tl.where(keep, x, 0.0)
     mask = keep[:, None] & in_cols[None, :]
-    offsets = lane[:, None] * n_out + cols[None, :]
+    offsets = tl.arange(0, BLOCK)[:, None] * n_out + cols[None, :]
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
     return tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
 
@@ -307,59 +307,47 @@ def _gemv_kernel(
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2,
     # the norm's epsilon, and the bits of 1.0, see `fraction`
     eps, one,
-    # compiled in: what is computed. SHIFT: thresholds come with shifts. GROUP: int4's outputs per scale
-    PROLOGUE: tl.constexpr, CUT: tl.constexpr, SHIFT: tl.constexpr, N_IN: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, DTYPE: tl.constexpr,
-    # compiled in: how, see `kernels.plan.Plan`
-    BLOCK_IN: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_OUT: tl.constexpr, ROWS: tl.constexpr,
-    PREFETCH: tl.constexpr, PREFETCH_BLOCKS: tl.constexpr, GUESS: tl.constexpr, RAGGED: tl.constexpr,
-    PDL: tl.constexpr,
-    # compiled in: the norm's inputs per pass and slots; ZERO: how much of zero_ptr each program fills
-    NORM_BLOCK: tl.constexpr, SLOTS: tl.constexpr, STRIDE: tl.constexpr, ZERO: tl.constexpr,
+    # compiled in; ZERO: how much of zero_ptr each program fills
+    OP: tl.constexpr, PLAN: tl.constexpr, UNROLL: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
-    """out += W^T cut(x - shift) + offset: a program takes BLOCKS blocks of inputs, one tile of outputs, one row of x.
+    """out += W^T cut(x - shift) + offset: a program takes PLAN.blocks of inputs, one tile of outputs, one row of x.
 
-    PROLOGUE says what x is: "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up. Integers of BITS 8 or 4 come as
-    int32 words of four or eight outputs, by row only.
+    Integers come as int32 words of four or eight outputs, by row only.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    PACK: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // BITS  # outputs of a word
-    TILE_BYTES: tl.constexpr = BLOCK_OUT * BITS // 8
-    tl.static_assert(PREFETCH == 0 or TILE_BYTES % 16 == 0)
-    tl.static_assert(PACK == 1 or ROWS > 0)
+    PACK: tl.constexpr = OP.pack
+    BLOCKS: tl.constexpr = PLAN.blocks
+    BLOCK_OUT: tl.constexpr = PLAN.block_out
+    tl.static_assert(PACK == 1 or PLAN.rows > 0)
 
     # the program's tile: inputs from `row` on, outputs from `first` on
     tile = tl.program_id(0)
     program = tl.program_id(1) * tl.num_programs(0) + tile
-    x_ptr += tl.program_id(2) * N_IN
+    x_ptr += tl.program_id(2) * OP.n_in
     out_ptr += tl.program_id(2) * n_out
     segment, first, last = _outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
-    threshold_ptr += segment * (2 * N_IN if SHIFT else N_IN)
+    threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
-    row = tl.program_id(1) * BLOCKS * BLOCK_IN
+    row = tl.program_id(1) * BLOCKS * BLOCK
     n_words = n_out // PACK
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
-    rows = row + tl.arange(0, BLOCK_IN)
+    rows = row + tl.arange(0, BLOCK)
     last_rstd = 1.0
-    if GUESS and PROLOGUE == "norm":
+    if PLAN.guess and OP.prologue == "norm":
         last_rstd = tl.load(last_rstd_ptr)
-    gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, PROLOGUE, CUT, SHIFT, N_IN)
-    if PREFETCH > 0:
-        if program < PREFETCH:
+    constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
+    if PLAN.prefetch > 0:
+        if program < PLAN.prefetch:
             _prefetch_tile(
-                rows, first, last, n_words,
-                x_ptr, gain_ptr, threshold_ptr, last_rstd, gain, threshold, shift, weight_ptr,
-                PREFETCH_BLOCKS, GUESS, RAGGED, PROLOGUE, CUT, SHIFT, N_IN, BLOCK_IN, BLOCK_OUT, PACK, TILE_BYTES,
-                DTYPE,
+                rows, constants, first, n_words,
+                x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
-    # a small product would wait for its offsets at the end: 4 to 7 % of SmolLM2-135M's step; with integers 1 to 3 %,
-    # and 0.4 to 1.4 % more where they are loaded here (H100)
-    EARLY: tl.constexpr = SHIFT and BITS >= 16 and BLOCK_OUT <= 64
+    # a small product would wait for its offsets at the end: 4 to 7 % of SmolLM2-135M's step (H100)
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
-    if EARLY:
+    if OP.shift:
         if tl.program_id(1) == 0:
             offset = tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
 
@@ -369,63 +357,51 @@ def _gemv_kernel(
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, "")
+    operands = _load_inputs(rows, x_ptr, OP, "")
     rstd = 1.0
-    if PROLOGUE == "norm":
-        rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, N_IN, NORM_BLOCK, SLOTS, STRIDE)
-        if GUESS:
+    if OP.prologue == "norm":
+        rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
+        if PLAN.guess:
             if program == 0:
                 tl.store(last_rstd_ptr, rstd)
 
     # sums of x times weight, of every output that a word holds; int4's scales lie beside the rows
-    words = first // PACK + tl.arange(0, BLOCK_OUT // PACK)
     acc = (tl.zeros((BLOCK_OUT // PACK,), tl.float32),) * PACK
     weight_ptr += row.to(tl.int64) * n_words
     ones, low = 0.0, 0.0
-    pairs, n_groups = words, 0
-    if BITS == 4:
-        pairs = first // (2 * PACK) + tl.arange(0, BLOCK_OUT // (2 * PACK))
+    if OP.bits == 4:
         ones = tl.zeros((BLOCK_OUT // (2 * PACK),), tl.float32)
         low = ones
-        n_groups = n_out // GROUP
-        weight_scale_ptr += row.to(tl.int64) * n_groups
+        weight_scale_ptr += row.to(tl.int64) * (n_out // OP.groupsize)
 
-    lane = tl.arange(0, BLOCK_IN)
     for _group in range(0, BLOCKS, UNROLL):
         for _block in tl.static_range(UNROLL):
-            keep = rows < N_IN
-            x = _inputs(a, b, gain, rstd, shift, PROLOGUE, SHIFT, DTYPE)
-            if CUT:
-                keep = keep & ~(tl.abs(x) <= threshold)
+            x, keep = _inputs(rows, operands, constants, rstd, OP)
             if BLOCKS > 1:  # the next block's inputs come while this one's weights do
-                rows += BLOCK_IN
-                a, b = _load_inputs(rows, x_ptr, PROLOGUE, N_IN, "")
-                gain, threshold, shift = _load_constants(rows, gain_ptr, threshold_ptr, PROLOGUE, CUT, SHIFT, N_IN)
+                rows += BLOCK
+                operands = _load_inputs(rows, x_ptr, OP, "")
+                constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
 
-            if ROWS > 0:
+            if PLAN.rows > 0:
                 acc, ones, low = _add_kept_rows(
-                    acc, ones, low, keep, x, lane, words, pairs, last, weight_ptr, weight_scale_ptr, n_words, n_groups,
-                    one, ROWS, BITS, GROUP, PACK,
+                    acc, ones, low, x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one, OP, PLAN
                 )
             else:
-                acc = (acc[0] + _masked_sum(keep, x, lane, cols, in_cols, weight_ptr, n_out, CUT),)
-            weight_ptr += BLOCK_IN * n_words
-            if BITS == 4:
-                weight_scale_ptr += BLOCK_IN * n_groups
+                x = tl.where(keep, x, 0.0) if OP.cut else x
+                acc = (acc[0] + _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols),)
+            weight_ptr += BLOCK * n_words
+            if OP.bits == 4:
+                weight_scale_ptr += BLOCK * (n_out // OP.groupsize)
 
     # the sums of the outputs in their order, with int8's scale; the first row of programs adds the offsets
-    if BITS == 4:
-        total = _joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), BITS)
-    elif BITS == 8:
-        total = _joined(acc, ones, -128 * ones, BITS)
+    total = acc[0]
+    if OP.bits == 4:
+        total = _joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), OP.bits)
+    elif OP.bits == 8:
+        total = _joined(acc, ones, -128 * ones, OP.bits)
         total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
-    else:
-        total = acc[0]
-    if EARLY:
+    if OP.shift:
         total += offset
-    elif SHIFT:
-        if tl.program_id(1) == 0:
-            total += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
@@ -453,6 +429,12 @@ class Product(NamedTuple):
     def form(self) -> Form:
         return form_of(self.weight, self.weight_scale)
 
+    def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
+        """What a launch with this prologue computes, in the model's dtype."""
+        cut, shift, bits = self.sparsity > 0, self.offset is not None, self.form.bits
+        triton_dtype, pack = getattr(tl, str(dtype).removeprefix("torch.")), 32 // bits if bits < 16 else 1
+        return Operation(prologue, cut, shift, len(self.weight), triton_dtype, bits, pack, self.form.groupsize)
+
     def check(self) -> None:
         """Asserts what the kernel relies on."""
         n_in, n_out, form = len(self.weight), sum(self.segments), self.form
@@ -477,19 +459,10 @@ class Norm(NamedTuple):
     last_rstd: Tensor | None = None
 
 
-def norm_block(n: int) -> int:
-    """How many of a norm's n inputs a program reads at a time."""
-    return min(4096, triton.next_power_of_2(n))
-
-
-def _segment_starts(segments: list[int], block_out: int) -> tuple[list[int], list[int]]:
-    """First tile and first output of each segment and of the end, the end repeated up to MAX_SEGMENTS."""
-    tiles, starts = [0], [0]
-    for width in segments:
-        tiles.append(tiles[-1] + triton.cdiv(width, block_out))
-        starts.append(starts[-1] + width)
-    pad = MAX_SEGMENTS - len(segments)
-    return tiles + tiles[-1:] * pad, starts + starts[-1:] * pad
+def _starts(widths: list[int]) -> list[int]:
+    """Where each segment starts and the last one ends, the end repeated up to MAX_SEGMENTS."""
+    starts = [0, *accumulate(widths)]
+    return starts + starts[-1:] * (MAX_SEGMENTS - len(widths))
 
 
 def launch_gemv(
@@ -514,8 +487,7 @@ def launch_gemv(
     weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
     gain, eps, last_rstd = norm or (None, 0.0, None)
     if plan is None:
-        kept_rstd = last_rstd is not None
-        plan = plan_for(prologue, n_in, product.segments, product.sparsity, form, pdl, kept_rstd)
+        plan = plan_for(prologue, n_in, product.segments, product.sparsity, form, pdl, last_rstd is not None)
 
     # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
     if form.name != "none":
@@ -524,24 +496,17 @@ def launch_gemv(
         weight_scale = weight_scale.view(torch.int32)
 
     # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
-    tiles, starts = _segment_starts(product.segments, plan.block_out)
+    starts = _starts(product.segments)
+    tiles = _starts([triton.cdiv(width, plan.block_out) for width in product.segments])
     grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
 
     _gemv_kernel[grid](
         x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, weight_scale,
-        starts[-1], n_zero, tiles[1], tiles[2], starts[1], starts[2],
-        eps, ONE,
-        # what is computed
-        PROLOGUE=prologue, CUT=product.sparsity > 0, SHIFT=product.offset is not None, N_IN=n_in, BITS=form.bits,
-        GROUP=form.groupsize, DTYPE=getattr(tl, str(dtype or weight.dtype).removeprefix("torch.")),
-        # how
-        BLOCK_IN=BLOCK_IN, BLOCKS=plan.blocks, UNROLL=plan.unroll, BLOCK_OUT=plan.block_out, ROWS=plan.rows,
-        PREFETCH=plan.prefetch, PREFETCH_BLOCKS=plan.prefetch_blocks, GUESS=plan.guess, RAGGED=plan.ragged, PDL=pdl,
-        NORM_BLOCK=norm_block(n_in), SLOTS=SLOTS, STRIDE=SLOT_STRIDE, ZERO=zero_block,
-        # the launch
-        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
+        starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
+        OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, UNROLL=plan.unroll, ZERO=zero_block,
+        PDL=pdl, num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import ModelArgs, Transformer, expected_shapes
+from sparse_model import SparseTransformer
 
 # As ModelArgs; of the fused steps: widths that no tile divides.
 SMALL = {"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "dim": 32, "intermediate_size": 48}
@@ -46,6 +47,34 @@ def build(
             noise = torch.randn(parameter.shape, generator=generator, device=device)
             parameter += vector_std * noise.to(dtype)
     return model
+
+
+def build_cut(shape: dict = FUSED, *, shifted: bool = False, by_channel: bool = False, **options) -> SparseTransformer:
+    """A sparse model of random cuts: around half of the inputs; by_channel: some always and the others never."""
+    model = build(SparseTransformer, shape, **options)
+    generator = torch.Generator(model.device).manual_seed(1)
+    for module in model.sites:
+        if module.bias is not None:
+            module.bias.normal_(generator=generator)
+        threshold = 0.3 * torch.rand(module.threshold.shape, generator=generator, device=model.device)
+        shift = 0.4 * torch.rand(len(module.weight), generator=generator, device=model.device) - 0.2
+        module.set_cut(1e9 * (threshold < 0.15) if by_channel else threshold, shift if shifted else None)
+    model.sparsity = 0.5
+    return model
+
+
+def caches(model: Transformer) -> list[torch.Tensor]:
+    """The keys and values of each layer's cache, themselves."""
+    return [tensor for block in model.layers for tensor in block.attention.kv_cache.buffers()]
+
+
+def decode(model: Transformer, idx: torch.Tensor, prompt: int, **options) -> torch.Tensor:
+    """Logits of all positions: the prompt's at once, then token by token with these options, through the cache."""
+    model.setup_caches(len(idx), idx.shape[1])
+    at = torch.arange(idx.shape[1], device=idx.device)
+    parts = [model(idx[:, :prompt], at[:prompt])] if prompt else []
+    parts += [model(idx[:, i : i + 1], at[i : i + 1], **options) for i in range(prompt, idx.shape[1])]
+    return torch.cat(parts, dim=1)
 
 
 def random_tokens(batch: int, length: int, vocab_size: int = SMALL["vocab_size"], seed: int = 1) -> torch.Tensor:

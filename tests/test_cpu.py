@@ -4,17 +4,18 @@ import ctypes
 import platform
 import subprocess
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
+from models import FUSED, LLAMA3_ROPE, build_cut, caches, random_tokens
 
-from decoder import FusedCpuStep
+from decoder import FusedCpuStep, Generator
 from kernels import cpu
 from kernels.quantized import Form, dequantize, pack_int4
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
-from model import ModelArgs
-from sparse_model import SparseTransformer
 
+build = partial(build_cut, FUSED | {"intermediate_size": 173})
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
 
 
@@ -140,7 +141,7 @@ def test_segments_keep_their_own_inputs(n_in, segments, dtype, threads, quant):
 @pytest.mark.parametrize("shifted", [False, True])
 def test_a_step_cuts_each_segment_by_itself(quant, shifted):
     """Thresholds 0 or far above every input, each segment's of its own: no input is near one."""
-    model = build(torch.float32, shifted, quant=quant, groupsize=16, intermediate_size=176)
+    model = build(shifted=shifted, quant=quant, groupsize=16, intermediate_size=176)
     generator = torch.Generator().manual_seed(2)
     for module in model.sites:
         module.threshold.copy_(torch.randint(2, module.threshold.shape, generator=generator) * 1e9)
@@ -202,11 +203,6 @@ def test_without_a_compiler_plain_torch_takes_over(tmp_path, monkeypatch, compil
         cpu.library.cache_clear()
 
 
-BASE = {"block_size": 256, "vocab_size": 101, "n_layer": 2, "n_head": 4, "n_local_heads": 2, "dim": 64}
-LLAMA3_ROPE = {
-    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    **{"original_max_position_embeddings": 32},
-}
 MODELS = {
     "grouped heads": {},
     "window": {"sliding_window": 5},
@@ -225,36 +221,18 @@ MODELS = {
 }
 
 
-def build(dtype=torch.float32, shifted=False, **options) -> SparseTransformer:
-    model = SparseTransformer(ModelArgs(**{**BASE, "intermediate_size": 173, **options}), "cpu", dtype)
-    model.requires_grad_(False).eval().init_weights(0, std=0.3)
-    generator = torch.Generator().manual_seed(1)
-    for module in model.sites:
-        module.threshold.uniform_(0, 0.3, generator=generator)
-        if module.bias is not None:
-            torch.nn.init.normal_(module.bias, generator=generator)
-        if shifted:
-            module.set_shift(torch.rand(module.weight.shape[0], generator=generator) * 0.4 - 0.2)
-    model.sparsity = 0.5
-    return model
-
-
-def caches(model):
-    return [t for block in model.layers for t in (block.attention.kv_cache.k_cache, block.attention.kv_cache.v_cache)]
-
-
 @needs_library
 @pytest.mark.parametrize("cut", [True, False], ids=["cut", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_decode_steps_equal_plain_ones(name, dtype, cut):
     prompt, steps = 20, 4
-    model = build(dtype, **MODELS[name])
+    model = build(dtype=dtype, **MODELS[name])
     if dtype != torch.float32:  # else an input within rounding of its threshold is cut in one and kept in the other
         for module in model.sites:
             module.threshold.copy_((module.threshold > 0.15) * 1e9)
     model.setup_caches(1, prompt + steps)
-    model(torch.randint(101, (1, prompt), generator=torch.Generator().manual_seed(0)), torch.arange(prompt))
+    model(random_tokens(1, prompt, 101), torch.arange(prompt))
     before = [t.clone() for t in caches(model)]
     idx = torch.tensor([3, 5, 99, 0])
     logits = []
@@ -262,7 +240,7 @@ def test_decode_steps_equal_plain_ones(name, dtype, cut):
         out = model(token.view(1, 1), torch.tensor([prompt + i]), dense_prefix=None if cut else 1)
         logits.append(out[0, -1].float())
     after = [t.clone() for t in caches(model)]
-    rtol = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}[dtype]
     results = []
     for threads in (1, 2, 8, 8):
         for tensor, old in zip(caches(model), before, strict=True):
@@ -284,12 +262,10 @@ def test_decode_steps_equal_plain_ones(name, dtype, cut):
 @needs_library
 @pytest.mark.parametrize("shifted", [False, True])
 def test_greedy_generations_equal_plain_ones(shifted):
-    from generate import Generator
-
     model = build(vocab_size=300, n_layer=4, shifted=shifted)
     prompt = torch.tensor([[1, 2, 3]])
     plain = Generator(model, 1, 60, temperature=0)(prompt, 57).tokens
-    fused = Generator(model, 1, 60, temperature=0, compile=True)
+    fused = Generator(model, 1, 60, temperature=0, step="fused")
     assert isinstance(fused._fused, FusedCpuStep)
     assert torch.equal(fused(prompt, 57).tokens, plain)
     seen = []

@@ -4,17 +4,19 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from models import FUSED, build_cut, caches, random_tokens
 
-from decoder import FUSED_FIELDS, FusedGpuStep, unfusable
+from decoder import FUSED_FIELDS, MAX_TOP_K, FusedGpuStep, fusable, why_unfused
+from kernels import cpu
 from model import ModelArgs
-from sparse_model import SparseTransformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BASE = {"block_size": 256, "vocab_size": 101, "n_layer": 2, "n_head": 4, "n_local_heads": 2, "dim": 64}
+build = partial(build_cut, device=DEVICE)
 MODELS = {
     "grouped heads": {},
     "window": {"sliding_window": 5},
@@ -53,27 +55,6 @@ WIDE_MODELS = {
 }
 
 
-def build(shifted: bool = False, std: float = 0.3, by_channel: bool = False, **options) -> SparseTransformer:
-    model = SparseTransformer(ModelArgs(**{**BASE, "intermediate_size": 172, **options}), DEVICE, torch.float32)
-    model.init_weights(0, std=std)
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    for module in model.sites:
-        module.threshold.uniform_(0, 0.3, generator=generator)
-        if by_channel:  # cut always or never: of so many inputs some would be within rounding of their thresholds
-            module.threshold.copy_(1e3 * (module.threshold < 0.15))
-        if module.bias is not None:
-            torch.nn.init.normal_(module.bias, generator=generator)
-        if shifted:
-            module.set_shift(torch.rand(module.weight.shape[0], generator=generator, device=DEVICE) - 0.5)
-    model.sparsity = 0.5
-    return model.requires_grad_(False).eval()
-
-
-def snapshot(model: SparseTransformer) -> list[torch.Tensor]:
-    caches = [block.attention.kv_cache for block in model.layers]
-    return [t.clone() for cache in caches for t in (cache.k_cache, cache.v_cache)]
-
-
 @pytest.mark.parametrize(
     ("name", "sparsity"),
     [(name, sparsity) for name in MODELS for sparsity in ((0.5,) if "shifted" in name else (0.0, 0.5))]
@@ -92,9 +73,8 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
         steps = 1  # of integers the interpreter makes long work
     model.setup_caches(1, cache)
     tolerance = 1e-3 if model.config.quant == "int4" else 1e-4  # the integers' place in the mantissa
-    idx = torch.randint(101, (1, prompt), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    model(idx, torch.arange(prompt, device=DEVICE))
-    before = snapshot(model)
+    model(random_tokens(1, prompt, 101).to(DEVICE), torch.arange(prompt, device=DEVICE))
+    before = [tensor.clone() for tensor in caches(model)]
 
     token, logits, tokens = torch.tensor([[3]], device=DEVICE), [], []
     for position in range(prompt, prompt + steps):
@@ -102,12 +82,8 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
         token = out[:, -1].argmax(-1, keepdim=True)
         logits.append(out[0, -1])
         tokens.append(token.item())
-    after = snapshot(model)
-    for tensor, old in zip(
-        (t for b in model.layers for t in (b.attention.kv_cache.k_cache, b.attention.kv_cache.v_cache)),
-        before,
-        strict=True,
-    ):
+    after = [tensor.clone() for tensor in caches(model)]
+    for tensor, old in zip(caches(model), before, strict=True):
         tensor.copy_(old)
 
     model.sparsity = sparsity
@@ -119,7 +95,7 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     assert decoder.tokens[prompt : prompt + steps + 1].tolist() == [3, *tokens]
     assert decoder.position.item() == prompt + steps
     assert not decoder.chunks.arrived.any()
-    for fused, plain in zip(snapshot(model), after, strict=True):
+    for fused, plain in zip(caches(model), after, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=tolerance)
 
 
@@ -214,7 +190,7 @@ for quant in ("none", "int8", "int4"):
     )
     model = SparseTransformer(config, "cpu", torch.bfloat16).requires_grad_(False)
     for module in model.sites:
-        module.set_shift(torch.zeros(module.weight.shape[0]))
+        module.set_cut(module.threshold, torch.zeros(module.weight.shape[0]))
     model.setup_caches(1, 140)
     for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if capability == 90 else ((0.5, 80),):
         kernels.plan.RESIDENT = resident  # 2112: small tiles
@@ -255,10 +231,24 @@ class WithAnotherField(ModelArgs):
     experts: int = 0
 
 
-def test_a_model_with_a_switch_that_the_fused_steps_do_not_know_is_not_fused():
-    assert unfusable(WithAnotherField(**BASE)) is None
-    assert unfusable(WithAnotherField(**BASE, experts=8)) == "the fused steps do not implement experts = 8"
+def test_a_model_with_a_switch_that_the_fused_steps_do_not_know_is_not_fused(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: "built")
+    known, unknown = WithAnotherField(**FUSED, qkv_bias=True), WithAnotherField(**FUSED, experts=8)
+    assert fusable(known) and why_unfused(known, torch.device("cpu"), 1, 1) is None
+    assert not fusable(unknown)
+    assert why_unfused(unknown, torch.device("cpu"), 1, 1) == "it does not implement experts = 8"
     assert {field.name for field in fields(ModelArgs)} >= FUSED_FIELDS
+
+
+def test_what_else_keeps_a_step_from_being_fused(monkeypatch):
+    gpu, config = torch.device("cuda"), ModelArgs(**FUSED)
+    assert why_unfused(config, gpu, 1, MAX_TOP_K) is None
+    assert "one row" in why_unfused(config, gpu, 2, 1)
+    assert "top_k of at most 1024" in why_unfused(config, gpu, 1, MAX_TOP_K + 1)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert "no fixed order" in why_unfused(config, gpu, 1, 1)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    assert "C++ compiler" in why_unfused(config, torch.device("cpu"), 1, 1)
 
 
 def draw(logits: torch.Tensor, temperature: float, top_k: int, n: int, seed: int = 5) -> torch.Tensor:

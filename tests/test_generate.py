@@ -438,14 +438,17 @@ def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
 
 
 @COMPILES
-@pytest.mark.parametrize(("given", "form", "line"), [
-    ((), "eager", "a step runs operation by operation; with --compile it is one C++ call"),
-    (("--batch_size", 2), "eager", ""),
-    (("--compile",), "fused", ""),
-    (("--compile", "--unfused"), "compiled", "through torch.compile, not the fused step: --unfused"),
-    (("--compile", "--batch_size", 2), "compiled", "through torch.compile, not the fused step: it serves one row"),
-    (("--compile", "--deterministic"), "fused", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "form", "line"),
+    [
+        ((), "eager", "a step runs operation by operation; with --compile it is one C++ call"),
+        (("--batch_size", 2), "eager", ""),
+        (("--compile",), "fused", ""),
+        (("--compile", "--unfused"), "compiled", "through torch.compile, not the fused step: --unfused"),
+        (("--compile", "--batch_size", 2), "compiled", "through torch.compile, not the fused step: it serves one row"),
+        (("--compile", "--deterministic"), "fused", ""),
+    ],
+)
 def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
     try:
         o = generate.parse_arguments(list(map(str, given)))
@@ -537,23 +540,33 @@ def test_sparsity_outside_its_range(refused, tiny, sparsity):
     assert f"--sparsity {float(sparsity)} is outside [0, 1)" in message
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--num_samples", 0), "--num_samples 0"), (("--max_new_tokens", 0), "--max_new_tokens 0"),
-    (("--batch_size", -1), "--batch_size -1"), (("--top_k", 0), "--top_k 0"),
-    (("--temperature", -1), "--temperature -1.0"), (("--temperature", "nan"), "--temperature nan"),
-    (("--prompt", 0), "--prompt 0"), (("--prompt", 153), "153 tokens and 8 new ones do not fit tiny's context of 160"),
-    (("--prompt", "Hello " * 200), "do not fit tiny's context of 160"),
-    (("--prompt", 10**20), "tiny's context is 160 tokens"),
-    (("--max_new_tokens", 1000), "1000 new ones do not fit"),
-    (("--thresholds", "absent", "--sparsity", 0.5), "--thresholds absent: no such file; it takes best, refined"),
-    (("--thresholds", "greedy", "--sparsity", 0.5), "python greedy.py"),
-    (("--allocation", "greedy"), "generate.py: --allocation is now --thresholds {best,uniform,greedy,refined,FILE}"),
-    (("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
-    (("--device", "toaster"), "--device toaster cannot be used here"),
-    (("--statistics", "absent.safetensors", "--sparsity", 0.5), "no statistics file at absent.safetensors"),
-    (("--random_init", "7B"), "--checkpoint_path"),
-    (("--profile", f"{__file__}/trace"), "test_generate.py"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num_samples", 0), "--num_samples 0"),
+        (("--max_new_tokens", 0), "--max_new_tokens 0"),
+        (("--batch_size", -1), "--batch_size -1"),
+        (("--top_k", 0), "--top_k 0"),
+        (("--temperature", -1), "--temperature -1.0"),
+        (("--temperature", "nan"), "--temperature nan"),
+        (("--prompt", 0), "--prompt 0"),
+        (("--prompt", 153), "153 tokens and 8 new ones do not fit tiny's context of 160"),
+        (("--prompt", "Hello " * 200), "do not fit tiny's context of 160"),
+        (("--prompt", 10**20), "tiny's context is 160 tokens"),
+        (("--max_new_tokens", 1000), "1000 new ones do not fit"),
+        (("--thresholds", "absent", "--sparsity", 0.5), "--thresholds absent: no such file; it takes best, refined"),
+        (("--thresholds", "greedy", "--sparsity", 0.5), "python greedy.py"),
+        (
+            ("--allocation", "greedy"),
+            "generate.py: --allocation is now --thresholds {best,uniform,greedy,refined,FILE}",
+        ),
+        (("--device", "cuda:99"), "--device cuda:99 cannot be used here"),
+        (("--device", "toaster"), "--device toaster cannot be used here"),
+        (("--statistics", "absent.safetensors", "--sparsity", 0.5), "no statistics file at absent.safetensors"),
+        (("--random_init", "7B"), "--checkpoint_path"),
+        (("--profile", f"{__file__}/trace"), "test_generate.py"),
+    ],
+)
 def test_arguments_that_do_not_do(refused, tiny, arguments, message):
     before = {path.name for path in tiny.iterdir()}
     assert message in refused("--checkpoint_path", tiny, *BRIEF, *arguments)
@@ -568,15 +581,26 @@ def test_prompt_mistakes_come_before_the_model(refused, monkeypatch, tiny, argum
     assert "prompt" in refused("--checkpoint_path", tiny, "--sparsity", 0.5, *BRIEF, *arguments)
 
 
-@pytest.mark.parametrize(("error", "code"), [
-    (KeyboardInterrupt(), 130),
-    (MemoryError("no memory for a decode step"), "pytest: no memory for a decode step"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB\nin all. See docs."),
-     "pytest: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB in all: take a smaller model or "
-     "fewer tokens at once, or --device cpu"),
-    (RuntimeError("[enforce fail at x.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 8 bytes."),
-     "pytest: can't allocate memory: you tried 8 bytes.: take a smaller model or fewer tokens at once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (MemoryError("no memory for a decode step"), "pytest: no memory for a decode step"),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB\nin all. See docs."
+            ),
+            "pytest: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.10 GiB in all: take a smaller model "
+            "or fewer tokens at once, or --device cpu",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at x.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 8 bytes."
+            ),
+            "pytest: can't allocate memory: you tried 8 bytes.: take a smaller model or fewer tokens at once",
+        ),
+    ],
+)
 def test_other_ends(monkeypatch, error, code):
     def main():
         raise error
@@ -592,13 +616,17 @@ def test_no_gpu(refused, tiny):
     assert "--device cuda cannot be used here" in refused("--checkpoint_path", tiny, "--device", "cuda")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--random_init", "gpt-x"), "gpt-x"), (("--random_init", "gpt-x"), "llama-3-8b"),
-    (("--random_init", "tiny-random", "--prompt", "Hello"), "no tokenizer for the prompt 'Hello'"),
-    (("--random_init", "tiny-random", "--prompt", "0"), "--prompt 0"),
-    (("--random_init", "tiny-random", "--prompt", "²"), "no tokenizer for the prompt '²'"),
-    (("--random_init", "tiny-random", "--interactive"), "--interactive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--random_init", "gpt-x"), "gpt-x"),
+        (("--random_init", "gpt-x"), "llama-3-8b"),
+        (("--random_init", "tiny-random", "--prompt", "Hello"), "no tokenizer for the prompt 'Hello'"),
+        (("--random_init", "tiny-random", "--prompt", "0"), "--prompt 0"),
+        (("--random_init", "tiny-random", "--prompt", "²"), "no tokenizer for the prompt '²'"),
+        (("--random_init", "tiny-random", "--interactive"), "--interactive"),
+    ],
+)
 def test_random_init_mistakes(refused, monkeypatch, arguments, message):
     monkeypatch.setitem(transformer_configs, "tiny-random", TINY_CONFIG)
     assert message in refused(*arguments, *BRIEF)

@@ -37,9 +37,17 @@ def both(tiny, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("harness")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=160, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=160,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "hf")
     content = json.loads((tiny / "tokenizer.json").read_text())
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

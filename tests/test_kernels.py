@@ -127,7 +127,7 @@ def test_every_input_is_in_one_program(shift, blocks, sparsity, by_row, device):
     assert_as_precise_as_torch(out, (x - shift, weight, threshold, segments))
 
 
-# Blocks x outputs / rows at once @ registers, then programs that prefetch x their blocks; ?: rows guessed, ~: ragged.
+# Blocks x outputs / rows at once @ registers, then programs that prefetch x their blocks; ?: rows guessed.
 PLANS = """
 model        form site    | dense                | 50 %                 | 65 %
 llama-3-8b   none qkv     | 1x256 528x1          | 3x128 528x3?         | 3x128 528x3?
@@ -152,7 +152,7 @@ llama-2-7b   int8 gate_up | 1x256/16@80 528x1    | 2x256/4@72 1056x2?   | 2x256/
 llama-2-7b   int8 down    | 1x256/16@80 528x1    | 2x256/4 264x1        | 2x256/4 264x1
 llama-2-7b   int4 qkv     | 1x1024/16 528x1      | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
 llama-2-7b   int4 o       | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
-llama-2-7b   int4 gate_up | 1x1024/16 528x1~     | 1x512/4@72 1056x1?~  | 1x512/4@72 2112x1?~
+llama-2-7b   int4 gate_up | 1x1024/16 0x0        | 1x512/4@72 0x0       | 1x512/4@72 0x0
 llama-2-7b   int4 down    | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
 llama-3.2-1b none qkv     | 1x128 528x1          | 1x128 528x1?         | 1x128 528x1?
 llama-3.2-1b none o       | 1x128 528x1          | 1x128 1320x1?        | 1x128 1320x1?
@@ -176,7 +176,7 @@ FORMS = {"none": Form("none", torch.bfloat16), "int8": Form("int8", torch.int8),
 
 def described(p: Plan) -> str:
     tile = f"{p.blocks}x{p.block_out}" + f"/{p.rows}" * (p.rows > 0) + f"@{p.registers}" * (p.registers is not None)
-    return f"{tile} {p.prefetch}x{p.prefetch_blocks}" + "?" * p.guess + "~" * p.ragged
+    return f"{tile} {p.prefetch}x{p.prefetch_blocks}" + "?" * p.guess
 
 
 def sites(name: str) -> dict[str, tuple]:

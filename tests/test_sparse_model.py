@@ -5,20 +5,17 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from models import SMALL, build, change_config, decode, random_tokens
 from safetensors.torch import load_file
 
 from model import ModelArgs, Transformer
-from sparse_model import PROJECTIONS, SparseProjection, SparseTransformer
+from sparse_model import SITES, SparseProjection, SparseTransformer
+from thresholds import Cuts
 
 INF = float("inf")
-SMALL = {
-    **{"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "n_local_heads": 2, "dim": 32},
-    **{"intermediate_size": 48},
-}
-SHAPES = {
-    **{"q": (32, 32), "k": (32, 16), "v": (32, 16), "o": (32, 32)},
-    **{"gate": (32, 48), "up": (32, 48), "down": (48, 32)},
-}  # (in, out)
+QKV, DOWN = 0, 3  # of the four `sites` of a layer
+IN = {**dict.fromkeys(("q", "k", "v", "o", "gate", "up"), 32), "down": 48}
+OUT = {"q": 32, "k": 16, "v": 16, "o": 32, "gate": 48, "up": 48, "down": 32}
 VARIANTS = {
     "plain": {},
     "biases, tied": {"qkv_bias": True, "tie_embeddings": True},
@@ -28,36 +25,18 @@ VARIANTS = {
 
 def pair(dtype=torch.float32, **changes) -> tuple[Transformer, SparseTransformer]:
     """A dense model of random weights and biases, and a sparse one that has loaded its state."""
-    args = ModelArgs(**SMALL | changes)
-    dense, sparse = Transformer(args, dtype=dtype), SparseTransformer(args, dtype=dtype)
-    dense.init_weights(0, std=0.3)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in dense.parameters():
-        if parameter.dim() == 1:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
+    dense = build(Transformer, SMALL | {"n_local_heads": 2}, vector_std=0.2, dtype=dtype, **changes)
+    sparse = SparseTransformer(dense.config, dtype=dtype).requires_grad_(False).eval()
     sparse.load_state_dict(dense.state_dict())
-    return dense.requires_grad_(False).eval(), sparse.requires_grad_(False).eval()
-
-
-def tokens(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def decode(model: Transformer, idx: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits of all positions: the prompt's at once, then token by token, through the cache."""
-    model.setup_caches(len(idx), idx.shape[1])
-    parts = [model(idx[:, :prompt], torch.arange(prompt))] if prompt else []
-    parts += [model(idx[:, i : i + 1], torch.tensor([i])) for i in range(prompt, idx.shape[1])]
-    return torch.cat(parts, dim=1)
+    return dense, sparse
 
 
 def set_random_thresholds(sparse: SparseTransformer) -> list[torch.Tensor]:
-    """A different one for every input and segment; returns them in the order of `projections`."""
+    """A different one for every input and segment; returns them in the order of `sites`."""
     generator = torch.Generator().manual_seed(5)
-    for layer in range(2):
-        for projection, (n_in, _) in SHAPES.items():
-            scale = 0.2 if projection in ("o", "down") else 0.9
-            sparse.set_threshold(layer, projection, scale * torch.rand(n_in, generator=generator))
+    for i, module in enumerate(sparse.sites):
+        scale = 0.2 if i % 4 in (1, DOWN) else 0.9
+        module.set_cut(scale * torch.rand(module.threshold.shape, generator=generator))
     return [module.threshold.clone() for module in sparse.sites]
 
 
@@ -85,7 +64,7 @@ def mask_by_hand(dense: Transformer, thresholds: list[torch.Tensor], dense_prefi
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_threshold_zero_is_the_dense_model(variant):
     dense, sparse = pair(**VARIANTS[variant])
-    idx = tokens(2, 12)
+    idx = random_tokens(2, 12)
     full = dense(idx)
     for logits in (sparse(idx), sparse(idx, dense_prefix=3), decode(sparse, idx, 5), decode(sparse, idx, 0)):
         torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
@@ -97,7 +76,7 @@ def test_threshold_zero_is_the_dense_model_within_a_short_dtype(dtype):
     dense, sparse = pair(dtype)
     for parameter, rounded in zip(exact.parameters(), dense.parameters(), strict=True):
         parameter.data.copy_(rounded)  # the same weights in float32
-    idx = tokens(2, 12)
+    idx = random_tokens(2, 12)
     truth = exact(idx)
 
     def error(logits):
@@ -111,7 +90,7 @@ def test_threshold_zero_is_the_dense_model_within_a_short_dtype(dtype):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_decoding_equals_the_dense_model_with_masked_inputs(variant, batch):
     dense, sparse = pair(**VARIANTS[variant])
-    idx = tokens(batch, 10)
+    idx = random_tokens(batch, 10)
     untouched = dense(idx)
     mask_by_hand(dense, set_random_thresholds(sparse))
     masked = dense(idx)
@@ -122,19 +101,18 @@ def test_decoding_equals_the_dense_model_with_masked_inputs(variant, batch):
 
 def test_decoding_equals_inputs_masked_before_the_layer():
     dense, sparse = pair()
-    idx = tokens(1, 8)
+    idx = random_tokens(1, 8)
     for module in dense.sites:
         module.register_forward_pre_hook(lambda module, args: (torch.where(args[0].abs() <= 0.3, 0, args[0]),))
-    for layer in range(2):
-        for projection in PROJECTIONS:
-            sparse.set_threshold(layer, projection, 0.3)
+    for module in sparse.sites:
+        module.set_cut(torch.full((1, 1), 0.3))
     torch.testing.assert_close(decode(sparse, idx, 0), dense(idx), atol=1e-4, rtol=1e-4)
 
 
 def test_several_tokens_are_dense_in_generation():
     dense, sparse = pair()
     set_random_thresholds(sparse)
-    idx = tokens(2, 9)
+    idx = random_tokens(2, 9)
     torch.testing.assert_close(sparse(idx), dense(idx), atol=1e-4, rtol=1e-4)
     sparse.setup_caches(2, 9)
     torch.testing.assert_close(sparse(idx, torch.arange(9)), dense(idx), atol=1e-4, rtol=1e-4)
@@ -143,7 +121,7 @@ def test_several_tokens_are_dense_in_generation():
 @pytest.mark.parametrize("prefix", [0, 1, 5, 10])
 def test_dense_prefix_equals_decoding_after_a_dense_prompt(prefix):
     dense, sparse = pair()
-    thresholds, idx = set_random_thresholds(sparse), tokens(2, 10)
+    thresholds, idx = set_random_thresholds(sparse), random_tokens(2, 10)
     logits = sparse(idx, dense_prefix=prefix)
     if prefix == 1:  # a prompt of one token cannot be told from a step: it is cut
         sparse.setup_caches(2, 10)
@@ -187,7 +165,7 @@ def test_counts_against_the_inputs_themselves(batch, prefix):
     thresholds, length = set_random_thresholds(sparse), 9
     inputs = []
     hooks = [module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in sparse.sites]
-    idx = tokens(batch, length)
+    idx = random_tokens(batch, length)
     for _ in range(2):  # counts add up
         sparse(idx, dense_prefix=prefix)
     for hook in hooks:
@@ -196,7 +174,7 @@ def test_counts_against_the_inputs_themselves(batch, prefix):
     kept_weights = read_bytes = total = 0
     for x, t, module in zip(inputs[:8], thresholds, sparse.sites, strict=True):
         for segment, limits in zip(module.segments, t, strict=True):
-            n_in, width = SHAPES[segment]
+            n_in, width = IN[segment], OUT[segment]
             keep = x[:, prefix:].abs() > limits
             kept_weights += keep.sum().item() * width
             read_bytes += keep.any(0).sum().item() * width * 4 / steps
@@ -212,86 +190,92 @@ def test_counts_against_the_inputs_themselves(batch, prefix):
 
 def test_counts_of_known_thresholds():
     dense, sparse = pair()
-    matrices = 2 * sum(n_in * n_out for n_in, n_out in SHAPES.values())
+    matrices = 2 * sum(IN[name] * OUT[name] for name in IN)
     limits = torch.zeros(48)
     limits[:30] = INF
-    sparse.set_threshold(0, "down", limits)  # 30 of 48 inputs
-    sparse.set_threshold(1, "k", INF)
+    sparse.sites[DOWN].set_cut(limits[None])  # 30 of 48 inputs
+    sparse.sites[4 + QKV].set_cut(torch.tensor([[0.0], [INF], [0.0]]))  # k
     cut = 30 * 32 + 32 * 16
     for batch in (1, 2):
         sparse.reset_counts()
-        sparse(tokens(batch, 7), dense_prefix=2)
+        sparse(random_tokens(batch, 7), dense_prefix=2)
         assert sparse.achieved_sparsity() == pytest.approx(cut / matrices)
         assert sparse.bytes_per_step() == dense.bytes_per_step() - 4 * cut
     # a dense pass and decoding by the kernels count nothing
-    sparse(tokens(1, 7))
-    decode(sparse, tokens(1, 3), 1)
+    sparse(random_tokens(1, 7))
+    decode(sparse, random_tokens(1, 3), 1)
     assert sparse.achieved_sparsity() == pytest.approx(cut / matrices)
 
 
 def test_nothing_counted_is_nothing_saved():
     dense, sparse = pair()
     assert sparse.achieved_sparsity() == 0 and sparse.bytes_per_step() == dense.bytes_per_step()
-    sparse(tokens(1, 4), dense_prefix=4)
+    sparse(random_tokens(1, 4), dense_prefix=4)
     assert sparse.achieved_sparsity() == 0 and sparse.bytes_per_step() == dense.bytes_per_step()
 
 
 # ---------------------------------------------------------------- thresholds
 
 
-def test_set_threshold():
-    _, sparse = pair()
-    vector = torch.rand(32)
-    sparse.set_threshold(1, "k", vector)
-    sparse.set_threshold(1, "up", 0.25)
-    sparse.set_threshold(0, "down", torch.arange(48.0))
+def random_cuts(sparse: SparseTransformer, columns: int | None = None, **changes) -> Cuts:
+    """Of each site another threshold, per input or [S, 1]; shifts for every second site."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = [module.threshold.shape for module in sparse.sites]
+    thresholds = [torch.rand(s, columns or n_in, generator=generator) for s, n_in in shapes]
+    shifts = [torch.randn(n_in, generator=generator) if i % 2 else None for i, (_, n_in) in enumerate(shapes)]
+    return Cuts(0.4, thresholds, shifts)._replace(**changes)
+
+
+@pytest.mark.parametrize("columns", [None, 1])
+def test_set_cuts_reaches_every_site_in_order(columns):
+    dense, sparse = pair()
+    cuts = random_cuts(sparse, columns)
+    sparse.set_cuts(cuts)
+    assert sparse.sparsity == 0.4
     for i, module in enumerate(sparse.sites):
-        for name, row in zip(module.segments, module.threshold, strict=True):
-            expected = {(1, "k"): vector, (1, "up"): torch.full((32,), 0.25), (0, "down"): torch.arange(48.0)}
-            assert torch.equal(row, expected.get((i // 4, name), torch.zeros(SHAPES[name][0])))
-    with pytest.raises(ValueError, match=r"'w1'.*q, k, v, o, gate, up, down"):
-        sparse.set_threshold(0, "w1", 1.0)
-    for layer in (2, -1):
-        with pytest.raises(ValueError, match=f"no layer {layer}"):
-            sparse.set_threshold(layer, "q", 1.0)
+        owner, name = list(SITES.values())[i % 4].module.split(".")
+        assert module is getattr(getattr(sparse.layers[i // 4], owner), name)
+        assert tuple(module.segments) == list(SITES.values())[i % 4].projections
+        assert torch.equal(module.threshold, cuts.thresholds[i].expand_as(module.threshold))
+        if i % 2:
+            assert torch.equal(module.shift, cuts.shifts[i])
+            torch.testing.assert_close(module.offset, dense.sites[i].weight @ cuts.shifts[i])
+        else:
+            assert module.shift is None and module.offset is None
+    sparse.set_cuts(random_cuts(sparse, shifts=[None] * 8))
+    assert all(module.shift is None and module.offset is None for module in sparse.sites)
 
 
-class FakeStatistics:
-    """Thresholds that tell where they belong."""
+def test_cut_inputs_are_replaced_by_their_shifts():
+    dense, sparse = pair()
+    cuts = random_cuts(sparse)
+    sparse.set_cuts(cuts)
+    idx = random_tokens(1, 8)
+    for module, threshold, shift in zip(dense.sites, cuts.thresholds, cuts.shifts, strict=True):
+        if len(threshold) > 1:  # of several segments' thresholds: the first, for all
+            threshold[:] = threshold[0]
+        replaced = torch.zeros(threshold.shape[1]) if shift is None else shift
 
-    n_layer = 2
+        def replace(_, args, t=threshold[0], replaced=replaced):
+            (x,) = args
+            return (torch.where((x - replaced).abs() <= t, replaced, x),)
 
-    def threshold(self, layer: int, projection: str, sparsity: float) -> float:
-        return 100 * layer + 10 * PROJECTIONS.index(projection) + sparsity
+        module.register_forward_pre_hook(replace)
+    sparse.set_cuts(cuts)
+    expected = dense(idx)
+    torch.testing.assert_close(decode(sparse, idx, 0), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sparse(idx, dense_prefix=0), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_set_sparsity():
+def test_cuts_of_another_model_set_nothing():
     _, sparse = pair()
-
-    def found():
-        rows = [(name, row) for m in sparse.sites for name, row in zip(m.segments, m.threshold, strict=True)]
-        assert [name for name, _ in rows] == [*PROJECTIONS, *PROJECTIONS]
-        assert all((row == row[0]).all() for _, row in rows)
-        return [row[0].item() for _, row in rows]
-
-    sparse.set_sparsity(FakeStatistics(), 0.5)
-    assert found() == [100 * layer + 10 * i + 0.5 for layer in range(2) for i in range(7)]
-    shares = [{name: (layer + i) / 16 for i, name in enumerate(PROJECTIONS)} for layer in range(2)]
-    sparse.set_sparsity(FakeStatistics(), shares)
-    assert found() == [100 * layer + 10 * i + (layer + i) / 16 for layer in range(2) for i in range(7)]
-
-
-def test_set_sparsity_of_another_model():
-    _, sparse = pair()
-    shares = dict.fromkeys(PROJECTIONS, 0.5)
-    with pytest.raises(ValueError, match="2 layers, the statistics 2, the allocation 3"):
-        sparse.set_sparsity(FakeStatistics(), [shares] * 3)
-    other = FakeStatistics()
-    other.n_layer = 5
-    for sparsity in (0.5, [shares] * 2, [shares] * 5):
-        with pytest.raises(ValueError, match="the model has 2 layers, the statistics 5"):
-            sparse.set_sparsity(other, sparsity)
-    assert not any(module.threshold.any() for module in sparse.sites)
+    cuts = random_cuts(sparse)
+    deeper, wider = random_cuts(pair(n_layer=3)[1]), random_cuts(pair(intermediate_size=40)[1])
+    longer = [torch.zeros(33) if shift is None else shift for shift in cuts.shifts]
+    for other in (deeper, wider, Cuts(0.4, [], []), cuts._replace(shifts=longer), cuts._replace(shifts=[])):
+        with pytest.raises(ValueError, match=r"thresholds are of another model: they are for .* this model has 8"):
+            sparse.set_cuts(other)
+    assert sparse.sparsity == 0 and not any(module.threshold.any() for module in sparse.sites)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -312,7 +296,7 @@ def test_state_dict_round_trip():
     again.load_state_dict(state)
     assert state.keys() == again.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
-    idx = tokens(1, 6)
+    idx = random_tokens(1, 6)
     assert torch.equal(decode(sparse, idx, 2), decode(again, idx, 2))
 
 
@@ -339,12 +323,10 @@ def test_weights_are_stored_by_input_row(tiny):
     torch.testing.assert_close(decode(sparse, idx, 3), dense(idx), atol=1e-4, rtol=1e-4)
 
 
-def test_a_checkpoint_that_does_not_fit(tiny, tmp_path):
-    folder = shutil.copytree(tiny, tmp_path / "copy")
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 50'))
+def test_a_checkpoint_that_does_not_fit(copy):
+    change_config(copy, intermediate_size=50)
     with pytest.raises(ValueError, match=r"do not fit its config: .*w13\.weight") as error:
-        SparseTransformer.from_checkpoint(folder)
+        SparseTransformer.from_checkpoint(copy)
     assert "\n" not in str(error.value)
 
 
@@ -377,12 +359,12 @@ def test_the_step_compiles_once_for_all_thresholds(device, backend):
         pytest.skip("no C++ compiler")
     _, sparse = pair(n_layer=1, qkv_bias=True)
     sparse.to(device).setup_caches(1, 16)
-    idx = tokens(1, 10).to(device)
+    idx = random_tokens(1, 10).to(device)
     step = torch.compile(sparse, fullgraph=True, backend=backend)
     with torch.no_grad():
-        for turn, threshold in enumerate((0.0, 0.3, torch.linspace(0, 1, 32, device=device))):
-            for projection in PROJECTIONS[:6]:
-                sparse.set_threshold(0, projection, threshold)
+        for turn, threshold in enumerate((torch.zeros(1), torch.full((1,), 0.3), torch.linspace(0, 1, 32))):
+            for module in sparse.sites[:DOWN]:
+                module.set_cut(threshold[None].to(device))
             with torch.compiler.set_stance("fail_on_recompile" if turn else "default"):
                 for i in range(4):
                     position = torch.tensor([i], device=device)
