@@ -57,9 +57,7 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
         return f"it sorts a top_k of at most {MAX_TOP_K}"
     if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
         return "it adds in no fixed order"
-    if not fusable(config):
-        return f"it does not implement {', '.join(unknown_parts(config))}"
-    return None
+    return None if fusable(config) else f"it does not implement {', '.join(unknown_parts(config))}"
 
 
 class FusedGpuStep:
@@ -67,15 +65,11 @@ class FusedGpuStep:
 
     `replay` a step as often as wanted, then read `tokens`: it leaves nothing for the host to do.
 
-    Args:
-        model: with its cache set up for one row, and its cuts set: a later change needs a new step.
-        temperature, top_k: of the sampling; temperature 0 is greedy.
-        dense: runs the weights with nothing cut, by the same kernels with the test compiled out. So does a model whose
-            `sparsity` is 0.
-
-    Attributes:
-        tokens: [positions of the cache + 1], int64; those from `start` on are valid.
-        logits: [vocab and room for a norm's rstd], float32, of the last step.
+    model: with its cache set up for one row, and its cuts set: a later change needs a new step.
+    temperature, top_k: of the sampling; temperature 0 is greedy.
+    dense: nothing is cut, by the same kernels with the test compiled out; so it is where a model's `sparsity` is 0.
+    tokens: [positions of the cache + 1], int64; those from `start` on are valid.
+    logits: [vocab and room for a norm's rstd], float32, of the last step.
     """
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
@@ -138,10 +132,8 @@ class FusedGpuStep:
         self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Compiles the kernels and records the graph.
-
-        The one step that it runs is undone, but for the cache at its position, which the first replay writes again.
-        """
+        """Compiles the kernels and records the graph."""
+        # the one step that this runs is undone, but for the cache at its position, which the first replay writes again
         token, position = self.token.clone(), self.position.clone()
         stream = torch.cuda.Stream(self.h.device)
         stream.wait_stream(torch.cuda.current_stream())
@@ -209,7 +201,7 @@ class FusedCpuStep:
 
         # the model: its shape, its other weights, room for values between the phases of a step, and the sampling
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        shape = {name: getattr(config, name) for name in cpu.Model.SHAPE}
+        shape = {name: getattr(config, name) for name in cpu.Model.SHAPE.split()}
         tensors = {"embedding": model.tok_embeddings.weight, "norm": model.norm.weight, "output": model.output_weight}
         tensors |= {"output_scale": model.output and model.output.scale, "inv_freq": model.inv_freq}
         room = {"h": config.dim, "qkv": q + 2 * kv, "y": q, "act": config.intermediate_size}
@@ -238,7 +230,7 @@ class FusedCpuStep:
         return tensor.data_ptr()
 
     def _projection(self, module: SparseProjection) -> cpu.Projection:
-        tensors = {name: self._pointer(getattr(module, name)) for name in cpu.Projection.TENSORS}
+        tensors = {name: self._pointer(getattr(module, name)) for name in cpu.Projection.TENSORS.split()}
         return cpu.Projection(**tensors, group=module.form.groupsize)
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
@@ -247,11 +239,8 @@ class FusedCpuStep:
         self.tokens[position] = token.item()
 
     def replay(self) -> None:
-        """One step. Little happens here: what a step read has swept Python's own data out of the caches.
-
-        Raises:
-            MemoryError: too little for the step; the position is the same then.
-        """
+        """One step. Raises MemoryError: too little for it; the position is the same then."""
+        # little happens here: what a step read has swept Python's own data out of the caches
         assert self.position < self._model.cache_length
         if self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads):
             raise MemoryError(f"no memory for a decode step at position {self.position} on the CPU")
@@ -293,9 +282,7 @@ def _draw(logits: Tensor, temperature: float, top_k: int) -> Tensor:
     return (torch.softmax(logits, dim=-1) / noise).argmax(dim=-1, keepdim=True)
 
 
-def decode_one_token(
-    model: Transformer, token: Tensor, input_pos: Tensor, temperature: float, top_k: int
-) -> tuple[Tensor, Tensor]:
+def decode_one_token(model: Transformer, token: Tensor, input_pos: Tensor, temperature: float, top_k: int):
     """The next token [B, 1] and its position [1], from a token [B, 1] at input_pos [1]."""
     logits = model(token.clamp_min(0), input_pos)
     return sample(logits[:, -1], temperature, top_k), input_pos + 1
@@ -339,52 +326,49 @@ class Generation:
     decode_s: float
 
 
+@dataclass(eq=False)
 class Generator:
     """A model with its cache and one form of its decode step.
 
-    Args:
-        model: on its device; its cache is made here. Generators of one size may share a model; one of another size
-            takes it from those before.
-        batch_size, max_length: rows and positions of the cache.
-        temperature, top_k: of the sampling; temperature 0 is greedy.
-        step: "fused", "compiled" (torch.compile, with CUDA graphs on a GPU) or "eager". Whether a run can be fused says
-            `why_unfused`.
-        compile_prefill: torch.compile of the prompt's pass.
-        dense: a fused step with nothing cut, whatever the model's cuts.
-        static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too.
+    model: on its device; its cache is made here. Generators of one size may share a model; one of another size takes it
+        from those before.
+    batch_size, max_length: rows and positions of the cache.
+    temperature, top_k: of the sampling; temperature 0 is greedy.
+    step: "fused", "compiled" (torch.compile, with CUDA graphs on a GPU) or "eager"; `why_unfused` tells which can run.
+    compile_prefill: torch.compile of the prompt's pass.
+    dense: a fused step with nothing cut, whatever the model's cuts.
+    static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        batch_size: int,
-        max_length: int,
-        temperature: float = 0.8,
-        top_k: int = 200,
-        step: str = "eager",
-        compile_prefill: bool = False,
-        dense: bool = False,
-        static_prompt: bool = True,
-    ):
-        temperature = temperature if temperature > LEAST_TEMPERATURE else 0.0
-        self.model, self.temperature, self.top_k = model, temperature, top_k
-        self.device = model.device
-        model.setup_caches(batch_size, max_length)
+    model: Transformer
+    batch_size: int
+    max_length: int
+    temperature: float = 0.8
+    top_k: int = 200
+    step: str = "eager"
+    compile_prefill: bool = False
+    dense: bool = False
+    static_prompt: bool = True
+
+    def __post_init__(self):
+        model, self.device = self.model, self.model.device
+        self.temperature = self.temperature if self.temperature > LEAST_TEMPERATURE else 0.0
+        model.setup_caches(self.batch_size, self.max_length)
         self._cache = model.layers[0].attention.kv_cache
 
         # the prompt's pass
         self._prefill = prefill
-        if compile_prefill:
-            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not static_prompt)
-        if step == "fused" and static_prompt and self.device.type == "cuda":
+        if self.compile_prefill:
+            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not self.static_prompt)
+        if self.step == "fused" and self.static_prompt and self.device.type == "cuda":
             self._prefill = GraphedPrefill(self._prefill)
 
         # the step, in the form that was asked for
         self._fused, self._decode = None, decode_one_token
-        if step == "fused":
+        if self.step == "fused":
             fused_class = FusedCpuStep if self.device.type == "cpu" else FusedGpuStep
-            self._fused = fused_class(model, temperature, top_k, dense)
-        elif step == "compiled":
+            self._fused = fused_class(model, self.temperature, self.top_k, self.dense)
+        elif self.step == "compiled":
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True)
 
@@ -394,9 +378,8 @@ class Generator:
     ) -> Generation:
         """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early.
 
-        Raises:
-            ValueError: the tokens do not fit the cache, the model has a cache of another size by now, or its output is
-                not finite (which is found at the end on a GPU, where to look at every step would mean to wait for it).
+        Raises ValueError: the tokens do not fit the cache, the model has a cache of another size by now, or its output is
+        not finite (which is found at the end on a GPU, where to look at every step would mean to wait for it).
         """
         rows, _, length, _ = self._cache.k_cache.shape
         if len(prompt) != rows or prompt.shape[1] + max_new_tokens > length:

@@ -39,15 +39,13 @@ PROJECTIONS = {projection: name for name, site in SITES.items() for projection i
 class SparseProjection(UncastBuffers):
     """A linear layer whose cut inputs' weights are not read.
 
-    Attributes:
-        weight: [in, out], contiguous: a kept input reads one row. int4 is packed to [in, out / 2], uint8.
-        scale: [out], float32, of int8; [in, groups, 2], bfloat16, of int4; else None. See `kernels.quantized.Form`.
-        segments: name and width of each of the S projections fused along out.
-        threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
-        shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
-        kept: kept inputs of each segment since `reset_counts` [S], int64, on the device.
-        read: the same, but an input that several rows of a batch keep at one step counts once, as its weights do.
-        seen, steps: positions that were cut, of all rows and of one row.
+    weight, scale: [in, out], contiguous: a kept input reads one row; None. Other forms: `kernels.quantized.Form`.
+    segments: name and width of each of the S projections fused along out.
+    threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
+    shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
+    kept: kept inputs of each segment since `reset_counts` [S], int64, on the device.
+    read: the same, but an input that several rows of a batch keep at one step counts once, as its weights do.
+    seen, steps: positions that were cut, of all rows and of one row.
     """
 
     def __init__(
@@ -121,10 +119,7 @@ class SparseProjection(UncastBuffers):
 
 
 def _transpose_on_load(module, state_dict, prefix, *_):
-    """Checkpoints hold [out, in]; the transposition runs on the module's own device, one matrix at a time.
-
-    This class's own state, which has thresholds, is taken as it is.
-    """
+    """Checkpoints hold [out, in], transposed on the module's device; own state, which has thresholds, is not."""
     for name in ("shift", "offset"):
         if prefix + name in state_dict:
             setattr(module, name, torch.empty_like(state_dict[prefix + name], device=module.weight.device))
@@ -145,8 +140,7 @@ class SparseTransformer(Transformer):
     ) -> Tensor:
         """Logits of the next token; see `Transformer.forward`.
 
-        `dense_prefix` n: positions [n:] of `idx` are cut by plain masking and their kept inputs counted, the first n
-        are dense. None: a single token is cut (by the kernels), several are dense.
+        dense_prefix: None: a single token is cut (by the kernels), several are dense. n: see `cut_after`.
         """
         if dense_prefix is None:
             return super().forward(idx, input_pos, num_logits)
@@ -168,8 +162,7 @@ class SparseTransformer(Transformer):
     def set_cuts(self, cuts: "Cuts") -> None:
         """Sets the thresholds and shifts of all sites, and remembers their sparsity.
 
-        Raises:
-            ValueError: the cuts are of another model; nothing was set then.
+        Raises ValueError: the cuts are of another model; nothing was set then.
         """
         shapes = [tuple(module.threshold.shape) for module in self.sites]
         fits = len(cuts.thresholds) == len(cuts.shifts) == len(shapes) and all(

@@ -193,14 +193,15 @@ def _read(path: str | Path, make: Callable, form: str, what: str, again: str):
             metadata = file.metadata() or {}
             if metadata.pop("format", None) != form:
                 raise ValueError(f"{path} is not a {what} file of this version; {again}")
-            artifact = make({name: file.get_tensor(name) for name in file.keys()}, metadata)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a {what} file ({one_line(error)}); {again}") from None
     try:
+        artifact = make(tensors, metadata)
         artifact.check()
+        return artifact
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; {again}") from None
-    return artifact
 
 
 def teal_statistics(folder: str | Path) -> Statistics:

@@ -41,8 +41,7 @@ def find_compiler() -> list[str] | None:
 def build(folder: Path, flags: list[str]) -> Path:
     """The library for this source, these flags, this compiler and this CPU, built unless `folder` has it.
 
-    Raises:
-        OSError, subprocess.CalledProcessError: no compiler, or it failed.
+    Raises OSError without a compiler, subprocess.CalledProcessError if it fails.
     """
     if (compiler := find_compiler()) is None:
         raise OSError(f"no C++ compiler {os.environ.get('CXX') or 'g++'!r}")
@@ -100,8 +99,7 @@ def launch_sparse_gemv(
 ) -> Tensor:
     """`kernels.sparse_gemv.sparse_gemv` on a CPU, with torch's number of threads; the library must be there.
 
-    Raises:
-        MemoryError: too little for the threads' sums and lists.
+    Raises MemoryError: too little for the threads' sums and lists.
     """
     n_out, form = sum(segments), form_of(weight, scale)
     assert weight.is_contiguous() and threshold.is_contiguous() and 8 * weight[0].nbytes == form.bits * n_out
@@ -123,6 +121,9 @@ def launch_sparse_gemv(
     return out
 
 
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+
+
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
@@ -130,32 +131,21 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 class Projection(ctypes.Structure):
     """`Projection` of cpu.cpp, in its order."""
 
-    TENSORS = ("weight", "bias", "scale", "threshold", "shift", "offset")
-    _fields_ = (*_fields(ctypes.c_void_p, " ".join(TENSORS)), ("group", ctypes.c_int64))
+    TENSORS = "weight bias scale threshold shift offset"
+    _fields_ = _fields(POINTER, TENSORS) + _fields(INTEGER, "group")
 
 
 class Layer(ctypes.Structure):
     """`Layer` of cpu.cpp, in its order."""
 
-    _fields_ = (
-        *_fields(ctypes.c_void_p, "attention_norm ffn_norm"),
-        *_fields(Projection, "wqkv wo w13 w2"),
-        *_fields(ctypes.c_void_p, "k_cache v_cache"),
-        ("window", ctypes.c_int64),
-    )
+    _fields_ = _fields(POINTER, "attention_norm ffn_norm") + _fields(Projection, "wqkv wo w13 w2")
+    _fields_ += _fields(POINTER, "k_cache v_cache") + _fields(INTEGER, "window")
 
 
 class Model(ctypes.Structure):
-    """`Model` of cpu.cpp, in its order; SHAPE: the names of ModelArgs."""
+    """`Model` of cpu.cpp, in its order; SHAPE: names of ModelArgs."""
 
-    SHAPE = ("n_layer", "n_head", "n_local_heads", "head_dim", "dim", "intermediate_size", "vocab_size")
-    _fields_ = (
-        *_fields(ctypes.c_int64, " ".join(SHAPE)),
-        ("cache_length", ctypes.c_int64),
-        ("layers", ctypes.POINTER(Layer)),
-        *_fields(ctypes.c_void_p, "embedding norm output output_scale inv_freq"),
-        *_fields(ctypes.c_void_p, "h qkv y act logits tops tokens"),
-        ("cut", ctypes.c_int64),
-        *_fields(ctypes.c_float, "eps temperature"),
-        ("top_k", ctypes.c_int64),
-    )
+    SHAPE = "n_layer n_head n_local_heads head_dim dim intermediate_size vocab_size"
+    _fields_ = _fields(INTEGER, f"{SHAPE} cache_length") + _fields(ctypes.POINTER(Layer), "layers")
+    _fields_ += _fields(POINTER, "embedding norm output output_scale inv_freq h qkv y act logits tops tokens")
+    _fields_ += _fields(INTEGER, "cut") + _fields(ctypes.c_float, "eps temperature") + _fields(INTEGER, "top_k")

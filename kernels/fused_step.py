@@ -97,12 +97,12 @@ def _attention_kernel(
 ):
     """One query over one chunk of a key/value head's cache. The head's last program to end joins the chunks' results.
 
-    The program whose chunk holds the new position rotates and caches the new key and value, and counts them. Programs
-    beyond the chunks prefetch rows of gate|up, since attention leaves the memory idle.
+    The program whose chunk holds the new position rotates and caches the new key and value, and counts them.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     head, split = tl.program_id(0), tl.program_id(1)
+    # programs beyond the chunks prefetch rows of gate|up, since attention leaves the memory idle
     if AHEAD is not None:
         if split >= SPLITS:
             piece = (split - SPLITS) * N_KV + head
@@ -215,11 +215,10 @@ def launch_attention(
 ) -> None:
     """Attention of the new position, cached on the way, to y [n_head head_dim] in the model's dtype.
 
-    Args:
-        qkv: [(n_head + 2 n_kv) head_dim], float32; bias: the same or None.
-        cache: with k_cache and v_cache, each [1, n_kv, seq_length, head_dim].
-        sliding_window: how many keys the query sees, itself included; None: all.
-        ahead: h, ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`.
+    qkv: [(n_head + 2 n_kv) head_dim], float32; bias: the same or None.
+    cache: with k_cache and v_cache, each [1, n_kv, seq_length, head_dim].
+    sliding_window: how many keys the query sees, itself included; None: all.
+    ahead: h, ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`.
     """
     k_cache, v_cache = cache.k_cache, cache.v_cache
     h, ffn_norm, gate_up = ahead

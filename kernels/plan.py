@@ -54,24 +54,17 @@ class Plan(NamedTuple):
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
 
-    @property
-    def unroll(self) -> int:
-        """How many blocks the kernel unrolls: all of a few; a deterministic program has too many."""
-        return self.blocks if self.blocks < 4 else math.gcd(self.blocks, 4)
-
 
 def plan_for(
     prologue: str, n_in: int, segments: list[int], sparsity: float, form: Form, dependent: bool, last_rstd: bool = True
 ) -> Plan:
     """How to launch a product.
 
-    Args:
-        prologue: what makes its input: "given", "norm" or "silu", see `kernels.triton_gemv`.
-        n_in, segments: inputs, and widths of the output segments.
-        sparsity: about the share of inputs that the thresholds cut.
-        form: of the weight.
-        dependent: a dependent launch, which starts before the one before has ended.
-        last_rstd: whether a norm's rstd is kept from token to token; without it no row after a norm can be guessed.
+    prologue: what makes its input: "given", "norm" or "silu", see `kernels.triton_gemv`.
+    n_in, segments: inputs, and widths of the output segments.
+    sparsity, form: about the share of inputs that the thresholds cut; the weight's form.
+    dependent: a dependent launch, which starts before the one before has ended.
+    last_rstd: whether a norm's rstd is kept from token to token; without it no row after a norm can be guessed.
     """
     n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
     blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)

@@ -47,11 +47,8 @@ class Form(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """A new weight [in, out] of this form and its scale, not filled; out_first: both `transposed`.
 
-        Args:
-            segments: name and width of each projection fused along the outputs.
-
-        Raises:
-            ValueError: groups of int4 that do not divide a segment.
+        segments: name and width of each projection fused along the outputs.
+        Raises ValueError: groups of int4 that do not divide a segment.
         """
         for name, width in segments.items() if self.name == "int4" else ():
             if self.groupsize < 16 or self.groupsize % 16 or width % self.groupsize:

@@ -32,17 +32,13 @@ def sparse_gemv(
 ) -> Tensor:
     """Product of each row of x, cut by its threshold, with the weight; rows of cut inputs are not read.
 
-    Args:
-        x: [B, in], bfloat16, float16 or float32. Every row cuts its own inputs.
-        weight: [in, out], contiguous, the dtype of x, or int8; [in, out / 2], uint8, of int4.
-        threshold: [S, in], float32, a row for each output segment.
-        segments: widths of the S output segments, which add up to out.
-        scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized.Form`. The
-            kernels want groups of a multiple of 16 outputs that divide the segments; int8 on a GPU wants segments of a
-            multiple of 4.
-
-    Returns:
-        [B, out], the dtype of x, accumulated in float32.
+    x: [B, in], bfloat16, float16 or float32. Every row cuts its own inputs.
+    weight: [in, out], contiguous, the dtype of x, or int8; [in, out / 2], uint8, of int4.
+    threshold: [S, in], float32, a row for each output segment.
+    segments: widths of the S output segments, which add up to out.
+    scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized.Form`. The
+        kernels want int4's groups to be multiples of 16 that divide the segments, and int8's segments on a GPU of 4.
+    Returns [B, out], the dtype of x, accumulated in float32.
     """
     if not cpu.has_kernel(x.dtype, form_of(weight, scale)) or cpu.library() is None:
         return sparse_gemv_ref(x, weight, threshold, segments, scale)

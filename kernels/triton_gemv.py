@@ -6,6 +6,7 @@ stays in L1 and concurrent atomics meet different addresses: that order alone to
 41.3 us.
 """
 
+import math
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -470,18 +471,14 @@ def launch_gemv(
     norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype | None = None, pdl: bool = False,
     plan: Plan | None = None,
 ) -> None:
-    """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue (see the kernel).
+    """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue, see `Operation`.
 
-    Args:
-        prologue: "given", "norm" or "silu".
-        x: "given" [B, in]; else one row, float32: h [in] or gate|up [2 in]. With `pdl` it is read before the launch
-            before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
-        out: [B, out], float32; with "norm" [out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
-        norm: of the prologue "norm".
-        zero: a float32 buffer to fill with zeros.
-        dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
-        pdl: programmatic dependent launch.
-        plan: in place of `plan_for`'s.
+    x: "given" [B, in]; else one row, float32: h [in] or gate|up [2 in]. With `pdl` it is read before the launch before
+        has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
+    out: [B, out], float32; with "norm" [out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
+    norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
+    dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
+    pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
     """
     product.check()
     weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
@@ -499,14 +496,15 @@ def launch_gemv(
     starts = _starts(product.segments)
     tiles = _starts([triton.cdiv(width, plan.block_out) for width in product.segments])
     grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
+    unroll = plan.blocks if plan.blocks < 4 else math.gcd(plan.blocks, 4)  # a deterministic program has too many
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
 
     _gemv_kernel[grid](
         x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, weight_scale,
         starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
-        OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, UNROLL=plan.unroll, ZERO=zero_block,
-        PDL=pdl, num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
+        OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, UNROLL=unroll, ZERO=zero_block, PDL=pdl,
+        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )
 
 
