@@ -378,8 +378,8 @@ class Generator:
     ) -> Generation:
         """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early.
 
-        Raises ValueError: the tokens do not fit the cache, the model has a cache of another size by now, or its output is
-        not finite (which is found at the end on a GPU, where to look at every step would mean to wait for it).
+        Raises ValueError: the tokens do not fit the cache, the model has a cache of another size by now, or its output
+        is not finite (on a GPU that shows at the end: a look at every step would wait for it).
         """
         rows, _, length, _ = self._cache.k_cache.shape
         if len(prompt) != rows or prompt.shape[1] + max_new_tokens > length:

@@ -143,7 +143,7 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device) 
         print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
     reason = why_unfused(config, device, o.batch_size, o.top_k)
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
-        print("the CPU kernels could not be built (g++, or CXX): --compile is left out", file=sys.stderr)
+        print("--compile is left out: it needs a C++ compiler that works (g++, or CXX)", file=sys.stderr)
         o.compile = o.compile_prefill = False
     if o.compile and (reason or o.unfused):
         print(f"steps go through torch.compile, not the fused step: {reason or '--unfused'}", file=sys.stderr)
