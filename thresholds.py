@@ -217,7 +217,7 @@ def teal_statistics(folder: str | Path) -> Statistics:
                 histograms = torch.load(regular_file(path), map_location="cpu", weights_only=True)
                 for site, name in zip(sites, ("h1", "h2"), strict=True):
                     counts, centers = histograms[name], histograms[f"{name}_centers"]
-                    check_tensor(name, counts if counts.is_floating_point() else counts.double(), (len(centers),), 0.0)
+                    check_tensor(name, counts if counts.is_complex() else counts.double(), (len(centers),), 0.0)
                     check_tensor(f"{name}_centers", centers, *KINDS["centers"])
                     cumulative = counts.double().cumsum(0)
                     check_tensor(f"the sum of {name}", cumulative[-1:], (1,), sys.float_info.min)
@@ -280,12 +280,10 @@ class CutTable:
         if not names or found not in (thresholds, thresholds | shifts):
             raise ValueError("tensors are missing, or it has others")
         for name, tensor in self.tensors.items():
-            kind = name.rpartition(".")[2]
-            segments = len(SITES[name.split(".")[1]].projections) if kind == "threshold" else None
-            shapes = {"threshold": (len(levels), segments, None), "shift": (len(levels), None)}
-            check_tensor(
-                name, tensor, shapes.get(kind, (len(levels), len(PROJECTIONS))), -math.inf if kind == "shift" else 0.0
-            )
+            _, *site, kind = name.split(".")
+            rest = {"threshold": (site and len(SITES[site[0]].projections), None), "shift": (None,)}
+            least = -math.inf if kind == "shift" else 0.0
+            check_tensor(name, tensor, (len(levels), *rest.get(kind, (len(PROJECTIONS),))), least)
         self.perplexity_at(0.0)
 
     @property

@@ -228,14 +228,14 @@ def test_damaged_records_of_quality(tmp_path, record):
     path, table = tmp_path / "t.safetensors", table_at(*LEVELS)
     table.save(path)
     save_file(load_file(path), path, {"format": TABLE_FORMAT, "quality": record})
-    with pytest.raises(ValueError, match="is damaged: its quality"):
+    with pytest.raises(ValueError, match="is damaged: '?its quality"):
         load_table(path)
 
 
 def test_a_table_that_would_not_load_is_not_saved(tmp_path):
     table = table_at(*LEVELS)
     table.tensors["0.o.threshold"][0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="0.o.threshold' is not finite"):
+    with pytest.raises(ValueError, match=r"0\.o\.threshold' is not finite"):
         table.save(tmp_path / "t.safetensors")
     assert not list(tmp_path.iterdir())
 
