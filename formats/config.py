@@ -101,8 +101,8 @@ def _quantization(config: dict) -> dict:
     found, foreign = config.get("quantization") or {}, config.get("quantization_config")
     mode = found.get("mode", "none") if isinstance(found, dict) else [found]
     if foreign or mode not in ("none", "int8", "int4"):
-        only = "only quantize.py's int8 and int4 are supported"
-        raise ValueError(f"config.json says the weights are quantised ({one_line(ValueError(foreign or mode))}); {only}")
+        how, only = one_line(ValueError(foreign or mode)), "only quantize.py's int8 and int4 are supported"
+        raise ValueError(f"config.json says the weights are quantised ({how}); {only}")
     return {"quant": mode, "groupsize": checked(found, "groupsize", int, 64, where="config.json's quantization")}
 
 
