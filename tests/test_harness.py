@@ -236,7 +236,8 @@ def test_a_task_file_cannot_run_code(both, tmp_path, line, message):
     lines = [text for text in (TASKS / "multiple_choice.yaml").read_text().splitlines() if not text.startswith(key)]
     lines = [text for text in lines if key != "metric_list" or not text.startswith("  -")]
     (tmp_path / "task.yaml").write_text("\n".join([*lines, line.replace("MARK", str(tmp_path / "mark"))]))
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS["multiple_choice"]))
+    documents = [document | {"query": str(i)} for i, document in enumerate(DOCUMENTS["multiple_choice"])]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     runner, few = ours(both[1]), 1 if key == "fewshot_config" else 0
     if few:
         with open(tmp_path / "task.yaml", "a") as file:
