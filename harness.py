@@ -30,6 +30,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from decoder import check_finite
 from formats.files import one_line, shown
 from formats.text import read_records, read_text
 from model import Transformer
@@ -81,10 +82,9 @@ class HarnessModel(TemplateLM):
 
     def _logits(self, idx: Tensor, num_logits: int, dense_prefix: int, input_pos: Tensor | None = None) -> Tensor:
         cut = {} if self.sparse_fraction is None else {"dense_prefix": dense_prefix}
-        logits = self.model(idx, input_pos, num_logits=num_logits, **cut).float()
-        if not logits.isfinite().all():
-            raise ValueError("the model's output is not finite; choose another --precision")
-        return logits
+        logits = self.model(idx, input_pos, num_logits=num_logits, **cut)
+        check_finite(logits, self.model.dtype)
+        return logits.float()
 
     def _dense_prefix(self, length: int) -> int:
         return 0 if self.sparse_fraction is None else round(length * (1 - self.sparse_fraction))

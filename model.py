@@ -493,7 +493,7 @@ def read_config(folder: Path) -> ModelArgs:
     Raises ValueError as `ModelArgs.from_config` and `ModelArgs.from_name` do.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return ModelArgs.from_name(folder.name)
     return ModelArgs.from_config(read_json(path), folder.name)
 
@@ -504,7 +504,8 @@ def check_tensors(tensors: dict[str, Tensor], config: ModelArgs, folder: Path) -
     expected = expected_tensors(one_layer) | Transformer(one_layer, device="meta").state_dict()
     for name, tensor in tensors.items():
         due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name), tensor)  # load_state_dict finds foreign names
-        if tensor.shape != due.shape or tensor.is_floating_point() != due.is_floating_point():
+        exact = name.endswith(".scale") or not due.is_floating_point()
+        if tensor.shape != due.shape or not (tensor.dtype == due.dtype or (tensor.is_floating_point() and not exact)):
             found, asked = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, due))
             reason = f"{name} is {found}, config.json asks for {asked}"
             raise ValueError(f"the weights in {folder} do not fit its config: {reason}")

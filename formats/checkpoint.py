@@ -92,9 +92,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         pickled = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
     except Exception as error:  # of safetensors, torch, pickle, and whatever damaged bytes lead to in them
-        if refused := re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error)):
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} is refused: it would run {refused[1][:ECHO]}; get it as safetensors") from None
-        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(error)}") from None
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__  # no advice
+        reason = one_line(ValueError(reason))
+        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {reason}") from None
     if not isinstance(pickled, dict):
         raise ValueError(f"{path} is no weight file: it holds a {type(pickled).__name__}, not tensors by name")
     for name, value in pickled.items():
@@ -279,7 +281,7 @@ def rename_tensors(
             why = "the config is of another model" if unexpected else "the file is incomplete, or the config of another"
             if missing == ["lm_head.weight"]:
                 why = "it has no lm_head of its own: set tie_word_embeddings to true if it shares the embedding"
-            listed = ", ".join(name[:100] for name in found[:5])
+            listed = ", ".join(repr(name[:100])[1:-1] for name in found[:5])
             raise ValueError(f"{problem} tensors for this config: {listed}{more}; {why}")
     return tensors
 

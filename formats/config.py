@@ -15,7 +15,7 @@ NUMBERS |= {"n_head": ("num_attention_heads", int, 1, 2**16), "dim": ("hidden_si
 NUMBERS |= {"vocab_size": ("vocab_size", int, 1, 2**28), "intermediate_size": ("intermediate_size", int, 1, 2**26)}
 NUMBERS |= {"n_local_heads": ("num_key_value_heads", int, 1, 2**16, 0), "head_dim": ("head_dim", int, 1, 2**16, 0)}
 NUMBERS |= {"block_size": ("max_position_embeddings", int, 1, 2**31 - 1, 2048)}
-NUMBERS |= {"norm_eps": ("rms_norm_eps", float, LEAST, MOST, 1e-6)}
+NUMBERS |= {"norm_eps": ("rms_norm_eps", float, LEAST, 1, 1e-6)}
 ROPE_KEYS = {  # what each type of rope scaling needs
     "default": (),
     "linear": ("factor",),

@@ -96,10 +96,8 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
     """The value that a JSON text holds; `where` it is from, for the message. Raises ValueError if it is not JSON."""
     try:
         return json.loads(text if isinstance(text, str) else text.decode())
-    except RecursionError:
-        raise ValueError(f"{shown(where)} is JSON that is nested too deeply") from None
-    except ValueError as error:  # among them bytes that are not UTF-8
-        raise ValueError(f"{shown(where)} is not valid JSON ({one_line(error)}); get it again") from None
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8; a value that is nested too deeply
+        raise ValueError(f"{str(where)[:ECHO]} is not valid JSON ({one_line(error)}); get it again") from None
 
 
 def read_json(path: Path) -> dict:

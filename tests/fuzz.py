@@ -856,7 +856,7 @@ def judge_message(message: str, room: str) -> str | None:
         return f"several lines: {message[:300]!r}"
     if len(message) > MESSAGE:
         return f"{len(message)} characters: {message[:160]!r}"
-    if match := re.search(rf"(Zz){{{ECHO // 2 + 1},}}|\b(\d+(, )?){{{ECHO},}}", message):
+    if match := re.search(rf"(Zz){{{ECHO // 2 + 1},}}|\b(\d(, )?){{{ECHO},}}", message):
         return f"echoes a value at length ({len(match[0])}): {message[:160]!r}"
     if room not in ("flags", "templates") and re.search(r"allocate|not enough memory|MemoryError|bad_alloc", message):
         return f"memory: {message[:200]}"

@@ -87,7 +87,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(tokens, prefix):
 def test_what_is_not_finite_has_no_perplexity(tokens):
     model = make_model(Transformer)
     model.norm.weight[0] = float("nan")
-    with pytest.raises(ValueError, match="not finite; choose another --precision"):
+    with pytest.raises(ValueError, match="not finite"):
         perplexity(model, tokens, CONTEXT, WINDOW, NUM_WINDOWS)
 
 
@@ -161,5 +161,5 @@ def test_mistakes(tiny, text, options, message):
 
 
 def test_an_old_flag_ends_in_one_line_that_names_the_new_one(tiny):
-    with pytest.raises(SystemExit, match=r"--allocation is now --thresholds \{best,"):
+    with pytest.raises(ValueError, match=r"--allocation is now --thresholds \{best,"):
         evaluation.main(flags(checkpoint_path=tiny, allocation="greedy"))

@@ -18,6 +18,7 @@ from models import change_config, flags
 from safetensors.torch import load_file, save_file
 
 import generate
+import options
 from cli import command_line
 from decoder import Generator, sample
 from formats import default_model
@@ -451,7 +452,7 @@ def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
 )
 def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
     try:
-        o = generate.parse_arguments(list(map(str, given)))
+        o = options.generate(list(map(str, given)))
         assert generate.choose_step(o, read_config(tiny), torch.device("cpu")) == form
     finally:
         torch.use_deterministic_algorithms(False)
@@ -462,7 +463,7 @@ def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
 def test_the_first_build_of_the_kernels_is_announced(tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
-    generate.choose_step(generate.parse_arguments(["--compile"]), read_config(tiny), torch.device("cpu"))
+    generate.choose_step(options.generate(["--compile"]), read_config(tiny), torch.device("cpu"))
     assert "building the C++ kernels" in capsys.readouterr().err
 
 
@@ -486,7 +487,7 @@ CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assis
 
 def chat(cli, monkeypatch, folder: Path, lines: str, *arguments) -> str:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    return cli("--checkpoint_path", folder, "--interactive", *BRIEF, "--temperature", 0, *arguments)
+    return cli("--checkpoint_path", folder, "--interactive", *BRIEF[:-2], "--temperature", 0, *arguments)
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
@@ -808,6 +809,6 @@ def test_process_fails_with_one_line(tiny):
 
 
 def test_process_chats_until_its_input_ends(tiny):
-    done = process("--checkpoint_path", tiny, "--interactive", *BRIEF, input="Hello\n")
+    done = process("--checkpoint_path", tiny, "--interactive", *BRIEF[:-2], input="Hello\n")
     assert done.returncode == 0 and done.stdout.count("Your prompt: ") == 2, done.stderr
     assert "[8 tokens, " in done.stdout
