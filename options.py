@@ -11,20 +11,8 @@ from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
-from cli import (
-    PRECISIONS,
-    Parser,
-    add_checkpoint_argument,
-    add_device_arguments,
-    add_sparsity_arguments,
-    add_statistics_argument,
-    add_text_arguments,
-    at_least,
-    command_line,
-    output_path,
-    parse_text_arguments,
-    refuse_old_flags,
-)
+import cli
+from cli import PRECISIONS, Parser, at_least, output_path
 
 TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.5
 TASKS = ("perplexity", "wikitext")  # of eval.py itself; all others are lm-eval's
@@ -48,7 +36,7 @@ def run_script(script: str) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         module.main()
 
-    command_line(main)
+    cli.command_line(main)
     raise SystemExit
 
 
@@ -69,8 +57,8 @@ def generate(argv: list[str] | None = None) -> Namespace:
     # by which model, in which form
     random_help = "a named config with random weights, e.g. llama-3-8b (default: weights of a checkpoint)"
     parser.add_argument("--random_init", metavar="NAME", help=random_help)
-    add_sparsity_arguments(parser)
-    add_device_arguments(parser)
+    cli.add_sparsity_arguments(parser)
+    cli.add_device_arguments(parser)
     threads_help = "a fixed number of CPU threads (default: as many as pay)"
     parser.add_argument("--threads", type=int, metavar="N", help=threads_help)
     parser.add_argument("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
@@ -116,14 +104,13 @@ def _check_sparsity(*sparsities: float) -> None:
 
 def calibrate(argv: list[str] | None = None) -> Namespace:
     parser = Parser("calibrate")
-    add_text_arguments(parser, 20480)
-    output_help = "the file to write (default: calibration.safetensors beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
+    cli.add_text_arguments(parser, 20480)
+    cli.add_output_argument(parser, "calibration.safetensors")
     plot_help = "draw the distributions (default: not drawn)"
     parser.add_argument("--plot", type=output_path, metavar="PNG", help=plot_help)
     teal_help = "read TEAL's published folder (default: take statistics)"
     parser.add_argument("--teal_histograms", type=Path, metavar="DIR", help=teal_help)
-    o = parse_text_arguments(parser, argv)
+    o = cli.parse_text_arguments(parser, argv)
 
     useless = "checkpoint_path data num_tokens seed device precision plot"
     parser.refuse(o.teal_histograms is not None, useless, "beside --teal_histograms")
@@ -136,13 +123,12 @@ def calibrate(argv: list[str] | None = None) -> Namespace:
 
 def greedy(argv: list[str] | None = None) -> Namespace:
     parser = Parser("greedy")
-    add_text_arguments(parser, 4096)
-    add_statistics_argument(parser)
+    cli.add_text_arguments(parser, 4096)
+    cli.add_statistics_argument(parser)
     parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity; 0.1 is TEAL's")
-    output_help = "the file to write (default: thresholds_greedy.safetensors beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
-    refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py the refined ones"})
-    o = parse_text_arguments(parser, argv)
+    cli.add_output_argument(parser, "thresholds_greedy.safetensors")
+    cli.refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py refined ones"})
+    o = cli.parse_text_arguments(parser, argv)
     if not 0.001 <= o.step < 1:
         raise ValueError(f"--step {o.step} is outside [0.001, 1); 0.1 is TEAL's")
     return o
@@ -150,12 +136,11 @@ def greedy(argv: list[str] | None = None) -> Namespace:
 
 def refine(argv: list[str] | None = None) -> Namespace:
     parser = Parser("refine")
-    add_text_arguments(parser, 262144)
+    cli.add_text_arguments(parser, 262144)
     parser.add_argument("--updates", type=int, default=32, help="per level of sparsity")
-    output_help = "the file to write (default: thresholds_refined.safetensors beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
-    refuse_old_flags(parser, {"--statistics": "not read: refined thresholds come from gradients; leave it out"})
-    o = parse_text_arguments(parser, argv)
+    cli.add_output_argument(parser, "thresholds_refined.safetensors")
+    cli.refuse_old_flags(parser, {"--statistics": "not read: refined thresholds come from gradients; leave it out"})
+    o = cli.parse_text_arguments(parser, argv)
     if o.updates < 0:
         raise ValueError(f"--updates {o.updates} is below 0; 32 is usual")
     return o
@@ -163,13 +148,13 @@ def refine(argv: list[str] | None = None) -> Namespace:
 
 def quantize(argv: list[str] | None = None) -> Namespace:
     parser = Parser("quantize")
-    add_text_arguments(parser, 20480)
+    cli.add_text_arguments(parser, 20480)
     parser.add_argument("--mode", choices=["int8", "int4"], required=True, help="what weights become (no default)")
     groupsize_help = "outputs that share a scale in int4"
     parser.add_argument("--groupsize", type=int, default=64, help=groupsize_help)
     output_help = "the folder to write (default: the checkpoint's folder with -int8 or -int4 behind)"
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help=output_help)
-    o = parse_text_arguments(parser, argv, least=0)
+    o = cli.parse_text_arguments(parser, argv, least=0)
     parser.refuse(o.num_tokens == 0, "data seed", "beside --num_tokens 0")
     parser.refuse(o.mode == "int8", "groupsize", "beside --mode int8")
     return o
@@ -177,8 +162,8 @@ def quantize(argv: list[str] | None = None) -> Namespace:
 
 def eval(argv: list[str] | None = None) -> Namespace:
     parser = Parser("eval")
-    add_sparsity_arguments(parser)
-    add_device_arguments(parser)
+    cli.add_sparsity_arguments(parser)
+    cli.add_device_arguments(parser)
     tasks_help = "perplexity, wikitext, or lm-eval's names or task files (comma between)"
     parser.add_argument("--tasks", default="perplexity", help=tasks_help)
     data_help = "text file to read; of a task file, its .jsonl (default: a named task's own)"
@@ -244,7 +229,7 @@ def add_sparsities(parser: argparse.ArgumentParser, default: tuple[float, ...]) 
 
 def cpu_decode(argv: list[str] | None = None) -> Namespace:
     parser = Parser("benchmarks.cpu_decode")
-    add_checkpoint_argument(parser)
+    cli.add_checkpoint_argument(parser)
     random_help = "a named config, random weights (default: weights of a checkpoint)"
     parser.add_argument("--random_init", metavar="NAME", help=random_help)
     parser.add_argument("--gguf", metavar="FILE", help="the model for llama.cpp, in BF16 (default: none)")
@@ -283,8 +268,8 @@ def plot(argv: list[str] | None = None) -> Namespace:
 
 def quality(argv: list[str] | None = None) -> Namespace:
     parser = Parser("benchmarks.quality")
-    add_checkpoint_argument(parser)
-    add_statistics_argument(parser)
+    cli.add_checkpoint_argument(parser)
+    cli.add_statistics_argument(parser)
     calibration_help = "text for cats' thresholds, as calibrate.py's --data (default: the model writes one)"
     parser.add_argument("--calibration", nargs="+", metavar="FILE", help=calibration_help)
     parser.add_argument("--data", type=Path, metavar="FILE", help="text file to read (no default)")
@@ -294,7 +279,7 @@ def quality(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--rules", nargs="+", choices=QUALITY_RULES, default=QUALITY_RULES, help=rules_help)
     add_sparsities(parser, SWEEP[1:])
     add_protocol_arguments(parser)
-    add_device_arguments(parser)
+    cli.add_device_arguments(parser)
     parser.set_defaults(precision="float32")
     o = parser.parse_args(argv)
     _check_sparsity(*o.sparsities)
