@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 import warnings
 from collections.abc import Iterator
@@ -43,6 +44,13 @@ def no_space_is_value_error(path: Path, needed: int | None = None) -> Iterator[N
         raise ValueError(f"the disk is full: cannot write {path}{size}; free some space or write elsewhere") from None
 
 
+def check_space(folder: Path, needed: int, advice: str) -> None:
+    """Raises ValueError if the disk of `folder` has not `needed` bytes free; `advice`: what else the user can do."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder} needs {needed:,} bytes, its disk has {free:,} free; free some, or {advice}")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, of its suffix; renames it to `path` on success, removes it on failure.
@@ -70,10 +78,7 @@ def write_output(path: str | Path, content: bytes) -> None:
 
 
 def regular_file(path: str | Path, what: str = "file") -> Path:
-    """`path`, if it is a file to be read (symbolic links are followed); `what` it should be, for the message.
-
-    Raises ValueError for what is absent or no file: a pipe or a device would give bytes without end, or none ever.
-    """
+    """`path`; ValueError if there is no such file (`what`), but a folder, or a pipe or device that may never end."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
@@ -90,11 +95,9 @@ def regular_file(path: str | Path, what: str = "file") -> Path:
 def parse_json(text: str | bytes, where: str | Path) -> Any:
     """The value that a JSON text holds; `where` it is from, for the message. Raises ValueError if it is not JSON."""
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{shown(where)} is JSON that is nested too deeply") from None
-    except ValueError as error:  # among them bytes that are not UTF-8
-        raise ValueError(f"{shown(where)} is not valid JSON ({one_line(error)}); get it again") from None
+        return json.loads(text if isinstance(text, str) else text.decode())
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8; a value that is nested too deeply
+        raise ValueError(f"{str(where)[:ECHO]} is not valid JSON ({one_line(error)}); get it again") from None
 
 
 def read_json(path: Path) -> dict:
@@ -106,25 +109,19 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON in UTF-8; half of a surrogate pair, which UTF-8 lacks, becomes "?"."""
-    path.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "replace"))  # half of a surrogate pair becomes "?"
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Lets one process at a time work on `folder`; warns if it has to wait. The system frees a killed process's lock.
-
-    Raises ValueError if the folder's parent cannot be written.
-    """
-    file = folder.with_name(f".{folder.name}.lock")
+    """Lets one process at a time work on `folder`; warns if it waits. Raises ValueError where it cannot be had."""
+    held = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(file)
         try:
             held.acquire(timeout=0)
         except Timeout:
-            if not os.access(file, os.W_OK):  # another user's: an attempt may fail for ever, as if it were held
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file)) from None
             warnings.warn(f"waiting for another run that works on {folder} (Ctrl-C ends the wait)", stacklevel=3)
             held.acquire()
     except (OSError, NotImplementedError) as error:  # the second: a file system without locks

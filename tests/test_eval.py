@@ -11,7 +11,6 @@ from models import CONFIG, build, flags
 import eval as evaluation
 from calibrate import calibrate, collect
 from eval import perplexity, window_starts
-from formats.text import task_text
 from model import Transformer
 from sparse_model import SparseTransformer
 from thresholds import RuleInputs, load_statistics, uniform
@@ -105,17 +104,6 @@ def test_window_starts():
 def test_windows_beyond_the_models_context(tokens):
     with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context 320"):
         perplexity(make_model(Transformer), tokens.repeat(5), 300, 21, 1)
-
-
-def test_task_text(tmp_path):
-    path = tmp_path / "t.txt"
-    path.write_bytes(b" \n = Title = \n \n Words .\r\n")
-    assert task_text("perplexity", path) == " \n = Title = \n \n Words .\r\n"
-    assert task_text("wikitext", path) == "\n\n = Title = \n\n\n\n\n Words .\r\n\n\n"
-    with pytest.raises(ValueError, match="needs --data FILE"):
-        task_text("wikitext", None)
-    with pytest.raises(ValueError, match="cannot read"):
-        task_text("perplexity", tmp_path / "absent.txt")
 
 
 @pytest.fixture

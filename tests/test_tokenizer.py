@@ -174,7 +174,8 @@ def test_spaces_that_sentencepiece_drops(data, tmp_path):
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (512, 1, (2,))
 
 
-def test_metaspace_and_byte_fallback_of_tokenizer_json(tmp_path):
+@pytest.fixture(scope="module")
+def metaspace_folder(tmp_path_factory):
     """Llama 2's tokenizer.json: no pre-tokenizer, the normalizer puts U+2581, decoding is a sequence of five steps."""
     chars = sorted(set("▁" + "".join(CORPUS)))
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *(c for c in chars if c != " "), "▁t", "▁▁"]
@@ -187,8 +188,14 @@ def test_metaspace_and_byte_fallback_of_tokenizer_json(tmp_path):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path)
+    folder = tmp_path_factory.mktemp("metaspace")
+    backend.save(str(folder / "tokenizer.json"))
+    return write(folder, config={"bos_token_id": 1, "eos_token_id": 2})
+
+
+def test_metaspace_and_byte_fallback_of_tokenizer_json(metaspace_folder, tmp_path):
+    tokenizer, backend = load_tokenizer(metaspace_folder), tokenizers.Tokenizer.from_file
+    backend = backend(str(metaspace_folder / "tokenizer.json"))
     for text in ["the cat", "  two", "東京 👋 <s>", *TEXTS[:4]]:
         check_text(tokenizer, text)
         assert backend.decode(tokenizer.encode(text)) == text
@@ -297,7 +304,7 @@ def test_tokenizer_json_is_preferred(bpe_folder, spm_folder, tmp_path):
         ({"tokenizer_config": {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}}, 2, (3,)),
         ({"tokenizer_config": {"bos_token": None, "eos_token": None}}, 0, ()),
         ({"special_tokens_map": {"bos_token": {"content": "</s>"}, "eos_token": "</s>"}}, 1, (1,)),
-        ({"config": {"bos_token_id": None, "eos_token_id": [1, None, 99999, "x"]}}, 0, (1,)),
+        ({"config": {"bos_token_id": None, "eos_token_id": [1, None, 99999]}}, 0, (1,)),
         ({"config": {"eos_token_id": 1}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, 0, (1, 3)),
     ],
 )
@@ -349,7 +356,10 @@ def test_chat_template_forms(folder, form):
     start, end, bos = "<|im_start|>", "<|im_end|>", "<s>"
     tokenizer = load_tokenizer(folder)
     if type(tokenizer).__name__ == "SentencePiece":
-        config["added_tokens_decoder"] = {"320": {"content": start}, "321": {"content": end}}
+        config["added_tokens_decoder"] = {
+            "320": {"content": start, "special": True},
+            "321": {"content": end, "special": True},
+        }
     elif type(tokenizer).__name__ == "TikToken":
         bos = "<|begin_of_text|>"
     other = "{{ raise_exception('not this one') }}"
@@ -367,7 +377,8 @@ def test_chat_template_forms(folder, form):
 
 def test_the_longest_special_token_wins(spm_folder, tmp_path):
     shutil.copy(spm_folder / "tokenizer.model", tmp_path)
-    write(tmp_path, added_tokens={"<x>": 320, "<x>\n": 321})
+    decoder = {str(320 + i): {"content": token, "special": True} for i, token in enumerate(("<x>", "<x>\n"))}
+    write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].a }}<x>\n!")
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode_chat([{"a": "<x>\n"}]) == [*tokenizer.encode("<x>\n"), 321, *tokenizer.encode("!")]
@@ -468,15 +479,29 @@ def test_no_tokenizer(tmp_path):
 
 
 def test_tokenizer_larger_than_the_model(folder):
-    size = load_tokenizer(folder).vocab_size
-    assert load_tokenizer(folder, vocab_size=size).vocab_size == size
+    size = load_tokenizer(folder).own_size
+    assert load_tokenizer(folder, vocab_size=size).own_size == size
     with pytest.raises(ValueError, match=f"up to {size - 1}, .* vocabulary is {size - 1}"):
         load_tokenizer(folder, vocab_size=size - 1)
 
 
-def test_added_tokens_enlarge_sentencepiece(spm_folder, tmp_path):
-    shutil.copy(spm_folder / "tokenizer.model", tmp_path)
-    write(tmp_path, added_tokens={"<pad>": 320})
-    assert load_tokenizer(tmp_path).vocab_size == 321
-    with pytest.raises(ValueError, match="320"):
-        load_tokenizer(tmp_path, vocab_size=320)
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_beyond_the_model(folder, special):
+    """It may be there, as a pad token that nobody embeds; a text or a template that holds it ends in one line."""
+    size = load_tokenizer(folder).vocab_size
+    entries = settings(folder).get("added_tokens_decoder", {}) | {str(size): {"content": "<far>", "special": special}}
+    template = "{{ messages[0].content }}<|far|>".replace("|", "")
+    write(folder, tokenizer_config={"added_tokens_decoder": entries, "chat_template": template})
+    tokenizer = load_tokenizer(folder, vocab_size=size)
+    assert tokenizer.token_id("<far>") == size and tokenizer.vocab_size == size + 1
+    with pytest.raises(
+        ValueError, match=f"'<far>' in the text has the id {size}, but the model's vocabulary is {size}"
+    ):
+        tokenizer.encode_chat(CHAT)
+    if special:
+        assert max(tokenizer.encode("a<far>b")) < size
+    else:
+        with pytest.raises(ValueError, match="'<far>' in the text"):
+            tokenizer.encode("a<far>b")
+    write(folder, generation_config={"eos_token_id": [size, size - 1]})
+    assert size not in load_tokenizer(folder, vocab_size=size).eos_ids
