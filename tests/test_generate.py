@@ -813,6 +813,19 @@ def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, value, flag):
     generate.cpu.library.cache_clear()  # it remembers that there was none
 
 
+def test_a_cache_that_cannot_be_written_is_called_that(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(generate.cpu, "SOURCE", tmp_path / "empty.cpp")
+    (tmp_path / "empty.cpp").write_text("")
+    monkeypatch.setenv("CXX", "env g++")  # several words, as "ccache g++"
+    with pytest.warns(UserWarning, match="cannot be kept in .*XDG_CACHE_HOME"):
+        assert generate.cpu.library.__wrapped__() is not None
+    for words in ("", "  "):
+        monkeypatch.setenv("CXX", words)
+        assert generate.cpu.find_compiler() in (["g++"], None)
+
+
 @pytest.mark.parametrize("flags", [["--compile", "--batch_size", "2"], ["--compile_prefill"]])
 def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
     monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
