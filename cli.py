@@ -132,6 +132,11 @@ def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--statistics", type=Path, metavar="FILE", help=statistics_help)
 
 
+def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    output_help = f"the file to write (default: {name} beside the checkpoint)"
+    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
+
+
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int) -> None:
     """Adds the checkpoint and the calibration text, which every script that calibrates on a text has."""
     add_checkpoint_argument(parser)

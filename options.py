@@ -8,23 +8,12 @@ import argparse
 import importlib
 import signal
 from argparse import Namespace
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from cli import (
-    PRECISIONS,
-    Parser,
-    add_checkpoint_argument,
-    add_device_arguments,
-    add_sparsity_arguments,
-    add_statistics_argument,
-    add_text_arguments,
-    at_least,
-    command_line,
-    output_path,
-    parse_text_arguments,
-    refuse_old_flags,
-)
+import cli
+from cli import PRECISIONS, Parser, at_least, output_path
 
 TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.5
 TASKS = ("perplexity", "wikitext")  # of eval.py itself; all others are lm-eval's
@@ -48,41 +37,43 @@ def run_script(script: str) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         module.main()
 
-    command_line(main)
+    cli.command_line(main)
     raise SystemExit
 
 
+def _parser(script: str, **options) -> tuple[Parser, Callable]:
+    parser = Parser(script, **options)
+    return parser, parser.add_argument
+
+
 def generate(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("generate")
+    parser, add = _parser("generate")
     # what is generated
     prompt_help = "a text; digits alone are a number of random tokens (the text 2024 is ' 2024') (default: a question)"
-    parser.add_argument("--prompt", help=prompt_help)
-    parser.add_argument("--interactive", action="store_true", help="chat")
-    parser.add_argument("--num_samples", type=int, default=5, help="how often it is generated and timed")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="new tokens of a sample, or of an answer")
-    parser.add_argument("--batch_size", type=int, default=1, help="rows; each cuts its own inputs")
-    parser.add_argument("--top_k", type=int, default=200, help="how many of the likeliest tokens may be drawn")
-    cooler = f"0 is greedy (default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE})"
-    parser.add_argument("--temperature", type=float, help=cooler)
-    parser.add_argument("--seed", type=int, default=1234, help="of the draws, of a random prompt, of random weights")
+    add("--prompt", help=prompt_help)
+    add("--interactive", action="store_true", help="chat")
+    add("--num_samples", type=int, default=5, help="how often it is generated and timed")
+    add("--max_new_tokens", type=int, default=200, help="new tokens of a sample, or of an answer")
+    add("--batch_size", type=int, default=1, help="rows; each cuts its own inputs")
+    add("--top_k", type=int, default=200, help="how many of the likeliest tokens may be drawn")
+    add("--temperature", type=float, help=f"0 is greedy (default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE})")
+    add("--seed", type=int, default=1234, help="of the draws, of a random prompt, of random weights")
 
     # by which model, in which form
     random_help = "a named config with random weights, e.g. llama-3-8b (default: weights of a checkpoint)"
-    parser.add_argument("--random_init", metavar="NAME", help=random_help)
-    add_sparsity_arguments(parser)
-    add_device_arguments(parser)
-    threads_help = "a fixed number of CPU threads (default: as many as pay)"
-    parser.add_argument("--threads", type=int, metavar="N", help=threads_help)
-    parser.add_argument("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
-    parser.add_argument("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
-    parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    parser.add_argument("--deterministic", action="store_true", help="the same tokens run to run on a GPU, slower")
+    add("--random_init", metavar="NAME", help=random_help)
+    cli.add_sparsity_arguments(parser)
+    cli.add_device_arguments(parser)
+    add("--threads", type=int, metavar="N", help="a fixed number of CPU threads (default: as many as pay)")
+    add("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
+    add("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
+    add("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
+    add("--deterministic", action="store_true", help="the same tokens run to run on a GPU, slower")
 
     # what is measured
     compare_help = "time the dense model too, alternated (default: in short runs, where steps are fused)"
-    parser.add_argument("--compare_dense", action=argparse.BooleanOptionalAction, help=compare_help)
-    profile_help = "write a Chrome trace of one generation (default: none)"
-    parser.add_argument("--profile", type=output_path, metavar="FILE", help=profile_help)
+    add("--compare_dense", action=argparse.BooleanOptionalAction, help=compare_help)
+    add("--profile", type=output_path, metavar="FILE", help="write a Chrome trace of one generation (default: none)")
     o = parser.parse_args(argv)
 
     # options in their range
@@ -115,15 +106,12 @@ def _check_sparsity(*sparsities: float) -> None:
 
 
 def calibrate(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("calibrate")
-    add_text_arguments(parser, 20480)
-    output_help = "the file to write (default: calibration.safetensors beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
-    plot_help = "draw the distributions (default: not drawn)"
-    parser.add_argument("--plot", type=output_path, metavar="PNG", help=plot_help)
-    teal_help = "read TEAL's published folder (default: take statistics)"
-    parser.add_argument("--teal_histograms", type=Path, metavar="DIR", help=teal_help)
-    o = parse_text_arguments(parser, argv)
+    parser, add = _parser("calibrate")
+    cli.add_text_arguments(parser, 20480)
+    cli.add_output_argument(parser, "calibration.safetensors")
+    add("--plot", type=output_path, metavar="PNG", help="draw the distributions (default: not drawn)")
+    add("--teal_histograms", type=Path, metavar="DIR", help="read TEAL's published folder (default: take statistics)")
+    o = cli.parse_text_arguments(parser, argv)
 
     useless = "checkpoint_path data num_tokens seed device precision plot"
     parser.refuse(o.teal_histograms is not None, useless, "beside --teal_histograms")
@@ -135,59 +123,54 @@ def calibrate(argv: list[str] | None = None) -> Namespace:
 
 
 def greedy(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("greedy")
-    add_text_arguments(parser, 4096)
-    add_statistics_argument(parser)
-    parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity; 0.1 is TEAL's")
-    output_help = "the file to write (default: thresholds_greedy.safetensors beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
-    refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py the refined ones"})
-    o = parse_text_arguments(parser, argv)
+    parser, add = _parser("greedy")
+    cli.add_text_arguments(parser, 4096)
+    cli.add_statistics_argument(parser)
+    add("--step", type=float, default=0.1, help="of q's sparsity; 0.1 is TEAL's")
+    cli.add_output_argument(parser, "thresholds_greedy.safetensors")
+    cli.refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py refined ones"})
+    o = cli.parse_text_arguments(parser, argv)
     if not 0.001 <= o.step < 1:
         raise ValueError(f"--step {o.step} is outside [0.001, 1); 0.1 is TEAL's")
     return o
 
 
 def refine(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("refine")
-    add_text_arguments(parser, 262144)
-    parser.add_argument("--updates", type=int, default=32, help="per level of sparsity")
-    output_help = "the file to write (default: thresholds_refined.safetensors beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
-    refuse_old_flags(parser, {"--statistics": "not read: refined thresholds come from gradients; leave it out"})
-    o = parse_text_arguments(parser, argv)
+    parser, add = _parser("refine")
+    cli.add_text_arguments(parser, 262144)
+    add("--updates", type=int, default=32, help="per level of sparsity")
+    cli.add_output_argument(parser, "thresholds_refined.safetensors")
+    cli.refuse_old_flags(parser, {"--statistics": "not read: refined thresholds come from gradients; leave it out"})
+    o = cli.parse_text_arguments(parser, argv)
     if o.updates < 0:
         raise ValueError(f"--updates {o.updates} is below 0; 32 is usual")
     return o
 
 
 def quantize(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("quantize")
-    add_text_arguments(parser, 20480)
-    parser.add_argument("--mode", choices=["int8", "int4"], required=True, help="what weights become (no default)")
-    groupsize_help = "outputs that share a scale in int4"
-    parser.add_argument("--groupsize", type=int, default=64, help=groupsize_help)
+    parser, add = _parser("quantize")
+    cli.add_text_arguments(parser, 20480)
+    add("--mode", choices=["int8", "int4"], required=True, help="what weights become (no default)")
+    add("--groupsize", type=int, default=64, help="outputs that share a scale in int4")
     output_help = "the folder to write (default: the checkpoint's folder with -int8 or -int4 behind)"
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help=output_help)
-    o = parse_text_arguments(parser, argv, least=0)
+    add("--output_dir", type=Path, metavar="DIR", help=output_help)
+    o = cli.parse_text_arguments(parser, argv, least=0)
     parser.refuse(o.num_tokens == 0, "data seed", "beside --num_tokens 0")
     parser.refuse(o.mode == "int8", "groupsize", "beside --mode int8")
     return o
 
 
 def eval(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("eval")
-    add_sparsity_arguments(parser)
-    add_device_arguments(parser)
-    tasks_help = "perplexity, wikitext, or lm-eval's names or task files (comma between)"
-    parser.add_argument("--tasks", default="perplexity", help=tasks_help)
+    parser, add = _parser("eval")
+    cli.add_sparsity_arguments(parser)
+    cli.add_device_arguments(parser)
+    add("--tasks", default="perplexity", help="perplexity, wikitext, or lm-eval's names or task files (comma between)")
     data_help = "text file to read; of a task file, its .jsonl (default: a named task's own)"
-    parser.add_argument("--data", type=Path, metavar="FILE", help=data_help)
+    add("--data", type=Path, metavar="FILE", help=data_help)
     add_protocol_arguments(parser)
-    fewshot_help = "examples before a task's question (default: as in the paper)"
-    parser.add_argument("--num_fewshot", type=int, help=fewshot_help)
-    parser.add_argument("--limit", type=int, help="only so many documents of a task (default: all)")
-    parser.add_argument("--batch_size", type=int, default=8, help="requests of a task at once")
+    add("--num_fewshot", type=int, help="examples before a task's question (default: as in the paper)")
+    add("--limit", type=int, help="only so many documents of a task (default: all)")
+    add("--batch_size", type=int, default=8, help="requests of a task at once")
     o = parser.parse_args(argv)
 
     # ranges, and options that go together
@@ -226,11 +209,10 @@ def check_protocol(o: Namespace) -> None:
 
 def decode(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     """The options of the sweep, and the flags that go to generate.py."""
-    parser = Parser("benchmarks.decode", allow_abbrev=False)
-    random_help = "named configs, random weights (default: none)"
-    parser.add_argument("--random_init", nargs="+", default=[], metavar="NAME", help=random_help)
+    parser, add = _parser("benchmarks.decode", allow_abbrev=False)
+    add("--random_init", nargs="+", default=[], metavar="NAME", help="named configs, random weights (default: none)")
     checkpoint_help = "folders, or files in them (default: the default model)"
-    parser.add_argument("--checkpoint_path", nargs="+", default=[], metavar="PATH", help=checkpoint_help)
+    add("--checkpoint_path", nargs="+", default=[], metavar="PATH", help=checkpoint_help)
     add_sparsities(parser, SWEEP)
     o, flags = parser.parse_known_args(argv)
     _check_sparsity(*o.sparsities)
@@ -243,16 +225,15 @@ def add_sparsities(parser: argparse.ArgumentParser, default: tuple[float, ...]) 
 
 
 def cpu_decode(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("benchmarks.cpu_decode")
-    add_checkpoint_argument(parser)
-    random_help = "a named config, random weights (default: weights of a checkpoint)"
-    parser.add_argument("--random_init", metavar="NAME", help=random_help)
-    parser.add_argument("--gguf", metavar="FILE", help="the model for llama.cpp, in BF16 (default: none)")
-    parser.add_argument("--llama_python", default="python", metavar="PYTHON", help="one that has llama-cpp-python")
+    parser, add = _parser("benchmarks.cpu_decode")
+    cli.add_checkpoint_argument(parser)
+    add("--random_init", metavar="NAME", help="a named config, random weights (default: weights of a checkpoint)")
+    add("--gguf", metavar="FILE", help="the model for llama.cpp, in BF16 (default: none)")
+    add("--llama_python", default="python", metavar="PYTHON", help="one that has llama-cpp-python")
     add_sparsities(parser, (0.5, 0.65))
-    parser.add_argument("--steps", type=int, default=60, help="tokens of each measurement")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, after one that warms up")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
+    add("--steps", type=int, default=60, help="tokens of each measurement")
+    add("--rounds", type=int, default=7, help="rounds, after one that warms up")
+    add("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
     o = parser.parse_args(argv)
     _check_sparsity(*o.sparsities)
     parser.refuse(o.random_init is not None, "checkpoint_path", "beside --random_init")
@@ -263,12 +244,11 @@ def cpu_decode(argv: list[str] | None = None) -> Namespace:
 
 
 def gemv(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("benchmarks.gemv")
-    models_help = "named configs whose shapes to measure"
-    parser.add_argument("--models", nargs="+", default=["llama-3-8b"], metavar="NAME", help=models_help)
+    parser, add = _parser("benchmarks.gemv")
+    add("--models", nargs="+", default=["llama-3-8b"], metavar="NAME", help="named configs whose shapes to measure")
     add_sparsities(parser, (*SWEEP, 0.8, 0.95))
     forms = ("bfloat16", "float16", "int8", "int4")
-    parser.add_argument("--dtype", choices=forms, default="bfloat16", help="how the weights are stored")
+    add("--dtype", choices=forms, default="bfloat16", help="how the weights are stored")
     o = parser.parse_args(argv)
     _check_sparsity(*o.sparsities)
     return o
@@ -282,19 +262,17 @@ def plot(argv: list[str] | None = None) -> Namespace:
 
 
 def quality(argv: list[str] | None = None) -> Namespace:
-    parser = Parser("benchmarks.quality")
-    add_checkpoint_argument(parser)
-    add_statistics_argument(parser)
+    parser, add = _parser("benchmarks.quality")
+    cli.add_checkpoint_argument(parser)
+    cli.add_statistics_argument(parser)
     calibration_help = "text for cats' thresholds, as calibrate.py's --data (default: the model writes one)"
-    parser.add_argument("--calibration", nargs="+", metavar="FILE", help=calibration_help)
-    parser.add_argument("--data", type=Path, metavar="FILE", help="text file to read (no default)")
-    text_help = "what the text is"
-    parser.add_argument("--text", choices=("wikitext", "c4", "alpaca", "code"), default="wikitext", help=text_help)
-    rules_help = "rules to measure"
-    parser.add_argument("--rules", nargs="+", choices=QUALITY_RULES, default=QUALITY_RULES, help=rules_help)
+    add("--calibration", nargs="+", metavar="FILE", help=calibration_help)
+    add("--data", type=Path, metavar="FILE", help="text file to read (no default)")
+    add("--text", choices=("wikitext", "c4", "alpaca", "code"), default="wikitext", help="what the text is")
+    add("--rules", nargs="+", choices=QUALITY_RULES, default=QUALITY_RULES, help="rules to measure")
     add_sparsities(parser, SWEEP[1:])
     add_protocol_arguments(parser)
-    add_device_arguments(parser)
+    cli.add_device_arguments(parser)
     parser.set_defaults(precision="float32")
     o = parser.parse_args(argv)
     _check_sparsity(*o.sparsities)

@@ -66,9 +66,10 @@ class Statistics:
                 raise ValueError(f"it holds {shown(name)}, which is no tensor of statistics")
             layers.add(int(layer))
             check_tensor(name, tensor, *KINDS[kind])
-            if kind == "centers":  # of as many bins as the counts, and the greatest positive
-                check_tensor(name, tensor, (len(self.tensors.get(f"{layer}.{owner}.cumulative", ())),))
-                check_tensor(name, tensor[-1:], (1,), 0.0)
+            if kind == "centers":  # of as many bins as the counts; neither all counts nor the greatest center is 0
+                cumulative = self.tensors.get(f"{layer}.{owner}.cumulative", tensor[:0])
+                check_tensor(name, cumulative, tensor.shape)
+                check_tensor(name, torch.stack((tensor[-1], cumulative[-1])), (2,), sys.float_info.min)
         if not layers or (self.metadata.get("kind") == "own" and layers != set(range(len(layers)))):
             raise ValueError("layers of it are missing")
 
@@ -216,23 +217,17 @@ def teal_statistics(folder: str | Path) -> Statistics:
                 layer = int(path.parts[-3].removeprefix("layer-"))
                 histograms = torch.load(regular_file(path), map_location="cpu", weights_only=True)
                 for site, name in zip(sites, ("h1", "h2"), strict=True):
-                    counts, centers = histograms[name], histograms[f"{name}_centers"]
-                    check_tensor(name, counts if counts.is_complex() else counts.double(), (len(centers),), 0.0)
-                    check_tensor(f"{name}_centers", centers, *KINDS["centers"])
-                    cumulative = counts.double().cumsum(0)
-                    check_tensor(f"the sum of {name}", cumulative[-1:], (1,), sys.float_info.min)
-                    tensors |= {f"{layer}.{site}.cumulative": cumulative, f"{layer}.{site}.centers": centers.double()}
+                    both = histograms[name], histograms[f"{name}_centers"]
+                    counts, centers = (x.to(torch.promote_types(x.dtype, torch.float64)) for x in both)
+                    found = {f"{layer}.{site}.cumulative": counts.cumsum(0), f"{layer}.{site}.centers": centers}
+                    Statistics(found, {"kind": "teal"}).check()
+                    tensors |= found
             except Exception as error:  # unpickling fails in many ways
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 raise ValueError(f"{path} is not a file of TEAL's histograms ({reason})") from None
     if not tensors:
         raise ValueError(f"{folder} holds no layer-*/self_attn/histograms.pt; give TEAL's folder `histograms`")
-    statistics = Statistics(tensors, {"kind": "teal"})
-    try:
-        statistics.check()
-    except ValueError as error:
-        raise ValueError(f"{folder} does not hold TEAL's histograms: {error}") from None
-    return statistics
+    return Statistics(tensors, {"kind": "teal"})
 
 
 class Cuts(NamedTuple):

@@ -91,6 +91,12 @@ def test_what_is_not_finite_has_no_perplexity(tokens):
         perplexity(model, tokens, CONTEXT, WINDOW, NUM_WINDOWS)
 
 
+def test_more_windows_than_places():
+    assert len(window_starts(1000, 100, 20, 881)) == 881 and len(window_starts(120, 100, 20, 128)) == 128
+    with pytest.raises(ValueError, match="--num_windows 9999999 is more than the 881 places"):
+        window_starts(1000, 100, 20, 9999999)
+
+
 def test_window_starts():
     assert window_starts(1000, 100, 20, 3) == [0, 293, 586]
     assert window_starts(120, 100, 20, 2) == [0, 0]

@@ -221,7 +221,7 @@ def test_a_begun_table_is_continued(tokens, quick):
 def test_gradients_that_are_not_finite(tokens):
     model = build()
     model.layers[1].ffn_norm.weight[3] = float("inf")
-    with pytest.raises(ValueError, match=r"not finite; choose another --precision"):
+    with pytest.raises(ValueError, match="not finite"):
         initial_cuts(model, tokens)
 
 

@@ -228,7 +228,7 @@ def test_damaged_records_of_quality(tmp_path, record):
     path, table = tmp_path / "t.safetensors", table_at(*LEVELS)
     table.save(path)
     save_file(load_file(path), path, {"format": TABLE_FORMAT, "quality": record})
-    with pytest.raises(ValueError, match="is damaged: '?its quality"):
+    with pytest.raises(ValueError, match=r"is damaged: '?its quality"):
         load_table(path)
 
 
