@@ -236,7 +236,7 @@ class FusedCpuStep:
             eps=config.norm_eps,
             temperature=temperature,
             top_k=min(top_k, config.vocab_size),
-            pace=self._pointer(torch.zeros(40, dtype=torch.float64)) if self.adaptive else None,
+            pace=self._pointer(torch.zeros(cpu.PACE_DOUBLES, dtype=torch.float64)) if self.adaptive else None,
         )
         for parameter in model.parameters():
             cpu.library().use_huge_pages(ctypes.c_void_p(parameter.data_ptr()), ctypes.c_int64(parameter.nbytes))

@@ -69,7 +69,7 @@ inline Floats fma(Floats a, Floats b, Floats c) {
   return c;
 #endif
 }
-inline Floats fma(float a, Floats b, Floats c) { return fma(Floats{} + a, b, c); }
+inline Floats fma(float a, Floats b, Floats c) { return fma(a - Floats{}, b, c); }
 
 float sum(Floats v) {
   float total = 0;
@@ -218,6 +218,7 @@ inline float start_of_sum(int log_norm, int other_log_norm) {
 
 constexpr int64_t ROWS = 8;        // rows added at a time
 constexpr int64_t COLUMNS = 4096;  // outputs summed at a time: 16 KB
+constexpr int64_t GROUPS = COLUMNS / 16;  // of int4: the most among them
 constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of a 2-byte W is read twice
 
@@ -278,37 +279,42 @@ void add_rows(const Row<T>* row, const Row<T>* next, const float* value, float* 
 template <int N>
 void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, float* sums, int64_t width,
               int64_t group, const float* start) {
-  for (int64_t begin = 0; begin < width; begin += group) {
-    // the rows' scales and minima, times their inputs
-    const int64_t pair = begin / group * 2;
-    float scale[N], minimum = start[begin / group];
-    for (int k = 0; k < N; k++) {
-      const float s = row[k].pairs[pair];
-      scale[k] = value[k] * s;
-      minimum = fma(value[k], fma(8, s, float(row[k].pairs[pair + 1])), minimum);
-      if (pair % 32 == 0) __builtin_prefetch(next[k].pairs + pair, 0, 2);
+  // the groups' scales, times their rows' inputs and with the lowest bits set, and sums of their minima times inputs
+  const int64_t groups = width / group;
+  float scale[N][GROUPS], minimum[GROUPS];
+  std::copy(start, start + groups, minimum);
+  for (int k = 0; k < N; k++) {
+    for (int64_t g = 0; g < groups; g += 16) __builtin_prefetch(next[k].pairs + 2 * g, 0, 2);
+#pragma omp simd
+    for (int64_t g = 0; g < groups; g++) {
+      const uint32_t pair = read<uint32_t>(row[k].pairs + 2 * g), low = pair << 16, high = pair & 0xffff0000;
+      const float s = read<float>(&low), product = value[k] * s;
+      const uint32_t bits = read<uint32_t>(&product) | 1;
+      scale[k][g] = read<float>(&bits);
+      minimum[g] = fma(value[k], fma(8, s, read<float>(&high)), minimum[g]);
     }
+  }
+  for (int64_t g = 0; g < groups; g++) minimum[g] -= start[g];
 
-    minimum -= start[begin / group];
-
+  for (int64_t g = 0, begin = 0; g < groups; begin = ++g * group) {
     // two vectors of outputs at a time, then what is left of the group one by one
     int64_t j = begin;
     for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
       if (j % LINE<Int4> < 2 * LANES)
         for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j / 2, 0, 2);
-      Floats even = read<Floats>(sums + j) + minimum, odd = read<Floats>(sums + j + LANES) + minimum;
+      Floats even = read<Floats>(sums + j) + minimum[g], odd = read<Floats>(sums + j + LANES) + minimum[g];
       for (int k = 0; k < N; k++) {
         Floats even_codes, odd_codes;
         Int4::load(row[k].weights + j / 2, even_codes, odd_codes);
-        even = fma(scale[k], even_codes, even);
-        odd = fma(scale[k], odd_codes, odd);
+        even = fma(scale[k][g], even_codes, even);
+        odd = fma(scale[k][g], odd_codes, odd);
       }
       std::memcpy(sums + j, &even, sizeof(even));
       std::memcpy(sums + j + LANES, &odd, sizeof(odd));
     }
     for (; j < begin + group; j++) {
-      sums[j] += minimum;
-      for (int k = 0; k < N; k++) sums[j] = fma(scale[k], row[k].weights[j / 2].at(j % 2), sums[j]);
+      sums[j] += minimum[g];
+      for (int k = 0; k < N; k++) sums[j] = fma(scale[k][g], row[k].weights[j / 2].at(j % 2), sums[j]);
     }
   }
 }
@@ -407,7 +413,7 @@ struct Kept {
 template <typename W>
 void outputs(const Matrix<W>& matrix, const Kept& kept, int64_t begin, int64_t end, float* sums) {
   const int64_t columns = matrix.group ? std::max(matrix.group, COLUMNS / matrix.group * matrix.group) : COLUMNS;
-  float starts[COLUMNS / 16] = {};  // of int4's groups
+  float starts[GROUPS] = {};  // of int4's groups
   const auto start = [&](int64_t j) {
     return matrix.log_norms ? start_of_sum(matrix.log_norms[j], kept.norm) : 0.0f;
   };
@@ -585,53 +591,61 @@ class Barrier {
 
 // How many threads the steps take. Threads meet 270 times in a step of 30 layers, and a core that another process uses
 // keeps all of them waiting, so that beside one busy process on two cores two threads are several times as slow as one.
-// Level l takes 1 / 2^l of the threads. The level is kept while steps take no longer than one of the next level did.
-// From time to time one step tries a neighbouring level, and the quicker is kept. The next try comes when the time has
-// made the last one's loss small: 0.5 % for fewer threads, 4 % for more, which only matters beside other work.
+// Level l takes 1 / 2^l of the threads. A level is kept while no level of fewer threads is known to be quicker. From
+// time to time one step tries another level, and the quicker is kept. A try that lost time is repeated when its
+// loss has become small: 0.5 % for fewer threads, 4 % for more, which are only tried beside other work.
 struct Pace {  // see PACE_DOUBLES of cpu.py
-  double seconds[32];      // of a step at each level; 0: not known
-  double lost, until_try;  // seconds: what this level lost to the next one since it was taken up
-  int64_t most, level, direction, is_try, warm;
+  double seconds[32];    // of a step at each level; 0: not known
+  double until_try[2];   // seconds until more and fewer threads are tried
+  double lost;           // seconds that this level lost to the quickest of fewer threads
+  int64_t most, level;
+  int64_t away;          // levels from here to the try that is under way, below 0: more threads; 0: none
+  int64_t last_away;     // the last try's of fewer threads: they take turns
+  int64_t warm;          // the first step, which fills caches, is behind
 
   int threads(int64_t now_most) {
     if (now_most != most) *this = {};
     most = now_most;
-    return std::max<int64_t>(1, most >> (level + (is_try ? direction : 0)));
+    return std::max<int64_t>(1, most >> (level + away));
   }
 
   void took(double step) {
-    if (!std::exchange(warm, 1)) return;  // the first step fills caches
-
-    // a try: move there if it was quicker
+    if (!std::exchange(warm, 1)) return;
     double& own = seconds[level];
-    if (std::exchange(is_try, 0)) {
-      seconds[level + direction] = step;
-      lost = 0;
-      until_try = (direction > 0 ? 200 : 25) * std::max(0.0, step - own);
-      if (step < own) level += direction;
+
+    // after a try: move there if it was quicker, and let the slower level wait
+    if (const int64_t tried = std::exchange(away, 0)) {
+      seconds[level + tried] = step;
+      const bool moves = step < own, slower_has_fewer = (tried > 0) != moves;
+      if (moves) until_try[0] = until_try[1] = lost = 0;
+      until_try[slower_has_fewer] = (slower_has_fewer ? 200 : 25) * std::fabs(step - own);
+      if (moves) level += tried;
       return;
     }
 
-    // a step at this level, of which one very slow one is no proof: more threads than pay are given up
-    const double next = seconds[level + 1];
-    const double most_counted = next ? 4 * next : step;
-    own += own ? (std::min(step, most_counted) - own) / 8 : step;
-    if (next) lost = std::max(0.0, lost + step - next);
-    if (next && own > next) {
-      until_try = 25 * lost;
-      lost = 0;
-      level++;
+    // a step at this level, of which one very slow one is no proof: fewer threads if those were quicker
+    int64_t other = 0;
+    for (int64_t l = level + 1; most >> l; l++)
+      if (seconds[l] && (!other || seconds[l] < seconds[other])) other = l;
+    const double quickest = other ? seconds[other] : step;
+    own += own ? (std::min(step, 4 * quickest) - own) / 8 : step;
+    lost = std::max(0.0, lost + step - quickest);
+    for (double& seconds_left : until_try) seconds_left -= step;
+    if (other && own > quickest) {
+      until_try[0] = 25 * lost;
+      until_try[1] = lost = 0;
+      level = other;
       return;
     }
 
-    // the next try, of fewer and of more threads in turn
-    const bool can_more = level > 0, can_fewer = most >> (level + 1) > 0;
-    until_try -= step;
-    if (until_try > 0 || !(can_more || can_fewer)) return;
-    is_try = 1;
-    direction = can_fewer && (direction < 0 || !can_more) ? 1 : can_more ? -1 : 1;
+    // the next step's try, if one is due
+    if (until_try[1] <= 0 && most >> (level + 1))
+      away = last_away = most >> (level + last_away + 1) ? last_away + 1 : 1;
+    else if (until_try[0] <= 0 && level > 0)
+      away = -1;
   }
 };
+static_assert(sizeof(Pace) <= 40 * sizeof(double));
 
 // One thread's part of a step. W is the type of the projections' weights, but V of wqkv's and output's; T of all else.
 template <typename T, typename W, typename V>

@@ -22,6 +22,7 @@ from kernels.quantized import Form, form_of
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
+PACE_DOUBLES = 40  # room for cpu.cpp's `Pace`, which is zeros at first
 GROUP = 64  # logits of which cpu.cpp keeps the largest
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 

@@ -1,5 +1,6 @@
 """Sums of the CPU's decode step: the same bits from any number of threads, precise, and how many threads it takes."""
 
+import ctypes
 import subprocess
 
 import pytest
@@ -51,7 +52,7 @@ def run(model, cuts, steps, temperature=0.8):
     for _ in range(steps):
         step.replay()
         logits.append(step.logits.clone())
-    return torch.stack(logits), step.tokens.clone()
+    return torch.stack(logits), step.tokens[: steps + 1].clone()
 
 
 @pytest.mark.parametrize("cuts", CUTS)
@@ -62,7 +63,63 @@ def test_any_number_of_threads_gives_the_same_bits(fixed_threads, dtype, quant, 
     fixed_threads(1)
     logits, tokens = run(model, cuts, 200)
     assert logits.isfinite().all() and tokens.unique().numel() > 20
-    for threads in (2, 3, 4):
+    for threads, steps in ((2, 200), (3, 50), (4, 50)):
         fixed_threads(threads)
-        again, drawn = run(model, cuts, 200)
-        assert torch.equal(again, logits) and torch.equal(drawn, tokens)
+        again, drawn = run(model, cuts, steps)
+        assert torch.equal(again, logits[:steps]) and torch.equal(drawn, tokens[: steps + 1])
+
+
+def test_float32_takes_all_threads_and_other_models_may_take_fewer():
+    """A step that would be slow with all its threads is not waited for where tokens do not depend on how many."""
+    for dtype, may_change in ((torch.float32, False), (torch.bfloat16, True)):
+        model = random_model(dtype, "none", "cut")
+        model.setup_caches(1, 64)
+        step = FusedCpuStep(model, 0.0, top_k=1)
+        step.start(torch.tensor(3), 0, seed=0)
+        for _ in range(8):
+            step.replay()
+        assert any((ctypes.c_double * cpu.PACE_DOUBLES).from_address(step._model.pace)) == may_change
+
+
+PACE = """
+#include SOURCE
+#include <cstdio>
+// Seconds of a step by the number of threads, on a machine where `busy` cores of 8 are another's.
+double seconds(int threads, int busy) { return threads <= 8 - busy ? 0.008 / threads : 0.1; }
+int main() {
+  Pace pace{};
+  const auto run = [&](int busy, int steps) {  // the time, and the threads of the last step that was no try
+    double total = 0;
+    int threads = 0;
+    for (int i = 0; i < steps; i++) {
+      const int now = pace.threads(8);
+      if (!pace.away) threads = now;
+      const double step = seconds(now, busy);
+      pace.took(step);
+      total += step;
+    }
+    std::printf("%d %.4f\\n", threads, total);
+  };
+  run(0, 200);    // all to itself
+  run(1, 1000);   // 4 threads are best: 0.002 each
+  run(7, 1000);   // 1 is best: 0.008 each
+  run(0, 20000);  // and alone again
+  run(0, 1000);
+  if (pace.threads(2) > 2) return 1;  // another number: anew
+}
+"""
+
+
+def test_as_many_threads_as_pay(tmp_path):
+    """The controller on a machine whose steps take known times: it finds the best number, and trying costs little."""
+    source, program, binary = (tmp_path / name for name in ("cpu.cpp", "main.cpp", "main"))
+    source.write_text("\n".join(line for line in cpu.SOURCE.read_text().splitlines() if not line.startswith("EXPORT(")))
+    program.write_text(PACE.replace("SOURCE", f'"{source}"'))
+    flags = [flag for flag in cpu.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
+    subprocess.run(["g++", *flags, str(program), "-o", str(binary)], check=True, capture_output=True)
+    lines = subprocess.run([binary], check=True, capture_output=True, text=True).stdout.splitlines()
+    threads, seconds = zip(*((int(a), float(b)) for a, b in map(str.split, lines)), strict=True)
+    assert threads == (8, 4, 1, 8, 8)
+    assert seconds[0] <= 200 * 0.001 * 1.03
+    assert seconds[1] <= 1000 * 0.002 / 0.8 and seconds[2] <= 1000 * 0.008 / 0.8
+    assert seconds[4] <= 1000 * 0.001 * 1.02
