@@ -110,15 +110,91 @@ int main() {
 """
 
 
-def test_as_many_threads_as_pay(tmp_path):
-    """The controller on a machine whose steps take known times: it finds the best number, and trying costs little."""
+SPLIT = """
+#include SOURCE
+#include <cstdio>
+// A product of 1,536 random inputs: the most that sums over parts of them, added up, differ from one over all,
+// and the relative error of the latter.
+template <typename W>
+void split(std::vector<W> weight, std::vector<BFloat16> pairs, int64_t group, double (*value)(W, BFloat16*, int)) {
+  constexpr int64_t N_IN = 1536, N_OUT = 512;
+  weight.resize(N_IN * N_OUT);
+  pairs.resize(group ? N_IN * N_OUT / group * 2 : 0);
+  uint32_t state = 1;
+  const auto random = [&] { return float(int32_t(state = state * 1664525 + 1013904223)) * 0x1p-31f; };
+  for (auto& w : weight) {
+    random();
+    const uint32_t bits = state >> 8;
+    if constexpr (std::is_same_v<W, BFloat16>) w = W::from(random()); else std::memcpy(&w, &bits, 1);
+  }
+  for (size_t p = 0; p < pairs.size(); p += 2) {
+    const float s = random();
+    pairs[p] = BFloat16::from(s), pairs[p + 1] = BFloat16::from(s * (-7.5f + random()));
+  }
+  Kept kept(N_IN);
+  std::vector<float> x(N_IN), whole(N_OUT), part(N_OUT), rest(N_OUT);
+  for (auto& v : x) v = BFloat16::from(random() * random());
+  std::vector<int8_t> norms(N_OUT);
+  Matrix<W> matrix{weight.data(), pairs.data(), N_OUT, group};
+  column_norms<W>(matrix, N_IN, norms.data(), 1);
+  matrix.log_norms = norms.data();
+
+  const auto sums = [&](int thread, int threads, float* to) {
+    kept.list_all(x.data(), N_IN);
+    kept.prepare();
+    kept.take(thread, threads);
+    outputs(matrix, kept, 0, N_OUT, to);
+  };
+  double most = 0, error = 0, norm = 0;
+  sums(0, 1, whole.data());
+  for (int threads : {3, 5, 7}) {
+    std::vector<float> total(N_OUT);
+    for (int thread = threads; thread--;) {
+      sums(thread, threads, part.data());
+      for (int64_t j = 0; j < N_OUT; j++) total[j] += part[j];
+    }
+    for (int64_t j = 0; j < N_OUT; j++) most = std::max(most, std::fabs(double(total[j]) - whole[j]));
+  }
+  for (int64_t j = 0; j < N_OUT; j++) {
+    double truth = 0;
+    for (int64_t i = 0; i < N_IN; i++) {
+      const int64_t at = i * N_OUT + j;
+      truth += double(x[i]) * value(weight[at / (group ? 2 : 1)], pairs.data() + (group ? at / group * 2 : 0), j % 2);
+    }
+    error += (whole[j] - truth) * (whole[j] - truth), norm += truth * truth;
+  }
+  std::printf("%g %g\\n", most, std::sqrt(error / norm));
+}
+int main() {
+  split<BFloat16>({}, {}, 0, [](BFloat16 w, BFloat16*, int) { return double(float(w)); });
+  split<Int8>({}, {}, 0, [](Int8 w, BFloat16*, int) { return double(w.value); });
+  split<Int4>({}, {}, 32, [](Int4 w, BFloat16* pair, int odd) {
+    return double(float(pair[0])) * (w.codes >> odd * 4 & 15) + double(float(pair[1]));
+  });
+}
+"""
+
+
+def run_with_source(tmp_path, main: str) -> list[list[float]]:
+    """The numbers that a program prints, line by line; its source includes cpu.cpp without what the library exports."""
     source, program, binary = (tmp_path / name for name in ("cpu.cpp", "main.cpp", "main"))
     source.write_text("\n".join(line for line in cpu.SOURCE.read_text().splitlines() if not line.startswith("EXPORT(")))
-    program.write_text(PACE.replace("SOURCE", f'"{source}"'))
-    flags = [flag for flag in cpu.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
+    program.write_text(main.replace("SOURCE", f'"{source}"'))
+    flags = [flag.replace("-O3", "-O1") for flag in cpu.FLAGS if flag not in ("-shared", "-fPIC")]
     subprocess.run(["g++", *flags, str(program), "-o", str(binary)], check=True, capture_output=True)
-    lines = subprocess.run([binary], check=True, capture_output=True, text=True).stdout.splitlines()
-    threads, seconds = zip(*((int(a), float(b)) for a, b in map(str.split, lines)), strict=True)
+    output = subprocess.run([binary], check=True, capture_output=True, text=True).stdout
+    return [[float(word) for word in line.split()] for line in output.splitlines()]
+
+
+def test_sums_over_parts_of_the_inputs_add_up_exactly_and_are_precise(tmp_path):
+    lines = run_with_source(tmp_path, SPLIT)
+    assert [most for most, _ in lines] == [0, 0, 0]
+    assert all(0 < error < bound for (_, error), bound in zip(lines, (4e-4, 4e-4, 1.2e-3), strict=True))
+
+
+def test_as_many_threads_as_pay(tmp_path):
+    """The controller on a machine whose steps take known times: it finds the best number, and trying costs little."""
+    threads, seconds = zip(*run_with_source(tmp_path, PACE), strict=True)
     assert threads == (8, 4, 1, 8, 8)
     assert seconds[0] <= 200 * 0.001 * 1.03
     assert seconds[1] <= 1000 * 0.002 / 0.8 and seconds[2] <= 1000 * 0.008 / 0.8
