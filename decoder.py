@@ -177,15 +177,19 @@ class FusedGpuStep:
 class FusedCpuStep:
     """Decode steps at batch 1 on a CPU, each one call of the compiled library.
 
-    A step runs with torch's number of threads, which sets the order of sums. It reads the model's tensors where they
-    lie, so they must stay there. Arguments and attributes are those of `FusedGpuStep`; logits are [vocab], rounded to
-    the model's dtype.
+    A step takes at most torch's number of threads: fewer while those are quicker, beside other work. In bfloat16 and
+    float16 tokens do not depend on how many. Float32 (and a CPU without fused multiply-adds) adds in another order with
+    another number, so it takes all. It reads the model's tensors where they lie, so they must stay there. Arguments and
+    attributes are those of `FusedGpuStep`; logits are [vocab], rounded to the model's dtype.
     """
+
+    adaptive = True  # False, set before one is made: each step takes torch's number of threads
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
         config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
         self._decode = cpu.kernel("decode", cache.dtype, model.layers[0].attention.wo.form)
         self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int]
+        self._dtype = cache.dtype
         self._tensors = []  # those that only the structures point to
         self.logits = torch.zeros(config.vocab_size)
         self.tokens = torch.zeros(cache.shape[2] + 1, dtype=torch.int64)
@@ -217,6 +221,7 @@ class FusedCpuStep:
             eps=config.norm_eps,
             temperature=temperature,
             top_k=min(top_k, config.vocab_size),
+            pace=self._pointer(torch.zeros(cpu.PACE_DOUBLES, dtype=torch.float64)) if self.adaptive else None,
         )
         for parameter in model.parameters():
             cpu.library().use_huge_pages(ctypes.c_void_p(parameter.data_ptr()), ctypes.c_int64(parameter.nbytes))
@@ -231,7 +236,8 @@ class FusedCpuStep:
 
     def _projection(self, module: SparseProjection) -> cpu.Projection:
         tensors = {name: self._pointer(getattr(module, name)) for name in cpu.Projection.TENSORS.split()}
-        return cpu.Projection(**tensors, group=module.form.groupsize)
+        norms = cpu.column_norms(module.weight, module.scale, self._dtype)
+        return cpu.Projection(**tensors, log_norms=self._pointer(norms), group=module.form.groupsize)
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
         """Sets the token to feed next, its position, and the seed of the draws."""

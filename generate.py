@@ -29,7 +29,7 @@ from torch import Tensor
 import options
 from calibrate import calibrate_random, statistics_for
 from cli import placement
-from decoder import Generation, Generator, why_unfused
+from decoder import FusedCpuStep, Generation, Generator, why_unfused
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write, shown
 from kernels import cpu
@@ -354,6 +354,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(f"--threads says nothing on {source.device}; it is for --device cpu")
     if o.threads:
         torch.set_num_threads(o.threads)
+    FusedCpuStep.adaptive = not o.threads
 
     # the prompt, the form of a step, the models
     tokenizer = load_tokenizer(folder, source.config.vocab_size) if folder else None

@@ -8,6 +8,7 @@
 // the plain torch path rounds them; only the inside of attention keeps float32.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,7 +18,6 @@
 #include <memory>
 #include <new>
 #include <numeric>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -51,6 +51,25 @@ To read(const From* from) {
   std::memcpy(&value, from, sizeof(To));
   return value;
 }
+
+// a * b + c, rounded once where the CPU can.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool ROUNDS_ONCE = true;
+#else
+constexpr bool ROUNDS_ONCE = false;
+#endif
+inline float fma(float a, float b, float c) { return ROUNDS_ONCE ? __builtin_fmaf(a, b, c) : a * b + c; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  for (int64_t lane = 0; lane < LANES; lane++) c[lane] = fma(a[lane], b[lane], c[lane]);
+  return c;
+#endif
+}
+inline Floats fma(float a, Floats b, Floats c) { return fma(a - Floats{}, b, c); }
 
 float sum(Floats v) {
   float total = 0;
@@ -123,19 +142,20 @@ struct Int8 {  // of a weight alone; the scale of its output makes it what it st
 
 struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the low nibble; see kernels/quantized.py
   uint8_t codes;
-  // The codes of 2 LANES outputs, even and odd ones apart. Putting them in order here would double the time.
+  float at(int64_t odd) const { return (codes >> odd * 4 & 15) - 8; }
+  // The codes of 2 LANES outputs less 8, even and odd ones apart. Putting them in order here would double the time.
   static void load(const Int4* from, Floats& even, Floats& odd) {
 #if defined(__AVX512F__)
     const __m512i codes = _mm512_cvtepu8_epi32(read<__m128i>(from));
-    const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     even = (Floats)_mm512_permutexvar_ps(codes, values);  // which looks at an index's lowest 4 bits
     odd = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values);
 #elif defined(__AVX2__)
     const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
-    even = (Floats)_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
-    odd = (Floats)_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4));
+    even = (Floats)_mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15))) - 8.0f;
+    odd = (Floats)_mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4)) - 8.0f;
 #else
-    for (int64_t lane = 0; lane < LANES; lane++) even[lane] = from[lane].codes & 15, odd[lane] = from[lane].codes >> 4;
+    for (int64_t lane = 0; lane < LANES; lane++) even[lane] = from[lane].at(0), odd[lane] = from[lane].at(1);
 #endif
   }
 };
@@ -168,10 +188,37 @@ inline float exponential(float x) {
   return p * read<float>(&scale);
 }
 
+// ---- sums whose order does not matter
+//
+// Float32 additions in another order round to another sum. So a sum of a step starts at C = 1.5 * 2^(e + 1), where 2^e
+// is more than any of its partial sums: it then stays in the binade of C, and each fused multiply-add rounds its product
+// to one grid, a multiple of 2^(e - 22), whatever was added before. Taking C off again is exact, and so is every later
+// sum of such sums. A product exactly half-way between two multiples would round to the even one of the sum so far; none
+// is, since the lowest mantissa bit of every input is set, which is below a weight's. e needs no calibration: a sum is
+// at most the inputs' 2-norm times the 2-norm of its output's weights (Cauchy and Schwarz), as is that of any part.
+//
+// 24 bits are too few for a float32 model, and a CPU without fused multiply-adds rounds twice: there sums start at 0.
+
+template <typename T>
+constexpr bool ANY_ORDER = ROUNDS_ONCE && !std::is_same_v<T, Float32>;
+
+// The binary logarithm of a 2-norm, of its square, in quarters: rounded up, with 3.5 % for what rounding adds to sums.
+inline int log_norm(float square) {
+  const float quarters = 2 * std::log2(square) + 0.2f;
+  return quarters < -128 ? -128 : quarters < 127 ? int(std::ceil(quarters)) : 127;  // of NaN, too
+}
+
+// C of the sums that stay below the product of two norms.
+inline float start_of_sum(int log_norm, int other_log_norm) {
+  const uint32_t bits = uint32_t(((log_norm + other_log_norm + 3) >> 2) + 1 + 127) << 23 | 0x400000;
+  return read<float>(&bits);
+}
+
 // ---- products
 
 constexpr int64_t ROWS = 8;        // rows added at a time
 constexpr int64_t COLUMNS = 4096;  // outputs summed at a time: 16 KB
+constexpr int64_t GROUPS = COLUMNS / 16;  // of int4: the most among them
 constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of a 2-byte W is read twice
 
@@ -197,6 +244,7 @@ struct Matrix {
   const W* weight;
   const void* scale;  // of Int4: scale and minimum, BFloat16, of every `group` outputs of an input; of others unused
   int64_t n_out, group;
+  const int8_t* log_norms = nullptr;  // see `column_norms`; null: sums start at 0
 
   Row<W> row(int64_t input, int64_t output) const {
     const int64_t at = input * n_out + output;
@@ -211,62 +259,77 @@ struct Matrix {
 // first has too few misses in flight: a step of SmolLM2-135M at 50 %, bfloat16, takes 7.0 to 7.5 ms on two cores of an
 // EPYC, 8.9 to 9.8 with the first.
 template <int N, typename T>
-void add_rows(const Row<T>* row, const Row<T>* next, const float* value, float* sums, int64_t width, int64_t = 0) {
+void add_rows(const Row<T>* row, const Row<T>* next, const float* value, float* sums, int64_t width, int64_t = 0,
+              const float* = nullptr) {
   int64_t j = 0;
   for (; j + LANES <= width; j += LANES) {
     if (j % LINE<T> == 0)
       for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j, 0, 2);
     Floats total = read<Floats>(sums + j);
-    for (int k = 0; k < N; k++) total += value[k] * T::load(row[k].weights + j);
+    for (int k = 0; k < N; k++) total = fma(value[k], T::load(row[k].weights + j), total);
     std::memcpy(sums + j, &total, sizeof(total));
   }
   for (; j < width; j++)
-    for (int k = 0; k < N; k++) sums[j] += value[k] * float(row[k].weights[j]);
+    for (int k = 0; k < N; k++) sums[j] = fma(value[k], float(row[k].weights[j]), sums[j]);
 }
 
-// The same of int4's codes, whole groups at a time. It leaves the sums of even and odd outputs apart; `in_order` puts
-// them in their places.
+// The same of int4's codes, whole groups at a time, whose sums start at `start`. A code is taken less 8, and its group's
+// minimum more by 8 scales, since smaller products have a finer grid. It leaves the sums of even and odd outputs apart;
+// `in_order` puts them in their places.
 template <int N>
 void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, float* sums, int64_t width,
-              int64_t group) {
-  for (int64_t begin = 0; begin < width; begin += group) {
-    // the rows' scales and minima, times their inputs
-    const int64_t pair = begin / group * 2;
-    float scale[N], minimum = 0;
-    for (int k = 0; k < N; k++) {
-      scale[k] = value[k] * float(row[k].pairs[pair]);
-      minimum += value[k] * float(row[k].pairs[pair + 1]);
-      if (pair % 32 == 0) __builtin_prefetch(next[k].pairs + pair, 0, 2);
+              int64_t group, const float* start) {
+  // the groups' scales, times their rows' inputs and with the lowest bits set, and sums of their minima times inputs
+  const int64_t groups = width / group;
+  float scale[N][GROUPS], minimum[GROUPS];
+  std::copy(start, start + groups, minimum);
+  for (int k = 0; k < N; k++) {
+    for (int64_t g = 0; g < groups; g += 16) __builtin_prefetch(next[k].pairs + 2 * g, 0, 2);
+#pragma omp simd
+    for (int64_t g = 0; g < groups; g++) {
+      const uint32_t pair = read<uint32_t>(row[k].pairs + 2 * g), low = pair << 16, high = pair & 0xffff0000;
+      const float s = read<float>(&low), product = value[k] * s;
+      const uint32_t bits = read<uint32_t>(&product) | 1;
+      scale[k][g] = read<float>(&bits);
+      minimum[g] = fma(value[k], fma(8, s, read<float>(&high)), minimum[g]);
     }
+  }
+  for (int64_t g = 0; g < groups; g++) minimum[g] -= start[g];
 
+  for (int64_t g = 0, begin = 0; g < groups; begin = ++g * group) {
     // two vectors of outputs at a time, then what is left of the group one by one
     int64_t j = begin;
     for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
       if (j % LINE<Int4> < 2 * LANES)
         for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j / 2, 0, 2);
-      Floats even = read<Floats>(sums + j) + minimum, odd = read<Floats>(sums + j + LANES) + minimum;
+      Floats even = read<Floats>(sums + j) + minimum[g], odd = read<Floats>(sums + j + LANES) + minimum[g];
       for (int k = 0; k < N; k++) {
         Floats even_codes, odd_codes;
         Int4::load(row[k].weights + j / 2, even_codes, odd_codes);
-        even += scale[k] * even_codes;
-        odd += scale[k] * odd_codes;
+        even = fma(scale[k][g], even_codes, even);
+        odd = fma(scale[k][g], odd_codes, odd);
       }
       std::memcpy(sums + j, &even, sizeof(even));
       std::memcpy(sums + j + LANES, &odd, sizeof(odd));
     }
     for (; j < begin + group; j++) {
-      sums[j] += minimum;
-      for (int k = 0; k < N; k++) sums[j] += scale[k] * (row[k].weights[j / 2].codes >> j % 2 * 4 & 15);
+      sums[j] += minimum[g];
+      for (int k = 0; k < N; k++) sums[j] = fma(scale[k][g], row[k].weights[j / 2].at(j % 2), sums[j]);
     }
   }
 }
 
-inline void in_order(float* sums, int64_t width, int64_t group) {
-  for (int64_t begin = 0; begin < width; begin += group)
-    for (int64_t j = begin; j + 2 * LANES <= begin + group; j += 2 * LANES) {
-      const Floats even = read<Floats>(sums + j), odd = read<Floats>(sums + j + LANES);
+// The sums in the outputs' order, without their starts.
+inline void in_order(float* sums, int64_t width, int64_t group, const float* start) {
+  for (int64_t begin = 0; begin < width; begin += group) {
+    const float less = start[begin / group];
+    int64_t j = begin;
+    for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
+      const Floats even = read<Floats>(sums + j) - less, odd = read<Floats>(sums + j + LANES) - less;
       for (int64_t lane = 0; lane < LANES; lane++) sums[j + 2 * lane] = even[lane], sums[j + 2 * lane + 1] = odd[lane];
     }
+    for (; j < begin + group; j++) sums[j] -= less;
+  }
 }
 
 // A row's product with x. One row after the other is one stream, which the CPU fetches ahead by itself: it reads 28 to
@@ -276,20 +339,41 @@ float dot(const T* row, const float* x, int64_t width) {
   Floats total[4] = {};
   int64_t j = 0;
   for (; j + 4 * LANES <= width; j += 4 * LANES)
-    for (int64_t k = 0; k < 4; k++) total[k] += read<Floats>(x + j + k * LANES) * T::load(row + j + k * LANES);
-  for (; j + LANES <= width; j += LANES) total[0] += read<Floats>(x + j) * T::load(row + j);
+    for (int64_t k = 0; k < 4; k++) total[k] = fma(read<Floats>(x + j + k * LANES), T::load(row + j + k * LANES), total[k]);
+  for (; j + LANES <= width; j += LANES) total[0] = fma(read<Floats>(x + j), T::load(row + j), total[0]);
   float result = sum((total[0] + total[1]) + (total[2] + total[3]));
-  for (; j < width; j++) result += x[j] * float(row[j]);
+  for (; j < width; j++) result = fma(x[j], float(row[j]), result);
   return result;
 }
+
+float sum(const float* v, int64_t n) {
+  Floats total{};
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) total += read<Floats>(v + j);
+  float result = sum(total);
+  for (; j < n; j++) result += v[j];
+  return result;
+}
+
+float sum_of_squares(const float* v, int64_t n) { return dot(reinterpret_cast<const Float32*>(v), v, n); }
 
 // The inputs of a product that are kept, with their values.
 struct Kept {
   std::vector<int32_t> index;
   std::vector<float> value;
   int64_t n = 0;
+  int norm = 0;  // their `log_norm`
 
   explicit Kept(int64_t most) : index(most + LANES), value(most + LANES) {}  // room to write behind the last one
+
+  // Readies the values for sums in any order: their norm, then the lowest bits, but of zeros.
+  void prepare() {
+    norm = log_norm(sum_of_squares(value.data(), n));
+    for (int64_t r = 0; r < n; r++) {
+      const uint32_t bits = read<uint32_t>(&value[r]) | (value[r] != 0);
+      value[r] = read<float>(&bits);
+    }
+  }
 
   // Keeps only the part of the list that a thread takes.
   void take(int thread, int threads) {
@@ -329,9 +413,21 @@ struct Kept {
 template <typename W>
 void outputs(const Matrix<W>& matrix, const Kept& kept, int64_t begin, int64_t end, float* sums) {
   const int64_t columns = matrix.group ? std::max(matrix.group, COLUMNS / matrix.group * matrix.group) : COLUMNS;
-  std::fill(sums, sums + (end - begin), 0.0f);
-  for (int64_t column = begin; column < end; column += columns) {
+  float starts[GROUPS] = {};  // of int4's groups
+  const auto start = [&](int64_t j) {
+    return matrix.log_norms ? start_of_sum(matrix.log_norms[j], kept.norm) : 0.0f;
+  };
+  for (int64_t column = begin; column < end; column += columns, sums += columns) {
     const int64_t width = std::min(columns, end - column);
+
+    // the sums' starts
+    if constexpr (std::is_same_v<W, Int4>)
+      for (int64_t g = 0; g < width / matrix.group; g++) {
+        starts[g] = start(column / matrix.group + g);
+        std::fill_n(sums + g * matrix.group, matrix.group, starts[g]);
+      }
+    else
+      for (int64_t j = 0; j < width; j++) sums[j] = start(column + j);
     const int64_t ahead = std::max<int64_t>(1, AHEAD / (ROWS * width * 64 / LINE<W>)) * ROWS;
 
     // the r-th kept row, and the first ones, whose fetching no earlier rows cover
@@ -349,13 +445,45 @@ void outputs(const Matrix<W>& matrix, const Kept& kept, int64_t begin, int64_t e
     for (; r + ROWS <= kept.n; r += ROWS) {
       Row<W> row[ROWS], next[ROWS];
       for (int64_t k = 0; k < ROWS; k++) row[k] = at(r + k), next[k] = at(r + ahead + k);
-      add_rows<ROWS>(row, next, kept.value.data() + r, sums + (column - begin), width, matrix.group);
+      add_rows<ROWS>(row, next, kept.value.data() + r, sums, width, matrix.group, starts);
     }
     for (; r < kept.n; r++) {
       const Row<W> row = at(r), next = at(r + ahead);
-      add_rows<1>(&row, &next, kept.value.data() + r, sums + (column - begin), width, matrix.group);
+      add_rows<1>(&row, &next, kept.value.data() + r, sums, width, matrix.group, starts);
     }
-    if constexpr (std::is_same_v<W, Int4>) in_order(sums + (column - begin), width, matrix.group);
+
+    // what was added to them
+    if constexpr (std::is_same_v<W, Int4>)
+      in_order(sums, width, matrix.group, starts);
+    else
+      for (int64_t j = 0; j < width; j++) sums[j] -= start(column + j);
+  }
+}
+
+// log_norms[j] = the `log_norm` of output j's weights, or of int4 that of group j's largest possible ones.
+template <typename W>
+void column_norms(const Matrix<W>& matrix, int64_t n_in, int8_t* log_norms, int threads) {
+  constexpr bool groups = std::is_same_v<W, Int4>;
+  constexpr int64_t BLOCK = 1024;
+  const int64_t n = groups ? matrix.n_out / matrix.group : matrix.n_out;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    const int64_t width = std::min(BLOCK, n - begin);
+    float squares[BLOCK] = {};
+    for (int64_t i = 0; i < n_in; i++) {
+      const Row<W> row = matrix.row(i, begin * (groups ? matrix.group : 1));
+      for (int64_t j = 0; j < width; j++) {
+        float most;
+        if constexpr (groups) {
+          const float s = row.pairs[2 * j], minimum = fma(8, s, float(row.pairs[2 * j + 1]));
+          most = 8 * std::fabs(s) + std::fabs(minimum);
+        } else {
+          most = row.weights[j];
+        }
+        squares[j] += most * most;
+      }
+    }
+    for (int64_t j = 0; j < width; j++) log_norms[begin + j] = log_norm(squares[j]);
   }
 }
 
@@ -411,6 +539,7 @@ struct Projection {
   const float* shift;         // [in] or null: what a cut input is taken to be
   const float* offset;        // [out] or null: the product of the shift
   int64_t group;              // of int4, else 0
+  const int8_t* log_norms;    // see `column_norms`: [out], of int4 [groups]
 };
 
 struct Layer {
@@ -432,9 +561,12 @@ struct Model {
   int64_t cut;                        // 0: thresholds, shifts and offsets are left out
   float eps, temperature;
   int64_t top_k;
+  struct Pace* pace;                  // zeros before the first step; null: every step takes all threads
 };
 constexpr int64_t GROUP = 64;  // logits
 
+// Threads wait for each other: awake at first, since most waits are shorter than waking up, then asleep, so that whoever
+// is waited for gets the core.
 class Barrier {
   alignas(64) std::atomic<int> waiting{0};
   alignas(64) std::atomic<int> round{0};
@@ -445,16 +577,75 @@ class Barrier {
     if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       waiting.store(0, std::memory_order_relaxed);
       round.store(now + 1, std::memory_order_release);
+      round.notify_all();
       return;
     }
-    for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-      if (spins > 20000) std::this_thread::yield();  // more threads than cores
+    for (int spins = 0; spins < 4000 && round.load(std::memory_order_acquire) == now; spins++) {
 #if defined(__x86_64__)
       _mm_pause();
 #endif
     }
+    round.wait(now, std::memory_order_acquire);
   }
 };
+
+// How many threads the steps take. Threads meet 270 times in a step of 30 layers, and a core that another process uses
+// keeps all of them waiting, so that beside one busy process on two cores two threads are several times as slow as one.
+// Level l takes 1 / 2^l of the threads. A level is kept while no level of fewer threads is known to be quicker. From
+// time to time one step tries another level, and the quicker is kept. A try that lost time is repeated when its
+// loss has become small: 0.5 % for fewer threads, 4 % for more, which are only tried beside other work.
+struct Pace {  // see PACE_DOUBLES of cpu.py
+  double seconds[32];    // of a step at each level; 0: not known
+  double until_try[2];   // seconds until more and fewer threads are tried
+  double lost;           // seconds that this level lost to the quickest of fewer threads
+  int64_t most, level;
+  int64_t away;          // levels from here to the try that is under way, below 0: more threads; 0: none
+  int64_t last_away;     // the last try's of fewer threads: they take turns
+  int64_t warm;          // the first step, which fills caches, is behind
+
+  int threads(int64_t now_most) {
+    if (now_most != most) *this = {};
+    most = now_most;
+    return std::max<int64_t>(1, most >> (level + away));
+  }
+
+  void took(double step) {
+    if (!std::exchange(warm, 1)) return;
+    double& own = seconds[level];
+
+    // after a try: move there if it was quicker, and let the slower level wait
+    if (const int64_t tried = std::exchange(away, 0)) {
+      seconds[level + tried] = step;
+      const bool moves = step < own, slower_has_fewer = (tried > 0) != moves;
+      if (moves) until_try[0] = until_try[1] = lost = 0;
+      until_try[slower_has_fewer] = (slower_has_fewer ? 200 : 25) * std::fabs(step - own);
+      if (moves) level += tried;
+      return;
+    }
+
+    // a step at this level, of which one very slow one is no proof: fewer threads if those were quicker
+    int64_t other = 0;
+    for (int64_t l = level + 1; most >> l; l++)
+      if (seconds[l] && (!other || seconds[l] < seconds[other])) other = l;
+    const double quickest = other ? seconds[other] : step;
+    own += own ? (std::min(step, 4 * quickest) - own) / 8 : step;
+    lost = std::max(0.0, lost + step - quickest);
+    for (double& seconds_left : until_try) seconds_left -= step;
+    if (other && own > quickest) {
+      until_try[0] = 25 * lost;
+      until_try[1] = lost = 0;
+      level = other;
+      return;
+    }
+
+    // the next step's try, if one is due
+    if (until_try[1] <= 0 && most >> (level + 1))
+      away = last_away = most >> (level + last_away + 1) ? last_away + 1 : 1;
+    else if (until_try[0] <= 0 && level > 0)
+      away = -1;
+  }
+};
+static_assert(sizeof(Pace) <= 40 * sizeof(double));
 
 // One thread's part of a step. W is the type of the projections' weights, but V of wqkv's and output's; T of all else.
 template <typename T, typename W, typename V>
@@ -519,10 +710,7 @@ class Worker {
   // x = the normalised h, rounded as RMSNorm rounds
   void normalize(const void* gain) {
     const T* weight = static_cast<const T*>(gain);
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < m.dim; i++) total += m.h[i] * m.h[i];
-    const float rstd = 1.0f / std::sqrt(total / m.dim + m.eps);
+    const float rstd = 1.0f / std::sqrt(sum_of_squares(m.h, m.dim) / m.dim + m.eps);
 #pragma omp simd
     for (int64_t i = 0; i < m.dim; i++) x[i] = rounded<T>(rounded<T>(m.h[i] * rstd) * float(weight[i]));
   }
@@ -540,15 +728,20 @@ class Worker {
   template <typename M>
   void multiply(const float* from, const Projection& projection, int64_t n_in, std::initializer_list<int64_t> widths) {
     const int64_t n_out = std::accumulate(widths.begin(), widths.end(), int64_t(0));
-    const Matrix<M> matrix{static_cast<const M*>(projection.weight), projection.scale, n_out, projection.group};
+    const Matrix<M> matrix{static_cast<const M*>(projection.weight), projection.scale, n_out, projection.group,
+                           ANY_ORDER<T> ? projection.log_norms : nullptr};
+    const auto add = [&](int64_t begin, int64_t end, float* sums) {
+      if (ANY_ORDER<T>) kept.prepare();
+      kept.take(thread, threads);
+      outputs(matrix, kept, begin, end, sums);
+    };
     int64_t begin = 0, end = 0;
     second = !second;
     float* sums = partials + (second * threads + thread) * most;
 
     if (!m.cut) {
       kept.list_all(from, n_in);
-      kept.take(thread, threads);
-      outputs(matrix, kept, 0, n_out, sums);
+      add(0, n_out, sums);
     } else {
       const float* next = projection.threshold;
       for (const int64_t width : widths) {
@@ -557,8 +750,7 @@ class Worker {
         end += width;
         if (end < n_out && !std::memcmp(threshold, next, n_in * sizeof(float))) continue;
         kept.list(from, threshold, n_in);
-        kept.take(thread, threads);
-        outputs(matrix, kept, begin, end, sums + begin);
+        add(begin, end, sums + begin);
         begin = end;
       }
       // else `gather` would wait for the offset: 30 to 45 us of a step of SmolLM2-135M, two cores of an EPYC
@@ -625,9 +817,9 @@ class Worker {
     for (int64_t i = 0; i < d; i++) scores[n] += q[i] * k[i];
     const float softmax_scale = 1.0f / std::sqrt(float(d));
     const float top = *std::max_element(scores.begin(), scores.begin() + n + 1);
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j <= n; j++) total += scores[j] = exponential((scores[j] - top) * softmax_scale);
+#pragma omp simd
+    for (int64_t j = 0; j <= n; j++) scores[j] = exponential((scores[j] - top) * softmax_scale);
+    const float total = sum(scores.data(), n + 1);
 
     // y = the values, weighted
     for (int64_t i = 0; i < d; i++) y[i] = scores[n] * v[i];
@@ -713,6 +905,9 @@ int64_t sample(const Model& m, uint64_t seed) {
 // Returns 1 where memory is short, else 0. No thread starts before all have their memory: none may miss a meeting.
 template <typename T, typename W, typename V>
 int decode(const Model& m, int64_t position, uint64_t seed, int threads) try {
+  const auto start = std::chrono::steady_clock::now();
+  Pace* pace = ANY_ORDER<T> ? m.pace : nullptr;  // else the number of threads would change tokens
+  if (pace) threads = pace->threads(threads);
   Barrier barrier;
   const int64_t most = std::max({m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim});
   std::vector<float> partials(2 * threads * most);
@@ -731,6 +926,7 @@ int decode(const Model& m, int64_t position, uint64_t seed, int threads) try {
   }
   if (failed) return 1;
   m.tokens[position + 1] = sample(m, seed * 0x9e3779b97f4a7c15 + position * 0xd1b54a32d192ed03);
+  if (pace) pace->took(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
@@ -745,6 +941,10 @@ int decode(const Model& m, int64_t position, uint64_t seed, int threads) try {
     const Matrix<W> matrix{static_cast<const W*>(weight), scale, n_out, group};                                      \
     return product(static_cast<const T*>(x), matrix, threshold, static_cast<T*>(out), batch, n_in, n_segments,       \
                    segments, threads);                                                                               \
+  }                                                                                                                  \
+  extern "C" void column_norms_##name(const void* weight, const void* scale, int64_t n_in, int64_t n_out,            \
+                                      int64_t group, int8_t* log_norms, int threads) {                               \
+    if (ANY_ORDER<T>) column_norms<W>({static_cast<const W*>(weight), scale, n_out, group}, n_in, log_norms, threads); \
   }                                                                                                                  \
   extern "C" int decode_##name(const Model* model, int64_t position, uint64_t seed, int threads) {                   \
     return decode<T, W, V>(*model, position, seed, threads);                                                         \

@@ -22,7 +22,8 @@ from torch import Tensor
 from kernels.quantized import Form, form_of
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
+PACE_DOUBLES = 40  # room for cpu.cpp's `Pace`, which is zeros at first
 GROUP = 64  # logits of which cpu.cpp keeps the largest
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -121,6 +122,22 @@ def launch_sparse_gemv(
     return out
 
 
+def column_norms(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Bounds for the sums of a decode step in `dtype`: int8, [out], of int4 [groups]; see cpu.cpp's `column_norms`.
+
+    A step in float32 needs none; they are zeros there.
+    """
+    form, n_in = form_of(weight, scale), weight.shape[0]
+    n_out = 8 * weight[0].nbytes // form.bits
+    norms = torch.zeros(n_out // (form.groupsize or 1), dtype=torch.int8)
+    kernel("column_norms", dtype, form)(
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (weight, scale)),
+        *(ctypes.c_int64(n) for n in (n_in, n_out, form.groupsize)),
+        *(ctypes.c_void_p(norms.data_ptr()), ctypes.c_int(torch.get_num_threads())),
+    )
+    return norms
+
+
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -132,7 +149,7 @@ class Projection(ctypes.Structure):
     """`Projection` of cpu.cpp, in its order."""
 
     TENSORS = "weight bias scale threshold shift offset"
-    _fields_ = _fields(POINTER, TENSORS) + _fields(INTEGER, "group")
+    _fields_ = _fields(POINTER, TENSORS) + _fields(INTEGER, "group") + _fields(POINTER, "log_norms")
 
 
 class Layer(ctypes.Structure):
@@ -149,3 +166,4 @@ class Model(ctypes.Structure):
     _fields_ = _fields(INTEGER, f"{SHAPE} cache_length") + _fields(ctypes.POINTER(Layer), "layers")
     _fields_ += _fields(POINTER, "embedding norm output output_scale inv_freq h qkv y act logits tops tokens")
     _fields_ += _fields(INTEGER, "cut") + _fields(ctypes.c_float, "eps temperature") + _fields(INTEGER, "top_k")
+    _fields_ += _fields(POINTER, "pace")
