@@ -93,9 +93,7 @@ def generate(argv: list[str] | None = None) -> Namespace:
     parser.refuse(o.interactive, "prompt num_samples batch_size compare_dense profile json", "beside --interactive")
     parser.refuse(o.random_init is not None, "statistics", "beside --random_init")
     parser.refuse("sparsity" not in parser.given, "thresholds statistics", "without --sparsity")
-    parser.refuse(o.compare_dense is True and not o.sparsity, "compare_dense", "without --sparsity")
     parser.refuse(not o.compile, "unfused", "without --compile")
-    parser.refuse(o.temperature == 0, "top_k", "at --temperature 0, which takes the likeliest token")
     return o
 
 
@@ -138,9 +136,9 @@ def greedy(argv: list[str] | None = None) -> Namespace:
 def refine(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("refine")
     cli.add_text_arguments(parser, 262144)
+    add("--statistics", type=Path, metavar="FILE", help="not read: thresholds come from gradients (default: none)")
     add("--updates", type=int, default=32, help="per level of sparsity")
     cli.add_output_argument(parser, "thresholds_refined.safetensors")
-    cli.refuse_old_flags(parser, {"--statistics": "not read: refined thresholds come from gradients; leave it out"})
     o = cli.parse_text_arguments(parser, argv)
     if o.updates < 0:
         raise ValueError(f"--updates {o.updates} is below 0; 32 is usual")

@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -305,6 +306,8 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
 def main(argv: list[str] | None = None) -> CutTable:
     """Makes the cut table of rule `refined`, writes and returns it. Raises ValueError for a user's mistake."""
     o = options.refine(argv)
+    if o.statistics:
+        warnings.warn("--statistics is not read: refined thresholds come from gradients", stacklevel=2)
 
     # load the model and the text
     folder = resolve_checkpoint(o.checkpoint_path)

@@ -76,8 +76,6 @@ def test_help_and_wrong_flags_do_not_wait_for_torch(script):
         ("generate", "--statistics x"),
         ("generate", "--random_init a --sparsity 0.5 --statistics x"),
         ("generate", "--unfused"),
-        ("generate", "--temperature 0 --top_k 5"),
-        ("generate", "--compare_dense"),
         ("eval", "--limit 5"),
         ("eval", "--tasks piqa --window 5"),
         ("eval", "--sparse_fraction 0.5"),
