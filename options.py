@@ -160,6 +160,20 @@ def quantize(argv: list[str] | None = None) -> Namespace:
     return o
 
 
+def convert_hf_checkpoint(argv: list[str] | None = None) -> Namespace:
+    parser, _ = _parser("convert_hf_checkpoint")
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--repo_id", help="a repository of the Hugging Face hub, ORG/NAME (no default)")
+    folder_help = "a Hugging Face folder: config.json, weights, tokenizer (no default)"
+    one.add_argument("--checkpoint_dir", type=Path, metavar="DIR", help=folder_help)
+    one.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama or qwen2 (no default)"
+    )
+    output_help = "the folder to write (default: checkpoints/<org>/<name>)"
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help=output_help)
+    return parser.parse_args(argv)
+
+
 def eval(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("eval")
     cli.add_sparsity_arguments(parser)
