@@ -140,7 +140,7 @@ def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int) -> None:
     """Adds the checkpoint and the calibration text, which every script that calibrates on a text has."""
     add_checkpoint_argument(parser)
-    data_help = "text files to read, .txt or .jsonl, or c4 (default: the model writes a text itself)"
+    data_help = "files of text or of lines of JSON, gzip or not, or c4 (default: the model writes a text itself)"
     parser.add_argument("--data", nargs="+", metavar="FILE", help=data_help)
     parser.add_argument("--num_tokens", type=int, default=num_tokens, help="length of the text")
     parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes itself")

@@ -28,7 +28,7 @@ import options
 from cli import placement
 from decoder import check_finite
 from formats.default_model import resolve_checkpoint
-from formats.text import task_text
+from formats.text import task_tokens
 from generate import ModelSource
 from model import Transformer
 from options import TASKS
@@ -119,17 +119,16 @@ def main(argv: list[str] | None = None) -> dict:
     o = options.eval(argv)
     if o.tasks not in TASKS:
         check_harness(o.tasks)
-    text = task_text(o.tasks, o.data) if o.tasks in TASKS else None
     source = ModelSource(*placement(o), resolve_checkpoint(o.checkpoint_path))
 
     # a text that is too short is an error before anything is made
     tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
-    if text is not None:
-        tokens = torch.tensor(tokenizer.encode(text))
+    if o.tasks in TASKS:
+        tokens = task_tokens(o.tasks, o.data, tokenizer)
         window_starts(len(tokens), o.context, o.window, o.num_windows)
 
     model, rule = source.cut_model(o) if o.sparsity else (source.load(Transformer), "none")
-    found, dense_part = evaluate_tasks(o, model, tokenizer) if text is None else evaluate_text(o, model, tokens)
+    found, dense_part = evaluate_text(o, model, tokens) if o.tasks in TASKS else evaluate_tasks(o, model, tokenizer)
     achieved = model.achieved_sparsity() if o.sparsity else 0.0
     if o.sparsity:
         asked = f"sparsity {o.sparsity:.0%} asked for ({rule} thresholds), {achieved:.1%} achieved"

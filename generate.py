@@ -192,18 +192,20 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
             print()
             return
 
-        # the whole chat through the template, or the prompt alone
-        ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
-        stream = tokenizer.stream()
-        if ids is None:
-            ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
-            stream = tokenizer.stream(after=ids)
-        room = context - len(ids)
-        if not ids:
+        # the whole chat through the template, or the prompt alone; a message that does not go is left out
+        try:
+            ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+            stream = tokenizer.stream()
+            if ids is None:
+                ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
+                stream = tokenizer.stream(after=ids)
+        except ValueError as error:
+            print(error)
             continue
+        room = context - len(ids)
         if room < 1:
-            print(f"{len(ids)} tokens do not fit the chat's context of {context}; starting anew")
-            messages = []
+            print(f"{len(ids)} tokens do not fit the chat's context of {context}; the message is left out")
+        if not ids or room < 1:
             continue
 
         # the answer, token by token

@@ -207,10 +207,9 @@ def load_task(name: str, data: Path | None) -> tuple[str | dict, TaskManager]:
     # a task file
     try:
         config = yaml.safe_load("".join(read_text(name)))
-        config["task"]  # a file without it is no task
-    except (ValueError, OSError, RecursionError, yaml.YAMLError, TypeError, KeyError) as error:
+        refuse_code(config, name)
+    except (OSError, RecursionError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{name} is not a task file of lm-eval ({one_line(error)})") from None
-    refuse_code(config, name)
     manager = TaskManager(include_defaults=False) if isinstance(config["task"], str) else task_manager()
     if data is None:
         if config.get("dataset_path") == "json" and not (config.get("dataset_kwargs") or {}).get("data_files"):
@@ -231,17 +230,14 @@ def load_task(name: str, data: Path | None) -> tuple[str | dict, TaskManager]:
 
 def refuse_code(config: dict, name: str) -> None:
     """Raises ValueError for a part of a task file that would run code of its own or of the hub's."""
-    parts, seen = [config], set()
-    while parts:
-        part = parts.pop()
-        if id(part) not in seen and isinstance(part, dict | list):
-            seen.add(id(part))  # a YAML file may hold itself
-            parts += part.values() if isinstance(part, dict) else part
-            found = [key for key in RUNS_CODE if isinstance(part, dict) and part.get(key)]
-            metric = part.get("metric", "acc") if isinstance(part, dict) else "acc"
-            if found or not isinstance(metric, str) or metric not in metric_registry:
-                found.append(f"the metric {shown(metric)}")
-                raise ValueError(f"the task file {name} has {found[0]}, which may run code: leave it out")
+    metrics = config.get("metric_list") or []
+    parts = [config, config.get("dataset_kwargs") or {}, *metrics]
+    found = [key for part in parts for key in RUNS_CODE if part.get(key)]
+    found += [f"the metric {shown(part['metric'])}" for part in metrics if str(part["metric"]) not in metric_registry]
+    if isinstance(config["task"], list) and not all(isinstance(task, str) for task in config["task"]):
+        found.append("a task inside")
+    if found:
+        raise ValueError(f"the task file {name} has {found[0]}, which may run code: leave it out")
 
 
 def evaluate(

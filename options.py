@@ -15,7 +15,7 @@ from pathlib import Path
 import cli
 from cli import PRECISIONS, Parser, at_least, output_path
 
-TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.5
+TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.3
 TASKS = ("perplexity", "wikitext")  # of eval.py itself; all others are lm-eval's
 QUALITY_RULES = ("dense", "uniform", "greedy", "refined", "norms", "cats", "relu", "up-input", "up-output")
 GATED = ("cats", "up-output")  # of them, those with thresholds of gates, which are calibrated on a text

@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -50,8 +50,9 @@ GROWTH = 100  # characters that a normaliser may make of one
 
 
 class Tokenizer:
-    """What the three backends share. Each gives _encode(text, special) -> ids, where special says whether the strings
-    of special tokens become their ids and a GUARD is taken off, and _piece_bytes(id) -> bytes of a token of its own."""
+    """What the three backends share. Each gives _piece_bytes(id) -> bytes of a token of its own, and _encode(text,
+    special) -> ids, where special says whether the strings of special tokens become their ids and a GUARD is taken off,
+    or _encode_part(text, inside) -> ids of what stands before the first added token, or after one (inside)."""
 
     added: dict[int, AddedToken]  # strings that are one token wherever they stand; a special one in templates alone
     own_size: int  # one more than the largest id that is not an added token's
@@ -162,17 +163,17 @@ class Tokenizer:
         finder.add_tokens([self.added[i] for i in ids.values()])
         return finder, list(ids.values())
 
-    def _parts(self, text: str, special: bool) -> Iterator[str | int]:
-        """A text, an added token's id, a text, ..., a text; for backends that do not look for added tokens."""
-        end = 0
+    def _encode(self, text: str, special: bool) -> list[int]:
+        places, ids, end = [], [], 0
         if special or not all(token.special for token in self.added.values()):
-            finder, ids = self._finder
+            finder, added = self._finder
             finder.encode_special_tokens = not special
             found = finder.encode(text, add_special_tokens=False)
-            for index, (start, stop) in zip(found.ids, found.offsets, strict=True):
-                yield from (text[end:start], ids[index])
-                end = stop
-        yield text[end:]
+            places = [(*place, [added[index]]) for index, place in zip(found.ids, found.offsets, strict=True)]
+        for start, stop, token in [*places, (len(text), None, [])]:
+            ids += self._encode_part(_unguarded(text[end:start], special), inside=end > 0) + token
+            end = stop
+        return ids
 
 
 class Stream:
@@ -225,12 +226,8 @@ class SentencePiece(Tokenizer):
         piece = self._sp.id_to_piece(token_id)
         return bytes([int(piece[3:5], 16)]) if self._sp.is_byte(token_id) else piece.replace("▁", " ").encode()
 
-    def _encode(self, text, special):
-        first, *parts = self._parts(text, special)
-        ids = self._sp.encode(_unguarded(first, special))
-        for part in parts:
-            ids += self._inside.encode(_unguarded(part, special)) if isinstance(part, str) else [part]
-        return ids
+    def _encode_part(self, text, inside):
+        return (self._inside if inside else self._sp).encode(text)
 
 
 class TikToken(Tokenizer):
@@ -255,13 +252,9 @@ class TikToken(Tokenizer):
     def _piece_bytes(self, token_id):
         return self._tokens.get(token_id, b"")
 
-    def _encode(self, text, special):
-        ids = []
-        for part in self._parts(text, special):
-            # a run of a million spaces overflows tiktoken's stack
-            pieces = re.split(r"(\s{25000})", _unguarded(part, special)) if isinstance(part, str) else ()
-            ids += [i for piece in pieces for i in self._bpe.encode_ordinary(piece)] if pieces else [part]
-        return ids
+    def _encode_part(self, text, inside):
+        pieces = re.split(r"(\s{25000})", text)  # a run of a million spaces overflows tiktoken's stack
+        return [i for piece in pieces for i in self._bpe.encode_ordinary(piece)]
 
 
 class TokenizerJson(Tokenizer):
@@ -441,10 +434,10 @@ def _in_a_child(render: Callable[[], str]) -> str:
             for kind, most in ((RLIMIT_CORE, 0), (RLIMIT_CPU, SECONDS), (RLIMIT_AS, used + BYTES)):
                 setrlimit(kind, (most, most))
             theirs.send((render(), None))
-        except MemoryError as error:
-            theirs.send((None, str(error) or f"it takes over {BYTES / 1e9:.0f} GB"))
         except Exception as error:
-            theirs.send((None, f"{type(error).__name__}: {one_line(error)}"))
+            over = str(error) or f"it takes over {BYTES / 1e9:.0f} GB"
+            reason = over if isinstance(error, MemoryError) else f"{type(error).__name__}: {one_line(error)}"
+            theirs.send((None, reason))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()

@@ -29,7 +29,7 @@ from calibrate import calibration_tokens
 from cli import placement
 from eval import perplexity
 from formats.default_model import resolve_checkpoint
-from formats.text import task_text
+from formats.text import task_tokens
 from generate import ModelSource
 from model import FeedForward
 from options import GATED
@@ -133,13 +133,13 @@ def prepare(
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measures, writes the rows and prints them as a table. Raises ValueError for a user's mistake."""
     o = options.quality(argv)
-    content = task_text("wikitext" if o.text == "wikitext" else "perplexity", o.data)
     folder = resolve_checkpoint(o.checkpoint_path)
 
     # what all rules share: the text's tokens, statistics, and the tokens that gates are calibrated on
     source = ModelSource(*placement(o), folder)
     device = source.device
-    tokens = torch.tensor(load_tokenizer(folder, source.config.vocab_size).encode(content))
+    tokenizer = load_tokenizer(folder, source.config.vocab_size)
+    tokens = task_tokens("wikitext" if o.text == "wikitext" else "perplexity", o.data, tokenizer)
     statistics, gate_tokens = source.statistics(o.statistics), None
     if set(o.rules) & set(GATED):
         gate_tokens, _ = calibration_tokens(folder, source.sparse_model, o.calibration, CALIBRATION_TOKENS, seed=0)

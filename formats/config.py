@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from formats.files import shown
+from formats.files import one_line, shown
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 LEAST, MOST = 1e-30, 1e30  # of floats, which are positive and stay finite in float32
@@ -101,8 +101,8 @@ def _quantization(config: dict) -> dict:
     found, foreign = config.get("quantization") or {}, config.get("quantization_config")
     mode = found.get("mode", "none") if isinstance(found, dict) else [found]
     if foreign or mode not in ("none", "int8", "int4"):
-        only = "only quantize.py's int8 and int4 are supported"
-        raise ValueError(f"config.json says the weights are quantised ({shown(foreign or mode)}); {only}")
+        how, only = one_line(ValueError(foreign or mode)), "only quantize.py's int8 and int4 are supported"
+        raise ValueError(f"config.json says the weights are quantised ({how}); {only}")
     return {"quant": mode, "groupsize": checked(found, "groupsize", int, 64, where="config.json's quantization")}
 
 

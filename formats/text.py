@@ -118,11 +118,6 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 
-def task_text(task: str, data: Path | None) -> str:
-    """The text in `data`, for "wikitext" with an empty line between two lines. Raises ValueError if it has no text."""
-    return "".join(_task_chunks(task, data))
-
-
 def task_tokens(task: str, data: Path | None, tokenizer) -> Tensor:
     """Ids [N], int64, of the text in `data`, for "wikitext" with an empty line between two lines; no bos is added.
 

@@ -166,7 +166,7 @@ def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task
     ("options", "message"),
     [
         ({"tasks": "no_such_task"}, "unknown task 'no_such_task'"),
-        ({"tasks": "absent.yaml"}, r"absent.yaml is not a task file"),
+        ({"tasks": "absent.yaml"}, r"absent.yaml does not exist"),
         ({"tasks": str(TASKS / "cloze.yaml"), "data": Path("absent.jsonl")}, r"absent.jsonl does not exist"),
         ({"tasks": str(TASKS / "cloze.yaml")}, r"cloze.yaml names no data; give it --data"),
         ({"tasks": "piqa", "data": Path("a.jsonl")}, r"--data is the text of perplexity and of task files; piqa"),
@@ -223,7 +223,9 @@ WRITES = "{{ cycler.__init__.__globals__.os.system('touch MARK') }}"
         ("doc_to_text: !!python/object/apply:os.getcwd []", "is not a task file"),
         ("metric_list: [{metric: ./evil.py}]", "the metric './evil.py', which may run code"),
         ("metric_list: [{metric: acc, hf_evaluate: true}]", "hf_evaluate, which may run code"),
-        ("metric_list: &a [{metric: [acc]}, *a]", "which may run code"),
+        ("metric_list: [{metric: [acc]}]", "which may run code"),
+        ("metric_list: &a [{metric: acc}, *a]", "is not a task file"),
+        ("task: [{task: piqa, doc_to_text: x}]", "a task inside, which may run code"),
         ("use_prompt: promptsource:x", "use_prompt, which may run code"),
         ("unsafe_code: true", "unsafe_code, which may run code"),
         ("class: os.getcwd", "class, which may run code"),
@@ -236,7 +238,8 @@ def test_a_task_file_cannot_run_code(both, tmp_path, line, message):
     lines = [text for text in (TASKS / "multiple_choice.yaml").read_text().splitlines() if not text.startswith(key)]
     lines = [text for text in lines if key != "metric_list" or not text.startswith("  -")]
     (tmp_path / "task.yaml").write_text("\n".join([*lines, line.replace("MARK", str(tmp_path / "mark"))]))
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS["multiple_choice"]))
+    documents = [document | {"query": str(i)} for i, document in enumerate(DOCUMENTS["multiple_choice"])]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     runner, few = ours(both[1]), 1 if key == "fewshot_config" else 0
     if few:
         with open(tmp_path / "task.yaml", "a") as file:

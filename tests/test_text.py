@@ -101,9 +101,9 @@ def test_empty_files(tmp_path, name, content):
         ("a.jsonl", b'{"body": "x"}\n', "prefix and gold_completion, of strings: {'body': 'x'}"),
         ("a.jsonl", b'{"text": null}\n', "prefix and gold_completion"),
         ("a.jsonl", b'{"prefix": "a"}\n', "prefix and gold_completion"),
-        ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2 of .*a.jsonl.? is not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2 of .*a.jsonl is not valid JSON"),
         ("a.jsonl", b"[1]\n", r"line 1 of .*a.jsonl is not a JSON object: \[1\]"),
-        ("a.jsonl", b"[" * 99_999, "line 1 of .*a.jsonl.? is JSON that is nested too deeply"),
+        ("a.jsonl", b"[" * 99_999, "line 1 of .*a.jsonl is .*(nested too deeply|recursion depth)"),
     ],
 )
 def test_texts_that_cannot_be_read(tmp_path, name, content, message):

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import resource
 import shutil
+import time
 
 import pytest
 import sentencepiece
@@ -425,6 +427,205 @@ def test_template_that_fails(bpe_folder, tmp_path, template, message):
     tokenizer = load_tokenizer(write(tmp_path, tokenizer_config={"chat_template": template}))
     with pytest.raises(ValueError, match=f"chat template .*{message}"):
         tokenizer.encode_chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'x' * 10**10 }}", "it takes over 1 GB"),
+        ("{{ ([1] * 10**9) | length }}", "it takes over 1 GB"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes over 2 s"),
+        ("{{ '%1000000000d' % 1 }}", "it takes over"),
+        ("{{ messages[0].content * 10**7 }}", "it writes .* characters"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
+    ],
+)
+def test_template_that_takes_too_much(bpe_folder, tmp_path, template, message):
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer_config={"chat_template": template}))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ValueError, match=f"chat template does not take these messages .{message}") as caught:
+        tokenizer.encode_chat(CHAT)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value) and time.monotonic() - start < 25
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+def test_normaliser_that_multiplies_text(bpe_folder, tmp_path):
+    """Forty doublings; what tokenizers has as ordinary normalisers loads."""
+    spec = json.loads((bpe_folder / "tokenizer.json").read_text())
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    for harmful in (
+        {"type": "Sequence", "normalizers": [double] * 40},
+        {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [double] * 5}] * 2},
+        {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10**6},
+    ):
+        write(tmp_path, tokenizer=spec | {"normalizer": harmful})
+        with pytest.raises(ValueError, match=r"does not load .*its normaliser may make a text .* times as long"):
+            load_tokenizer(tmp_path)
+    legal = [{"type": kind} for kind in ("NFC", "NFKC", "Lowercase", "StripAccents")]
+    legal += [
+        {"type": "Prepend", "prepend": "a"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        double,
+    ]
+    write(tmp_path, tokenizer=spec | {"normalizer": {"type": "Sequence", "normalizers": legal}})
+    assert load_tokenizer(tmp_path).encode("b a") == load_tokenizer(bpe_folder).encode("aab▁aa")
+
+
+@pytest.mark.parametrize("form", ["{%% %s %%}", "{%%- %s -%%}", "{%%+ %s %%}", "{%%%s%%}"])
+def test_generation_tags_render_as_nothing(bpe_folder, form):
+    transformers = pytest.importorskip("transformers")
+    turn = (
+        "<|im_start|>{{ m.role }}\n" + form % "generation" + "{{ m.content }}" + form % "endgeneration" + "<|im_end|>\n"
+    )
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(bpe_folder / "tokenizer.json"))
+    expected = reference.apply_chat_template(CHAT, chat_template=template, truncation=False)["input_ids"]
+    tokenizer = load_tokenizer(bpe_folder)
+    tokenizer.template = template
+    assert tokenizer.encode_chat(CHAT) == expected
+
+
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [
+        ("<|im_end|>\n", 3),
+        ("\n<|im_end|>", 3),
+        ("{{ eos_token }}<s>", 1),
+        ("<|im_end|></s>", 3),
+        ("\n", 2),  # the next turn's mark ends this one
+        ("{{ raise_exception('no') }}", None),
+        (" over", None),
+    ],
+)
+def test_what_the_template_puts_after_an_answer_ends_it(bpe_folder, tmp_path, after, end):
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + after + "{% endfor %}"
+    write(tmp_path, tokenizer_config={"chat_template": template, "eos_token": "</s>"}, config={"eos_token_id": 0})
+    assert load_tokenizer(tmp_path).eos_ids == tuple(dict.fromkeys([0, 1] + [end] * (end is not None)))
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    "flags", [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}, {"single_word": True}]
+)
+def test_tokens_that_only_the_settings_have(folder, special, flags):
+    """Their ids, their spaces and their text, in every backend; where there is a library, against it."""
+    size, plain = load_tokenizer(folder).vocab_size, load_tokenizer(folder)
+    config = settings(folder)
+    entry = {"content": "<think>", "special": special, "normalized": False, **flags}
+    config["added_tokens_decoder"] = config.get("added_tokens_decoder", {}) | {str(size): entry}
+    config["chat_template"] = "{{ 'a <think> b x<think>x' }}{{ messages[0].content }}"
+    tokenizer = load_tokenizer(write(folder, tokenizer_config=config))
+    assert tokenizer.token_id("<think>") == size and tokenizer.vocab_size == size + 1
+    assert tokenizer.decode([size]) == ("" if special else "<think>")
+
+    left, right = "a" + " " * (not flags.get("lstrip")), " " * (not flags.get("rstrip")) + "b x"
+    middle = ["<think>x"] if flags.get("single_word") else [None, "x"]
+    parts = [left, None, right + middle[0] if middle[0] else right, *middle[1:]]
+    parts = [left, None, right, None, "x"] if middle[0] is None else [left, None, right + middle[0]]
+    expected = [i for part in parts for i in ([size] if part is None else plain.encode(part))]
+    assert tokenizer.encode_chat([{"role": "user", "content": ""}]) == expected
+    text = "a <think> b x<think>x"
+    assert tokenizer.encode(text) == (plain.encode(text) if special else expected)
+
+
+def test_added_tokens_json_is_special_by_name(spm_folder, tmp_path):
+    """As in transformers: what bos_token, eos_token and the like name is special, the rest is text."""
+    shutil.copy(spm_folder / "tokenizer.model", tmp_path)
+    more = {"<|im_end|>": 320, "<tool>": 321, "<x>": 322}
+    write(tmp_path, added_tokens=more, special_tokens_map={"eos_token": "<|im_end|>", "pad_token": None})
+    write(tmp_path, tokenizer_config={"additional_special_tokens": ["<x>"], "added_tokens_decoder": None})
+    tokenizer = load_tokenizer(tmp_path)
+    assert {token: tokenizer.special.get(token) for token in more} == {"<|im_end|>": 320, "<tool>": None, "<x>": 322}
+    assert tokenizer.eos_ids == (320, 2) and tokenizer.decode([320, 321, 322]) == "<tool>"
+
+
+def test_legacy_false_puts_no_space_after_an_added_token(spm_folder, tmp_path):
+    shutil.copy(spm_folder / "tokenizer.model", tmp_path)
+    ids = {}
+    for legacy in (None, True, False):
+        template = "{{ bos_token }}the cat</s>the cat"
+        write(tmp_path, tokenizer_config={"legacy": legacy, "chat_template": template, "bos_token": "<s>"})
+        tokenizer = load_tokenizer(tmp_path)
+        ids[legacy] = tokenizer.encode_chat(CHAT)
+        assert tokenizer.encode("the cat") == load_tokenizer(spm_folder).encode("the cat")
+    the_cat = tokenizer.encode("the cat")
+    assert ids[None] == ids[True] == [1, *the_cat, 2, *the_cat]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(spm_folder / "tokenizer.model")).id_to_piece
+    assert "".join(map(pieces, ids[False])) == "<s>the▁cat</s>the▁cat"
+
+
+@pytest.mark.parametrize("name", ["metaspace_folder", "spm_folder", "bpe_folder"])
+def test_markup_in_a_message_is_the_text_that_it_is(request, tmp_path, name):
+    """No space is put before it or after it, and a code point that marks it inside is not lost from a message."""
+    folder = shutil.copytree(request.getfixturevalue(name), tmp_path / "copy")
+    write(folder, tokenizer_config={"chat_template": "{{ messages[0].content }}</s>", "bos_token": "<s>"})
+    tokenizer = load_tokenizer(folder)
+    for content in ("the</s>cat", "</s>", "<s></s> x", "\ufdd0a\ufdd0", "a\ufdd0</s>", "\udc80x"):
+        ids = tokenizer.encode_chat([{"role": "user", "content": content}])
+        assert ids[-1] == tokenizer.special["</s>"] and not set(ids[:-1]) & set(tokenizer.special.values())
+        assert tokenizer.decode(ids) == content.replace("\udc80", "?")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *(
+            ("tokenizer_config", {key: value})
+            for key in ("bos_token", "eos_token")
+            for value in (5, [1], {"content": 5})
+        ),
+        *(("generation_config", {"eos_token_id": value}) for value in ("</s>", [[0]], {}, [{}], True, 1.0, [1, "x"])),
+        *(("config", {"bos_token_id": value}) for value in ("<s>", {"a": 1}, False)),
+        *(
+            ("tokenizer_config", {"chat_template": value})
+            for value in (5, {"default": "x"}, [{"name": "default", "template": 5}])
+        ),
+        *(
+            ("tokenizer_config", {"added_tokens_decoder": value})
+            for value in (["y"], "x", {"x": {}}, {"5": "x"}, {"5": {"content": 5}})
+        ),
+        ("tokenizer_config", {"added_tokens_decoder": {"-5": {"content": "x"}}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"320": {"content": "x", "lstrip": "no"}}}),
+        ("tokenizer_config", {"add_bos_token": "false"}),
+        ("tokenizer_config", {"legacy": 0}),
+        ("added_tokens", {"<x>": "y"}),
+        ("special_tokens_map", {"bos_token": 5}),
+    ],
+)
+def test_settings_of_a_wrong_type(folder, name, setting):
+    write(folder, **{name: setting})
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and "copy the model's" in str(caught.value)
+
+
+def test_nulls_in_settings(folder):
+    config = settings(folder)
+    nulls = (
+        "bos_token eos_token pad_token unk_token add_bos_token legacy additional_special_tokens chat_template".split()
+    )
+    write(
+        folder, generation_config={"eos_token_id": None, "bos_token_id": None}, special_tokens_map={"eos_token": None}
+    )
+    before = load_tokenizer(folder)
+    tokenizer = load_tokenizer(
+        write(
+            folder,
+            tokenizer_config=dict.fromkeys(nulls)
+            | {"added_tokens_decoder": None}
+            | {key: value for key, value in config.items() if key == "added_tokens_decoder"},
+        )
+    )
+    assert tokenizer.template is None and tokenizer.encode("Hello") == before.encode("Hello")
+    assert (tokenizer.bos_id, tokenizer.end_ids) == (before.bos_id, before.end_ids)
+
+
+@pytest.mark.parametrize("messages", [["Hi"], [None], [["role"]], [5]])
+def test_a_chat_is_a_list_of_messages(bpe_folder, messages):
+    with pytest.raises(ValueError, match="a chat is a list of"):
+        load_tokenizer(bpe_folder).encode_chat(messages)
 
 
 def test_what_templates_may_use(bpe_folder, tmp_path):
