@@ -756,7 +756,8 @@ def room_flags(r: random.Random, work: Path, bases: Path) -> Case:
     if name == "convert_hf_checkpoint":
         base = {"checkpoint_dir": str(bases / "hf"), "output_dir": str(work / "out")}
 
-    declared = "".join((ROOT / file).read_text() for file in (f"{name}.py", "cli.py"))
+    own = (ROOT / "options.py").read_text().split(f"def {name}(")[1].split("\ndef ")[0]
+    declared = own + (ROOT / "cli.py").read_text()
     known = sorted(set(re.findall(r'"--(\w+)"', declared)) - NOT_FUZZED)
     values = ["-1", "0", "1", "2", "0.5", "1.5", "-0.5", "nan", "inf", "-inf", "1e-39", "1e30", "10000000", "9" * 30]
     values += ["", " ", "true", "None", "\u0663", "\u00b2", "Zz" * 3000, "a\x01b", "\udcff", "0x10", "1_0", "+1"]
