@@ -311,7 +311,8 @@ def make_bases(folder: Path) -> None:
             split_weights(shutil.copytree(base, folder / "sharded"))
             hugging_face(base, folder)
             for mode in ("int8", "int4"):
-                flags = ["--checkpoint_path", base, "--mode", mode, "--groupsize", 16, "--num_tokens", 0]
+                flags = ["--checkpoint_path", base, "--mode", mode, "--num_tokens", 0]
+                flags += ["--groupsize", 16] if mode == "int4" else []
                 script("quantize.py", [*flags, "--output_dir", folder / mode])
     for kind in ("gpt2", "llama"):
         (folder / f"{kind}.gguf").write_bytes(write_gguf(*gguf_parts(kind)))
@@ -785,7 +786,7 @@ def room_disk(r: random.Random, work: Path, bases: Path) -> Case:
     (folder / "calibration.safetensors").unlink()
     common = ["--checkpoint_path", str(folder), "--precision", "float32"]
     text = ["--data", str(bases / "texts/a.txt"), "--num_tokens", "256"]
-    rounding = ["--mode", r.choice(["int8", "int4"]), "--groupsize", "16", "--num_tokens", "0"]
+    rounding = ["--num_tokens", "0", *r.choice((["--mode", "int8"], ["--mode", "int4", "--groupsize", "16"]))]
     commands = [
         ["calibrate.py", *common, *text, "--output"],
         ["refine.py", *common, *text, "--updates", "0", "--output"],
