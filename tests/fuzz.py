@@ -838,7 +838,11 @@ DEFAULT_ROOMS = [name for name in ROOMS if name != "harness"]
 def script(name: str, flags: list) -> None:
     """Runs a script as its command line would."""
     sys.argv = [name, *map(str, flags)]
-    runpy.run_path(str(ROOT / name), run_name="__main__")
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def location(trace: traceback.StackSummary) -> str:
