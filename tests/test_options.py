@@ -136,6 +136,9 @@ def test_what_cannot_be_written_is_said_first(flag, tmp_path):
             options.calibrate([flag, str(path)])
     with pytest.raises(ValueError, match="cannot write"):
         output_path(tmp_path)
+    for script, rest in (("quantize", ["--mode", "int8"]), ("convert_hf_checkpoint", ["--gguf", "x"])):
+        with pytest.raises(ValueError, match="argument --output_dir: cannot write"):
+            getattr(options, script)([*rest, "--output_dir", "/proc/x"])
     assert options.calibrate([flag, str(tmp_path / "new" / "x.png")])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
