@@ -68,14 +68,18 @@ class UnwritableError(argparse.ArgumentTypeError, ValueError):
     pass
 
 
-def output_path(text: str | Path) -> Path:
+def output_folder(text: str) -> Path:
+    return output_path(text, folder=True)
+
+
+def output_path(text: str | Path, folder: bool = False) -> Path:
     """The path of a file to write, made sure of before any work. Raises ValueError if it cannot be written."""
     import tempfile
 
     try:
         path = Path(text).absolute()
         str(path).encode()
-        if path.is_dir():
+        if path.is_dir() and not folder:
             raise ValueError("a folder")
         with tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())):
             return Path(text)

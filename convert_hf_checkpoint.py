@@ -9,11 +9,15 @@ The output folder (default: checkpoints/<org>/<name> beside this script) holds m
 It is built as <output>.partial and renamed at the end: a folder of its final name is complete.
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("convert_hf_checkpoint")
+
 from functools import partial
 from pathlib import Path
 
-from cli import command_line
+import options
 from formats.checkpoint import CHECKPOINTS, Shapes, check_absent, convert
 from formats.files import lock
 from formats.gguf_file import convert_gguf
@@ -30,7 +34,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     Raises ValueError for a source that is absent or cannot be converted, an output that is there.
     """
-    o = parse_arguments(argv)
+    o = options.convert_hf_checkpoint(argv)
 
     # where from and where to, before a long download
     local = o.gguf or o.checkpoint_dir
@@ -50,17 +54,3 @@ def main(argv: list[str] | None = None) -> Path:
         convert(partial(convert_source, expected_shapes=shapes_of), source, output)
     print(f"converted to {output}")
     return output
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert a checkpoint to this repository's layout.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--repo_id", help="a repository of the Hugging Face hub, ORG/NAME")
-    source.add_argument("--checkpoint_dir", type=Path, help="a Hugging Face folder: config.json, weights, tokenizer")
-    source.add_argument("--gguf", type=Path, help="a GGUF file of architecture llama or qwen2")
-    parser.add_argument("--output_dir", type=Path, help="the output folder itself (default: checkpoints/<org>/<name>)")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import cli
-from cli import PRECISIONS, Parser, at_least, output_path
+from cli import PRECISIONS, Parser, at_least, output_folder, output_path
 
 TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.3
 TASKS = ("perplexity", "wikitext")  # of eval.py itself; all others are lm-eval's
@@ -151,11 +151,25 @@ def quantize(argv: list[str] | None = None) -> Namespace:
     add("--mode", choices=["int8", "int4"], required=True, help="what weights become (no default)")
     add("--groupsize", type=int, default=64, help="outputs that share a scale in int4")
     output_help = "the folder to write (default: the checkpoint's folder with -int8 or -int4 behind)"
-    add("--output_dir", type=Path, metavar="DIR", help=output_help)
+    add("--output_dir", type=output_folder, metavar="DIR", help=output_help)
     o = cli.parse_text_arguments(parser, argv, least=0)
     parser.refuse(o.num_tokens == 0, "data seed", "beside --num_tokens 0")
     parser.refuse(o.mode == "int8", "groupsize", "beside --mode int8")
     return o
+
+
+def convert_hf_checkpoint(argv: list[str] | None = None) -> Namespace:
+    parser, _ = _parser("convert_hf_checkpoint")
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--repo_id", help="a repository of the Hugging Face hub, ORG/NAME (no default)")
+    folder_help = "a Hugging Face folder: config.json, weights, tokenizer (no default)"
+    one.add_argument("--checkpoint_dir", type=Path, metavar="DIR", help=folder_help)
+    one.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama or qwen2 (no default)"
+    )
+    output_help = "the folder to write (default: checkpoints/<org>/<name>)"
+    parser.add_argument("--output_dir", type=output_folder, metavar="DIR", help=output_help)
+    return parser.parse_args(argv)
 
 
 def eval(argv: list[str] | None = None) -> Namespace:

@@ -70,8 +70,9 @@ class Statistics:
                 cumulative = self.tensors.get(f"{layer}.{owner}.cumulative", tensor[:0])
                 check_tensor(name, cumulative, tensor.shape)
                 check_tensor(name, torch.stack((tensor[-1], cumulative[-1])), (2,), sys.float_info.min)
-        if not layers or (self.metadata.get("kind") == "own" and layers != set(range(len(layers)))):
-            raise ValueError("layers of it are missing")
+        kind = self.metadata.get("kind")
+        if kind not in ("own", "teal") or not layers or (kind == "own" and layers != set(range(len(layers)))):
+            raise ValueError("layers of it, or its kind, are missing")
 
     @property
     def fingerprint(self) -> str | None:
@@ -154,8 +155,8 @@ def check_tensor(
     None stands for any length but 0 in the shape, and for any value, NaN too. `rising`: nor falls its last dimension.
     """
     fault = ""
-    if not tensor.is_floating_point():
-        fault = f"is {str(tensor.dtype).removeprefix('torch.')}, not floating-point"
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        fault = f"is {str(tensor.dtype).removeprefix('torch.')}, not floating-point of 16 to 64 bits"
     elif tensor.dim() != len(shape) or any(n != (m or n) or n < 1 for n, m in zip(tensor.shape, shape, strict=True)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         fault = f"has shape {shown(list(tensor.shape))}, not [{wanted}]"

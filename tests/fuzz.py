@@ -311,7 +311,8 @@ def make_bases(folder: Path) -> None:
             split_weights(shutil.copytree(base, folder / "sharded"))
             hugging_face(base, folder)
             for mode in ("int8", "int4"):
-                flags = ["--checkpoint_path", base, "--mode", mode, "--groupsize", 16, "--num_tokens", 0]
+                flags = ["--checkpoint_path", base, "--mode", mode, "--num_tokens", 0]
+                flags += ["--groupsize", 16] if mode == "int4" else []
                 script("quantize.py", [*flags, "--output_dir", folder / mode])
     for kind in ("gpt2", "llama"):
         (folder / f"{kind}.gguf").write_bytes(write_gguf(*gguf_parts(kind)))
@@ -756,7 +757,8 @@ def room_flags(r: random.Random, work: Path, bases: Path) -> Case:
     if name == "convert_hf_checkpoint":
         base = {"checkpoint_dir": str(bases / "hf"), "output_dir": str(work / "out")}
 
-    declared = "".join((ROOT / file).read_text() for file in (f"{name}.py", "cli.py"))
+    own = (ROOT / "options.py").read_text().split(f"def {name}(")[1].split("\ndef ")[0]
+    declared = own + (ROOT / "cli.py").read_text()
     known = sorted(set(re.findall(r'"--(\w+)"', declared)) - NOT_FUZZED)
     values = ["-1", "0", "1", "2", "0.5", "1.5", "-0.5", "nan", "inf", "-inf", "1e-39", "1e30", "10000000", "9" * 30]
     values += ["", " ", "true", "None", "\u0663", "\u00b2", "Zz" * 3000, "a\x01b", "\udcff", "0x10", "1_0", "+1"]
@@ -784,7 +786,7 @@ def room_disk(r: random.Random, work: Path, bases: Path) -> Case:
     (folder / "calibration.safetensors").unlink()
     common = ["--checkpoint_path", str(folder), "--precision", "float32"]
     text = ["--data", str(bases / "texts/a.txt"), "--num_tokens", "256"]
-    rounding = ["--mode", r.choice(["int8", "int4"]), "--groupsize", "16", "--num_tokens", "0"]
+    rounding = ["--num_tokens", "0", *r.choice((["--mode", "int8"], ["--mode", "int4", "--groupsize", "16"]))]
     commands = [
         ["calibrate.py", *common, *text, "--output"],
         ["refine.py", *common, *text, "--updates", "0", "--output"],
@@ -836,7 +838,11 @@ DEFAULT_ROOMS = [name for name in ROOMS if name != "harness"]
 def script(name: str, flags: list) -> None:
     """Runs a script as its command line would."""
     sys.argv = [name, *map(str, flags)]
-    runpy.run_path(str(ROOT / name), run_name="__main__")
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def location(trace: traceback.StackSummary) -> str:

@@ -725,11 +725,10 @@ def drop_shard(folder: Path, shard: str):
 
 
 def larger_vocabulary(folder: Path):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_tokens([f"<extra {i}>" for i in range(310 - tokenizer.get_vocab_size())])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"extra {i}": i for i in range(len(vocabulary), 310)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 CHECKPOINTS = {

@@ -15,7 +15,9 @@ import options
 from cli import Parser, command_line, output_path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = "generate calibrate greedy refine quantize eval decode cpu_decode gemv plot quality".split()
+SCRIPTS = (
+    "generate calibrate greedy refine quantize convert_hf_checkpoint eval decode cpu_decode gemv plot quality".split()
+)
 
 
 def command(script: str) -> list[str]:
@@ -132,6 +134,9 @@ def test_what_cannot_be_written_is_said_first(flag, tmp_path):
             options.calibrate([flag, str(path)])
     with pytest.raises(ValueError, match="cannot write"):
         output_path(tmp_path)
+    for script, rest in (("quantize", ["--mode", "int8"]), ("convert_hf_checkpoint", ["--gguf", "x"])):
+        with pytest.raises(ValueError, match="argument --output_dir: cannot write"):
+            getattr(options, script)([*rest, "--output_dir", "/proc/x"])
     assert options.calibrate([flag, str(tmp_path / "new" / "x.png")])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -200,6 +200,7 @@ DAMAGES = {
     "infinite": {"1.down.threshold": torch.full((2, 1, 48), float("inf"))},
     "negative": {"1.down.threshold": torch.full((2, 1, 48), -0.1)},
     "complex": {"1.down.threshold": torch.ones(2, 1, 48, dtype=torch.complex64)},
+    "float8": {"1.down.threshold": torch.ones(2, 1, 48).to(torch.float8_e4m3fn)},
     "integers": {"1.down.threshold": torch.ones(2, 1, 48, dtype=torch.int32)},
     "bools": {"1.down.threshold": torch.ones(2, 1, 48, dtype=torch.bool)},
     "another number of projections": {"1.down.threshold": torch.ones(2, 2, 48)},
