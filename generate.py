@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from calibrate import calibrate_random, statistics_for
-from cli import PRECISIONS, add_device_arguments, add_sparsity_arguments, command_line, resolve_device
+from cli import PRECISIONS, add_device_arguments, add_sparsity_arguments, command_line, refuse_old_flags, resolve_device
 from decoder import Generation, Generator, why_unfused
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write
@@ -131,9 +131,6 @@ def cache_length(prompt: Prompt, o: argparse.Namespace, config: ModelArgs) -> in
 
 def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device) -> str:
     """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused."""
-    if o.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if device.type == "cpu" and compiler and not any(cpu.cache_folder().glob("*.so")):
         print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
@@ -159,7 +156,7 @@ def load_generators(o: argparse.Namespace, source: ModelSource, length: int, ste
     ours = step == "fused" or (source.device.type == "cpu" and o.batch_size == 1 and cpu.library() is not None)
     dense_class = SparseTransformer if ours else Transformer
     model, rule = source.cut_model(o) if o.sparsity else (source.load(dense_class), "no")
-    options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": not o.interactive}
+    options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": not o.interactive, "seed": o.seed}
     sizes = o.batch_size, length, o.temperature, o.top_k
     generators = [Generator(model, *sizes, **options)]
     wanted = step == "fused" if o.compare_dense is None else o.compare_dense
@@ -351,7 +348,6 @@ def main(argv: list[str] | None = None) -> dict:
     # compile, then chat or measure
     tokens = torch.tensor(asked.ids, device=source.device).repeat(o.batch_size, 1)
     compile_s = warm_up(generators, tokens, o, step)
-    torch.manual_seed(o.seed)
     if o.interactive:
         chat(generators[0], tokenizer, o.max_new_tokens, length)
         return {}
@@ -363,6 +359,8 @@ def main(argv: list[str] | None = None) -> dict:
         write_trace(o.profile, generators[0], tokens, o.max_new_tokens)
 
     # say what came out and what it cost
+    if any(generator.left_grid for generator in generators):
+        print("a sum grew beyond its grid: another run may give other tokens", file=sys.stderr)
     result = summary(o, step, generators, tokens, runs) | {"compile_s": compile_s, "text": None}
     if asked.shown is not None:
         result["text"] = answer_of(runs[0][-1].tokens[0], asked, tokenizer)
@@ -396,7 +394,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
     parser.add_argument("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
     parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    parser.add_argument("--deterministic", action="store_true", help="the same tokens run to run on a GPU, slower")
+    refuse_old_flags(parser, {"--deterministic": "the only way that it runs; leave it out"})
 
     # what is measured
     compare_help = "time the dense model too, alternated; default: in short runs, where steps are fused"
