@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
-from kernels.draws import random_bits
 from model import ModelArgs, Projection, Transformer, TransformerBlock
 from sparse_model import SparseProjection, SparseTransformer
 
@@ -72,7 +71,7 @@ class FusedGpuStep:
     """
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
-        from kernels import fused_step, grids, plan, triton_gemv
+        from kernels import fused_step, grids, triton_gemv
 
         self.kernels, self.gemv, self.grids, self.model = fused_step, triton_gemv, grids, model
         self.sparsity = 0.0 if dense else model.sparsity
@@ -87,7 +86,7 @@ class FusedGpuStep:
         # what one launch of a step leaves to the next; y is kept per layer: o guesses by its last input
         cache_length, rstd_buffer = model.layers[0].attention.kv_cache.k_cache.shape[2], triton_gemv.RSTD_BUFFER
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        splits = plan.chunk_of(cache_length - 1) + 1
+        splits = fused_step.chunks_in(cache_length)
         self.residual = fused_step.Residual(buffer(config.dim))
         if model.dtype != torch.float32:
             fineness = grids.fineness(grids.residual_bound(model))
@@ -266,6 +265,17 @@ class FusedCpuStep:
         if self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads):
             raise MemoryError(f"no memory for a decode step at position {self.position} on the CPU")
         self.position += 1
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x21F0AAAD & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def random_bits(seed: Tensor, position: int | Tensor, token: Tensor) -> Tensor:
+    """32 random bits by hashing seed, position and token, int64, one after the other; no product reaches 2^63."""
+    return _mixed(_mixed(_mixed(seed & 0xFFFFFFFF) + position & 0xFFFFFFFF) + token & 0xFFFFFFFF)
 
 
 def sample(logits: Tensor, seeds: Tensor, position: int | Tensor, temperature: float, top_k: int) -> Tensor:

@@ -22,23 +22,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import Module
 
-from kernels import draws, plan
-from kernels.triton_gemv import (  # in kernels
-    ONE,
-    RSTD_BUFFER,
-    Norm,
-    Product,
-    fraction,
-    on_grid,
-    prefetch_gate_up,
-    rounded,
-    shared_rstd,
-)
+from kernels import plan
+from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd, snap
 
 HEAD_ROWS = 8  # tokens per program of the lm_head, and per group of the sampling
 JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
 BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
-chunk_of, chunk_start, random_bits = map(triton.jit, (plan.chunk_of, plan.chunk_start, draws.random_bits))
 
 
 class Residual(NamedTuple):
@@ -82,7 +71,7 @@ def _embed_kernel(
     row = tl.load(token_ptr) * DIM
     h = tl.load(embedding_ptr + row + i, mask=i < DIM, other=0.0).to(tl.float32)
     if fineness_ptr is not None:
-        h = on_grid(h, _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, DIM))
+        h = snap(h, _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, DIM))
     tl.store(h_ptr + i, h, mask=i < DIM)
 
 
@@ -95,6 +84,26 @@ def launch_embed(token: Tensor, embedding: Tensor, residual: Residual, logits: T
 
 
 # ---- attention
+
+
+@triton.jit
+def chunk_of(position):
+    """The chunk of attention that a position falls into: 8 chunks of 64 positions, then 8 of 128, then all of 256.
+
+    They lie at fixed positions, so that no sum depends on the cache's length. With 8 key/value heads it was fastest to
+    cut 206 positions into 4 chunks, 1,224 and 4,296 into 16, 8,192 into 32 (H100).
+    """
+    return min(position // 64, min(8 + (position - 512) // 128, 16 + (position - 1536) // 256))
+
+
+@triton.jit
+def _chunk_start(chunk):
+    return 64 * (chunk + max(chunk - 8, 0) + 2 * max(chunk - 16, 0))
+
+
+def chunks_in(cache_length: int) -> int:
+    """How many chunks a cache has."""
+    return chunk_of.fn(cache_length - 1) + 1
 
 
 @triton.jit
@@ -125,8 +134,9 @@ def _join_chunks(
     for start in range(0, n_chunks, JOINED):
         for i in tl.static_range(JOINED):
             s = start + i
-            lse = tl.load(lse_ptr + s * N_HEAD + heads, mask=in_g & (s < n_chunks), other=float("-inf"))
-            part = tl.load(part_ptr + s * SIZE + q_offsets, mask=q_mask & (s < n_chunks), other=0.0)
+            present = in_g & (tl.zeros_like(heads) + s < n_chunks)
+            lse = tl.load(lse_ptr + s * N_HEAD + heads, mask=present, other=float("-inf"))
+            part = tl.load(part_ptr + s * SIZE + q_offsets, mask=q_mask & present[:, None], other=0.0)
             weight = tl.exp(lse - top)
             total += weight
             acc += weight[:, None] * part
@@ -195,8 +205,8 @@ def _attention_kernel(
     sin = tl.where(d % 2 == 0, -sin, sin)
 
     # this program's chunk of the cache, and its first keys and values: no launch of this step writes them
-    first = chunk_start(split)
-    last = tl.minimum(chunk_start(split + 1), position)
+    first = _chunk_start(split)
+    last = tl.minimum(_chunk_start(split + 1), position)
     owner = split == n_chunks - 1
     if sliding_window is not None:
         first = tl.maximum(first, position - sliding_window + 1)
@@ -392,6 +402,19 @@ def _kth_largest(key, low, k, enough):
         low = tl.where(count >= k, middle, low)
         high = tl.where(count >= k, high, middle)
     return low.to(tl.int32)
+
+
+@triton.jit
+def _mixed(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x21F0AAAD & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def random_bits(seed, position, token):
+    """`decoder.random_bits`."""
+    return _mixed(_mixed(_mixed(seed & 0xFFFFFFFF) + position & 0xFFFFFFFF) + token & 0xFFFFFFFF)
 
 
 @triton.jit

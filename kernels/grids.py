@@ -48,7 +48,7 @@ def bound_after_norm(gain: Tensor, weight: Tensor, scale: Tensor | None, shift: 
 
 @torch.no_grad()
 def residual_bound(model: Module) -> Tensor:
-    """What each channel of the residual stream is taken to stay within, [dim], float32; computed once per `model.Transformer`.
+    """What each channel of the residual stream is taken to stay within, [dim], float32; computed once per Transformer.
 
     SPARE times the largest magnitude between layers in a dense pass over random tokens, from position 1 on: position 0,
     where some channels are a thousand times as large, is never decoded. And no less than the embedding's largest.

@@ -198,18 +198,3 @@ def attention_prefetch(n_in: int, n_out: int, sparsity: float, form: Form) -> in
 # Positions of the cache times key/value heads beyond which prefetching during attention makes a step 0.6 to 1.3 %
 # longer (8 heads, 6,145 positions).
 CROWDED = 49152
-
-
-def chunk_of(position):
-    """The chunk of attention that a position falls into: 8 chunks of 64 positions, then 8 of 128, then all of 256.
-
-    They lie at fixed positions, so that a sum does not depend on the cache's length. With 8 key/value heads it was
-    fastest to cut 206 positions into 4 chunks, 1,224 and 4,296 into 16, 8,192 into 32. For integers of Python and of
-    Triton.
-    """
-    return min(position // 64, min(8 + (position - 512) // 128, 16 + (position - 1536) // 256))  # Triton's takes two
-
-
-def chunk_start(chunk):
-    """The first position of a chunk, for integers of Python and of Triton."""
-    return 64 * (chunk + max(chunk - 8, 0) + 2 * max(chunk - 16, 0))

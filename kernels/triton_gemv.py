@@ -240,7 +240,7 @@ def _lowest_bit(bits):
 
 
 @triton.jit
-def on_grid(x, fineness):
+def snap(x, fineness):
     """x float32 rounded to a multiple of 1 / fineness, a power of two: see `kernels.grids`."""
     spacing = (0x7F000000 - fineness.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / fineness, exactly
     return tl.floor(x * fineness + 0.5) * spacing
@@ -414,7 +414,7 @@ def _gemv_kernel(
     if OP.shift:
         total += offset
     if fineness_ptr is not None:
-        total = on_grid(total, fineness)
+        total = snap(total, fineness)
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
