@@ -120,7 +120,7 @@ def _join_chunks(
     part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr
 ):
     """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps, in order."""
-    top = tl.full(heads.shape, float("-inf"), tl.float32)
+    top = tl.zeros_like(heads).to(tl.float32) - float("inf")
     for start in range(0, n_chunks, JOINED):
         s = start + tl.arange(0, JOINED)[None, :]
         mask = in_g[:, None] & (s < n_chunks)
