@@ -11,7 +11,12 @@ The counts take 3.9 MB per block on the model's device, whatever the text's leng
 weights and about 1 GB for a window's widest inputs in float32. The file of a 70B model has 64 MB.
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("calibrate")
+
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
+import options
+from cli import output_path, placement
+from decoder import check_finite, not_finite
 from formats.checkpoint import fingerprint
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write
@@ -129,7 +136,7 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     tensors = {}
     for i, recorder in enumerate(recorders):
         if not recorder.powers.isfinite().all():
-            raise ValueError(f"inputs of layer {i // 4} are not finite; calibrate in another --precision")
+            raise not_finite(model.dtype, f"an input of layer {i // 4}")
         tensors |= {f"{i // 4}.{name}": tensor for name, tensor in recorder.results().items()}
     dtype = str(model.dtype).removeprefix("torch.")
     return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
@@ -153,8 +160,7 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
             for i in range(length - 1):
                 # a dense prefix of 1 keeps the one position dense, whatever the thresholds
                 logits = model(batch[:, i : i + 1], torch.tensor([i], device=device), dense_prefix=1)
-                if not logits.isfinite().all():
-                    raise ValueError("the model's output is not finite; choose another --precision")
+                check_finite(logits, model.dtype)
                 probabilities = torch.softmax(logits[:, -1].float(), -1)
                 batch[:, i + 1 : i + 2] = torch.multinomial(probabilities, 1, generator=generator)
                 progress.update(len(batch))
@@ -202,19 +208,18 @@ def statistics_for(folder: Path, path: str | Path | None, model: SparseTransform
     """
     beside = folder / STATISTICS_NAME
     if path is None and not beside.exists():
-        calibrate(folder, model).save(beside)
+        statistics = calibrate(folder, model)
+        try:
+            statistics.save(beside)
+        except ValueError as error:
+            warnings.warn(f"{error}. They serve this run alone", stacklevel=2)
+            return statistics
     return load_statistics(path or beside, folder)
 
 
 def plot(statistics: Statistics, path: Path) -> None:
-    """Draws the densities of the four inputs (rows) of five layers (columns) into a PNG.
-
-    Raises ValueError if matplotlib is not installed or the disk is full.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    """Draws the densities of the four inputs (rows) of five layers (columns) into a PNG."""
+    from matplotlib.figure import Figure
 
     # five layers, from the first to the last
     last = statistics.n_layer - 1
@@ -251,17 +256,13 @@ def plot(statistics: Statistics, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> Statistics:
     """Takes or converts statistics, writes and returns them. Raises ValueError for a user's mistake."""
-    o = parse_arguments(argv)
+    o = options.calibrate(argv)
     if o.teal_histograms is not None:
-        if o.output is None or o.plot is not None or o.data is not None:
-            raise ValueError("--teal_histograms needs --output, and goes with neither --plot nor --data")
         output, statistics = o.output, teal_statistics(o.teal_histograms)
     else:
-        if o.num_tokens < 2:
-            raise ValueError(f"--num_tokens {o.num_tokens} is too few; {10 * WINDOW} is usual")
         folder = resolve_checkpoint(o.checkpoint_path)
-        output = o.output or folder / STATISTICS_NAME
-        model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+        output = o.output or output_path(folder / STATISTICS_NAME)
+        model = SparseTransformer.from_checkpoint(folder, *placement(o))
         statistics = calibrate(folder, model, o.data, o.num_tokens, o.seed)
 
     statistics.save(output)
@@ -271,17 +272,3 @@ def main(argv: list[str] | None = None) -> Statistics:
         plot(statistics, o.plot)
         print(f"{o.plot}: their distributions")
     return statistics
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Take the statistics that thresholds are read from.")
-    add_text_arguments(parser, 10 * WINDOW)
-    parser.add_argument("--output", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the distributions")
-    parser.add_argument("--teal_histograms", type=Path, metavar="DIR", help="read TEAL's published folder instead")
-    add_device_arguments(parser)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -1,53 +1,159 @@
-"""What the scripts share on the command line: device and precision, and mistakes that end in one line."""
+"""What the scripts share on the command line: how flags are read, and mistakes that end in one line.
+
+Neither this nor options.py imports torch before a model needs it: `--help` and a wrong flag are answered at once.
+"""
 
 import argparse
+import ast
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from formats.files import one_line
+PRECISIONS = ("bfloat16", "float16", "float32")
+MESSAGE = 600  # characters of a message at most
 
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if "default" in action.help or action.default is None or action.default is argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: {'off' if action.default is False else '%(default)s'})"
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of this name. Raises ValueError if torch cannot use it here."""
+class Parser(argparse.ArgumentParser):
+    """A parser of the flags of `script` ("generate", "benchmarks.decode"), whose docstring opens the help.
+
+    Every flag's help ends with its default. A mistake is a ValueError. `given` names the flags of the last parse.
+    """
+
+    def __init__(self, script: str, **options):
+        source = Path(__file__).parent / f"{script.replace('.', '/')}.py"
+        about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+        super().__init__(description=about, formatter_class=_Help, **options)
+        self.given: set[str] = set()
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists the flags)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
+        unset = object()
+        o, rest = super().parse_known_args(args, argparse.Namespace(**dict.fromkeys(defaults, unset)))
+        self.given = {name for name in defaults if getattr(o, name) is not unset}
+        vars(o).update({name: default for name, default in defaults.items() if name not in self.given})
+        return o, rest
+
+    def refuse(self, useless: bool, flags: str, where: str) -> None:
+        """Raises ValueError if one of `flags` was given though it is `useless` there: "says nothing WHERE"."""
+        for flag in flags.split() if useless else ():
+            if flag in self.given:
+                raise ValueError(f"--{flag} says nothing {where}; leave one of them out")
+
+
+def at_least(o: argparse.Namespace, least: int, flags: str) -> None:
+    """Raises ValueError if a number among the options is below `least`, or beyond what 63 bits hold."""
+    for flag in flags.split():
+        value = getattr(o, flag)
+        if value is not None and not least <= value < 2**63:
+            raise ValueError(f"--{flag} {value:.3g} must be at least {least}, and below 2^63")
+
+
+class UnwritableError(argparse.ArgumentTypeError, ValueError):
+    pass
+
+
+def output_path(text: str | Path) -> Path:
+    """The path of a file to write, made sure of before any work. Raises ValueError if it cannot be written."""
+    import tempfile
+
+    try:
+        path = Path(text).absolute()
+        str(path).encode()
+        if path.is_dir():
+            raise ValueError("a folder")
+        with tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())):
+            return Path(text)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnwritableError(f"cannot write {str(text)[:200]!r} ({reason[:200]})") from None
+
+
+def resolve_device(name: str | None) -> "torch.device":
+    """The device of this name; None: a GPU if there is one, else the CPU. Raises ValueError if torch cannot use it."""
+    import torch
+
+    from formats.files import one_line
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {one_line(error)}") from None
+        raise ValueError(f"--device {name[:40]} cannot be used here: {one_line(error)}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name} is not supported; cpu and cuda are")
     return device
 
 
+def placement(o: argparse.Namespace) -> tuple["torch.device", "torch.dtype"]:
+    """What --device and --precision ask for. Raises ValueError as `resolve_device` does."""
+    import torch
+
+    return resolve_device(o.device), getattr(torch, o.precision)
+
+
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --device and --precision, which every script that runs a model has."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
+
+
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
 
 
 def add_sparsity_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the checkpoint, its cuts and --json, which every script that runs a sparse model has."""
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    add_checkpoint_argument(parser)
     parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
     parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
-    statistics_help = "default: calibration.safetensors beside the checkpoint"
-    parser.add_argument("--statistics", type=Path, metavar="FILE", help=statistics_help)
-    parser.add_argument("--json", action="store_true", help="a last line of JSON")
+    add_statistics_argument(parser)
+    parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
     refuse_old_flags(parser, {"--allocation": "--thresholds {best,uniform,greedy,refined,FILE}"})
+
+
+def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
+    statistics_help = "calibrate.py's (default: calibration.safetensors beside the checkpoint)"
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help=statistics_help)
+
+
+def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    output_help = f"the file to write (default: {name} beside the checkpoint)"
+    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int) -> None:
     """Adds the checkpoint and the calibration text, which every script that calibrates on a text has."""
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--data", nargs="+", help=".txt or .jsonl files, or c4 (default: the model's own text)")
-    parser.add_argument("--num_tokens", type=int, default=num_tokens, help="length of the text (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's own text (default: %(default)s)")
+    add_checkpoint_argument(parser)
+    data_help = "files of text or of lines of JSON, gzip or not, or c4 (default: the model writes a text itself)"
+    parser.add_argument("--data", nargs="+", metavar="FILE", help=data_help)
+    parser.add_argument("--num_tokens", type=int, default=num_tokens, help="length of the text")
+    parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes itself")
+    add_device_arguments(parser)
+
+
+def parse_text_arguments(parser: Parser, argv: list[str] | None, least: int = 2) -> argparse.Namespace:
+    """Reads a command line of `add_text_arguments`. Raises ValueError: less tokens than `least`, a useless seed."""
+    o = parser.parse_args(argv)
+    at_least(o, least, "num_tokens")
+    at_least(o, 0, "seed")
+    parser.refuse(o.data is not None, "seed", "beside --data")
+    return o
 
 
 def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -> None:
@@ -55,27 +161,45 @@ def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -
 
     class Refuse(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
-            raise SystemExit(f"{parser.prog}: {option_string} is now {renamed[option_string]}")
+            raise ValueError(f"{option_string} is now {renamed[option_string]}")
 
     for flag in renamed:
         parser.add_argument(flag, action=Refuse, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def command_line(main: Callable, arguments: argparse.Namespace | None = None) -> None:
-    """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
-    warnings.formatwarning = lambda message, *_: f"{message}\n"  # no file and line of ours
+def _line(message: object) -> str:
+    return " ".join(str(message).split())[:MESSAGE]
+
+
+def command_line(main: Callable[[], object]) -> None:
+    """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130.
+
+    A byte of stdin that is no UTF-8, and a character that stdout cannot show, are replaced.
+    """
+    warnings.formatwarning = lambda message, *_: f"{_line(message)}\n"  # no file and line of ours
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # None where it is closed
+            stream.reconfigure(errors="replace")
+
+    script = Path(sys.argv[0]).name
     try:
-        main(**vars(arguments)) if arguments else main()
+        main()
+        print(end="", flush=True)  # a full disk behind stdout shows here
+    except BrokenPipeError:  # who read stdout is gone; Python would try once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError, MemoryError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+        raise SystemExit(f"{script}: {_line(error) or type(error).__name__}") from None
 
     # memory that ran out: torch has a class for a GPU's alone
     except RuntimeError as error:
+        import torch
+
         _, on_cpu, message = str(error).rpartition("DefaultCPUAllocator: ")
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = ". ".join(" ".join(message.split()).split(". ")[:3])
+        reason = ". ".join(_line(message).split(". ")[:3])
         advice = "take a smaller model or fewer tokens at once" + ("" if on_cpu else ", or --device cpu")
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {reason}: {advice}") from None
+        raise SystemExit(f"{script}: {reason}: {advice}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

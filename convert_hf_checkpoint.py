@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> Path:
     local = o.gguf or o.checkpoint_dir
     if local and not local.exists():
         raise ValueError(f"there is no {local}")
+    if o.checkpoint_dir and not local.is_dir():
+        raise ValueError(f"--checkpoint_dir {local} is a file, not a folder; a GGUF file is given as --gguf")
     name = o.repo_id or (o.gguf.stem if o.gguf else local.resolve().name)
     output = (o.output_dir or CHECKPOINTS / name).resolve()
     if local and output in (local.resolve(), *local.resolve().parents):
@@ -43,8 +45,8 @@ def main(argv: list[str] | None = None) -> Path:
     check_absent(output)
 
     convert_source = partial(convert_gguf, architectures=FAMILIES) if o.gguf else convert_folder
-    source = local or download_snapshot(o.repo_id)
     with lock(output):
+        source = local or download_snapshot(o.repo_id)
         convert(partial(convert_source, expected_shapes=shapes_of), source, output)
     print(f"converted to {output}")
     return output

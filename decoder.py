@@ -23,6 +23,7 @@ from model import ModelArgs, Projection, Transformer, TransformerBlock
 from sparse_model import SparseProjection, SparseTransformer
 
 MAX_TOP_K = 1024  # that the fused sampling on a GPU sorts in one program
+LEAST_TEMPERATURE = 1e-20  # below it logits over the temperature leave float32: it is greedy
 # The fields of ModelArgs that both fused steps implement, whatever their value.
 FUSED_FIELDS = set(
     "name block_size vocab_size n_layer n_head n_local_heads dim head_dim intermediate_size tie_embeddings norm_eps "
@@ -267,6 +268,20 @@ class FusedCpuStep:
         self.position += 1
 
 
+def not_finite(dtype: torch.dtype, what: str = "the model's output") -> ValueError:
+    """The error of a model of this dtype in which `what` is not finite."""
+    other = {torch.float16: "--precision bfloat16 or float32", torch.bfloat16: "--precision float32"}.get(dtype)
+    advice = f"choose {other}; if it is the same there" if other else "if its cuts are not to blame"
+    name = str(dtype).removeprefix("torch.")
+    return ValueError(f"{what} in {name} is not finite; {advice}, its weights are damaged: get them again")
+
+
+def check_finite(logits: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError if in a row of logits [..., V], of a model of this dtype, the largest is not a number."""
+    if not logits.amax(-1).isfinite().all():
+        raise not_finite(dtype)
+
+
 def _mixed(x: Tensor) -> Tensor:
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x21F0AAAD & 0xFFFFFFFF
@@ -282,7 +297,13 @@ def sample(logits: Tensor, seeds: Tensor, position: int | Tensor, temperature: f
     """Draws a token for each row. logits: [B, V]; returns [B, 1], int64. Temperature 0 takes the likeliest.
 
     seeds: [B, 1], int64; position: where the tokens will stand. A draw depends on these and the logits alone.
+    A row whose largest logit is not finite has no token: its is -1, so that a loop can look when it is over.
     """
+    peak = logits.amax(dim=-1, keepdim=True)
+    return torch.where(peak.isfinite(), _draw(logits, seeds, position, temperature, top_k), -1)
+
+
+def _draw(logits: Tensor, seeds: Tensor, position: int | Tensor, temperature: float, top_k: int) -> Tensor:
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
@@ -298,7 +319,7 @@ def decode_one_token(
     model: Transformer, token: Tensor, input_pos: Tensor, seeds: Tensor, temperature: float, top_k: int
 ) -> tuple[Tensor, Tensor]:
     """The next token [B, 1] and its position [1], from a token [B, 1] at input_pos [1]; seeds: see `sample`."""
-    logits = model(token, input_pos)
+    logits = model(token.clamp_min(0), input_pos)
     return sample(logits[:, -1], seeds, input_pos + 1, temperature, top_k), input_pos + 1
 
 
@@ -370,6 +391,7 @@ class Generator:
 
     def __post_init__(self):
         model, self.device = self.model, self.model.device
+        self.temperature = self.temperature if self.temperature > LEAST_TEMPERATURE else 0.0
         model.setup_caches(self.batch_size, self.max_length)
         self._cache = model.layers[0].attention.kv_cache
         self._seeds = torch.arange(self.batch_size, device=self.device)[:, None] + self.seed % 2**32
@@ -396,7 +418,8 @@ class Generator:
     ) -> Generation:
         """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early.
 
-        Raises ValueError: the tokens do not fit the cache, or the model has a cache of another size by now.
+        Raises ValueError: the tokens do not fit the cache, the model has a cache of another size by now, or its output
+        is not finite (on a GPU that shows at the end: a look at every step would wait for it).
         """
         rows, _, length, _ = self._cache.k_cache.shape
         if len(prompt) != rows or prompt.shape[1] + max_new_tokens > length:
@@ -409,17 +432,25 @@ class Generator:
 
         start = self._now()
         token = self._prefill(self.model, prompt, self._seeds, self.temperature, self.top_k)
+        self._check(token)
         prefilled = self._now()
         decode = self._replay if self._fused else self._loop
         new = decode(token, prompt.shape[1], max_new_tokens, on_token)
         end = self._now()
+        self._check(new)
         return Generation(torch.cat((prompt, new), dim=1), end - start, end - prefilled)
+
+    def _check(self, tokens: Tensor) -> None:
+        if (tokens < 0).any():
+            raise not_finite(self.model.dtype)
 
     def _loop(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
         """The new tokens [B, N] by eager or compiled steps, from the first one on."""
         tokens, position = [], torch.tensor([length], device=self.device)
         while True:
             tokens.append(token.clone())  # a CUDA graph writes the next token into the same memory
+            if on_token is not None:
+                self._check(token)
             if (on_token is not None and on_token(token)) or len(tokens) == max_new_tokens:
                 return torch.cat(tokens, dim=1)
             token, position = self._decode(self.model, tokens[-1], position, self._seeds, self.temperature, self.top_k)
@@ -427,12 +458,15 @@ class Generator:
 
     def _replay(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
         """The new tokens [1, N] by fused steps: the host only launches them, unless `on_token` looks."""
-        fused = self._fused
+        fused, vocab = self._fused, self.model.config.vocab_size
+        look = on_token is not None or self.device.type == "cpu"  # at every step, where the host waits for it anyway
         fused.start(token, length, self.seed % 2**32)
         end = length + 1
         while not (on_token and on_token(fused.tokens[None, end - 1 : end])) and end < length + max_new_tokens:
             fused.replay()
             end += 1
+            if look or end == length + max_new_tokens:
+                check_finite(fused.logits[:vocab], self.model.dtype)
         return fused.tokens[None, length:end].clone()
 
     @property

@@ -6,14 +6,18 @@ python generate.py --sparsity 0.5 --compile --random_init llama-3-8b # latency a
 python generate.py --sparsity 0.4 --compile --interactive            # a chat
 """
 
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("generate")
+
 import argparse
 import json
-import os
 import resource
-import shutil
 import statistics as stats
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import options
 from calibrate import calibrate_random, statistics_for
-from cli import PRECISIONS, add_device_arguments, add_sparsity_arguments, command_line, refuse_old_flags, resolve_device
+from cli import placement
 from decoder import Generation, Generator, why_unfused
 from formats.default_model import resolve_checkpoint
-from formats.files import atomic_write
+from formats.files import atomic_write, shown
 from kernels import cpu
 from model import ModelArgs, Transformer, read_config
 from sparse_model import SparseTransformer
@@ -35,7 +40,6 @@ from tokenizer import Tokenizer, load_tokenizer
 DEFAULT_QUESTION = "How do plants make their food?"  # where the model has a chat template
 DEFAULT_PROMPT = "Plants make their food by"  # where it has none
 SYNTHETIC_PROMPT = 6  # tokens of the prompt where weights are random
-TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.5
 CHAT_CONTEXT = 4096  # positions of the cache in a chat; unfused attention reads all of them at every token
 WARM_UP_TOKENS = 5  # new ones
 BRIEF_TOKENS, BRIEF_RUNS = 32, 3  # of each model, where --compare_dense neither asks for the dense one nor forbids it
@@ -99,18 +103,18 @@ def read_prompt(prompt: str | None, tokenizer: Tokenizer | None, config: ModelAr
         prompt = DEFAULT_PROMPT if tokenizer else str(SYNTHETIC_PROMPT)
 
     # a number: so many tokens at random
-    if prompt.isdecimal():
-        count = int(prompt)
+    if prompt.isascii() and prompt.isdecimal():
+        count = int(prompt[:18])
         if count < 1:
             raise ValueError("--prompt 0: a prompt needs at least one token")
-        if count > config.block_size:
-            raise ValueError(f"--prompt {prompt}: {config.name}'s context is {config.block_size} tokens")
+        if count > config.block_size or len(prompt) > 18:
+            raise ValueError(f"--prompt {shown(prompt)}: {config.name}'s context is {config.block_size} tokens")
         generator = torch.Generator().manual_seed(seed)
         return Prompt(torch.randint(config.vocab_size, (count,), generator=generator).tolist())
 
     # a text
     if tokenizer is None:
-        raise ValueError(f"--random_init has no tokenizer for the prompt {prompt!r}; give a number of tokens")
+        raise ValueError(f"--random_init has no tokenizer for the prompt {shown(prompt)}; give a number of tokens")
     ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
     if not ids:
         raise ValueError("the prompt is empty; give --prompt some text")
@@ -131,12 +135,11 @@ def cache_length(prompt: Prompt, o: argparse.Namespace, config: ModelArgs) -> in
 
 def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device) -> str:
     """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if device.type == "cpu" and compiler and not any(cpu.cache_folder().glob("*.so")):
+    if device.type == "cpu" and cpu.find_compiler() and not any(cpu.cache_folder().glob("*.so")):
         print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
     reason = why_unfused(config, device, o.batch_size, o.top_k)
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
-        print("No C++ compiler works here (g++, or CXX): --compile is left out", file=sys.stderr)
+        print("--compile is left out: it needs a C++ compiler that works (g++, or CXX)", file=sys.stderr)
         o.compile = o.compile_prefill = False
     if o.compile and (reason or o.unfused):
         print(f"steps go through torch.compile, not the fused step: {reason or '--unfused'}", file=sys.stderr)
@@ -185,35 +188,38 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
             print()
             return
 
-        # the whole chat through the template, or the prompt alone
-        ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
-        stream = tokenizer.stream()
-        if ids is None:
-            ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
-            stream = tokenizer.stream(after=ids)
-        room = context - len(ids)
-        if not ids:
+        # the whole chat through the template, or the prompt alone; a message that does not go is left out
+        try:
+            ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+            stream = tokenizer.stream()
+            if ids is None:
+                ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
+                stream = tokenizer.stream(after=ids)
+        except ValueError as error:
+            print(error)
             continue
+        room = context - len(ids)
         if room < 1:
-            print(f"{len(ids)} tokens do not fit the chat's context of {context}; starting anew")
-            messages = []
+            print(f"{len(ids)} tokens do not fit the chat's context of {context}; the message is left out")
+        if not ids or room < 1:
             continue
 
         # the answer, token by token
         pieces: list[str] = []
 
         def show(token: Tensor, stream=stream, pieces=pieces) -> bool:
-            if token.item() in tokenizer.eos_ids:
-                return True
-            pieces.append(stream.push(token.item()))
+            ended = token.item() in tokenizer.eos_ids
+            pieces.append("" if ended else stream.push(token.item()))
             print(pieces[-1], end="", flush=True)
-            return False
+            return ended
 
-        result = generator(torch.tensor([ids], device=generator.device), min(max_new_tokens, room), show)
+        start = time.perf_counter()
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends the answer, not the chat
+            generator(torch.tensor([ids], device=generator.device), min(max_new_tokens, room), show)
+        new, seconds = len(pieces), time.perf_counter() - start
         pieces.append(stream.flush())
         print(pieces[-1])
-        new = result.tokens.shape[1] - len(ids)
-        print(f"[{new} tokens, {new / result.total_s:.1f} tokens/s]")
+        print(f"[{new} tokens, {new / seconds:.1f} tokens/s]")
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
 
 
@@ -250,11 +256,11 @@ def count_kept(model: SparseTransformer, tokens: Tensor, prompt_length: int) -> 
     model(tokens[:, :-1], num_logits=1, dense_prefix=prompt_length)
 
 
-def write_trace(path: str, generator: Generator, tokens: Tensor, max_new_tokens: int) -> None:
+def write_trace(path: Path, generator: Generator, tokens: Tensor, max_new_tokens: int) -> None:
     """A Chrome trace of one generation, written to `path` with .json at its end."""
     with torch.profiler.profile() as profiler:
         generator(tokens, max_new_tokens)
-    with atomic_write(path if path.endswith(".json") else f"{path}.json") as temporary:
+    with atomic_write(path if path.suffix == ".json" else f"{path}.json") as temporary:
         profiler.export_chrome_trace(str(temporary))
 
 
@@ -334,9 +340,16 @@ def report_quality(rule: str, folder: Path, sparsity: float) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     """Generates and says what it cost; returns the JSON line's keys, none of a chat. A mistake raises ValueError."""
-    o = parse_arguments(argv)
+    o = options.generate(argv)
+    if o.interactive and sys.stdin is None:
+        raise ValueError("--interactive reads stdin, which is closed")
     folder = None if o.random_init else resolve_checkpoint(o.checkpoint_path)
-    source = ModelSource(resolve_device(o.device), PRECISIONS[o.precision], folder, o.random_init, o.seed)
+    source = ModelSource(*placement(o), folder, o.random_init, o.seed)
+
+    if o.threads and source.device.type != "cpu":
+        raise ValueError(f"--threads says nothing on {source.device}; it is for --device cpu")
+    if o.threads:
+        torch.set_num_threads(o.threads)
 
     # the prompt, the form of a step, the models
     tokenizer = load_tokenizer(folder, source.config.vocab_size) if folder else None
@@ -371,53 +384,3 @@ def main(argv: list[str] | None = None) -> dict:
     if o.json:
         print(json.dumps(result))
     return result
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options. Raises ValueError if one is out of its range or does not go with another."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # what is generated
-    parser.add_argument("--prompt", help="text, or a number of tokens of a synthetic prompt; default: a question")
-    parser.add_argument("--interactive", action="store_true", help="chat")
-    parser.add_argument("--num_samples", type=int, default=5)
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--batch_size", type=int, default=1, help="rows; each cuts its own inputs")
-    parser.add_argument("--top_k", type=int, default=200)
-    cooler = f"0 is greedy; default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE}"
-    parser.add_argument("--temperature", type=float, help=cooler)
-    parser.add_argument("--seed", type=int, default=1234)
-
-    # by which model, in which form
-    parser.add_argument("--random_init", metavar="NAME", help="a named config with random weights, e.g. llama-3-8b")
-    add_sparsity_arguments(parser)
-    add_device_arguments(parser)
-    parser.add_argument("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
-    parser.add_argument("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
-    parser.add_argument("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    refuse_old_flags(parser, {"--deterministic": "the only way that it runs; leave it out"})
-
-    # what is measured
-    compare_help = "time the dense model too, alternated; default: in short runs, where steps are fused"
-    parser.add_argument("--compare_dense", action=argparse.BooleanOptionalAction, help=compare_help)
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one generation")
-    o = parser.parse_args(argv)
-
-    # options in their range
-    if not 0 <= o.sparsity < 1:
-        raise ValueError(f"--sparsity {o.sparsity} is outside [0, 1); 0.5 cuts half of the weights")
-    for flag in ("num_samples", "max_new_tokens", "batch_size", "top_k"):
-        if getattr(o, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(o, flag)} must be at least 1")
-    if o.temperature is None:
-        o.temperature = CHAT_TEMPERATURE if o.interactive else TEMPERATURE
-    if not o.temperature >= 0:
-        raise ValueError(f"--temperature {o.temperature} must be at least 0")
-    if o.random_init and (o.checkpoint_path or o.interactive):
-        raise ValueError("--random_init has no text to load or to talk: leave out --checkpoint_path and --interactive")
-    if o.interactive:
-        o.batch_size = 1
-    return o
-
-
-if __name__ == "__main__":
-    command_line(main)

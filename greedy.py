@@ -13,28 +13,32 @@ its threshold from the statistics.
 Cost, with P the weights of a block and Q those of q: P / (step Q) rounds of at most 7 passes of the block over a
 quarter of the tokens, 2 P operations per token. An 8B model took 72 s on an H100 in bfloat16, SmolLM2-135M 3.5 minutes
 per block on one busy core. Memory: the model and one block's activations over all tokens. A run that was stopped goes
-on after the last complete block, which `<output>.partial.safetensors` keeps.
+on after the last complete block, which `<output>.<digest of the settings>.partial.safetensors` keeps.
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("greedy")
+
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import options
 from calibrate import calibration_tokens, statistics_for
-from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, refuse_old_flags, resolve_device
+from cli import output_path, placement
+from decoder import not_finite
 from formats.default_model import resolve_checkpoint
 from model import TransformerBlock
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
-from thresholds import STATISTICS_NAME, CutTable, Statistics, make_table, table_metadata
+from thresholds import CutTable, Statistics, make_table, table_metadata
 
-NUM_TOKENS = 4096
 MOST = 0.99  # no projection is cut further
 LEVELS = [round(0.01 * i, 2) for i in range(1, 96)]  # of the cut table
 PRINTED = (0.25, 0.4, 0.5, 0.65)  # levels whose sparsities are printed
@@ -113,7 +117,7 @@ def greedy_paths(
         for layer in model.walk([tokens], cached=True):
             (x,), (dense,) = layer.inputs, layer.outputs
             if not dense.isfinite().all():
-                raise ValueError(f"the output of layer {layer.index} is not finite; choose another --precision")
+                raise not_finite(model.dtype, f"the output of layer {layer.index}")
             if layer.index >= skip:
                 inputs = (x[:, tail], *layer.arguments_at(tail))
                 error = partial(output_error, layer.block, inputs, dense[:, tail])
@@ -140,29 +144,14 @@ def print_shares(table: CutTable) -> None:
         print(f"{level:8.0%}" + "".join(f"{share:7.1%}" for share in mean[table.levels.index(level)].tolist()))
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_text_arguments(parser, NUM_TOKENS)
-    parser.add_argument("--statistics", type=Path, help=f"default: {STATISTICS_NAME} beside the checkpoint")
-    parser.add_argument("--step", type=float, default=0.1, help="of q's sparsity (default: %(default)s, TEAL's)")
-    parser.add_argument("--output", type=Path, help="default: thresholds_greedy.safetensors beside the checkpoint")
-    add_device_arguments(parser)
-    refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py the refined ones"})
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> CutTable:
     """Makes the cut table of rule `greedy`, writes and returns it. Raises ValueError for a user's mistake."""
-    o = parse_arguments(argv)
-    if not 0.001 <= o.step < 1:
-        raise ValueError(f"--step {o.step} is outside [0.001, 1); 0.1 is TEAL's")
-    if o.num_tokens < 2:
-        raise ValueError(f"--num_tokens {o.num_tokens} is too few; {NUM_TOKENS} is usual")
+    o = options.greedy(argv)
 
     # load the model, the statistics and the text
     folder = resolve_checkpoint(o.checkpoint_path)
-    output = o.output or folder / "thresholds_greedy.safetensors"
-    model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+    output = o.output or output_path(folder / "thresholds_greedy.safetensors")
+    model = SparseTransformer.from_checkpoint(folder, *placement(o))
     statistics = statistics_for(folder, o.statistics, model)
     tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
@@ -178,7 +167,3 @@ def main(argv: list[str] | None = None) -> CutTable:
     print_shares(table)
     print(f"{output}: greedy cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
     return table
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -9,29 +9,43 @@ that has stopped stays in its batch until all have: the sparsity counts what it 
 """
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import lm_eval.utils
 import torch
 import yaml
-from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
+from datasets import Dataset, DatasetDict
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import metric_registry
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from formats.files import one_line
+from decoder import check_finite
+from formats.files import one_line, shown
+from formats.text import read_records, read_text
 from model import Transformer
 from tokenizer import Tokenizer
 
 # Examples before the question in TEAL's evaluation (arXiv 2408.14690, section 5.1); other tasks: as the harness has it.
 NUM_FEWSHOT = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "gsm8k": 5, "piqa": 0, "winogrande": 5}
 MAX_NEW_TOKENS = 256  # of a generation request that does not say, as in the harness's own model classes
+SAMPLING = {"temperature", "top_p", "top_k", "min_p", "typical_p"}  # options that greedy generation has no use for
+LENGTHS = {"until", "do_sample", "max_gen_toks", "max_length"}
+RUNS_CODE = {"class", "custom_dataset", "hf_evaluate", "trust_remote_code", "unsafe_code", "use_prompt"}
+
+# A task's templates are programs of whoever wrote it: from here on the harness renders them in a sandbox.
+_sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_sandbox.filters, lm_eval.utils.env = lm_eval.utils.env.filters, _sandbox
 
 
 def batches(keys: Iterable[tuple[Hashable, tuple[int, ...]]], size: int) -> Iterator[list]:
@@ -68,7 +82,9 @@ class HarnessModel(TemplateLM):
 
     def _logits(self, idx: Tensor, num_logits: int, dense_prefix: int, input_pos: Tensor | None = None) -> Tensor:
         cut = {} if self.sparse_fraction is None else {"dense_prefix": dense_prefix}
-        return self.model(idx, input_pos, num_logits=num_logits, **cut).float()
+        logits = self.model(idx, input_pos, num_logits=num_logits, **cut)
+        check_finite(logits, self.model.dtype)
+        return logits.float()
 
     def _dense_prefix(self, length: int) -> int:
         return 0 if self.sparse_fraction is None else round(length * (1 - self.sparse_fraction))
@@ -110,15 +126,9 @@ class HarnessModel(TemplateLM):
         """Greedy continuations up to the first stop string or end-of-text token, without it."""
         same_input = defaultdict(list)
         for i, request in enumerate(requests):
-            context, options = request.args
-            if options.get("do_sample") or options.get("temperature"):
-                raise ValueError(f"a task asks for sampled text ({options}); only greedy generation is supported")
-            until = options.get("until") or []
-            until = (until,) if isinstance(until, str) else tuple(until)
-            limit = options.get("max_gen_toks", MAX_NEW_TOKENS)
-            if not 0 < limit < self.max_length:
-                raise ValueError(f"a task asks for {limit} new tokens; the model's context is {self.max_length}")
+            context, until, limit, length = request.args[0], *self._limits(request.args[1])
             tokens = self.tok_encode(context)[limit - self.max_length :] or [self.prefix_token_id]
+            limit = max(1, min(length, self.max_length) - len(tokens)) if length else limit
             same_input[(until, limit), tuple(tokens)].append(i)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generating", unit="request") as progress:
@@ -129,6 +139,26 @@ class HarnessModel(TemplateLM):
                         texts[i] = text
                         progress.update()
         return texts
+
+    def _limits(self, request: dict) -> tuple[tuple[str, ...], int, int | None]:
+        """What a request's options mean to lm-eval's Hugging Face class: stop strings, new tokens, tokens in all.
+
+        Raises ValueError for sampled text, and for options that would change the text in a way that is not ours.
+        """
+        try:
+            options = normalize_gen_kwargs(request, MAX_NEW_TOKENS)
+            limit, length = options["max_gen_toks"], int(options.get("max_length") or 0) or None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a task's options {shown(request)} cannot be read: {one_line(error)}") from None
+        if options["do_sample"]:
+            raise ValueError(f"a task asks for sampled text ({shown(request)}); only greedy generation is supported")
+        if unknown := [
+            key for key in options if key not in SAMPLING | LENGTHS and options[key] not in (None, False, 1)
+        ]:
+            raise ValueError(f"a task asks for {unknown[0]} ({shown(request)}), which is not supported")
+        if not 0 < limit < self.max_length:
+            raise ValueError(f"a task asks for {limit} new tokens; the model's context is {self.max_length}")
+        return tuple(str(stop) for stop in options["until"] if stop), limit, length
 
     @torch.no_grad()
     def _generate(self, contexts: list[tuple[int, ...]], until: tuple[str, ...], limit: int) -> list[str]:
@@ -159,31 +189,55 @@ class HarnessModel(TemplateLM):
 
 @cache
 def task_manager() -> TaskManager:
-    """lm-eval's tasks by name; finding them all takes ten seconds."""
+    """lm-eval's tasks by name."""
+    print("looking for lm-eval's tasks (ten seconds)", file=sys.stderr)
     return TaskManager()
 
 
-def load_task(name: str, data: Path | None, manager: TaskManager) -> str | dict:
+def load_task(name: str, data: Path | None) -> tuple[str | dict, TaskManager]:
     """What `simple_evaluate` takes for a name or a task file; `data` replaces the file's own. Raises ValueError."""
     if not name.endswith((".yaml", ".yml")):
+        manager = task_manager()
         if not manager.match_tasks([name]):
-            known = (
-                f"neither perplexity, wikitext nor one of lm-eval's ({len(manager.all_tasks)} names: lm-eval ls tasks)"
-            )
-            raise ValueError(f"unknown task {name!r}: {known}; a local one is given as a task file, NAME.yaml")
-        return name
+            tasks = f"lm-eval's ({len(manager.all_tasks)} names: lm-eval ls tasks)"
+            reason = f"neither perplexity, wikitext nor one of {tasks}; a local one is given as a task file, NAME.yaml"
+            raise ValueError(f"unknown task {shown(name)}: {reason}")
+        return name, manager
+
+    # a task file
     try:
-        config = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        config["task"]  # a file without it is no task
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        config = yaml.safe_load("".join(read_text(name)))
+        refuse_code(config, name)
+    except (OSError, RecursionError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{name} is not a task file of lm-eval ({one_line(error)})") from None
+    manager = TaskManager(include_defaults=False) if isinstance(config["task"], str) else task_manager()
     if data is None:
         if config.get("dataset_path") == "json" and not (config.get("dataset_kwargs") or {}).get("data_files"):
             raise ValueError(f"the task file {name} names no data; give it --data FILE.jsonl")
-        return config
-    if not data.is_file():
-        raise ValueError(f"no file {data}, the --data of task {name}")
-    return config | {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}}
+        return config, manager
+
+    # its data, by whatever suffix
+    records = list(read_records(data))
+    if not records:
+        raise ValueError(f"{data}, the --data of task {name}, is empty; give it a line of JSON per document")
+    try:
+        keys = dict.fromkeys(key for record in records for key in record)
+        test = Dataset.from_dict({key: [record.get(key) for record in records] for key in keys})
+    except (ValueError, TypeError, OverflowError) as error:  # a field of two types
+        raise ValueError(f"the documents of {data} are not alike ({one_line(error)})") from None
+    return config | {"dataset_kwargs": None, "custom_dataset": lambda **_: DatasetDict(test=test)}, manager
+
+
+def refuse_code(config: dict, name: str) -> None:
+    """Raises ValueError for a part of a task file that would run code of its own or of the hub's."""
+    metrics = config.get("metric_list") or []
+    parts = [config, config.get("dataset_kwargs") or {}, *metrics]
+    found = [key for part in parts for key in RUNS_CODE if part.get(key)]
+    found += [f"the metric {shown(part['metric'])}" for part in metrics if str(part["metric"]) not in metric_registry]
+    if isinstance(config["task"], list) and not all(isinstance(task, str) for task in config["task"]):
+        found.append("a task inside")
+    if found:
+        raise ValueError(f"the task file {name} has {found[0]}, which may run code: leave it out")
 
 
 def evaluate(
@@ -194,12 +248,14 @@ def evaluate(
     num_fewshot examples stand before each question; None: as in `NUM_FEWSHOT`, else the task's own number.
     Raises ValueError for an unknown task, or one whose data cannot be fetched or read.
     """
-    manager = task_manager()
-    task, fewshot = load_task(name, data, manager), NUM_FEWSHOT.get(name) if num_fewshot is None else num_fewshot
+    task, manager = load_task(name, data)
+    fewshot = NUM_FEWSHOT.get(name) if num_fewshot is None else num_fewshot
     options = {"num_fewshot": fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 0}
     try:
         results = simple_evaluate(model, tasks=[task], task_manager=manager, **options)["results"]
-    except (OSError, KeyError, DatasetsError, TemplateError) as error:  # the hub's, the reader's; a field not there
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of the hub, of the reader, of a field that is not there or of another type
         raise ValueError(f"task {name} cannot be evaluated ({type(error).__name__}: {one_line(error)})") from None
     wanted = {name: results[name]} if name in results else results
 

@@ -8,8 +8,9 @@ new tensors get their names in HF_NAMES of formats/huggingface.py and GGUF_NAMES
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,9 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats.checkpoint import Shapes, checkpoint_folder, load_weights
-from formats.config import architecture, config_fields
-from formats.files import read_json
+from formats.checkpoint import Shapes, check_layers, checkpoint_folder, is_own_head, load_weights
+from formats.config import checked, config_fields, known_architecture
+from formats.files import read_json, shown
 from kernels.quantized import Form, dequantize, fill_random, transposed
 
 # architecture of config.json -> the fields of ModelArgs that it switches on
@@ -78,17 +79,14 @@ class ModelArgs:
     def from_config(cls, config: dict, name: str = "") -> "ModelArgs":
         """Reads a Hugging Face config.json; `name` is that of a model whose config has none.
 
-        Raises ValueError for an architecture or a feature that this model does not have, or a missing key.
+        Raises ValueError for an architecture or a feature that this model does not have, and as `config_fields` does.
         """
-        found = architecture(config)
-        if found not in FAMILIES:
-            unknown = config.get("architectures") or config.get("model_type")
-            raise ValueError(f"unknown architecture {unknown!r}; supported: {', '.join(FAMILIES)}")
+        found = known_architecture(config, FAMILIES)
         for key in ("mlp_bias", "attention_bias"):
-            if config.get(key) and not FAMILIES[found].get("qkv_bias"):
+            if checked(config, key, bool, False) and not FAMILIES[found].get("qkv_bias"):
                 raise ValueError(f"config.json sets {key}, which this model does not have")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json has hidden_act {config['hidden_act']!r}; only 'silu' is supported")
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise ValueError(f"config.json has hidden_act {shown(config['hidden_act'])}; only 'silu' is supported")
         return cls(**config_fields(config, name) | FAMILIES[found])
 
     @classmethod
@@ -476,7 +474,15 @@ class Transformer(UncastBuffers):
             how = f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
             raise ValueError(f"{folder} holds a Hugging Face checkpoint; convert it first: {how}")
 
-        model = cls(read_config(folder), device=device, dtype=dtype)
+        # what does not fit is found before memory is taken
+        config = read_config(folder)
+        check_layers(state_dict, config.n_layer)
+        embedding = state_dict.get("tok_embeddings.weight")
+        if config.tie_embeddings and "output.weight" in state_dict:
+            config.tie_embeddings = not is_own_head(state_dict["output.weight"], embedding)
+        check_tensors(state_dict, config, folder)
+
+        model = cls(config, device=device, dtype=dtype)
         if model.output is None:
             state_dict.pop("output.weight", None)
         try:
@@ -493,26 +499,41 @@ def read_config(folder: Path) -> ModelArgs:
     Raises ValueError as `ModelArgs.from_config` and `ModelArgs.from_name` do.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return ModelArgs.from_name(folder.name)
-    config = read_json(path)
-    try:
-        return ModelArgs.from_config(config, folder.name)
-    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); convert the checkpoint again") from None
+    return ModelArgs.from_config(read_json(path), folder.name)
+
+
+def check_tensors(tensors: dict[str, Tensor], config: ModelArgs, folder: Path) -> None:
+    """Raises ValueError for a tensor of another shape or kind than in a model of the config, which takes no memory."""
+    one_layer = replace(config, n_layer=1, windowed_layers=[])
+    expected = expected_tensors(one_layer) | Transformer(one_layer, device="meta").state_dict()
+    for name, tensor in tensors.items():
+        due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name), tensor)  # load_state_dict finds foreign names
+        exact = name.endswith(".scale") or not due.is_floating_point()
+        if tensor.shape != due.shape or not (tensor.dtype == due.dtype or (tensor.is_floating_point() and not exact)):
+            found, asked = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, due))
+            reason = f"{name} is {found}, config.json asks for {asked}"
+            raise ValueError(f"the weights in {folder} do not fit its config: {reason}")
 
 
 def expected_shapes(config: ModelArgs) -> Shapes:
-    """Names and shapes of a checkpoint's tensors: those of the model, with fused projections taken apart."""
+    """Names and shapes of a checkpoint's tensors; see `expected_tensors`."""
+    return {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
+
+
+def expected_tensors(config: ModelArgs) -> dict[str, Tensor]:
+    """A checkpoint's tensors, without memory: those of the model, with fused projections taken apart."""
     model = Transformer(config, device="meta")
-    shapes = {}
+    tensors = {}
     for name, tensor in model.state_dict().items():
         path, kind = name.rsplit(".", 1)
         owner, _, last = path.rpartition(".")
         if last in FUSED:
             widths = model.get_submodule(path).segments.values()
-            for part, width in zip(FUSED[last], widths, strict=True):
-                shapes[f"{owner}.{part}.{kind}"] = (width, *tensor.shape[1:])
+            packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
+            for part, rows in zip(FUSED[last], tensor.split([width // packed for width in widths]), strict=True):
+                tensors[f"{owner}.{part}.{kind}"] = rows
         else:
-            shapes[name] = tuple(tensor.shape)
-    return shapes
+            tensors[name] = tensor
+    return tensors

@@ -17,7 +17,11 @@ starting from the weights in --precision. Memory: the model, the text's hidden s
 for one layer, lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("quantize")
+
 import shutil
 import sys
 from collections.abc import Callable
@@ -29,14 +33,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import options
 from calibrate import calibration_tokens
-from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
+from cli import placement
 from formats.checkpoint import COPIED_FILES, Source, convert, fingerprint, load_weights, write_weights
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, read_json, write_json
 from formats.text import WINDOW
 from kernels.quantized import pack_int4
-from model import ModelArgs, read_config
+from model import read_config
 from sparse_model import SITES, SparseTransformer
 from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, find_table, load_statistics, warn_of_old_files
 
@@ -191,19 +196,9 @@ def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
     return artifacts
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_text_arguments(parser, 10 * WINDOW)
-    parser.add_argument("--mode", choices=["int8", "int4"], required=True)
-    parser.add_argument("--groupsize", type=int, default=ModelArgs.groupsize, help="of int4 (default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, help="default: the checkpoint's folder with -int8 or -int4 behind")
-    add_device_arguments(parser)
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> Path:
     """Quantises a checkpoint and returns the new one's folder. Raises ValueError for a user's mistake."""
-    o = parse_arguments(argv)
+    o = options.quantize(argv)
     folder = resolve_checkpoint(o.checkpoint_path)
     config = read_config(folder)
     if not (folder / "config.json").is_file():
@@ -211,13 +206,11 @@ def main(argv: list[str] | None = None) -> Path:
     if config.quant != "none":
         raise ValueError(f"{folder} is quantised already; give the checkpoint that it was made from")
     SparseTransformer(replace(config, quant=o.mode, groupsize=o.groupsize), device="meta")  # says if groups do not fit
-    if o.num_tokens < 0:
-        raise ValueError(f"--num_tokens {o.num_tokens} is below 0; 0 rounds to nearest, without a text")
     output = o.output_dir or folder.with_name(f"{folder.name}-{o.mode}")
     artifacts = taken_along(folder, o.mode)
 
     def write(folder: Path, part: Path) -> None:
-        model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+        model = SparseTransformer.from_checkpoint(folder, *placement(o))
         windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, to nearest"
         if o.num_tokens:
             windows, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
@@ -246,7 +239,3 @@ def main(argv: list[str] | None = None) -> Path:
         convert(write, folder, output)
     print(f"{output}: use it as --checkpoint_path" + (f" (with it: {', '.join(artifacts)})" if artifacts else ""))
     return output
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -24,34 +24,37 @@ Cost: an update is two forward passes, a backward one and the gradients of the s
 token for P weights. One update of five levels took an 8B model 52 s on an H100 (random weights, 40 GB); SmolLM2-135M
 took 1.0 s per update there. On two CPU cores a level takes hours: give fewer --updates. Beside the model, memory holds
 the activations of at least one window, see `windows_per_pass`. A run that was stopped goes on after the last complete
-level, which `<output>.partial.safetensors` keeps.
+level, which `<output>.<digest of the settings>.partial.safetensors` keeps.
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("refine")
+
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import options
 from calibrate import calibration_tokens
-from cli import PRECISIONS, add_device_arguments, add_text_arguments, command_line, resolve_device
+from cli import output_path, placement
+from decoder import check_finite, not_finite
 from formats.default_model import resolve_checkpoint
 from sparse_model import SITES, SparseProjection, SparseTransformer
 from thresholds import Cuts, CutTable, make_table, table_metadata
 
-NUM_TOKENS = 262144
 LEVELS = (0.25, 0.4, 0.5, 0.65, 0.8)  # sparsities that are refined; between two, thresholds are interpolated
 SPARSE_FRACTION = 0.99  # of each window, as in eval.py
 CURVATURE_TOKENS = 16384  # of the text, for the initial cuts
-UPDATES, WINDOWS = 32, 8  # updates per level, and windows that each of them looks at
+WINDOWS = 8  # that an update looks at
 BAND = 0.35  # a cut counts as smoothed between threshold * e^-BAND and threshold * e^BAND
 TOLERANCE = 5e-4  # of a level's sparsity on the calibration text
 MEMORY = 24e9  # bytes of activations and logits on a GPU, which bound the windows per pass; one window always runs
@@ -126,8 +129,7 @@ def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cut
         for window in tokens.split(1):
             with torch.enable_grad():
                 logits = model(window.to(device))[0].float()
-                if not logits.isfinite().all():
-                    raise ValueError("the model's output is not finite; choose another --precision")
+                check_finite(logits, model.dtype)
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, labels, reduction="sum").backward()
             progress.update(window.numel())
@@ -136,7 +138,7 @@ def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cut
     thresholds = []
     for j, module in enumerate(model.sites):
         if not fisher[j].isfinite().all():
-            raise ValueError(f"gradients of layer {j // len(SITES)} are not finite; choose another --precision")
+            raise not_finite(model.dtype, f"a gradient of layer {j // len(SITES)}")
         widths = torch.tensor(module.widths, device=device)[:, None]
         thresholds.append((widths / fisher[j].clamp_min(fisher[j].mean() * 1e-6)).sqrt())
     return Cuts(0.0, thresholds, median)
@@ -300,30 +302,14 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
     table.metadata["quality"] = json.dumps({"text": text, "perplexity": perplexities})
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_text_arguments(parser, NUM_TOKENS)
-    parser.add_argument("--statistics", type=Path, help="not read: refined thresholds come from gradients")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="per level of sparsity (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="default: thresholds_refined.safetensors beside the checkpoint")
-    add_device_arguments(parser)
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> CutTable:
     """Makes the cut table of rule `refined`, writes and returns it. Raises ValueError for a user's mistake."""
-    o = parse_arguments(argv)
-    if o.updates < 0:
-        raise ValueError(f"--updates {o.updates} is below 0; {UPDATES} is usual")
-    if o.num_tokens < 2:
-        raise ValueError(f"--num_tokens {o.num_tokens} is too few; {NUM_TOKENS} is usual")
-    if o.statistics:
-        print("--statistics is not read: refined thresholds come from gradients", file=sys.stderr)
+    o = options.refine(argv)
 
     # load the model and the text
     folder = resolve_checkpoint(o.checkpoint_path)
-    output = o.output or folder / "thresholds_refined.safetensors"
-    model = SparseTransformer.from_checkpoint(folder, resolve_device(o.device), PRECISIONS[o.precision])
+    output = o.output or output_path(folder / "thresholds_refined.safetensors")
+    model = SparseTransformer.from_checkpoint(folder, *placement(o))
     tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
     # refine level by level, on where a run with the same inputs stopped
@@ -334,7 +320,3 @@ def main(argv: list[str] | None = None) -> CutTable:
     for sparsity, perplexity in quality["perplexity"]:
         print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on {quality['text']}")
     return table
-
-
-if __name__ == "__main__":
-    command_line(main)

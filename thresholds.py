@@ -11,6 +11,8 @@ rule is a function of (RuleInputs, sparsity) and its row in `RULES`.
 
 import hashlib
 import json
+import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -25,7 +27,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from formats.checkpoint import check_fingerprint, fingerprint
-from formats.files import one_line, write_output
+from formats.files import one_line, parse_json, regular_file, shown, write_output
 from sparse_model import PROJECTIONS, SITES
 
 STATISTICS_NAME = "calibration.safetensors"  # beside the checkpoint it belongs to
@@ -47,7 +49,29 @@ class Statistics:
 
     def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
         self.tensors, self.metadata = tensors, metadata
-        self.n_layer = 1 + max(int(name.split(".")[0]) for name in tensors)
+
+    @property
+    def n_layer(self) -> int:
+        return 1 + max(int(name.split(".")[0]) for name in self.tensors)
+
+    def check(self) -> None:
+        """Raises ValueError for tensors that are not what `get` and TEAL's histograms say, or a layer between missing.
+
+        Values of `pooled` may be NaN: an input that is always 0 has no kurtosis.
+        """
+        layers = set()
+        for name, tensor in self.tensors.items():
+            layer, owner, kind = [*name.split("."), "", ""][:3]
+            if not (layer.isascii() and layer.isdecimal()) or owner not in (*PROJECTIONS, *SITES) or kind not in KINDS:
+                raise ValueError(f"it holds {shown(name)}, which is no tensor of statistics")
+            layers.add(int(layer))
+            check_tensor(name, tensor, *KINDS[kind])
+            if kind == "centers":  # of as many bins as the counts; neither all counts nor the greatest center is 0
+                cumulative = self.tensors.get(f"{layer}.{owner}.cumulative", tensor[:0])
+                check_tensor(name, cumulative, tensor.shape)
+                check_tensor(name, torch.stack((tensor[-1], cumulative[-1])), (2,), sys.float_info.min)
+        if not layers or (self.metadata.get("kind") == "own" and layers != set(range(len(layers)))):
+            raise ValueError("layers of it are missing")
 
     @property
     def fingerprint(self) -> str | None:
@@ -85,7 +109,8 @@ class Statistics:
             return self._quantile(layer, projection, "magnitude", sparsity)
         cumulative, centers = (self.get(layer, projection, name).numpy() for name in ("cumulative", "centers"))
         _check_sparsity(sparsity)
-        return float(np.interp((0.5 + sparsity / 2) * cumulative[-1], cumulative, centers)) if sparsity else 0.0
+        value = float(np.interp((0.5 + sparsity / 2) * cumulative[-1], cumulative, centers))
+        return max(0.0, value) if sparsity else 0.0  # below 0 where more than half of x is
 
     def weighted_threshold(self, layer: int, projection: str, sparsity: float) -> float:
         """The t for which a share `sparsity` has |x_i| * c_i <= t, c the `column_norms`. Raises as `threshold` does."""
@@ -101,9 +126,47 @@ class Statistics:
         check_fingerprint(self.fingerprint, folder, "the statistics are", "calibrate.py")
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
+        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot, or if `check` does."""
+        self.check()
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         write_output(path, serialize(tensors, {"format": STATISTICS_FORMAT, **self.metadata}))
+
+
+# Of each kind of a statistic: its shape (None: any length), its least value (None: any, NaN too), whether it rises.
+KINDS = {
+    "signed": ((len(PROBABILITIES),), -math.inf, True),
+    "magnitude": ((len(PROBABILITIES),), 0.0, True),
+    "weighted": ((len(PROBABILITIES),), 0.0, True),
+    "column_norms": ((None,), 0.0),
+    "channel_mean": ((None,),),
+    "channel_second_moment": ((None,), 0.0),
+    "pooled": ((3,), None),
+    "cumulative": ((None,), 0.0, True),
+    "centers": ((None,), -math.inf, True),
+}
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int | None, ...], least: float | None = -math.inf, rising: bool = False
+) -> None:
+    """Raises ValueError for a tensor of an artifact that is not floating, finite, of this shape and at least `least`.
+
+    None stands for any length but 0 in the shape, and for any value, NaN too. `rising`: nor falls its last dimension.
+    """
+    fault = ""
+    if not tensor.is_floating_point():
+        fault = f"is {str(tensor.dtype).removeprefix('torch.')}, not floating-point"
+    elif tensor.dim() != len(shape) or any(n != (m or n) or n < 1 for n, m in zip(tensor.shape, shape, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        fault = f"has shape {shown(list(tensor.shape))}, not [{wanted}]"
+    elif least is not None and not tensor.isfinite().all():
+        fault = "is not finite"
+    elif least is not None and tensor.min() < least:
+        fault = f"is {tensor.min().item():.3g} somewhere, below {least:g}"
+    elif rising and (tensor.diff() < 0).any():
+        fault = "does not rise"
+    if fault:
+        raise ValueError(f"{shown(name)} {fault}")
 
 
 def _check_sparsity(sparsity: float) -> None:
@@ -116,24 +179,30 @@ def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
 
     Raises ValueError: no file there, one that holds something else, or one of another checkpoint than that in `folder`.
     """
-    statistics = Statistics(*_read(path, STATISTICS_FORMAT, "statistics", "make it with calibrate.py"))
+    statistics = _read(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
     if folder:
         statistics.check_fingerprint(folder)
     return statistics
 
 
-def _read(path: str | Path, form: str, what: str, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file whose metadata name this form."""
+def _read(path: str | Path, make: Callable, form: str, what: str, again: str):
+    """What `make` makes of tensors and metadata of a safetensors file whose metadata name this form; it is checked."""
+    if not Path(path).exists():
+        raise ValueError(f"no {what} file at {path}; {again}")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular_file(path, f"{what} file"), "pt") as file:
             metadata = file.metadata() or {}
             if metadata.pop("format", None) != form:
                 raise ValueError(f"{path} is not a {what} file of this version; {again}")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
-    except FileNotFoundError:
-        raise ValueError(f"no {what} file at {path}; {again}") from None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a {what} file ({error}); {again}") from None
+        raise ValueError(f"{path} is truncated or not a {what} file ({one_line(error)}); {again}") from None
+    try:
+        artifact = make(tensors, metadata)
+        artifact.check()
+        return artifact
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; {again}") from None
 
 
 def teal_statistics(folder: str | Path) -> Statistics:
@@ -146,10 +215,13 @@ def teal_statistics(folder: str | Path) -> Statistics:
         for path in Path(folder).glob(f"layer-*/{part}/histograms.pt"):
             try:
                 layer = int(path.parts[-3].removeprefix("layer-"))
-                histograms = torch.load(path, map_location="cpu", weights_only=True)
+                histograms = torch.load(regular_file(path), map_location="cpu", weights_only=True)
                 for site, name in zip(sites, ("h1", "h2"), strict=True):
-                    tensors[f"{layer}.{site}.cumulative"] = histograms[name].double().cumsum(0)
-                    tensors[f"{layer}.{site}.centers"] = histograms[f"{name}_centers"].double()
+                    both = histograms[name], histograms[f"{name}_centers"]
+                    counts, centers = (x.to(torch.promote_types(x.dtype, torch.float64)) for x in both)
+                    found = {f"{layer}.{site}.cumulative": counts.cumsum(0), f"{layer}.{site}.centers": centers}
+                    Statistics(found, {"kind": "teal"}).check()
+                    tensors |= found
             except Exception as error:  # unpickling fails in many ways
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 raise ValueError(f"{path} is not a file of TEAL's histograms ({reason})") from None
@@ -184,6 +256,30 @@ class CutTable:
 
     def __init__(self, levels: list[float], tensors: dict[str, Tensor], metadata: dict[str, str]):
         self.levels, self.tensors, self.metadata = levels, tensors, metadata
+
+    @classmethod
+    def of_file(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> "CutTable":
+        levels = tensors.pop("levels", torch.zeros(0))
+        check_tensor("levels", levels, (None,), 0.0, True)
+        return cls(levels.tolist(), tensors, metadata)
+
+    def check(self) -> None:
+        """Raises ValueError for tensors, levels or a record of quality that are not as the class says."""
+        levels, names = self.levels, _site_names(self.n_layer)
+        if not (levels and sorted(set(levels)) == levels and 0 < levels[0] <= levels[-1] < 1):
+            raise ValueError(f"its levels {shown(levels)} do not rise between 0 and 1")
+
+        # every site of every layer has thresholds for every level, and all or none have shifts
+        thresholds, shifts = ({f"{name}.{kind}" for name in names} for kind in ("threshold", "shift"))
+        found = set(self.tensors) - {f"{layer}.shares" for layer in range(self.n_layer)}
+        if not names or found not in (thresholds, thresholds | shifts):
+            raise ValueError("tensors are missing, or it has others")
+        for name, tensor in self.tensors.items():
+            _, *site, kind = name.split(".")
+            rest = {"threshold": (site and len(SITES[site[0]].projections), None), "shift": (None,)}
+            least = -math.inf if kind == "shift" else 0.0
+            check_tensor(name, tensor, (len(levels), *rest.get(kind, (len(PROJECTIONS),))), least)
+        self.perplexity_at(0.0)
 
     @property
     def n_layer(self) -> int:
@@ -237,13 +333,21 @@ class CutTable:
         """
         if "quality" not in self.metadata:
             return None
-        record = json.loads(self.metadata["quality"])
-        sparsities, perplexities = zip(*record["perplexity"], strict=True)
+        record = parse_json(self.metadata["quality"], "its quality")
+        try:
+            sparsities, perplexities = np.array(record["perplexity"], dtype=float).T.tolist()
+            check_tensor("the perplexity", torch.tensor(perplexities), (None,), 1.0)
+            check_tensor("its sparsity", torch.tensor(sparsities), (None,), 0.0, True)
+            if not isinstance(record["text"], str):
+                raise TypeError
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(f"its quality {shown(record)} is not a text and (sparsity, perplexity) pairs") from None
         value = float(np.exp(np.interp(sparsity, sparsities, np.log(perplexities))))
         return perplexities[0], value, record["text"]
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot be written."""
+        """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot, or if `check` does."""
+        self.check()
         tensors = {**self.tensors, "levels": torch.tensor(self.levels, dtype=torch.float64)}
         write_output(path, serialize(tensors, {"format": TABLE_FORMAT, **self.metadata}))
 
@@ -253,20 +357,10 @@ def load_table(path: str | Path, folder: Path | None = None) -> CutTable:
     again = "make it with greedy.py or refine.py"
     if Path(path).name in OLD_FILES:
         raise ValueError(_of_an_earlier_version(Path(path)))
-    tensors, metadata = _read(path, TABLE_FORMAT, "cut table", again)
-    table = CutTable(tensors.pop("levels", torch.zeros(0)).flatten().tolist(), tensors, metadata)
-
-    # every site of every layer has thresholds for every level, and all or none have shifts
-    levels, names = table.levels, _site_names(table.n_layer)
-    thresholds, shifts = ({f"{name}.{kind}" for name in names} for kind in ("threshold", "shift"))
-    found = set(tensors) - {f"{layer}.shares" for layer in range(table.n_layer)}
-    complete = names and found in (thresholds, thresholds | shifts)
-    complete = complete and all(tensor.shape[:1] == (len(levels),) for tensor in tensors.values())
-    if not (complete and levels and sorted(set(levels)) == levels and 0 < levels[0] <= levels[-1] < 1):
-        raise ValueError(f"{path} is damaged: levels or tensors are missing; {again}")
+    table = _read(path, CutTable.of_file, TABLE_FORMAT, "cut table", again)
     if folder:
-        script = SCRIPTS.get(metadata.get("rule", ""), "refine.py")
-        check_fingerprint(metadata.get("fingerprint"), folder, "the cut table is", script)
+        script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
+        check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
     return table
 
 
@@ -290,12 +384,16 @@ def table_metadata(
 def make_table(output: Path, new: CutTable, steps: Callable[[CutTable], Iterable]) -> CutTable:
     """The table that all of `steps(table)` make of the empty one `new`, written to `output`.
 
-    After each step it is kept in `<output>.partial.safetensors`, with which a later run that begins alike goes on.
+    After each step it is kept in `<output>.<digest of the metadata>.partial.safetensors`, with which a later run of the
+    same settings goes on; it says so.
     """
-    part, table = Path(f"{output}.partial.safetensors"), new
+    settings = hashlib.sha256(json.dumps(new.metadata, sort_keys=True).encode()).hexdigest()[:8]
+    part, table = Path(f"{output}.{settings}.partial.safetensors"), new
     with suppress(ValueError):  # absent, damaged, or of another version
         begun = load_table(part)
-        table = begun if begun.metadata == new.metadata else new
+        if begun.metadata == new.metadata:
+            table = begun
+            warnings.warn(f"goes on where an earlier run stopped, from {part}", stacklevel=2)
     for _ in steps(table):
         table.save(part)
     table.save(output)

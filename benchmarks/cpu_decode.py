@@ -10,7 +10,11 @@ own decode of one token after another, without sampling), our dense model, our k
 sparsities asked for. Ours include sampling. Medians and quartiles go to benchmarks/results/cpu.csv.
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("benchmarks.cpu_decode")
+
 import ctypes
 import statistics as stats
 import subprocess
@@ -20,17 +24,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import options
 from benchmarks.results import command, model_columns, provenance, write_rows
-from cli import PRECISIONS, command_line
 from decoder import FusedCpuStep
 from formats.default_model import resolve_checkpoint
 from generate import ModelSource, count_kept
 from kernels import cpu
+from options import CACHE, PROMPT
 from sparse_model import SparseTransformer
 from thresholds import Cuts, cuts_for
 
 KEY = "device model weights dtype quant threads what sparsity"
-PROMPT, CACHE = 5, 512
 
 LLAMA = """
 import sys, time, llama_cpp
@@ -126,9 +130,11 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     """Measures, prints a table and writes the rows. Raises ValueError for a user's mistake, as generate.py does."""
-    o = parse_arguments(argv)
+    o = options.cpu_decode(argv)
+    if cpu.library() is None:
+        raise ValueError("the compiled CPU kernel is what is measured here; it needs a C++ compiler (g++, or CXX)")
     folder = None if o.random_init else resolve_checkpoint(o.checkpoint_path)
-    source = ModelSource(torch.device("cpu"), PRECISIONS[o.precision], folder, o.random_init)
+    source = ModelSource(torch.device("cpu"), getattr(torch, o.precision), folder, o.random_init)
     model = source.sparse_model
     zeros = [torch.zeros(len(module.widths), 1) for module in model.sites]
     nothing = Cuts(1e-9, zeros, [None] * len(zeros))  # all but exact zeros kept, with the test in place
@@ -167,26 +173,3 @@ def main(argv: list[str] | None = None) -> None:
         row |= {"bandwidth_gbps": f"{rate:.1f}", "read_bandwidth_gbps": f"{bandwidth:.1f}"}
         rows.append(row | {"command": command("benchmarks.cpu_decode", argv)})
     write_rows("cpu.csv", rows, KEY)
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options. Raises ValueError if a count is out of its range, or the compiled kernel is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint_path", metavar="DIR", help="default: the default model")
-    parser.add_argument("--random_init", metavar="NAME", help="a named config, random weights")
-    parser.add_argument("--gguf", metavar="FILE", help="the default model for llama.cpp, in BF16")
-    parser.add_argument("--llama_python", default="python", metavar="PYTHON", help="one that has llama-cpp-python")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.65])
-    parser.add_argument("--steps", type=int, default=60, help="tokens of each measurement")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--precision", default="bfloat16", choices=sorted(PRECISIONS))
-    o = parser.parse_args(argv)
-    if cpu.library() is None:
-        raise ValueError("the compiled CPU kernel is what is measured here; it needs a C++ compiler (g++, or CXX)")
-    if not 1 <= o.steps <= CACHE - PROMPT or o.rounds < 2:
-        raise ValueError(f"--steps {o.steps} is outside 1 to {CACHE - PROMPT}, or --rounds {o.rounds} under 2")
-    return o
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -9,20 +9,23 @@ not in ms_per_token. All other flags go to generate.py; thresholds are uniform u
 benchmarks/results/decode.csv; `python -m benchmarks.plot` draws them.
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("benchmarks.decode")
+
 import gc
 import math
 import shlex
 
 import torch
 
+import options
 from benchmarks.results import form, model_columns, provenance, short, write_rows
-from cli import command_line
 from formats.default_model import resolve_checkpoint
 from generate import main as generate
 from model import ModelArgs, read_config
 
-SPARSITIES = [0.0, 0.25, 0.4, 0.5, 0.65]
 KEY = "device model quant weights dtype batch gpus draft step sparsity prompt_tokens new_tokens"
 
 
@@ -57,7 +60,7 @@ def print_table(rows: list[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures, prints a table and writes the rows, model by model. Raises ValueError as generate.py does."""
-    o, flags = parse_arguments(argv)
+    o, flags = options.decode(argv)
 
     # the models, each with the flags that load it
     models = [(["--random_init", name], ModelArgs.from_name(name)) for name in o.random_init]
@@ -78,17 +81,3 @@ def main(argv: list[str] | None = None) -> None:
     # all tables last: generate.py prints much between them
     for rows in tables:
         print_table(rows)
-
-
-def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of the sweep, and the flags that go to generate.py."""
-    description = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=description, allow_abbrev=False)
-    parser.add_argument("--random_init", nargs="+", default=[], metavar="NAME", help="named configs, random weights")
-    parser.add_argument("--checkpoint_path", nargs="+", default=[], metavar="DIR", help="default: the default model")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    return parser.parse_known_args(argv)
-
-
-if __name__ == "__main__":
-    command_line(main)

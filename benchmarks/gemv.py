@@ -18,7 +18,11 @@ a small search (one recording per tile, then two more of the best three):
     dense    cuBLAS on [out, in]; dense_t: on [in, out]
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("benchmarks.gemv")
+
 import itertools
 import math
 from collections.abc import Callable
@@ -29,14 +33,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import options
 from benchmarks.results import provenance, write_rows
-from cli import command_line
 from kernels.quantized import dequantize, form_of
 from kernels.triton_gemv import Product, launch_gemv
 from model import ModelArgs
 
 KEY = "device kernel in_features out_features dtype sparsity"
-SPARSITIES = [0.0, 0.25, 0.4, 0.5, 0.65, 0.8, 0.95]
 TILES = [(m, n, w) for m in (16, 32, 64, 128) for n in (64, 128, 256) for w in (1, 2, 4) if m * n <= 8192 * w]
 COLD_BYTES = 400e6  # of matrices in one graph: eight times an H100's L2
 MIN_COPIES = 8  # so that a graph's own start, some 20 us, is shared by enough launches
@@ -231,7 +234,7 @@ def shapes(name: str) -> list[tuple[int, int]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and prints all rows; writes them shape by shape. Raises ValueError without a GPU."""
-    o = parse_arguments(argv)
+    o = options.gemv(argv)
     if not torch.cuda.is_available():
         raise ValueError("the kernels are timed on a GPU; there is none. `pytest tests/test_kernels.py` checks them")
     for n_in, n_out in dict.fromkeys(shape for name in o.models for shape in shapes(name)):
@@ -242,15 +245,3 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{'sparsity':>9}" + "".join(f"{row['kernel']:>10}" for row in rows))
             print(f"{sparsity:>9.0%}" + "".join(f"{row['us']:>10}" for row in rows))
             write_rows("gemv.csv", rows, KEY)
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["llama-3-8b"], help="named configs whose shapes to measure")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "int8", "int4"), default="bfloat16")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -3,13 +3,17 @@
 python -m benchmarks.plot            # decode.csv -> decode.png, gemv.csv -> gemv.png, quality.csv -> quality.png
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("benchmarks.plot")
+
 from collections import defaultdict
 
 import numpy as np
 
+import options
 from benchmarks.results import RESULTS, form, read_rows
-from cli import command_line
 from formats.files import atomic_write
 
 # Datasheet bandwidths, GB/s: no decode step is faster than the bytes it reads over this.
@@ -214,11 +218,9 @@ def save(figure, name: str, legend: list) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Draws what has rows. Raises ValueError without matplotlib, or where nothing was measured."""
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("the plots need matplotlib: pip install matplotlib") from None
+    options.plot(argv)
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -228,7 +230,3 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{RESULTS} has no rows; run benchmarks/run.sh or benchmarks/quality.sh first")
     for plot in measured:
         plot(plt)
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -9,7 +9,11 @@ all else dense); relu (ReLUfication: SiLU replaced, no threshold); up-input and 
 inputs as in TEAL, or its outputs where |SiLU(gate)| is small). The sparsity is that of the whole model.
 """
 
-import argparse
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("benchmarks.quality")
+
 import math
 import sys
 from pathlib import Path
@@ -19,21 +23,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import options
 from benchmarks.results import command, model_columns, provenance, write_rows
 from calibrate import calibration_tokens
-from cli import PRECISIONS, add_device_arguments, command_line, resolve_device
-from eval import add_protocol_arguments, perplexity
+from cli import placement
+from eval import perplexity
 from formats.default_model import resolve_checkpoint
-from formats.text import task_text
+from formats.text import task_tokens
 from generate import ModelSource
 from model import FeedForward
+from options import GATED
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
-from thresholds import RULES as THRESHOLD_RULES
-from thresholds import Cuts, RuleInputs, Statistics, cuts_of_shares
+from thresholds import RULES, Cuts, RuleInputs, Statistics, cuts_of_shares
 from tokenizer import load_tokenizer
 
-RULES = ("dense", "uniform", "greedy", "refined", "norms", "cats", "relu", "up-input", "up-output")
-GATED = ("cats", "up-output")
 KEY = "device model quant text rule sparsity sparse_fraction context window num_windows"
 CALIBRATION_TOKENS = 8192  # for CATS's thresholds
 
@@ -104,8 +107,8 @@ def prepare(
 
     Raises ValueError for a sparsity that the rule cannot reach, or a missing cut table.
     """
-    if rule in THRESHOLD_RULES:
-        model.set_cuts(THRESHOLD_RULES[rule](RuleInputs(folder, lambda: statistics), sparsity))
+    if rule in RULES:
+        model.set_cuts(RULES[rule](RuleInputs(folder, lambda: statistics), sparsity))
     elif rule == "norms":
         model.set_cuts(norm_cuts(statistics, sparsity))
     elif rule == "relu":
@@ -129,13 +132,14 @@ def prepare(
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measures, writes the rows and prints them as a table. Raises ValueError for a user's mistake."""
-    o = parse_arguments(argv)
-    content, device = task_text("wikitext" if o.text == "wikitext" else "perplexity", o.data), resolve_device(o.device)
+    o = options.quality(argv)
     folder = resolve_checkpoint(o.checkpoint_path)
 
     # what all rules share: the text's tokens, statistics, and the tokens that gates are calibrated on
-    source = ModelSource(device, PRECISIONS[o.precision], folder)
-    tokens = torch.tensor(load_tokenizer(folder, source.config.vocab_size).encode(content))
+    source = ModelSource(*placement(o), folder)
+    device = source.device
+    tokenizer = load_tokenizer(folder, source.config.vocab_size)
+    tokens = task_tokens("wikitext" if o.text == "wikitext" else "perplexity", o.data, tokenizer)
     statistics, gate_tokens = source.statistics(o.statistics), None
     if set(o.rules) & set(GATED):
         gate_tokens, _ = calibration_tokens(folder, source.sparse_model, o.calibration, CALIBRATION_TOKENS, seed=0)
@@ -164,23 +168,3 @@ def main(argv: list[str] | None = None) -> list[dict]:
         rows.append(row | {"perplexity": f"{value:.4f}", "command": command("benchmarks.quality", argv)})
         write_rows("quality.csv", rows[-1:], KEY)
     return rows
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure perplexity against sparsity for each rule.")
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
-    parser.add_argument("--statistics", type=Path, help="default: calibration.safetensors beside the checkpoint")
-    calibration_help = "as calibrate.py's --data, for cats' thresholds"
-    parser.add_argument("--calibration", nargs="+", metavar="DATA", help=calibration_help)
-    parser.add_argument("--data", type=Path, help="the text to measure on")
-    parser.add_argument("--text", choices=("wikitext", "c4", "alpaca", "code"), default="wikitext", help="what it is")
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
-    parser.add_argument("--sparsities", nargs="+", type=float, default=(0.25, 0.4, 0.5, 0.65))
-    add_protocol_arguments(parser)
-    add_device_arguments(parser)
-    parser.set_defaults(precision="float32")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    command_line(main)

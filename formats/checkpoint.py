@@ -8,25 +8,26 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from formats.files import no_space_is_value_error, one_line, read_json, write_json
+from formats.files import ECHO, check_space, no_space_is_value_error, one_line, read_json, shown, write_json
 
 Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
 COPIED_FILES = (
     "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
     "added_tokens.json chat_template.jinja chat_template.json"
@@ -37,13 +38,16 @@ COPIED_FILES = (
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint, given it or any file in it. Raises ValueError if there are no weights."""
+    """The folder of a checkpoint, given it or a file in it; ValueError for no weights, or not those that it loads."""
     path = Path(os.path.abspath(path))  # "." has no name to choose a config by
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}")
-    if not weight_files(folder):
+    loaded = [file.name for file in weight_files(folder)]
+    if not loaded:
         raise ValueError(f"{folder} has no model.safetensors, model.safetensors.index.json or model.pth")
+    if path.is_file() and path.suffix in WEIGHT_SUFFIXES and path.name not in loaded:
+        raise ValueError(f"{path} is not a weight file that is loaded; the checkpoint in {folder} is in {loaded[0]}")
     return folder
 
 
@@ -61,14 +65,15 @@ def indexed_files(index: Path) -> list[Path]:
     Raises ValueError if it is no such index, or names a file that is missing or not in its own folder.
     """
     try:
-        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
-    except (KeyError, AttributeError):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        outside = next((name for name in names if Path(name).name != name), None)
+    except (KeyError, AttributeError, TypeError):
         raise ValueError(f"{index} has no weight_map of tensors to files; get it again") from None
+    if outside is not None:
+        raise ValueError(f"{index} names the shard {shown(outside)} outside its folder")
     for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index} names the shard {name!r} outside its folder")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names the shard {name!r}, which is missing; get it again")
+        if not os.path.isfile(index.parent / name):  # False for a name that is too long, unlike Path's
+            raise ValueError(f"{index} names the shard {shown(name)}, which is missing; get it again")
     return [index.parent / name for name in names]
 
 
@@ -78,17 +83,44 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, memory-mapped; a pickled file's code is not run.
+    """The tensors of a weight file by name, memory-mapped unless it is a pickle in torch's older format.
 
-    Raises ValueError if the file is truncated or no weight file.
+    Raises ValueError for a file that is truncated or holds anything else; a pickle's code is not run.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        pickled = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-        return {name: tensor.detach() for name, tensor in pickled.items()}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(error)}") from None
+        pickled = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
+    except Exception as error:  # of safetensors, torch, pickle, and whatever damaged bytes lead to in them
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} is refused: it would run {refused[1][:ECHO]}; get it as safetensors") from None
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__  # no advice
+        reason = one_line(ValueError(reason))
+        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {reason}") from None
+    if not isinstance(pickled, dict):
+        raise ValueError(f"{path} is no weight file: it holds a {type(pickled).__name__}, not tensors by name")
+    for name, value in pickled.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            kind = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{path} is no weight file: its entry {shown(name)} is a {kind}, not a tensor")
+    return {name: tensor.detach() for name, tensor in pickled.items()}
+
+
+def check_layers(names: Iterable[str], n_layer: int) -> None:
+    """Raises ValueError if tensors of these names (ours, Hugging Face's or GGUF's) are not of n_layer plain layers."""
+    if experts := next((name for name in names if re.search(r"experts|_exps\.|block_sparse_moe", name)), None):
+        raise ValueError(f"the weights are a mixture of experts, which is not supported: {shown(experts)}")
+    found = {m[1] for name in names if (m := re.match(r"(?:model\.)?(?:layers|blk)\.(\d+)\.", name))}
+    if len(found) != n_layer:
+        raise ValueError(f"config.json has num_hidden_layers {n_layer}, but the weights have {len(found)} layers")
+
+
+def is_own_head(head: Tensor, embedding: Tensor | None) -> bool:
+    """Whether an lm_head that a tied checkpoint stores is another matrix than its embedding; then it warns."""
+    if embedding is None or (head.dtype == embedding.dtype and torch.equal(head, embedding)):
+        return False
+    warnings.warn("the stored lm_head is not the embedding: it is used, though config.json ties them", stacklevel=2)
+    return True
 
 
 # ---------------------------------------------------------------- identity
@@ -141,9 +173,8 @@ def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
 
     Raises ValueError if the disk has no room for them.
     """
-    total, free = sum(source.nbytes for source in tensors.values()), shutil.disk_usage(folder).free
-    if total > free:
-        raise ValueError(f"{folder} needs {total:,} bytes, its disk has {free:,} free; free some, or set --output_dir")
+    total = sum(source.nbytes for source in tensors.values())
+    check_space(folder, total, "set --output_dir")
 
     # deal the tensors out to shards, in order
     shards: list[dict[str, Source]] = [{}]
@@ -217,7 +248,7 @@ def convert(convert_source: Callable[[Path, Path], None], source: Path, output: 
 def rename_tensors(
     sources: dict[str, Source], names: dict[str, str], expected: Shapes | None, head_dim: int, half_split: bool
 ) -> dict[str, Source]:
-    """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent.
+    """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent; float64 becomes float32.
 
     `names` gives ours for another program's name of a module (without layer). `expected` None checks names alone.
     `half_split`: rotary pairs are half of a head's head_dim rows apart, as Hugging Face has them. Raises ValueError for
@@ -234,18 +265,24 @@ def rename_tensors(
             continue
         if expected is not None and source.shape != expected[new]:
             raise ValueError(f"tensor {name} has shape {source.shape}; the config asks for {expected[new]}")
+        if source.dtype == torch.float64:
+            source = source._replace(dtype=torch.float32, load=lambda s=source: s.load().float())
         if source.dtype not in DTYPES.values():
-            raise ValueError(f"tensor {name} has dtype {source.dtype}; supported: {', '.join(DTYPES)}")
+            raise ValueError(f"tensor {name} has dtype {source.dtype}; supported: {', '.join(DTYPES)}, F64")
 
         # of q and k: projections and their biases, and norms over a head
         half = half_split and re.search(r"attention\.(w[qk]|[qk]_norm)\.", new)
         tensors[new] = interleave(source, head_dim) if half else source
 
-    missing = [name for name in expected or () if name not in tensors]
+    missing = [_their_name(name, names, sources) for name in expected or () if name not in tensors]
     for problem, found in (("unexpected", unexpected), ("missing", missing)):
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            raise ValueError(f"{problem} tensors for this config: {', '.join(found[:5])}{more}")
+            why = "the config is of another model" if unexpected else "the file is incomplete, or the config of another"
+            if missing == ["lm_head.weight"]:
+                why = "it has no lm_head of its own: set tie_word_embeddings to true if it shares the embedding"
+            listed = ", ".join(repr(name[:100])[1:-1] for name in found[:5])
+            raise ValueError(f"{problem} tensors for this config: {listed}{more}; {why}")
     return tensors
 
 
@@ -254,6 +291,14 @@ def _our_name(name: str, names: dict[str, str]) -> str | None:
     if match is None or match[2] not in names:
         return None
     return (f"layers.{match[1]}." if match[1] else "") + f"{names[match[2]]}.{match[3]}"
+
+
+def _their_name(name: str, names: dict[str, str], sources: Iterable[str]) -> str:
+    """The inverse of `_our_name`, for the program whose names `sources` has."""
+    layer, module, kind = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+    stem = next((theirs for theirs, ours in names.items() if ours == module), module)
+    prefix = "blk" if any(source.startswith("blk.") for source in sources) else "model.layers"
+    return (f"{prefix}.{layer}." if layer else "") + f"{stem}.{kind}"
 
 
 def interleave(source: Source, head_dim: int) -> Source:

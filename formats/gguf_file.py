@@ -1,5 +1,6 @@
 """A GGUF file seen as a Hugging Face folder: config.json, tensors and tokenizer, read from its metadata and tensors."""
 
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -7,21 +8,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from formats.checkpoint import DTYPES, Shapes, Source, rename_tensors, write_weights
-from formats.config import architecture_of, config_fields
-from formats.files import one_line, write_json
-from tokenizer import LLAMA3_SPLIT
+from formats.checkpoint import DTYPES, Shapes, Source, check_layers, rename_tensors, write_weights
+from formats.config import EXPERTS, MOST, architecture_of, checked, config_fields, known_architecture
+from formats.files import one_line, regular_file, shown, write_json
+from tokenizer import LLAMA3_SPLIT, load_tokenizer
 
 GGUF_NAMES = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "output"}  # theirs -> ours
 GGUF_NAMES |= {"attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "attn_output": "attention.wo"}
 GGUF_NAMES |= {f"attn_{letter}": f"attention.w{letter}" for letter in "qkv"}
 GGUF_NAMES |= {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
-GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
-# tokenizer.ggml.pre -> the regex before byte-level BPE, None for GPT-2's; qwen2 splits digits one by one
-GGUF_PRE = dict.fromkeys(("default", "gpt-2", "smollm")) | dict.fromkeys(LLAMA3_PRE, LLAMA3_SPLIT)
-GGUF_PRE["qwen2"] = LLAMA3_SPLIT.replace("{1,3}", "")
-CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type, which are sentencepiece's own numbers
+UNQUANTIZED = DTYPES | {"F64": torch.float64}
+GGUF_TYPES = (*UNQUANTIZED, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+
+# tokenizer.ggml.pre -> the regexes that split a text, one after the other, before byte-level BPE, as in llama.cpp;
+# none: GPT-2's alone. Names that share a row are of models with the same split.
+SINGLE_DIGITS = "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2".split()  # then GPT-2's
+LLAMA3_PRE = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2".split()
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+GPT2_PRE = "gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4".split()
+GGUF_PRE: dict[str, tuple[str, ...]] = dict.fromkeys(SINGLE_DIGITS + GPT2_PRE, ())
+GGUF_PRE |= dict.fromkeys([*LLAMA3_PRE, *"dbrx smaug-bpe glm4 chatglm-bpe".split()], (LLAMA3_SPLIT,))
+QWEN2_PRE = "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2".split()
+GGUF_PRE |= dict.fromkeys(QWEN2_PRE, (LLAMA3_SPLIT.replace("{1,3}", ""),))  # digits one by one
+GGUF_PRE["default"] = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]")
+GGUF_PRE["falcon"] = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, "[0-9][0-9][0-9]")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; sentencepiece's too
 
 
 def convert_gguf(
@@ -38,20 +49,38 @@ def convert_gguf(
     """
     metadata, sources = read_gguf(source)
     config = gguf_config(metadata, sources, architectures)
+    check_layers(sources, config["num_hidden_layers"])
     sources.pop("rope_freqs.weight", None)
     half_split = metadata["general.architecture"] != "llama"  # llama's q and k are interleaved already
     expected = expected_shapes and expected_shapes(config)
     tensors = rename_tensors(sources, GGUF_NAMES, expected, config_fields(config)["head_dim"], half_split)
     write_gguf_tokenizer(metadata, partial)
     write_json(partial / "config.json", config)
+    try:
+        load_tokenizer(partial, config["vocab_size"])
+    except ValueError as error:
+        raise ValueError(f"the tokenizer in {source} does not load: {one_line(error)}") from None
     write_weights(partial, tensors)
 
 
 class Metadata(dict):
-    """A GGUF file's key/value pairs; a missing key is a user's mistake (a damaged or foreign file)."""
+    def read(self, key: str, kind: Any, *default, least: float = 0, most: float = 2**31 - 1) -> Any:
+        return checked(self, key, kind, *default, least=least, most=most, where="the GGUF file")
 
-    def __missing__(self, key: str):
-        raise ValueError(f"the GGUF file has no {key!r}; it is incomplete, or of a kind that is not supported")
+    def per_token(self, name: str, n_tokens: int, kind: type, *default, **limits) -> list:
+        values = self.read(f"tokenizer.ggml.{name}", [kind], *default, **limits)
+        if len(values) != n_tokens:
+            raise ValueError(f"the GGUF file has {len(values)} tokenizer.ggml.{name} for {n_tokens} tokens")
+        return values
+
+    def token_id(self, name: str, n_tokens: int, default: int | None = None) -> int | None:
+        """The special token `name`, such as "eos", else `default`: as in llama.cpp also for an id out of range."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        found = self.read(key, int, default, least=-(2**63), most=2**64)
+        if found is None or 0 <= found < n_tokens:
+            return found
+        warnings.warn(f"{key} is {found}, but there are {n_tokens} tokens: it is ignored", stacklevel=1)
+        return default
 
 
 def read_gguf(path: Path) -> tuple[Metadata, dict[str, Source]]:
@@ -70,13 +99,27 @@ def read_gguf(path: Path) -> tuple[Metadata, dict[str, Source]]:
             return np.frombuffer(self.data, dtype, int(count), int(offset))
 
     # metadata
+    regular_file(path, "GGUF file")
     try:
         reader = Reader(path)
         metadata = Metadata({key: field.contents() for key, field in reader.fields.items()})
-    except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} is truncated or not a GGUF file: {error}") from None
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"{path} is one of {metadata['split.count']} parts; join them: llama-gguf-split --merge")
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or not a GGUF file: {one_line(error)}") from None
+    if reader.byte_order == "S":
+        swap = "swap its bytes: python -m gguf.scripts.gguf_convert_endian FILE native"
+        raise ValueError(f"{path} is a GGUF file of the other byte order (big-endian); {swap}")
+    if (parts := metadata.read("split.count", int, 1)) > 1:
+        raise ValueError(f"{path} is one of {parts} parts; join them: llama-gguf-split --merge")
+
+    # the tensors' bytes follow each other to the file's end; else something was inserted, lost or appended
+    end, unit = int(reader.data_offset), int(reader.alignment)
+    for tensor in reader.tensors:
+        start, due = int(tensor.data_offset), -(-end // unit) * unit
+        if start != due:
+            raise ValueError(f"{path} is damaged: tensor {tensor.name} is at byte {start}, not {due}")
+        end = start + int(tensor.n_bytes)
+    if reader.data.size > -(-end // unit) * unit or reader.data[end:].any():
+        raise ValueError(f"{path} is damaged: it has {reader.data.size} bytes, its tensors end at byte {end}")
 
     # tensors, of which none is read yet
     sources = {}
@@ -84,7 +127,7 @@ def read_gguf(path: Path) -> tuple[Metadata, dict[str, Source]]:
         kind = tensor.tensor_type.name
         if kind not in GGUF_TYPES:
             raise ValueError(f"tensor {tensor.name} is of type {kind}; supported: {', '.join(GGUF_TYPES)}")
-        shape, dtype = tuple(int(n) for n in tensor.shape[::-1]), DTYPES.get(kind, torch.float16)
+        shape, dtype = tuple(int(n) for n in tensor.shape[::-1]), UNQUANTIZED.get(kind, torch.float16)
         sources[tensor.name] = Source(shape, dtype, lambda t=tensor, s=shape, d=dtype: _dequantized(path, t, s, d))
     return metadata, sources
 
@@ -93,7 +136,7 @@ def _dequantized(path: Path, tensor: Any, shape: tuple[int, ...], dtype: torch.d
     from gguf.quants import dequantize
 
     raw = np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
-    if tensor.tensor_type.name in DTYPES:
+    if tensor.tensor_type.name in UNQUANTIZED:
         return torch.from_numpy(raw).view(dtype).view(shape)
     rows, out = raw.reshape(shape[0], -1), torch.empty(shape, dtype=dtype)
     for start in range(0, shape[0], 4096):  # bounds the float32 copies
@@ -103,70 +146,104 @@ def _dequantized(path: Path, tensor: Any, shape: tuple[int, ...], dtype: torch.d
 
 def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Collection[str]) -> dict[str, Any]:
     """A config.json in Hugging Face's form. Raises ValueError for what is missing or not supported."""
-    family = meta["general.architecture"]
-    if architecture_of(family) not in architectures:
-        raise ValueError(f"unknown GGUF architecture {family!r}; supported: {', '.join(architectures)}")
+    family = meta.read("general.architecture", str)
+
+    def get(key: str, kind: Any, *default, **limits) -> Any:
+        value = meta.get(f"{family}.{key}")
+        if isinstance(value, list) and value:  # one value per layer
+            if any(item != value[0] for item in value):
+                raise ValueError(f"{family}.{key} differs from layer to layer ({shown(value)}), which is not supported")
+            value = value[0]
+        return Metadata({f"{family}.{key}": value}).read(f"{family}.{key}", kind, *default, **limits)
+
+    config = {"architectures": [architecture_of(family)], EXPERTS[0]: get("expert_count", int, 0)}
+    known_architecture(config, architectures)
     if "token_embd.weight" not in sources:
         raise ValueError("the GGUF file has no tensor token_embd.weight")
 
-    def get(key: str, default: Any = None) -> Any:
-        value = meta[f"{family}.{key}"] if default is None else meta.get(f"{family}.{key}", default)
-        if isinstance(value, list):
-            raise ValueError(f"{family}.{key} differs from layer to layer ({value[:4]}...), which is not supported")
-        return value
+    # what follows from other values, and what only has one value here
+    heads, dim = get("attention.head_count", int, least=1), get("embedding_length", int, least=1)
+    head_dim = get("attention.key_length", int, dim // heads)
+    fixed = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, "rope.scaling.attn_factor": 1}
+    for key, value in (fixed | {"attention.causal": True}).items():
+        if (other := get(key, bool if value is True else float, value, least=-MOST, most=MOST)) != value:
+            raise ValueError(f"{family}.{key} {other} is not supported in a GGUF file; {value} is")
 
-    # what follows from other values
-    heads, dim = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", dim // heads)
-    if (rotated := get("rope.dimension_count", head_dim)) != head_dim:
-        raise ValueError(f"rotary embedding of {rotated} of a head's {head_dim} dimensions is not supported")
-    ends = {meta[f"tokenizer.ggml.{k}_token_id"] for k in ("eos", "eot") if f"tokenizer.ggml.{k}_token_id" in meta}
+    # tokens that end a text
+    vocab_size, n_tokens = sources["token_embd.weight"].shape[0], len(meta.read("tokenizer.ggml.tokens", [str], []))
+    if n_tokens > vocab_size or get("vocab_size", int, n_tokens) not in (n_tokens, vocab_size):
+        raise ValueError(f"the GGUF file has {n_tokens} tokens for an embedding of {vocab_size} rows; it is damaged")
+    ends = {meta.token_id(name, n_tokens or vocab_size) for name in ("eos", "eot", "eom")} - {None}
 
-    epsilon = float(str(np.float32(get("attention.layer_norm_rms_epsilon"))))  # 1e-05, not 9.99999974e-06
+    epsilon = np.float32(get("attention.layer_norm_rms_epsilon", float, most=MOST))
+    epsilon = float(str(epsilon))  # 1e-05, not 9.99999974e-06
     config = {"architectures": [architecture_of(family)], "model_type": family, "hidden_size": dim}
-    config |= {"intermediate_size": get("feed_forward_length"), "num_hidden_layers": get("block_count")}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", heads)}
-    config |= {"head_dim": head_dim, "vocab_size": sources["token_embd.weight"].shape[0]}
-    config |= {"max_position_embeddings": get("context_length"), "rms_norm_eps": epsilon}
-    config |= {"rope_theta": get("rope.freq_base", 10000.0), "hidden_act": "silu"}
+    config |= {"intermediate_size": get("feed_forward_length", int), "num_hidden_layers": get("block_count", int)}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", int, heads)}
+    config |= {"head_dim": head_dim, "vocab_size": vocab_size}
+    config |= {"max_position_embeddings": get("context_length", int), "rms_norm_eps": epsilon}
+    config |= {"rope_theta": get("rope.freq_base", float, 10000.0, most=MOST), "hidden_act": "silu"}
     config |= {"tie_word_embeddings": "output.weight" not in sources}
-    config |= {"bos_token_id": meta.get("tokenizer.ggml.bos_token_id")}
+    config |= {"bos_token_id": meta.token_id("bos", n_tokens or vocab_size)}
     config |= {"eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None)}
 
-    # a window makes a Llama a Mistral; scaling factors of the rotary frequencies come as a tensor
-    if window := get("attention.sliding_window", 0):
+    # a window makes a Llama a Mistral
+    if window := get("attention.sliding_window", int, 0):
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
         if family == "llama":
             config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    scaling = get("rope.scaling.type", "none")
+
+    # rotary frequencies are divided by a factor (linear if no type is given; also under its older key; 0 is none) and
+    # by those of a tensor
+    if (scaling := get("rope.scaling.type", str, "linear")) not in ("none", "linear"):
+        raise ValueError(f"rope scaling of type {shown(scaling)} in a GGUF file is not supported; none and linear are")
+    factor = get("rope.scaling.factor", float, None) if scaling == "linear" else 1
+    factor = (get("rope.scale_linear", float, 0) if factor is None else factor) or 1
     if "rope_freqs.weight" in sources:
-        config["rope_scaling"] = {"rope_type": "factors", "factors": sources["rope_freqs.weight"].load().tolist()}
-    elif scaling == "linear":
-        config["rope_scaling"] = {"rope_type": "linear", "factor": get("rope.scaling.factor")}
-    elif scaling != "none":
-        raise ValueError(f"rope scaling of type {scaling!r} in a GGUF file is not supported; supported: none, linear")
+        factors = sources["rope_freqs.weight"].load().float().flatten() * factor
+        config["rope_scaling"] = {"rope_type": "factors", "factors": factors.tolist()}
+    elif factor != 1:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     return config
 
 
 def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
-    kind, tokens = meta["tokenizer.ggml.model"], meta["tokenizer.ggml.tokens"]
-    types = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    kind, tokens, types = meta.read("tokenizer.ggml.model", str), *_tokens(meta)
+    pre = meta.read("tokenizer.ggml.pre", str, "")
     if kind == "gpt2":
-        pre = meta.get("tokenizer.ggml.pre", "default")
-        _byte_level_tokenizer(tokens, types, meta["tokenizer.ggml.merges"], pre).save(str(folder / "tokenizer.json"))
+        if not pre:
+            warnings.warn("without tokenizer.ggml.pre, texts are split as llama.cpp does by default", stacklevel=2)
+        merges = meta.read("tokenizer.ggml.merges", [str])
+        _byte_level_tokenizer(tokens, types, merges, pre or "default").save(str(folder / "tokenizer.json"))
     elif kind == "llama":
         (folder / "tokenizer.model").write_bytes(_sentencepiece_model(meta, tokens, types))
     else:
-        raise ValueError(f"unknown GGUF tokenizer {kind!r}; supported: gpt2, llama")
+        raise ValueError(f"unknown GGUF tokenizer {shown(kind)}; supported: gpt2, llama")
 
     # bos, eos and the chat template
-    special = {name: meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    config = {f"{name}_token": tokens[i] for name, i in special.items() if i is not None and i < len(tokens)}
-    adds_bos = kind == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3_PRE
-    config["add_bos_token"] = meta.get("tokenizer.ggml.add_bos_token", adds_bos)
-    if "tokenizer.chat_template" in meta:
-        config["chat_template"] = meta["tokenizer.chat_template"]
+    special = {name: meta.token_id(name, len(tokens)) for name in ("bos", "eos")}
+    config = {f"{name}_token": tokens[i] for name, i in special.items() if i is not None}
+    adds_bos = kind == "llama" or pre in LLAMA3_PRE
+    config["add_bos_token"] = meta.read("tokenizer.ggml.add_bos_token", bool, adds_bos)
+    if meta.read("tokenizer.ggml.add_eos_token", bool, False):
+        warnings.warn("tokenizer.ggml.add_eos_token is ignored: a prompt is to be continued, not ended", stacklevel=2)
+    if template := meta.read("tokenizer.chat_template", str, None):
+        config["chat_template"] = template
     write_json(folder / "tokenizer_config.json", config)
+
+
+def _tokens(meta: Metadata) -> tuple[list[str], list[int]]:
+    """Pieces and types of the tokens. As in llama.cpp an empty piece gets a name, a repeated one means its last id."""
+    tokens = meta.read("tokenizer.ggml.tokens", [str])
+    types = meta.per_token("token_type", len(tokens), int, [NORMAL] * len(tokens), most=BYTE)
+    last = {token: i for i, token in enumerate(tokens)}
+    odd = [i for i, token in enumerate(tokens) if not token or last[token] != i]
+    if odd:
+        warnings.warn(f"{len(odd)} tokens of the GGUF file are empty or repeated, first {odd[0]}: unused", stacklevel=3)
+        tokens, types = list(tokens), list(types)
+        for i in odd:
+            tokens[i], types[i] = f"[UNUSED_{i}]", UNUSED
+    return tokens, types
 
 
 def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str], pre: str):
@@ -174,7 +251,7 @@ def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str]
 
     # the vocabulary and its merges
     if pre not in GGUF_PRE:
-        raise ValueError(f"unknown tokenizer.ggml.pre {pre!r}; known: {', '.join(sorted(GGUF_PRE))}")
+        raise ValueError(f"unknown tokenizer.ggml.pre {shown(pre)}; known: {', '.join(sorted(GGUF_PRE))}")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
@@ -183,14 +260,13 @@ def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str]
         raise ValueError(f"the GGUF file's merges do not fit its tokens: {one_line(error)}") from None
 
     # how a text is split before the merges, and what undoes it
-    regex = GGUF_PRE[pre]
-    steps = [pre_tokenizers.Split(Regex(regex), "isolated")] if regex else []
-    if pre == "smollm":
+    steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in GGUF_PRE[pre]]
+    if pre in SINGLE_DIGITS:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not GGUF_PRE[pre]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
+    if pre in ("qwen2", "deepseek-r1-qwen"):
         tokenizer.normalizer = normalizers.NFC()
 
     # tokens that are found in a text as they stand
@@ -213,21 +289,26 @@ def _sentencepiece_model(meta: Metadata, tokens: list[str], types: list[int]) ->
         data = value.encode() if isinstance(value, str) else value
         return varint(number << 3 | 2) + varint(len(data)) + data
 
+    # special tokens: ids that are not given are sentencepiece's own; one token has to be the unknown
+    special = {name: meta.token_id(name, len(tokens), i) for i, name in enumerate(("unknown", "bos", "eos"))}
+    if UNKNOWN not in types and special["unknown"] < len(tokens):
+        types = [UNKNOWN if i == special["unknown"] else kind for i, kind in enumerate(types)]
+
     # pieces: token, score, type
-    scores = meta["tokenizer.ggml.scores"]
+    scores = meta.per_token("scores", len(tokens), float, least=-1e38, most=1e38)
     pieces = b"".join(
-        field(1, field(1, token) + field(2, float(score)) + field(3, kind))
+        field(1, field(1, token) + field(2, float(score)) + field(3, kind or NORMAL))
         for token, score, kind in zip(tokens, scores, types, strict=True)
     )
 
     # trainer_spec: BPE, vocabulary size, bytes for the unknown, then id and piece of the special tokens
-    trainer = field(3, 2) + field(4, len(tokens)) + field(35, True)
-    for name, id_field, piece_field, default in (("unknown", 40, 45, 0), ("bos", 41, 46, 1), ("eos", 42, 47, 2)):
-        i = meta.get(f"tokenizer.ggml.{name}_token_id", default)
-        trainer += field(id_field, i) + field(piece_field, tokens[i])
+    trainer = field(3, 2) + field(4, len(tokens)) + field(35, BYTE in types)
+    for i, (number, piece_number) in zip(special.values(), ((40, 45), (41, 46), (42, 47)), strict=True):
+        if i < len(tokens):
+            trainer += field(number, i) + field(piece_number, tokens[i])
 
     # normalizer_spec
     normalizer = field(1, "identity") + field(5, True)  # spaces become U+2581
-    normalizer += field(3, meta.get("tokenizer.ggml.add_space_prefix", True))
-    normalizer += field(4, meta.get("tokenizer.ggml.remove_extra_whitespaces", False))
+    normalizer += field(3, meta.read("tokenizer.ggml.add_space_prefix", bool, True))
+    normalizer += field(4, meta.read("tokenizer.ggml.remove_extra_whitespaces", bool, False))
     return pieces + field(2, trainer) + field(3, normalizer)

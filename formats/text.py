@@ -1,44 +1,88 @@
-"""Text from files and from C4: documents for calibration, and the one long text of a perplexity."""
+"""Text from files and from C4: documents for calibration, the text of a perplexity, the records of a task.
+
+A file is plain text or lines of JSON, whatever its suffix; gzip or not; UTF-8 with or without a byte order mark; its
+lines end in LF or CR LF. It is read as far as it is used.
+"""
 
 import gzip
-import json
-from collections.abc import Iterator
+import io
+import itertools
+import re
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from formats.files import one_line
+from formats.files import one_line, parse_json, regular_file, shown
 
 WINDOW, MIN_WINDOW = 2048, 256  # tokens: of a window of calibration text, and the least that there must be
+CHUNK, PIECE = 1 << 16, 1 << 20  # characters: read at once, and tokenised at once (1 M took 200 MB in `tokenizers`)
+PLAIN, RECORDS = (".txt", ".raw"), (".json", ".jsonl", ".ndjson")  # suffixes; of other files the first line decides
 
 
-def read_documents(source: str) -> Iterator[str]:
-    """Texts of a .txt file (one), a .jsonl file or `c4` (a shard of its validation split), an empty line after each.
+def read_text(path: str | Path, lines: bool = False) -> Iterator[str]:
+    """A text file, in chunks or in lines. Raises ValueError for no such file, and for what is not UTF-8 or gzip."""
+    with open(regular_file(path, "text file"), "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    try:
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig") as file:
+            yield from file if lines else iter(lambda: file.read(CHUNK), "")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {one_line(error)}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is a damaged gzip file ({one_line(error)}); get it again") from None
 
-    Raises ValueError for no such file, another kind of file, a line that holds no text, C4 that cannot be fetched.
+
+def read_records(path: str | Path) -> Iterator[dict]:
+    """The objects in a file's lines of JSON, blank lines left out. Raises ValueError for a line that is none."""
+    for number, line in enumerate(read_text(path, lines=True), 1):
+        if line.strip():
+            record = parse_json(line, where := f"line {number} of {path}")
+            if not isinstance(record, dict):
+                raise ValueError(f"{where} is not a JSON object: {shown(record)}")
+            yield record
+
+
+def read_documents(source: str | Path, lines: bool = False) -> Iterator[Iterator[str]]:
+    """The documents in a plain text file (one), in lines of JSON, or in `c4` (a shard of its validation split).
+
+    Each comes in chunks or in lines. Raises ValueError as `read_text` and `read_records` do, for a record without
+    text, and for C4 that cannot be fetched.
     """
     path = _fetch_c4() if source == "c4" else Path(source)
-    if not path.is_file():
-        raise ValueError(f"no text file at {path}")
-    if source != "c4" and path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path} is neither .txt nor .jsonl; --data takes those, or c4")
+    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    first = next(read_text(path), "")
+    if suffix in PLAIN or (suffix not in RECORDS and not re.match(r'\s*\{\s*"', first)):
+        yield read_text(path, lines)
+        return
 
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            if path.suffix == ".txt":
-                yield file.read() + "\n\n"
-                return
-            for line in file:
-                if line.strip():
-                    record = json.loads(line)
-                    text = record["text"] if "text" in record else record["prefix"] + record["gold_completion"]
-                    yield text + "\n\n"
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except (ValueError, KeyError, TypeError):
-        wanted = "a JSON object with the field text, or with prefix and gold_completion"
-        raise ValueError(f"a line of {path} is not {wanted}: {line[:80]!r}") from None
+    for record in read_records(path):
+        text = record["text"] if "text" in record else (record.get("prefix"), record.get("gold_completion"))
+        parts = text if isinstance(text, tuple) else (text,)
+        if not all(isinstance(part, str) for part in parts):
+            wanted = "the field text, or prefix and gold_completion"
+            raise ValueError(f"a line of {path} is not a JSON object with {wanted}, of strings: {shown(record)}")
+        yield io.StringIO("".join(parts)) if lines else iter(parts)
+
+
+def encode_pieces(chunks: Iterable[str], tokenizer, size: int = PIECE) -> Iterator[list[int]]:
+    """Ids of a text that comes in chunks, about `size` characters at a time, as if it were tokenised whole.
+
+    It is cut at a space between two words, where no tokenizer has a token that reaches across.
+    """
+    rest, inside = "", False
+    chunks = (chunk[i : i + CHUNK] for chunk in chunks for i in range(0, len(chunk), CHUNK))
+    for chunk in itertools.chain(chunks, [None]):
+        rest += chunk or ""
+        while rest and (chunk is None or len(rest) > size):
+            words = re.match(r"(?s:.*)\S(?= \S)", rest[:size]) if len(rest) > size else None
+            end = words.end() if words else size
+            # a tokenizer that puts a space before each text: that one is the space at the cut
+            own_space = inside and getattr(tokenizer, "leading_spaces", 0)
+            yield tokenizer.encode(rest[:end].removeprefix(" ") if own_space else rest[:end])
+            rest, inside = rest[end:], True
 
 
 def _fetch_c4() -> Path:
@@ -49,7 +93,7 @@ def _fetch_c4() -> Path:
         return Path(hf_hub_download("allenai/c4", shard, repo_type="dataset"))
     except Exception as error:  # the hub's client raises its HTTP library's errors too
         reason = f"cannot fetch C4 from the hub ({one_line(error)})"
-        raise ValueError(f"{reason}; give a .txt or .jsonl file with --data") from None
+        raise ValueError(f"{reason}; give a text file with --data") from None
 
 
 def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> Tensor:
@@ -59,11 +103,13 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
     is left out. Raises ValueError for a text that cannot be read or is too short.
     """
     tokens: list[int] = []
-    for source in data:
-        for text in read_documents(source):
-            tokens += tokenizer.encode(text)
-            if len(tokens) >= num_tokens:
-                break
+    documents = itertools.chain.from_iterable(map(read_documents, data))
+    texts = (itertools.chain(document, ["\n\n"]) for document in documents)
+    size = min(PIECE, CHUNK + 8 * num_tokens)
+    for ids in itertools.chain.from_iterable(encode_pieces(text, tokenizer, size) for text in texts):
+        tokens += ids
+        if len(tokens) >= num_tokens:
+            break
 
     length = min(WINDOW, context, num_tokens, len(tokens))
     if length < min(MIN_WINDOW, context):
@@ -72,14 +118,24 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
     return torch.tensor(tokens[: count * length]).view(count, length)
 
 
-def task_text(task: str, data: Path | None) -> str:
-    """The text in `data`, for "wikitext" with an empty line between two lines. Raises ValueError if it has no text."""
+def task_tokens(task: str, data: Path | None, tokenizer) -> Tensor:
+    """Ids [N], int64, of the text in `data`, for "wikitext" with an empty line between two lines; no bos is added.
+
+    Raises ValueError as `read_documents` does, or if there is no `data`.
+    """
+    pieces = encode_pieces(_task_chunks(task, data), tokenizer)
+    return torch.cat(
+        [torch.tensor([], dtype=torch.int32), *(torch.tensor(ids, dtype=torch.int32) for ids in pieces)]
+    ).long()
+
+
+def _task_chunks(task: str, data: Path | None) -> Iterator[str]:
     if data is None:
         raise ValueError(f"--tasks {task} needs --data FILE, for wikitext WikiText-2's raw test split (wiki.test.raw)")
-    try:
-        text = data.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {data} as UTF-8 text: {error}") from None
-    if task == "wikitext":
-        return "\n\n".join(line + "\n" if line.strip() else "" for line in text.split("\n"))
-    return text
+    for i, document in enumerate(read_documents(data, lines=task == "wikitext")):
+        yield "\n\n" if i else ""
+        if task == "wikitext":
+            for line in document:
+                yield (line.removesuffix("\n") + "\n" if line.strip() else "") + "\n\n" * line.endswith("\n")
+        else:
+            yield from document

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -31,15 +32,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teal_fast"
 
 
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's words, $CXX (which may be several, "ccache g++") or g++; None if there is no such program."""
+    words = shlex.split(os.environ.get("CXX") or "g++")
+    return words if words and shutil.which(words[0]) else None
+
+
 def build(folder: Path, flags: list[str]) -> Path:
     """The library for this source, these flags, this compiler and this CPU, built unless `folder` has it.
 
     Raises OSError without a compiler, subprocess.CalledProcessError if it fails.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise OSError(f"no C++ compiler {compiler!r}")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    if (compiler := find_compiler()) is None:
+        raise OSError(f"no C++ compiler {os.environ.get('CXX') or 'g++'!r}")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
     # the CPU's name and instructions: -march=native builds for these
     info = Path("/proc/cpuinfo")
@@ -52,7 +58,7 @@ def build(folder: Path, flags: list[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / library.name
-            command = [compiler, *flags, str(SOURCE), "-o", str(built)]
+            command = [*compiler, *flags, str(SOURCE), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             built.replace(library)  # a rename, so that nobody loads half a file
     return library
@@ -62,7 +68,14 @@ def build(folder: Path, flags: list[str]) -> Path:
 def library() -> ctypes.CDLL | None:
     """The built library, or None, with a warning of one line, where it cannot be built."""
     try:
-        return ctypes.CDLL(str(build(cache_folder(), FLAGS)))
+        try:
+            return ctypes.CDLL(str(build(cache_folder(), FLAGS)))
+        except OSError as error:  # the cache cannot be written, or there is no compiler, which the next try says
+            with tempfile.TemporaryDirectory() as folder:
+                library = ctypes.CDLL(str(build(Path(folder), FLAGS)))
+            where = f"{cache_folder()} ({error}); choose another folder with XDG_CACHE_HOME"
+            warnings.warn(f"the CPU kernels are built anew in each run, they cannot be kept in {where}", stacklevel=2)
+            return library
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])

@@ -10,6 +10,7 @@ import generate
 from benchmarks import cpu_decode, decode, gemv, plot, quality
 from benchmarks.results import provenance, read_rows, write_rows
 from model import ModelArgs
+from options import QUALITY_RULES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -99,7 +100,7 @@ def test_only_whole_sweeps_are_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.append((name, len(figure.axes))))
     key = "device model dtype quant batch gpus prompt_tokens new_tokens achieved_sparsity ms_per_token sparsity"
-    row = dict.fromkeys(key.split(), "1") | {"quant": "int8", "draft": "none"}
+    row = dict.fromkeys(key.split(), "1") | {"quant": "int8", "draft": "none", "step": "fused"}
     for sparsity, expected in ((0.0, []), (0.25, []), (0.4, []), (0.5, [("decode.png", 1)])):
         write_rows("decode.csv", [row | {"sparsity": sparsity}], key)
         plot.plot_decode(plt)
@@ -168,7 +169,7 @@ def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
         assert len({tuple(row[k] for k in key.split()) for row in rows}) == len(rows)
         assert {row["quant"] for row in rows} <= {"none", "int8", "int4"}
         assert not any(row["model"].endswith(("-int8", "-int4")) for row in rows)
-    assert {row["rule"] for row in read_rows("quality.csv")} <= set(quality.RULES)
+    assert {row["rule"] for row in read_rows("quality.csv")} <= set(QUALITY_RULES)
     drawn = {}
     monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.update({name: figure}))
     for draw in (plot.plot_decode, plot.plot_gemv, plot.plot_quality):

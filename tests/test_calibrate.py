@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 import calibrate
 import thresholds
 from calibrate import bin_edges, bit_histogram, collect, quantiles, self_written_text, statistics_for
-from formats.text import text_windows
 from sparse_model import PROJECTIONS, SparseTransformer
 from thresholds import RULES, RuleInputs, Statistics, load_statistics, teal_statistics
 
@@ -159,7 +158,7 @@ def test_collect_is_dense_and_leaves_no_hook(model):
 
 def test_collect_refuses_infinite_inputs(model):
     model.layers[1].attention.wqkv.weight[0, -1] = float("inf")
-    with pytest.raises(ValueError, match="layer 1 are not finite"):
+    with pytest.raises(ValueError, match="an input of layer 1 in float32 is not finite"):
         collect(model, torch.randint(300, (1, 16)))
 
 
@@ -250,7 +249,7 @@ def test_interrupted_calibration_leaves_nothing(checkpoint, monkeypatch):
 
 def test_a_model_that_writes_nothing_finite(model):
     model.norm.weight[0] = float("nan")
-    with pytest.raises(ValueError, match="not finite; choose another --precision"):
+    with pytest.raises(ValueError, match="not finite"):
         self_written_text(model, 5, num_tokens=50)
 
 
@@ -274,59 +273,6 @@ def test_self_written_text_samples_from_the_dense_model(model, monkeypatch):
     assert not torch.equal(rows, self_written_text(model, 5, num_tokens=50, seed=8))
 
 
-class Bytes:
-    """A tokenizer: one token a byte."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-
-def test_text_windows(tmp_path):
-    (tmp_path / "a.txt").write_text("a" * 298)
-    lines = [{"text": "b" * 98}, {"prefix": "c" * 60, "gold_completion": "d" * 38}]
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    data = [str(tmp_path / name) for name in ("a.txt", "b.jsonl")]
-    everything = b"a" * 298 + b"\n\n" + b"b" * 98 + b"\n\n" + b"c" * 60 + b"d" * 38 + b"\n\n"
-    windows = text_windows(data, Bytes(), num_tokens=10_000, context=100)
-    assert windows.shape == (5, 100) and bytes(windows.flatten().tolist()) == everything
-    windows = text_windows(data, Bytes(), num_tokens=10_000, context=4096)  # shorter than one window
-    assert bytes(windows[0].tolist()) == everything
-    assert text_windows(data, Bytes(), num_tokens=250, context=100).shape == (2, 100)
-    assert text_windows(data, Bytes(), num_tokens=300, context=4096).shape == (1, 300)
-    with pytest.raises(ValueError, match="200 tokens of text, 10000 asked for"):
-        text_windows(data[1:], Bytes(), num_tokens=10_000, context=4096)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("absent.txt", None, "no text file"),
-        ("a.csv", b"x", "neither .txt nor .jsonl"),
-        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
-        ("a.jsonl", b'{"body": "x"}\n', "prefix and gold_completion"),
-        ("a.jsonl", b"not json\n", "prefix and gold_completion"),
-        ("a.jsonl", b'{"text": null}\n', "prefix and gold_completion"),
-        ("a.jsonl", b"[1]\n", "prefix and gold_completion"),
-    ],
-)
-def test_texts_that_cannot_be_read(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        text_windows([str(tmp_path / name)], Bytes(), 1000, 100)
-
-
-def test_unreachable_hub_is_one_line(monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-
-    def fail(*_, **__):
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(ValueError, match=r"cannot fetch C4 from the hub \(no route\);"):
-        text_windows(["c4"], Bytes(), 1000, 100)
-
-
 def expected_teal_threshold(path: Path, name: str, sparsity: float) -> float:
     found = torch.load(path, weights_only=True)
     cumulative = np.cumsum(found[name].numpy().astype(np.float64))
@@ -342,7 +288,7 @@ def check_teal(statistics: Statistics, folder: Path, layers: list[int]) -> None:
             path = folder / f"layer-{layer}" / part / "histograms.pt"
             assert statistics.threshold(layer, projection, 0) == 0
             for s in [0.001, 0.25, 0.4, 0.5, 0.65, 0.777, 0.97, 0.99, 0.9999]:
-                expected = expected_teal_threshold(path, name, s)
+                expected = max(0.0, expected_teal_threshold(path, name, s))  # ours cuts exact zeros at least
                 assert statistics.threshold(layer, projection, s) == pytest.approx(expected, abs=1e-9, rel=1e-9)
 
 
@@ -401,7 +347,7 @@ def test_main_on_a_text_with_a_plot(checkpoint, tmp_path, capsys):
     assert "3 layers" in capsys.readouterr().out
     with pytest.raises(ValueError, match="100 asked for: at least 256"):
         calibrate.main(flags(checkpoint_path=checkpoint, data=[text], num_tokens=100))
-    with pytest.raises(ValueError, match="--num_tokens 1 is too few"):
+    with pytest.raises(ValueError, match="--num_tokens 1 must be at least 2"):
         calibrate.main(flags(checkpoint_path=checkpoint, num_tokens=1))
     with pytest.raises(ValueError, match="--teal_histograms needs --output"):
         calibrate.main(flags(teal_histograms=tmp_path))

@@ -110,8 +110,9 @@ def test_source_dtype_is_kept(tmp_path, dtype):
     assert_same_logits(out, model)
 
 
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_bin_and_tied_with_a_stored_head(tmp_path, sharded):
+def test_bin_and_tied_with_a_stored_head(tmp_path, sharded, older):
     model = reference("llama2-tied")
     model.config.save_pretrained(tmp_path / "hf")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -120,13 +121,86 @@ def test_bin_and_tied_with_a_stored_head(tmp_path, sharded):
     if sharded:
         names = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(state)}
         for file in set(names.values()):
-            torch.save({name: state[name] for name in names if names[name] == file}, tmp_path / "hf" / file)
+            part = {name: state[name] for name in names if names[name] == file}
+            torch.save(part, tmp_path / "hf" / file, _use_new_zipfile_serialization=not older)
         (tmp_path / "hf/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
     else:
-        torch.save(state, tmp_path / "hf/pytorch_model.bin")
+        torch.save(state, tmp_path / "hf/pytorch_model.bin", _use_new_zipfile_serialization=not older)
     out = convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out")
     assert "output.weight" not in load_file(out / "model.safetensors")
     assert_same_logits(out, model)
+
+
+def test_a_head_that_is_not_the_embedding_is_used_although_tied(tmp_path):
+    model = reference("llama2")
+    model.save_pretrained(tmp_path / "hf")
+    change_config(tmp_path / "hf", tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="stored lm_head is not the embedding: it is used"):
+        out = convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_same_logits(out, model)
+
+
+def test_of_tied_matrices_the_head_alone_may_be_stored(tmp_path):
+    model = reference("llama2-tied")
+    model.save_pretrained(tmp_path / "hf")
+    rename(tmp_path / "hf", "model.embed_tokens.weight", "lm_head.weight")
+    assert_same_logits(convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out"), model)
+
+
+def test_float64_becomes_float32(tmp_path, saved):
+    for name in weights(saved):
+        retype(saved, name, torch.float64)
+    out = convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.float32}
+    assert_same_logits(out, reference("llama2"))
+
+
+# file that holds the model -> files beside it
+BESIDE = {
+    "model.safetensors": "pytorch_model.bin adapter_model.safetensors consolidated.safetensors model.fp16.safetensors",
+    "pytorch_model.bin": "adapter_model.safetensors optimizer.bin training_args.bin model.fp16.safetensors adapter.bin",
+    "model-00001-of-00001.safetensors": "adapter_model.safetensors optimizer.safetensors other.safetensors",
+    "pytorch_model-00001-of-00001.bin": "adapter_model.safetensors pytorch_model.fp16.bin optimizer.pt",
+    "weights.safetensors": "consolidated.00.safetensors adapter_model.safetensors weights.bf16.safetensors rng.pth",
+}
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("file", BESIDE)
+def test_the_model_is_told_from_files_beside_it(tmp_path, saved, monkeypatch, file, hub):
+    tensors = weights(saved)
+    rewrite(saved, tensors, "x.safetensors")
+    (saved / "x.safetensors").rename(saved / file) if "safetensors" in file else torch.save(tensors, saved / file)
+    (saved / "x.safetensors").unlink(missing_ok=True)
+    for other in BESIDE[file].split():
+        (saved / other).write_bytes(b"another file")
+    if hub:
+        import huggingface_hub
+        from huggingface_hub.utils import filter_repo_objects
+
+        def fetch(repo_id, allow_patterns, ignore_patterns):
+            names = [path.name for path in saved.iterdir()]
+            for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+                (tmp_path / "cache").mkdir(exist_ok=True)
+                (tmp_path / "cache" / name).write_bytes((saved / name).read_bytes())
+            return str(tmp_path / "cache")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+        out = convert(repo_id="org/name", output_dir=tmp_path / "out")
+    else:
+        out = convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    assert_same_logits(out, reference("llama2"))
+
+
+def test_a_folder_of_an_adapter_alone_is_called_that(tmp_path, saved):
+    rewrite(saved, weights(saved), "model.safetensors")
+    (saved / "model.safetensors").rename(saved / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"it has adapter_model.safetensors, which are not a model"):
+        convert(checkpoint_dir=saved, output_dir=tmp_path / "out")
+    for source in ({"checkpoint_dir": saved / "config.json"}, {"gguf": saved}):
+        with pytest.raises(ValueError, match=r"is a file, not a folder|is a folder, not a GGUF file"):
+            convert(**source, output_dir=tmp_path / "out")
 
 
 def test_large_checkpoints_are_sharded(tmp_path, saved, monkeypatch):
@@ -316,6 +390,181 @@ def test_every_quantised_type(tmp_path, kind):
     assert torch.equal(source.load(), torch.from_numpy(expected).half())
 
 
+def edit_gguf(path: Path, **changes) -> Path:
+    """Rewrites a GGUF file with other metadata ("__" is "."; None deletes), its tensors as they are."""
+    reader = gguf.GGUFReader(path)
+    values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    types = {key: (field.types[0], field.types[-1]) for key, field in reader.fields.items()}
+    tensors = [(t.name, np.array(t.data), t.tensor_type) for t in reader.tensors]
+    guess = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.INT64, str: gguf.GGUFValueType.STRING}
+    guess |= {float: gguf.GGUFValueType.FLOAT32, list: gguf.GGUFValueType.ARRAY}
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture"))
+    for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        kind, item = types.get(key, (None, None))
+        if key.replace(".", "__") in changes and value is not None:
+            kind, item = guess[type(value)], guess[type(value[0])] if isinstance(value, list) else None
+        if value is not None:
+            writer.add_key_value(key, value, kind, item if kind == gguf.GGUFValueType.ARRAY else None)
+    for name, data, kind in tensors:
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def small_gguf(tmp_path) -> Path:
+    return write_gguf(tmp_path / "m.gguf", reference("llama2", vocab_size=260))
+
+
+NUMBER_KEYS = "llama__block_count llama__embedding_length llama__feed_forward_length llama__attention__head_count"
+TOKEN_KEYS = "tokens token_type merges model eos_token_id add_bos_token pre"
+WRONG_VALUES = ["x", 2.5, [1, 2], ["x"], -1, True]
+
+
+@pytest.mark.parametrize("value", WRONG_VALUES, ids=repr)
+@pytest.mark.parametrize("key", [*NUMBER_KEYS.split(), "general__architecture", "split__count"])
+def test_metadata_of_another_type(tmp_path, small_gguf, key, value):
+    if (key, value) in (("split__count", -1), ("general__architecture", "x")):
+        value = 5.5
+    if key == "general__architecture":
+        with pytest.raises(ValueError, match=r"needs a string as 'general.architecture'"):
+            gguf_file.gguf_config(gguf_file.Metadata({"general.architecture": value}), {}, ["LlamaForCausalLM"])
+        return
+    with pytest.raises(
+        ValueError, match=r"the GGUF file needs|differs from layer|needs a whole number|attention.head"
+    ) as e:
+        convert(gguf=edit_gguf(small_gguf, **{key: value}), output_dir=tmp_path / "out")
+    assert len(str(e.value)) < 500 and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("value", WRONG_VALUES, ids=repr)
+@pytest.mark.parametrize("name", TOKEN_KEYS.split())
+def test_metadata_of_the_tokenizer_of_another_type(tmp_path, small_gguf, name, value):
+    if (name, value) in (("eos_token_id", -1), ("add_bos_token", True)):
+        return
+    with pytest.raises(ValueError, match=r"GGUF|tokenizer") as caught:
+        convert(gguf=edit_gguf(small_gguf, **{f"tokenizer__ggml__{name}": value}), output_dir=tmp_path / "out")
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("i", [-1, 260, 2**32 - 1])
+@pytest.mark.parametrize("name", ["bos", "eos", "eot"])
+def test_a_special_id_out_of_range_is_ignored_with_a_line(tmp_path, small_gguf, name, i):
+    with pytest.warns(UserWarning, match=f"{name}_token_id is {i}, but there are 260 tokens: it is ignored"):
+        out = convert(
+            gguf=edit_gguf(small_gguf, **{f"tokenizer__ggml__{name}_token_id": i}), output_dir=tmp_path / "out"
+        )
+    assert i not in load_tokenizer(out, 260).eos_ids and load_tokenizer(out, 260).bos_id != i
+
+
+@pytest.mark.parametrize("change", [{3: ""}, {3: "a"}, {3: "", 4: "", 5: "b"}], ids=repr)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_empty_and_repeated_pieces_load(tmp_path, small_gguf, kind, change):
+    tokens = byte_level_vocabulary()[0]
+    if kind == "llama":
+        tokens = [
+            "<unk>",
+            "<s>",
+            "</s>",
+            *(f"\u2581{chr(97 + i)}" for i in range(9)),
+            *map(chr, range(97, 123)),
+            "\u2581",
+        ]
+    for i, piece in change.items():
+        tokens[i] = piece
+    keys = {"tokens": tokens, "token_type": [3 * (i < 1) or 1 for i in range(len(tokens))], "model": kind}
+    keys |= {"scores": [-float(i) for i in range(len(tokens))]}
+    path = edit_gguf(small_gguf, **{f"tokenizer__ggml__{key}": value for key, value in keys.items()})
+    with pytest.warns(UserWarning, match="tokens of the GGUF file are empty or repeated"):
+        tokenizer = load_tokenizer(convert(gguf=path, output_dir=tmp_path / "out"), 260)
+    assert tokenizer.decode(tokenizer.encode("b a")) == "b a"
+    assert 3 not in tokenizer.encode("a b aa")  # of a repeated piece the last id counts
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({"rope__scaling__factor": 4.0}, 4),
+        ({"rope__scale_linear": 4.0}, 4),
+        ({"rope__scaling__factor": 2.0, "rope__scale_linear": 4.0}, 2),
+        ({"rope__scaling__factor": 2.0, "rope__scaling__type": "linear"}, 2),
+        ({"rope__scaling__factor": 2.0, "rope__scaling__type": "none"}, 1),
+        ({"rope__scaling__factor": 0.0}, 1),
+        ({"rope__scaling__type": "linear"}, 1),
+        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0}, "'yarn' in a GGUF file is not supported"),
+        ({"rope__scaling__factor": -2.0}, "needs a number"),
+        ({"rope__scaling__attn_factor": 0.5}, "attn_factor 0.5 is not supported"),
+        ({"rope__dimension_count": 8}, "rope.dimension_count 8 is not supported"),
+        ({"attention__value_length": 8}, "attention.value_length 8 is not supported"),
+        ({"attention__causal": False}, "attention.causal False is not supported"),
+        ({"expert_count": 8}, "mixture of experts"),
+        ({"vocab_size": 7}, "260 tokens for an embedding of 260 rows"),
+    ],
+)
+def test_metadata_is_heeded_as_in_llama_cpp(tmp_path, keys, factor):
+    rope = {"rope_theta": 1e4, "rope_type": "linear", "factor": float(factor)} if isinstance(factor, int) else None
+    model = reference("llama2", vocab_size=260, **({"rope_parameters": rope} if rope and factor > 1 else {}))
+    path = write_gguf(tmp_path / "m.gguf", reference("llama2", vocab_size=260))
+    path = edit_gguf(path, **{f"llama__{key}": value for key, value in keys.items()})
+    if rope:
+        assert_same_logits(convert(gguf=path, output_dir=tmp_path / "out"), model)
+    else:
+        with pytest.raises(ValueError, match=factor):
+            convert(gguf=path, output_dir=tmp_path / "out")
+
+
+def test_linear_scaling_multiplies_the_factors_of_a_tensor(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", reference("llama3.1", vocab_size=260))
+    plain = json.loads((convert(gguf=path, output_dir=tmp_path / "a") / "config.json").read_text())["rope_scaling"]
+    edit_gguf(path, llama__rope__scaling__factor=4.0)
+    scaled = json.loads((convert(gguf=path, output_dir=tmp_path / "b") / "config.json").read_text())["rope_scaling"]
+    assert scaled["factors"] == [4 * factor for factor in plain["factors"]]
+
+
+def test_values_per_layer_that_are_all_one(tmp_path, small_gguf):
+    edit_gguf(small_gguf, llama__attention__head_count_kv=[4, 4], llama__feed_forward_length=[96, 96])
+    assert_same_logits(convert(gguf=small_gguf, output_dir=tmp_path / "out"), reference("llama2", vocab_size=260))
+
+
+def test_float64_tensors_of_a_gguf_file(tmp_path):
+    tensor = np.random.default_rng(0).standard_normal((3, 4))
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_tensor("output_norm.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    sources = gguf_file.read_gguf(tmp_path / "t.gguf")[1]
+    source = checkpoint.rename_tensors(sources, GGUF_NAMES, None, 4, False)["norm.weight"]
+    assert source.dtype == torch.float32 and torch.equal(source.load(), torch.from_numpy(tensor).float())
+
+
+def test_a_gguf_file_of_the_other_byte_order(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="big-endian"):
+        convert(gguf=tmp_path / "t.gguf", output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b + b"x", lambda b: b + bytes(64), lambda b: b[:9000] + b"xy" + b[9000:]])
+def test_shifted_and_trailing_bytes_of_a_gguf_file(tmp_path, small_gguf, damage):
+    small_gguf.write_bytes(damage(small_gguf.read_bytes()))
+    with pytest.raises(ValueError, match=r"is damaged|truncated or not a GGUF"):
+        convert(gguf=small_gguf, output_dir=tmp_path / "out")
+
+
+def test_a_missing_pre_is_the_default_with_a_line(tmp_path, small_gguf):
+    with pytest.warns(UserWarning, match=r"without tokenizer.ggml.pre"):
+        convert(gguf=edit_gguf(small_gguf, tokenizer__ggml__pre=None), output_dir=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
@@ -323,6 +572,13 @@ def test_every_quantised_type(tmp_path, kind):
         ("gpt-2", ["it", "'", "S", "\u0120a", "(", "b", "\u01201234", "\u010a\u010a"]),
         ("llama-bpe", ["it", "'S", "\u0120a", "(b", "\u0120", "123", "4", "\u010a\u010a"]),
         ("qwen2", ["it", "'S", "\u0120a", "(b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
+        ("stablelm2", ["it", "'S", "\u0120a", "(b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
+        ("falcon3", ["it", "'S", "\u0120a", "(b", "\u0120", "123", "4", "\u010a\u010a"]),
+        ("dbrx", ["it", "'S", "\u0120a", "(b", "\u0120", "123", "4", "\u010a\u010a"]),
+        ("starcoder", ["it", "'", "S", "\u0120a", "(", "b", "\u0120", "1", "2", "3", "4", "\u010a\u010a"]),
+        ("exaone4", ["it", "'", "S", "\u0120a", "(", "b", "\u01201234", "\u010a\u010a"]),
+        ("default", ["it", "'", "S", "\u0120a", "(", "b", "\u0120", "123", "4", "\u010a\u010a"]),
+        ("falcon", ["it", "'", "S", "\u0120a", "(", "b", "\u0120", "123", "4", "\u010a\u010a"]),
     ],
 )
 def test_pretokenizer_splits(pre, pieces):
@@ -397,6 +653,29 @@ def remove_tensor(folder: Path):
     save_file(dict(list(load_file(shard).items())[1:]), shard)
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor], file: str = "model.safetensors"):
+    """Makes `tensors` the folder's only weights."""
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(tensors, folder / file)
+
+
+def rename(folder: Path, old: str, new: str):
+    rewrite(folder, {new if name == old else name: tensor for name, tensor in weights(folder).items()})
+
+
+def drop(folder: Path, name: str):
+    rewrite(folder, {n: tensor for n, tensor in weights(folder).items() if n != name})
+
+
+def retype(folder: Path, name: str, dtype: torch.dtype):
+    rewrite(folder, {n: tensor.to(dtype) if n == name else tensor for n, tensor in weights(folder).items()})
+
+
 def bin_with_code(folder: Path):
     class Harm:
         def __reduce__(self):
@@ -419,7 +698,7 @@ def bin_of(value):
 def repeat_tensor(folder: Path):
     (folder / "model.safetensors.index.json").unlink()
     shard = min(folder.glob("*.safetensors"))
-    save_file(load_file(shard), folder / "other.safetensors")
+    save_file(load_file(shard), folder / "model-00099-of-00099.safetensors")
 
 
 def set_config(**changes):
@@ -443,14 +722,25 @@ def set_config(**changes):
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
         (set_config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
         (set_config(intermediate_size=128), r"mlp.*proj.weight has shape \(.*96.*\); the config asks for \(.*128"),
-        (set_config(num_hidden_layers=1), r"unexpected tensors.*model.layers.1"),
-        (set_config(num_hidden_layers=3), r"missing tensors.*layers.2.*and 4 more"),
-        (bin_with_code, "pytorch_model.bin cannot be read.*: Weights only load failed"),
-        (bin_of([1, 2]), "pytorch_model.bin cannot be read, it is truncated or no weight file"),
-        (bin_of({"x": 1}), "pytorch_model.bin cannot be read, it is truncated or no weight file"),
-        (bin_of({"model.norm.weight": torch.ones(64, dtype=torch.int64)}), "has dtype torch.int64; supported: F32"),
-        (repeat_tensor, r"other.safetensors repeats the tensor \S+ of another file"),
-        (remove_tensor, "missing tensors for this config: "),
+        (set_config(num_hidden_layers=1), "num_hidden_layers 1, but the weights have 2 layers"),
+        (set_config(num_hidden_layers=3), "num_hidden_layers 3, but the weights have 2 layers"),
+        (bin_with_code, r"pytorch_model.bin is refused: it would run posix\.mkdir"),
+        (bin_of([1, 2]), "pytorch_model.bin is no weight file: it holds a list"),
+        (bin_of({"x": 1}), "pytorch_model.bin is no weight file: its entry 'x' is a int"),
+        (bin_of({"x": torch.ones(2).to_sparse()}), "its entry 'x' is a torch.sparse_coo tensor"),
+        (lambda f: retype(f, "model.norm.weight", torch.int64), "has dtype torch.int64; supported: F32"),
+        (
+            lambda f: rename(f, "model.norm.weight", "x"),
+            "unexpected tensors for this config: x; the config is of anoth",
+        ),
+        (lambda f: rename(f, "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.experts.0.w1.weight"), "experts"),
+        (lambda f: (f / "vocab.json").touch(), "has vocab.json and merges.txt, but no tokenizer.json"),
+        (repeat_tensor, r"00099.safetensors repeats the tensor \S+ of another file"),
+        (remove_tensor, "missing tensors for this config: lm_head.weight; .* tie_word_embeddings"),
+        (lambda f: drop(f, "model.norm.weight"), "missing tensors for this config: model.norm.weight; the file is inc"),
+        (lambda f: drop(f, "model.layers.1.mlp.up_proj.weight"), r"missing .*: model.layers.1.mlp.up_proj.weight;"),
+        (set_config(num_local_experts=8), "'LlamaForCausalLM' is a mixture of experts"),
+        (set_config(architectures=["MixtralForCausalLM"]), "'MixtralForCausalLM' is a mixture of experts"),
     ],
 )
 def test_bad_folders(tmp_path, saved, damage, message):
@@ -472,10 +762,10 @@ def test_bad_gguf(tmp_path):
     with pytest.raises(ValueError, match="not a GGUF file"):
         convert(gguf=path, output_dir=tmp_path / "out")
     path.write_bytes(whole.replace(b"llama", b"gemma"))
-    with pytest.raises(ValueError, match=r"'gemma'; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2"):
+    with pytest.raises(ValueError, match=r"'GemmaForCausalLM'; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2"):
         convert(gguf=path, output_dir=tmp_path / "out")
     write_gguf(path, reference("llama2", vocab_size=260), pre="nobody")
-    with pytest.raises(ValueError, match=r"'nobody'; known: default, gpt-2, llama-bpe"):
+    with pytest.raises(ValueError, match=r"'nobody'; known: a.x-4.0, chatglm-bpe.* gpt-2,.* llama-bpe"):
         convert(gguf=path, output_dir=tmp_path / "out")
     with pytest.raises(ValueError, match=r"there is no .*absent\.gguf"):
         convert(gguf=tmp_path / "absent.gguf", output_dir=tmp_path / "out")
@@ -633,7 +923,7 @@ def test_hub_prefers_safetensors(tmp_path, saved, monkeypatch):
     calls = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **kw: calls.append(kw) or str(saved))
     out = convert(repo_id="org/name", output_dir=tmp_path / "out")
-    assert len(calls) == 1 and "*.safetensors" in calls[0]["allow_patterns"]
+    assert len(calls) == 1 and "model-*-of-*.safetensors" in calls[0]["allow_patterns"]
     assert_same_logits(out, reference("llama2"))
 
 

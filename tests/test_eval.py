@@ -11,7 +11,6 @@ from models import CONFIG, build, flags
 import eval as evaluation
 from calibrate import calibrate, collect
 from eval import perplexity, window_starts
-from formats.text import task_text
 from model import Transformer
 from sparse_model import SparseTransformer
 from thresholds import RuleInputs, load_statistics, uniform
@@ -88,8 +87,14 @@ def test_sparse_perplexity_is_that_of_masked_inputs(tokens, prefix):
 def test_what_is_not_finite_has_no_perplexity(tokens):
     model = make_model(Transformer)
     model.norm.weight[0] = float("nan")
-    with pytest.raises(ValueError, match="not finite; choose another --precision"):
+    with pytest.raises(ValueError, match="not finite"):
         perplexity(model, tokens, CONTEXT, WINDOW, NUM_WINDOWS)
+
+
+def test_more_windows_than_places():
+    assert len(window_starts(1000, 100, 20, 881)) == 881 and len(window_starts(120, 100, 20, 128)) == 128
+    with pytest.raises(ValueError, match="--num_windows 9999999 is more than the 881 places"):
+        window_starts(1000, 100, 20, 9999999)
 
 
 def test_window_starts():
@@ -105,17 +110,6 @@ def test_window_starts():
 def test_windows_beyond_the_models_context(tokens):
     with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context 320"):
         perplexity(make_model(Transformer), tokens.repeat(5), 300, 21, 1)
-
-
-def test_task_text(tmp_path):
-    path = tmp_path / "t.txt"
-    path.write_bytes(b" \n = Title = \n \n Words .\r\n")
-    assert task_text("perplexity", path) == " \n = Title = \n \n Words .\r\n"
-    assert task_text("wikitext", path) == "\n\n = Title = \n\n\n\n\n Words .\r\n\n\n"
-    with pytest.raises(ValueError, match="needs --data FILE"):
-        task_text("wikitext", None)
-    with pytest.raises(ValueError, match="cannot read"):
-        task_text("perplexity", tmp_path / "absent.txt")
 
 
 @pytest.fixture
@@ -173,5 +167,5 @@ def test_mistakes(tiny, text, options, message):
 
 
 def test_an_old_flag_ends_in_one_line_that_names_the_new_one(tiny):
-    with pytest.raises(SystemExit, match=r"--allocation is now --thresholds \{best,"):
+    with pytest.raises(ValueError, match=r"--allocation is now --thresholds \{best,"):
         evaluation.main(flags(checkpoint_path=tiny, allocation="greedy"))

@@ -18,6 +18,7 @@ from models import change_config, flags
 from safetensors.torch import load_file, save_file
 
 import generate
+import options
 from cli import command_line
 from decoder import Generator, sample
 from formats import default_model
@@ -365,7 +366,11 @@ def test_a_single_new_token(cli, calibrated):
 
 def test_without_json_there_is_none(cli, tiny):
     output = cli("--checkpoint_path", tiny / "model.safetensors", *BRIEF)
-    assert "{" not in output and "tokens/s" in output and output.startswith(generate.DEFAULT_PROMPT)
+    assert (
+        not output.splitlines()[-1].startswith("{")
+        and "tokens/s" in output
+        and output.startswith(generate.DEFAULT_PROMPT)
+    )
 
 
 def test_the_seed_makes_the_text(cli, tiny):
@@ -474,7 +479,7 @@ def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
     ],
 )
 def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
-    o = generate.parse_arguments(list(map(str, given)))
+    o = options.generate(list(map(str, given)))
     assert generate.choose_step(o, read_config(tiny), torch.device("cpu")) == form
     said = capsys.readouterr().err
     assert line in said and bool(line) == bool(said)
@@ -482,7 +487,7 @@ def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
 
 def test_a_flag_of_an_earlier_version_says_what_it_is_now():
     with pytest.raises(SystemExit, match="--deterministic is now the only way that it runs; leave it out"):
-        generate.parse_arguments(["--deterministic"])
+        options.generate(["--deterministic"])
 
 
 def test_sums_beyond_their_grid_are_reported_in_one_line(cli, calibrated, capsys, monkeypatch):
@@ -496,7 +501,7 @@ def test_sums_beyond_their_grid_are_reported_in_one_line(cli, calibrated, capsys
 def test_the_first_build_of_the_kernels_is_announced(tiny, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
-    generate.choose_step(generate.parse_arguments(["--compile"]), read_config(tiny), torch.device("cpu"))
+    generate.choose_step(options.generate(["--compile"]), read_config(tiny), torch.device("cpu"))
     assert "building the C++ kernels" in capsys.readouterr().err
 
 
@@ -520,7 +525,7 @@ CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assis
 
 def chat(cli, monkeypatch, folder: Path, lines: str, *arguments) -> str:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    return cli("--checkpoint_path", folder, "--interactive", *BRIEF, "--temperature", 0, *arguments)
+    return cli("--checkpoint_path", folder, "--interactive", *BRIEF[:-2], "--temperature", 0, *arguments)
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
@@ -558,6 +563,91 @@ def test_interactive_beyond_the_context(cli, monkeypatch, copy):
     assert "do not fit the chat's context of 160" in output
     answers = [part.split("\n[")[0] for part in output.split("Your prompt: ")]
     assert answers[1] == answers[3] and output.count("[30 tokens") == 2
+
+
+def test_only_ascii_digits_are_a_number_of_tokens(tiny):
+    tokenizer, config = load_tokenizer(tiny, 300), read_config(tiny)
+    assert len(generate.read_prompt("12", tokenizer, config, 0).ids) == 12
+    for text in (" 12", "\u0661\u0662", "1.5", "-3"):
+        assert generate.read_prompt(text, tokenizer, config, 0).shown == text
+    with pytest.raises(ValueError, match="context is") as caught:
+        generate.read_prompt("9" * 5000, tokenizer, config, 0)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_tiny_temperature_is_greedy(copy):
+    model = SparseTransformer.from_checkpoint(copy, dtype=torch.float32)
+    prompt = torch.tensor([[5, 6]])
+    for step in ("eager", "fused"):
+        texts = [generate.Generator(model, 1, 20, t, 5, step)(prompt, 8).tokens for t in (0.0, 1e-39, 5e-324)]
+        assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
+
+
+def test_a_fixed_number_of_threads(cli, tiny, refused):
+    before = torch.get_num_threads()
+    try:
+        cli("--checkpoint_path", tiny, "--threads", 3, *BRIEF)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(cli, monkeypatch, tiny):
+    shown, push = [], type(load_tokenizer(tiny, 300).stream()).push
+
+    def interrupted(self, token):
+        shown.append(token)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+        return push(self, token)
+
+    monkeypatch.setattr(type(load_tokenizer(tiny, 300).stream()), "push", interrupted)
+    output = chat(cli, monkeypatch, tiny, "Hello\nmy name\n")
+    assert output.count("Your prompt: ") == 3 and output.count(" tokens, ") == 2 and output.count("[8 tokens, ") == 1
+
+
+def test_a_chat_with_closed_stdin_is_one_line(monkeypatch, tiny, refused):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "stdin, which is closed" in refused("--checkpoint_path", tiny, "--interactive")
+
+
+@pytest.mark.parametrize("flags", [(), ("--compile",), ("--interactive",), ("--compile", "--interactive")])
+@pytest.mark.parametrize("damage", ["norm.weight", "layers.0.feed_forward.w2.weight", "layers.1.attention.wo.weight"])
+def test_outputs_that_are_not_finite_are_said(monkeypatch, copy, cli, flags, damage):
+    tensors = load_file(copy / "model.safetensors")
+    tensors[damage].flatten()[0] = float("nan")
+    save_file(tensors, copy / "model.safetensors")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    rest = BRIEF[:2] if "--interactive" in flags else BRIEF[:2] + BRIEF[4:]
+    with pytest.raises(SystemExit, match=r"output in bfloat16 is not finite; choose --precision float32"):
+        cli("--checkpoint_path", copy, *flags, *rest)
+
+
+@pytest.mark.parametrize("damaged", [0, 3, 6])
+@pytest.mark.parametrize("step", ["eager", "fused"])
+def test_one_step_that_is_not_finite_is_found(copy, step, damaged, monkeypatch):
+    model = SparseTransformer.from_checkpoint(copy, dtype=torch.float32)
+    generator = generate.Generator(model, 1, 20, 0.0, 5, step)
+    prompt = torch.tensor([[5, 6]])
+    assert generator(prompt, 8).tokens.min() >= 0
+    if step == "fused":
+        replay = generator._fused.replay
+        steps = iter(range(99))
+
+        def poisoned():
+            replay()
+            generator._fused.logits[7] = float("nan") if next(steps) == damaged else 0.0
+
+        monkeypatch.setattr(generator._fused, "replay", poisoned)
+    else:
+        forward, steps = model.forward, iter(range(99))
+
+        def poisoned(*args, **options):
+            return forward(*args, **options) + (float("nan") if next(steps) == damaged else 0.0)
+
+        monkeypatch.setattr(model, "forward", poisoned)
+    with pytest.raises(ValueError, match="the model's output in float32 is not finite"):
+        generator(prompt, 8)
 
 
 def test_interactive_empty_line(cli, monkeypatch, tiny):
@@ -761,6 +851,19 @@ def test_no_compiler(monkeypatch, capsys, tiny, tmp_path, missing, value, flag):
     generate.cpu.library.cache_clear()  # it remembers that there was none
 
 
+def test_a_cache_that_cannot_be_written_is_called_that(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(generate.cpu, "SOURCE", tmp_path / "empty.cpp")
+    (tmp_path / "empty.cpp").write_text("")
+    monkeypatch.setenv("CXX", "env g++")  # several words, as "ccache g++"
+    with pytest.warns(UserWarning, match="cannot be kept in .*XDG_CACHE_HOME"):
+        assert generate.cpu.library.__wrapped__() is not None
+    for words in ("", "  "):
+        monkeypatch.setenv("CXX", words)
+        assert generate.cpu.find_compiler() in (["g++"], None)
+
+
 @pytest.mark.parametrize("flags", [["--compile", "--batch_size", "2"], ["--compile_prefill"]])
 def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
     monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
@@ -842,6 +945,6 @@ def test_process_fails_with_one_line(tiny):
 
 
 def test_process_chats_until_its_input_ends(tiny):
-    done = process("--checkpoint_path", tiny, "--interactive", *BRIEF, input="Hello\n")
+    done = process("--checkpoint_path", tiny, "--interactive", *BRIEF[:-2], input="Hello\n")
     assert done.returncode == 0 and done.stdout.count("Your prompt: ") == 2, done.stderr
     assert "[8 tokens, " in done.stdout

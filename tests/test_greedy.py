@@ -121,7 +121,7 @@ def test_outputs_that_are_not_finite(tokens):
     model.layers[1].ffn_norm.weight[3] = float("inf")
     paths = greedy_paths(model, statistics, tokens, 0.5)
     next(paths)
-    with pytest.raises(ValueError, match=r"layer 1 is not finite.*--precision"):
+    with pytest.raises(ValueError, match="the output of layer 1 in float32 is not finite"):
         next(paths)
 
 
@@ -238,7 +238,7 @@ def stopped(copy, text, monkeypatch) -> Path:
         patch.setattr(greedy, "greedy_path", interrupted)
         make(copy, text)
     assert not (copy / TABLE).exists()
-    assert load_table(copy / f"{TABLE}.partial.safetensors").n_layer == 1
+    assert load_table(next(copy.glob(f"{TABLE}.*.partial.safetensors"))).n_layer == 1
     return copy
 
 
@@ -271,7 +271,7 @@ def test_what_a_run_with_other_settings_left_is_not_used(stopped, text, searched
 
 
 def test_a_damaged_partial_file_is_not_used(stopped, text, searched):
-    partial = stopped / f"{TABLE}.partial.safetensors"
+    (partial,) = stopped.glob(f"{TABLE}.*.partial.safetensors")
     partial.write_bytes(partial.read_bytes()[:-40])
     make(stopped, text)
     assert searched == [0, 1]
@@ -287,7 +287,7 @@ MISTAKES = {
     "no checkpoint at .*absent": {"checkpoint_path": "absent"},
     "--device mars": {"device": "mars"},
     "--device meta is not supp": {"device": "meta"},
-    "give another --output": {"output": Path(__file__) / "a.safetensors"},
+    "argument --output: cannot write": {"output": Path(__file__) / "a.safetensors"},
 }
 
 
@@ -299,5 +299,5 @@ def test_mistakes(made, text, message):
 
 
 def test_an_old_flag_is_named():
-    with pytest.raises(SystemExit, match=r"--method is now a script: greedy.py makes TEAL's thresholds, refine.py"):
+    with pytest.raises(ValueError, match=r"--method is now a script: greedy.py makes TEAL's thresholds, refine.py"):
         greedy.main(["--method", "global"])

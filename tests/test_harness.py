@@ -1,5 +1,6 @@
 """Tasks of the LM evaluation harness: our model against the harness's own Hugging Face class on the same weights."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lm_eval.api.instance import Instance
 from models import flags
 
 import eval as evaluation
+import harness
 from calibrate import collect
 from convert_hf_checkpoint import main as convert
 from harness import HarnessModel
@@ -164,8 +166,8 @@ def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task
     ("options", "message"),
     [
         ({"tasks": "no_such_task"}, "unknown task 'no_such_task'"),
-        ({"tasks": "absent.yaml"}, r"absent.yaml is not a task file"),
-        ({"tasks": str(TASKS / "cloze.yaml"), "data": Path("absent.jsonl")}, r"no file absent.jsonl"),
+        ({"tasks": "absent.yaml"}, r"absent.yaml does not exist"),
+        ({"tasks": str(TASKS / "cloze.yaml"), "data": Path("absent.jsonl")}, r"absent.jsonl does not exist"),
         ({"tasks": str(TASKS / "cloze.yaml")}, r"cloze.yaml names no data; give it --data"),
         ({"tasks": "piqa", "data": Path("a.jsonl")}, r"--data is the text of perplexity and of task files; piqa"),
     ],
@@ -175,14 +177,127 @@ def test_mistakes(both, options, message):
         evaluation.main(flags(checkpoint_path=both[1], precision="float32", **options))
 
 
-@pytest.mark.parametrize("content", ["{not json", json.dumps({"other": 1}) + "\n"])
-def test_data_that_are_no_documents(both, tmp_path, monkeypatch, content):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json", "line 1 of .* is not valid JSON"),
+        ("[1]\n", "line 1 of .* is not a JSON object"),
+        ("", "is empty; give it a line of JSON per document"),
+        ("\n\n", "is empty"),
+        ('{"other": 1}\n', "cannot be evaluated"),
+        ('{"query": "a"}\n{"query": 1}\n', "the documents of .* are not alike"),
+    ],
+)
+def test_data_that_are_no_documents(both, tmp_path, content, message):
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
     options = {"tasks": str(TASKS / "multiple_choice.yaml"), "data": path, "precision": "float32"}
-    with pytest.raises(ValueError, match="cannot be evaluated"):
+    with pytest.raises(ValueError, match=message):
         evaluation.main(flags(checkpoint_path=both[1], **options))
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [("txt", b""), ("JSON", b"\xef\xbb\xbf"), ("jsonl.gz", b"")])
+def test_data_of_any_suffix(tmp_path, suffix, mark):
+    documents = [{"query": "é", "gold": 0}, {"query": "b", "choices": ["c"]}]
+    content = mark + "\r\n".join(map(json.dumps, documents)).encode()
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    config, _ = harness.load_task(str(TASKS / "multiple_choice.yaml"), path)
+    every_field = {"query": None, "gold": None, "choices": None}
+    assert config["custom_dataset"]()["test"].to_list() == [every_field | document for document in documents]
+
+
+WRITES = "{{ cycler.__init__.__globals__.os.system('touch MARK') }}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f'doc_to_text: "{WRITES}"', "cannot be evaluated .SecurityError"),
+        (f'doc_to_target: "{WRITES}"', "cannot be evaluated .SecurityError"),
+        (f'doc_to_choice: "{WRITES}"', "cannot be evaluated .SecurityError"),
+        (f'gen_prefix: "{WRITES}"', "cannot be evaluated .SecurityError"),
+        (f'description: "{WRITES}"', "cannot be evaluated .SecurityError"),
+        (f'fewshot_config: {{doc_to_text: "{WRITES}"}}', "cannot be evaluated .SecurityError"),
+        ("doc_to_text: !function os.getcwd", "is not a task file"),
+        ("doc_to_text: !!python/object/apply:os.getcwd []", "is not a task file"),
+        ("metric_list: [{metric: ./evil.py}]", "the metric './evil.py', which may run code"),
+        ("metric_list: [{metric: acc, hf_evaluate: true}]", "hf_evaluate, which may run code"),
+        ("metric_list: [{metric: [acc]}]", "which may run code"),
+        ("metric_list: &a [{metric: acc}, *a]", "is not a task file"),
+        ("task: [{task: piqa, doc_to_text: x}]", "a task inside, which may run code"),
+        ("use_prompt: promptsource:x", "use_prompt, which may run code"),
+        ("unsafe_code: true", "unsafe_code, which may run code"),
+        ("class: os.getcwd", "class, which may run code"),
+        ("dataset_kwargs: {trust_remote_code: true}", "trust_remote_code, which may run code"),
+        ("include: other.yaml", "cannot be evaluated .TypeError"),
+    ],
+)
+def test_a_task_file_cannot_run_code(both, tmp_path, line, message):
+    key = line.split(":")[0]
+    lines = [text for text in (TASKS / "multiple_choice.yaml").read_text().splitlines() if not text.startswith(key)]
+    lines = [text for text in lines if key != "metric_list" or not text.startswith("  -")]
+    (tmp_path / "task.yaml").write_text("\n".join([*lines, line.replace("MARK", str(tmp_path / "mark"))]))
+    documents = [document | {"query": str(i)} for i, document in enumerate(DOCUMENTS["multiple_choice"])]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    runner, few = ours(both[1]), 1 if key == "fewshot_config" else 0
+    if few:
+        with open(tmp_path / "task.yaml", "a") as file:
+            file.write("\nfewshot_split: test\n")
+    with pytest.raises(ValueError, match=message):
+        harness.evaluate(runner, str(tmp_path / "task.yaml"), tmp_path / "data.jsonl", few)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("limit", [3, "3"])
+def test_the_token_limit_by_all_its_names(both, name, limit):
+    mine = ours(both[1])
+    mine.text_tokenizer.eos_ids = ()
+    passes, logits = [], mine._logits
+    mine._logits = lambda *args: passes.append(args) or logits(*args)
+    total = {"max_gen_toks": 1, "max_length": len(mine.tok_encode("Hello")) + 3}
+    for options in ({name: limit, "until": None}, {name: limit, "until": [""]}, total):
+        passes.clear()
+        mine.generate_until(instances("generate_until", [("Hello", options)]))
+        assert len(passes) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_sample": False, "temperature": 0.7}, None),
+        ({"do_sample": False, "temperature": "0.7", "top_p": 0.9, "num_beams": 1}, None),
+        ({"temperature": "0.0"}, None),
+        ({"do_sample": True}, "only greedy generation"),
+        ({"temperature": 0.7}, "only greedy generation"),
+        ({"temperature": "0.7"}, "only greedy generation"),
+        ({"max_gen_toks": "many"}, "cannot be read"),
+        ({"temperature": None}, "cannot be read"),
+        ({"max_gen_toks": 160}, "asks for 160 new tokens; the model's context is 160"),
+        ({"num_beams": 4}, "asks for num_beams .*, which is not supported"),
+        ({"repetition_penalty": 1.3}, "asks for repetition_penalty"),
+    ],
+)
+def test_options_as_the_harness_reads_them(both, options, message):
+    mine = ours(both[1])
+    request = instances("generate_until", [("Hello", {"max_gen_toks": 2} | options)])
+    if message is None:
+        assert mine.generate_until(request) == mine.generate_until(
+            instances("generate_until", [("Hello", {"max_gen_toks": 2})])
+        )
+    else:
+        with pytest.raises(ValueError, match=message):
+            mine.generate_until(request)
+
+
+def test_what_is_not_finite_has_no_score(both):
+    mine = ours(both[1])
+    mine.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        mine.loglikelihood(instances("loglikelihood", PAIRS))
+    with pytest.raises(ValueError, match="not finite"):
+        mine.generate_until(instances("generate_until", [("Hello", {"max_gen_toks": 2})]))
 
 
 def test_without_lm_eval(both, monkeypatch):

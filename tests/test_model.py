@@ -1,10 +1,13 @@
 """The dense Transformer: configs, cache, windows, checkpoints and what is wrong with them."""
 
 import json
+import math
 import os
 import pickle
 import shutil
 import struct
+import time
+import warnings
 from functools import partial
 
 import models
@@ -14,6 +17,7 @@ from models import CONFIG, LLAMA3_ROPE, SMALL, change_config, random_tokens, spl
 from safetensors.torch import load_file, save_file
 
 from formats.checkpoint import checkpoint_folder, fingerprint
+from formats.config import NUMBERS
 from model import (
     FAMILIES,
     ModelArgs,
@@ -166,25 +170,101 @@ def test_windows_of_a_config(config, window, layers):
             "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
         ),
         ({"architectures": None}, "unknown architecture None.*LlamaForCausalLM"),
-        ({"architectures": [], "model_type": "gemma"}, "'gemma'.*LlamaForCausalLM"),
+        ({"architectures": [], "model_type": "gemma"}, "'GemmaForCausalLM'.*LlamaForCausalLM"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*linear, llama3"),
-        ({"rope_scaling": {"type": "linear"}}, "linear rope scaling has no factor"),
+        ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs a number.*'factor', it has none"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "has no low_freq_factor, high_freq_factor, original",
+            "llama3 rope scaling needs .*'low_freq_factor'",
         ),
         ({"hidden_act": "gelu"}, "'gelu'.*'silu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
-        ({"rope_theta": "1e4"}, "needs a number as 'rope_theta', not '1e4'"),
-        ({"hidden_size": None}, "needs a number as 'hidden_size', not None"),
+        ({"rope_theta": "1e4"}, "needs a number from .* as 'rope_theta', not '1e4'"),
+        ({"hidden_size": None}, "needs a whole number from 1 .* as 'hidden_size', it has none"),
     ],
 )
 def test_configs_that_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs.from_config(LLAMA | change)
+
+
+WRONG_NUMBERS = [-1, 0, 1.5, math.nan, math.inf, 10**19, 10**400, True, "8", [8], {"a": 8}, "x" * 500]
+
+
+@pytest.mark.parametrize("value", WRONG_NUMBERS, ids=lambda value: repr(value)[:9])
+@pytest.mark.parametrize("field", NUMBERS)
+def test_every_number_of_a_config_is_judged(field, value):
+    key = NUMBERS[field][0]
+    with pytest.raises(ValueError, match=rf"config.json needs a .*number from .* as '{key}', not ") as error:
+        ModelArgs.from_config(LLAMA | {key: value})
+    assert len(str(error.value)) < 350
+
+
+@pytest.mark.parametrize("value", ["false", "", 1, [], [True], 0.0, math.nan], ids=repr)
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"])
+def test_a_switch_is_true_or_false(key, value):
+    with pytest.raises(ValueError, match=f"needs true or false as '{key}', not "):
+        ModelArgs.from_config(MISTRAL | {key: value})
+    assert ModelArgs.from_config(LLAMA | {key: None}) == ModelArgs.from_config(LLAMA)
+
+
+def test_whole_floats_and_swish_are_read():
+    args = ModelArgs.from_config(LLAMA | {"num_hidden_layers": 6.0, "hidden_act": "swish"})
+    assert args == ModelArgs.from_config(LLAMA) and isinstance(args.n_layer, int)
+    assert ModelArgs.from_config(LLAMA | {"quantization_config": None}).quant == "none"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": 3},
+        {"architectures": [3]},
+        {"architectures": "LlamaForCausalLM"},
+        {"architectures": [["LlamaForCausalLM"]]},
+        {"architectures": None, "model_type": 3},
+        {"architectures": ["Qwen2MoeForCausalLM"]},
+        {"num_experts": 8},
+        {"_name_or_path": 3},
+        {"hidden_act": None},
+        {"head_dim": 10**6},
+        {"rope_scaling": [1]},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": {"rope_type": ["linear"]}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": -1}},
+        {"rope_theta": 0},
+        {"rope_theta": math.nan},
+        {"partial_rotary_factor": 0.5},
+        *({"rope_scaling": {"rope_type": "linear", "factor": x}} for x in (0, -1, math.nan, math.inf, "4", True, [4])),
+        *({"rope_scaling": LLAMA3_ROPE | {key: 0}} for key in LLAMA3_ROPE if key != "rope_type"),
+        {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}},
+        *({"rope_scaling": {"rope_type": "factors", "factors": x}} for x in ([], [1.0] * 7, [0.0] * 8, 3, ["1"] * 8)),
+        {"quantization_config": {"quant_method": "gptq"}},
+        *({"quantization": x} for x in ("int8", [1], {"mode": []}, {"mode": "int9"})),
+        *({"quantization": {"mode": "int4", "groupsize": x}} for x in (0, -64, "64", True, 1.5)),
+    ],
+    ids=repr,
+)
+def test_parts_of_a_config_are_judged(change):
+    with pytest.raises(ValueError, match=r".") as error:
+        ModelArgs.from_config(LLAMA | change)
+    assert type(error.value) is ValueError and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"sliding_window": x} for x in (-1, 1.5, "7", True, [7], math.nan)),
+        {"max_window_layers": -1},
+        *({"layer_types": x} for x in (["full_attention"], TYPES + TYPES, ["x"] * 6, [1] * 6, "x", {})),
+    ],
+    ids=repr,
+)
+def test_windows_are_judged(change):
+    with pytest.raises(ValueError, match=r"config.json needs "):
+        ModelArgs.from_config(QWEN | {"use_sliding_window": True} | change)
 
 
 @pytest.mark.parametrize(
@@ -472,11 +552,14 @@ DAMAGE = {
     "empty": (lambda f: truncate(f / "model.safetensors", 0), "cannot be read.*truncated"),
     "pth cut": (lambda f: [as_pth(f, {"a": torch.ones(9)}), truncate(f / "model.pth", -500)], "cannot be read.*trunc"),
     "pth empty": (lambda f: [as_pth(f, {}), truncate(f / "model.pth", 0)], "cannot be read.*truncated"),
-    "pth that runs code": (lambda f: as_pth(f, {"a": Mischief()}), r"model\.pth cannot be read"),
+    "pth that runs code": (
+        lambda f: as_pth(f, {"a": Mischief()}),
+        r"model\.pth is refused: it would run print;",
+    ),
     "pth of no dict": (lambda f: as_pth(f, [1, 2]), r"model\.pth"),
     "a plain pickle": (
         lambda f: [(f / "model.safetensors").unlink(), (f / "model.pth").write_bytes(pickle.dumps({"a": 1}))],
-        r"model\.pth cannot be read",
+        r"it is truncated or no weight file: Unsupported operand",
     ),
     "missing shard": (
         lambda f: [split_weights(f), (f / "model-00002-of-00002.safetensors").unlink()],
@@ -497,13 +580,16 @@ DAMAGE = {
     ),
     "index of numbers": (
         lambda f: [split_weights(f), edit_index(f, lambda i: i.update(weight_map={"x": 3}))],
-        "shard '3', which is missing",
+        "has no weight_map",
     ),
     "index cut": (lambda f: [split_weights(f), truncate(f / "model.safetensors.index.json", 40)], "is not valid JSON"),
     "not converted": (as_hugging_face, "holds a Hugging Face checkpoint.*convert_hf_checkpoint.py --checkpoint_dir"),
-    "other shapes": (lambda f: change_config(f, intermediate_size=64), r"do not fit.*w13\.weight"),
-    "too many layers": (lambda f: change_config(f, num_hidden_layers=3), r"do not fit.*layers\.2\."),
-    "too few layers": (lambda f: change_config(f, num_hidden_layers=1), r"do not fit.*layers\.1\."),
+    "other shapes": (
+        lambda f: change_config(f, intermediate_size=64),
+        r"w1\.weight is \(48, 32\).*\(64, 32\)",
+    ),
+    "too many layers": (lambda f: change_config(f, num_hidden_layers=3), "num_hidden_layers 3, but .* 2 layers"),
+    "too few layers": (lambda f: change_config(f, num_hidden_layers=1), "num_hidden_layers 1, but .* 2 layers"),
     "a tensor missing": (lambda f: rewrite(f, lambda t: t.pop("layers.1.attention.wk.weight")), r"do not fit.*wqkv"),
     "a part of another shape": (
         lambda f: rewrite(f, lambda t: t.update({"layers.1.attention.wk.weight": torch.ones(16, 31)})),
@@ -512,7 +598,7 @@ DAMAGE = {
     "config not JSON": (lambda f: truncate(f / "config.json", 30), r"config\.json is not valid JSON"),
     "no heads": (
         lambda f: change_config(f, num_attention_heads=0, head_dim=None),
-        r"config\.json is damaged",
+        "as 'num_attention_heads', not 0",
     ),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
     "config absent": (lambda f: (f / "config.json").unlink(), "no config is named like 'copy'"),
@@ -531,6 +617,56 @@ def test_damaged_checkpoints(copy, kind, capsys):
         Transformer.from_checkpoint(copy)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     assert "a pickle was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stored", ["own", "the embedding"])
+def test_a_stored_head_is_used_although_tied(copy, stored):
+    tensors = load_file(copy / "model.safetensors")
+    if stored == "the embedding":
+        rewrite(copy, lambda t: t.update({"output.weight": t["tok_embeddings.weight"].clone()}))
+    change_config(copy, tie_word_embeddings=True)
+    own = stored == "own"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = Transformer.from_checkpoint(copy, dtype=torch.float32)
+    assert [("lm_head" in str(w.message)) for w in caught] == [True] * own
+    assert torch.equal(model.output_weight, tensors["output.weight" if own else "tok_embeddings.weight"])
+
+
+@pytest.mark.parametrize("layers", [10_000, 10**9, 10**18])
+def test_layers_that_the_weights_lack_take_no_memory(copy, layers):
+    change_config(copy, num_hidden_layers=layers)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        Transformer.from_checkpoint(copy)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "head_dim"])
+def test_widths_are_compared_before_memory_is_taken(copy, key, monkeypatch):
+    change_config(copy, **{key: 65536})
+    monkeypatch.setattr(Transformer, "load_state_dict", None)
+    with pytest.raises(ValueError, match=r"do not fit its config: .*config.json asks for \(|do not divide"):
+        Transformer.from_checkpoint(copy)
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.complex64, torch.bool])
+def test_weights_of_another_dtype_are_not_cast(copy, quant, dtype):
+    """Into a quantised file no other dtype is cast; into a file of floats no integers and no complex numbers."""
+    config = models.TINY | {"intermediate_size": 64, "quantization": {"mode": quant, "groupsize": 16}}
+    with torch.device("meta"):
+        meta = Transformer(ModelArgs.from_config(config))
+    tensors = {n: torch.ones(t.shape).to(t.dtype) for n, t in meta.state_dict().items()}
+    change_config(copy, **config)
+    save_file(tensors, copy / "model.safetensors")
+    Transformer.from_checkpoint(copy)
+    for name, tensor in tensors.items():
+        exact = name.endswith(".scale") or not tensor.is_floating_point()
+        if name.startswith("layers.1") and tensor.dtype != dtype and (exact or not dtype.is_floating_point):
+            save_file(tensors | {name: torch.ones(tensor.shape, dtype=dtype)}, copy / "model.safetensors")
+            with pytest.raises(ValueError, match=rf"{name} is \(.*\) \w+, config.json asks for \(.*\) \w+"):
+                Transformer.from_checkpoint(copy)
 
 
 def test_fingerprint(tiny, copy):

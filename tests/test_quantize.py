@@ -26,7 +26,8 @@ MODES = ["int8", "int4"]
 
 
 def quantize(folder, mode, output=None, **options):
-    options = {"groupsize": 16, "num_tokens": 0, "precision": "float32", "device": "cpu"} | options
+    options = {"num_tokens": 0, "precision": "float32", "device": "cpu"} | options
+    options = ({"groupsize": 16} if mode == "int4" else {}) | options
     return script.main(flags(checkpoint_path=folder, mode=mode, output_dir=output, **options))
 
 
@@ -303,7 +304,7 @@ def test_errors(checkpoint, tmp_path):
         quantize(checkpoint, "int4", tmp_path / "again", groupsize=32)
     with pytest.raises(ValueError, match="group size 1: int4"):
         quantize(checkpoint, "int4", tmp_path / "again", groupsize=1)
-    with pytest.raises(ValueError, match="--num_tokens -5 is below 0"):
+    with pytest.raises(ValueError, match="--num_tokens -5 must be at least 0"):
         quantize(checkpoint, "int8", tmp_path / "again", num_tokens=-5)
     assert not (tmp_path / "again").exists()
     for wrong in ({"mode": "int3"}, "int8", {"mode": "int4", "groupsize": "64"}):

@@ -221,7 +221,7 @@ def test_a_begun_table_is_continued(tokens, quick):
 def test_gradients_that_are_not_finite(tokens):
     model = build()
     model.layers[1].ffn_norm.weight[3] = float("inf")
-    with pytest.raises(ValueError, match=r"not finite; choose another --precision"):
+    with pytest.raises(ValueError, match="not finite"):
         initial_cuts(model, tokens)
 
 
@@ -268,11 +268,14 @@ def test_a_stopped_run_goes_on(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(refine.Refinement, "update", stop)
     with pytest.raises(KeyboardInterrupt):
         make(copy)
-    assert load_table(copy / f"{TABLE}.partial.safetensors").levels == [0.3]
-    make(copy, statistics="any.safetensors")
+    assert load_table(next(copy.glob(f"{TABLE}.*.partial.safetensors"))).levels == [0.3]
+    with pytest.raises(ValueError, match="--statistics is now not read"):
+        make(copy, statistics="any.safetensors")
+    with pytest.warns(UserWarning, match="goes on where an earlier run stopped"):
+        make(copy)
     assert calls == [0.3, 0.6, 0.6]
     printed = capsys.readouterr()
-    assert "--statistics is not read" in printed.err and "60% cut: perplexity" in printed.out
+    assert "60% cut: perplexity" in printed.out
     expected, table = load_table(made / TABLE), load_table(copy / TABLE)
     assert table.metadata == expected.metadata
     assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in table.tensors.items())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -20,16 +21,20 @@ from formats.checkpoint import fingerprint
 from sparse_model import SITES, SparseTransformer
 from thresholds import (
     RULES,
+    STATISTICS_FORMAT,
     STATISTICS_NAME,
     TABLE_FORMAT,
     Cuts,
     CutTable,
+    Statistics,
     cuts_for,
     cuts_of_shares,
+    load_statistics,
     load_table,
     make_table,
     recorded_perplexity,
     table_metadata,
+    teal_statistics,
 )
 
 WIDTHS = [(3, 32), (1, 32), (2, 32), (1, 48)] * 2  # of `tiny`: segments and inputs of each site
@@ -126,7 +131,6 @@ def test_cuts_of_shares():
 
 def test_a_table_is_made_step_by_step(tiny, tmp_path):
     output, tokens = tmp_path / "t.safetensors", random_tokens(2, 8)
-    partial = Path(f"{output}.partial.safetensors")
     metadata = table_metadata("refined", tiny, "a text", tokens, [tokens], updates=3)
     assert metadata.items() >= {"tokens": "16", "window": "8", "updates": "3", "fingerprint": fingerprint(tiny)}.items()
     assert metadata["inputs"] == hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:32]
@@ -142,13 +146,15 @@ def test_a_table_is_made_step_by_step(tiny, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         make_table(output, CutTable([], {}, metadata), lambda table: steps(table, stop=True))
+    (partial,) = tmp_path.glob("t.safetensors.*.partial.safetensors")
     assert load_table(partial).levels == [0.2] and not output.exists()
 
-    # another table begins anew, the same one goes on
-    kept = partial.read_bytes()
-    make_table(output, CutTable([], {}, metadata | {"updates": "4"}), steps)
-    partial.write_bytes(kept)
-    assert make_table(output, CutTable([], {}, metadata), steps).levels == list(LEVELS)
+    # another table begins anew in a file of its own, the same one goes on and says so
+    with warnings.catch_warnings(action="error"):
+        make_table(output, CutTable([], {}, metadata | {"updates": "4"}), steps)
+    assert partial.exists()
+    with pytest.warns(UserWarning, match="goes on where an earlier run stopped"):
+        assert make_table(output, CutTable([], {}, metadata), steps).levels == list(LEVELS)
     assert calls == [0.2, 0.2, 0.6, 0.6] and not partial.exists() and load_table(output).levels == list(LEVELS)
 
 
@@ -168,8 +174,11 @@ def test_files_that_are_no_table(tmp_path):
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a cut table file of this version"):
         load_table(path)
-    with pytest.raises(ValueError, match="is truncated or not a cut table file"):
+    with pytest.raises(ValueError, match="is a folder, not a cut table file"):
         load_table(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is a pipe, not a cut table file"):
+        load_table(tmp_path / "pipe")
 
 
 DAMAGES = {
@@ -185,6 +194,18 @@ DAMAGES = {
     "level 0": {"levels": torch.tensor([0.0, 0.6])},
     "level 1": {"levels": torch.tensor([0.2, 1.0])},
     "nan": {"levels": torch.tensor([0.2, float("nan")])},
+    "levels in a matrix": {"levels": torch.tensor([[0.2, 0.6]])},
+    "a scalar": {"levels": torch.tensor(0.2)},
+    "NaN": {"1.down.threshold": torch.full((2, 1, 48), float("nan"))},
+    "infinite": {"1.down.threshold": torch.full((2, 1, 48), float("inf"))},
+    "negative": {"1.down.threshold": torch.full((2, 1, 48), -0.1)},
+    "complex": {"1.down.threshold": torch.ones(2, 1, 48, dtype=torch.complex64)},
+    "integers": {"1.down.threshold": torch.ones(2, 1, 48, dtype=torch.int32)},
+    "bools": {"1.down.threshold": torch.ones(2, 1, 48, dtype=torch.bool)},
+    "another number of projections": {"1.down.threshold": torch.ones(2, 2, 48)},
+    "no inputs": {"1.down.threshold": torch.ones(2, 1, 0)},
+    "NaN shifts": {"0.o.shift": torch.full((2, 32), float("nan"))},
+    "shifts of too many dimensions": {"0.o.shift": torch.zeros(2, 32, 1)},
 }
 
 
@@ -194,8 +215,71 @@ def test_damaged_tables(tmp_path, damage):
     table_at(*LEVELS).save(path)
     tensors = {name: tensor for name, tensor in (load_file(path) | DAMAGES[damage]).items() if tensor is not None}
     save_file(tensors, path, {"format": TABLE_FORMAT})
-    with pytest.raises(ValueError, match="is damaged: levels or tensors are missing; make it with"):
+    with pytest.raises(ValueError, match=r"t\.safetensors is damaged: .*; make it with"):
         load_table(path)
+
+
+@pytest.mark.parametrize("record", [
+    "", "[" * 9999, "[]", "1", "{}", '{"text": "t", "perplexity": [[0, NaN]]}', '{"text": 1, "perplexity": [[0, 5.0]]}',
+    '{"text": "t", "perplexity": []}', '{"text": "t", "perplexity": [[0, 5, 6]]}', '{"text": "t", "perplexity": "abc"}',
+    '{"text": "t", "perplexity": [[0.5, 5.0], [0, 5.0]]}', '{"text": "t", "perplexity": {"0": 5}}',
+])  # fmt: skip
+def test_damaged_records_of_quality(tmp_path, record):
+    path, table = tmp_path / "t.safetensors", table_at(*LEVELS)
+    table.save(path)
+    save_file(load_file(path), path, {"format": TABLE_FORMAT, "quality": record})
+    with pytest.raises(ValueError, match=r"is damaged: '?its quality"):
+        load_table(path)
+
+
+def test_a_table_that_would_not_load_is_not_saved(tmp_path):
+    table = table_at(*LEVELS)
+    table.tensors["0.o.threshold"][0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"0\.o\.threshold' is not finite"):
+        table.save(tmp_path / "t.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "tensor"), [
+    ("0.qkv.magnitude", torch.linspace(0, 1, 1001).flip(0)), ("0.qkv.magnitude", torch.linspace(-1, 1, 1001)),
+    ("0.qkv.magnitude", torch.full((1001,), float("nan"))), ("0.qkv.magnitude", torch.linspace(0, 1, 1000)),
+    ("0.qkv.magnitude", torch.tensor(1.0)), ("0.qkv.magnitude", torch.ones(1001, dtype=torch.int32)),
+    ("0.qkv.signed", torch.full((1001,), float("inf"))), ("0.q.column_norms", -torch.ones(32)),
+    ("0.qkv.channel_mean", torch.zeros(0)), ("0.qkv.channel_mean", torch.zeros(2, 2)),
+    ("2.qkv.magnitude", torch.linspace(0, 1, 1001)), ("10000000000.qkv.magnitude", torch.linspace(0, 1, 1001)),
+    ("x.qkv.magnitude", torch.linspace(0, 1, 1001)), ("٣.qkv.magnitude", torch.linspace(0, 1, 1001)),
+    ("0.w2.magnitude", torch.linspace(0, 1, 1001)), ("0.qkv.other", torch.linspace(0, 1, 1001)), ("0", torch.ones(1)),
+])  # fmt: skip
+def test_damaged_statistics(tmp_path, name, tensor):
+    good = {"0.qkv.magnitude": torch.linspace(0, 1, 1001), "0.qkv.pooled": torch.tensor([0.0, 0.0, float("nan")])}
+    path = tmp_path / "s.safetensors"
+    Statistics(good, {"kind": "own"}).save(path)
+    load_statistics(path)
+    with pytest.raises(ValueError):
+        Statistics(good | {name: tensor}, {"kind": "own"}).save(tmp_path / "other")
+    save_file(good | {name: tensor}, path, {"format": STATISTICS_FORMAT, "kind": "own"})
+    with pytest.raises(ValueError, match=r"s\.safetensors is damaged: .*; make it with calibrate.py"):
+        load_statistics(path)
+
+
+@pytest.mark.parametrize(("counts", "centers"), [
+    (torch.ones(9), torch.linspace(-1, 1, 8)), (torch.tensor(1.0), torch.tensor(1.0)), (torch.ones(0), torch.ones(0)),
+    (torch.ones(9), torch.linspace(-1, 1, 9).flip(0)), (torch.ones(9), torch.linspace(-2, -1, 9)),
+    (-torch.ones(9), torch.linspace(-1, 1, 9)), (torch.zeros(9), torch.linspace(-1, 1, 9)),
+    (torch.full((9,), float("nan")), torch.linspace(-1, 1, 9)), (torch.ones(9), torch.full((9,), float("inf"))),
+    (torch.full((9,), 1e308, dtype=torch.float64), torch.linspace(-1, 1, 9)), (torch.ones(3, 3), torch.ones(3, 3)),
+    (torch.ones(9, dtype=torch.complex64), torch.linspace(-1, 1, 9)), ("nine", torch.linspace(-1, 1, 9)),
+])  # fmt: skip
+def test_damaged_histograms_of_teal(tmp_path, counts, centers):
+    good = {"h1": torch.ones(9), "h1_centers": torch.linspace(-1, 1, 9)}
+    good |= {name.replace("1", "2"): tensor for name, tensor in good.items()}
+    file = tmp_path / "layer-0" / "mlp" / "histograms.pt"
+    file.parent.mkdir(parents=True)
+    torch.save(good, file)
+    assert teal_statistics(tmp_path).threshold(0, "gate", 0.5) == pytest.approx(0.375, abs=0.2)
+    torch.save(good | {"h2": counts, "h2_centers": centers}, file)
+    with pytest.raises(ValueError, match="TEAL's histograms"):
+        teal_statistics(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "rule", "script"), [

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import resource
 import shutil
+import time
 
 import pytest
 import sentencepiece
@@ -174,7 +176,8 @@ def test_spaces_that_sentencepiece_drops(data, tmp_path):
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (512, 1, (2,))
 
 
-def test_metaspace_and_byte_fallback_of_tokenizer_json(tmp_path):
+@pytest.fixture(scope="module")
+def metaspace_folder(tmp_path_factory):
     """Llama 2's tokenizer.json: no pre-tokenizer, the normalizer puts U+2581, decoding is a sequence of five steps."""
     chars = sorted(set("▁" + "".join(CORPUS)))
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *(c for c in chars if c != " "), "▁t", "▁▁"]
@@ -187,8 +190,14 @@ def test_metaspace_and_byte_fallback_of_tokenizer_json(tmp_path):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path)
+    folder = tmp_path_factory.mktemp("metaspace")
+    backend.save(str(folder / "tokenizer.json"))
+    return write(folder, config={"bos_token_id": 1, "eos_token_id": 2})
+
+
+def test_metaspace_and_byte_fallback_of_tokenizer_json(metaspace_folder, tmp_path):
+    tokenizer, backend = load_tokenizer(metaspace_folder), tokenizers.Tokenizer.from_file
+    backend = backend(str(metaspace_folder / "tokenizer.json"))
     for text in ["the cat", "  two", "東京 👋 <s>", *TEXTS[:4]]:
         check_text(tokenizer, text)
         assert backend.decode(tokenizer.encode(text)) == text
@@ -297,7 +306,7 @@ def test_tokenizer_json_is_preferred(bpe_folder, spm_folder, tmp_path):
         ({"tokenizer_config": {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}}, 2, (3,)),
         ({"tokenizer_config": {"bos_token": None, "eos_token": None}}, 0, ()),
         ({"special_tokens_map": {"bos_token": {"content": "</s>"}, "eos_token": "</s>"}}, 1, (1,)),
-        ({"config": {"bos_token_id": None, "eos_token_id": [1, None, 99999, "x"]}}, 0, (1,)),
+        ({"config": {"bos_token_id": None, "eos_token_id": [1, None, 99999]}}, 0, (1,)),
         ({"config": {"eos_token_id": 1}, "tokenizer_config": {"eos_token": "<|im_end|>"}}, 0, (1, 3)),
     ],
 )
@@ -349,7 +358,10 @@ def test_chat_template_forms(folder, form):
     start, end, bos = "<|im_start|>", "<|im_end|>", "<s>"
     tokenizer = load_tokenizer(folder)
     if type(tokenizer).__name__ == "SentencePiece":
-        config["added_tokens_decoder"] = {"320": {"content": start}, "321": {"content": end}}
+        config["added_tokens_decoder"] = {
+            "320": {"content": start, "special": True},
+            "321": {"content": end, "special": True},
+        }
     elif type(tokenizer).__name__ == "TikToken":
         bos = "<|begin_of_text|>"
     other = "{{ raise_exception('not this one') }}"
@@ -367,7 +379,8 @@ def test_chat_template_forms(folder, form):
 
 def test_the_longest_special_token_wins(spm_folder, tmp_path):
     shutil.copy(spm_folder / "tokenizer.model", tmp_path)
-    write(tmp_path, added_tokens={"<x>": 320, "<x>\n": 321})
+    decoder = {str(320 + i): {"content": token, "special": True} for i, token in enumerate(("<x>", "<x>\n"))}
+    write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].a }}<x>\n!")
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode_chat([{"a": "<x>\n"}]) == [*tokenizer.encode("<x>\n"), 321, *tokenizer.encode("!")]
@@ -414,6 +427,205 @@ def test_template_that_fails(bpe_folder, tmp_path, template, message):
     tokenizer = load_tokenizer(write(tmp_path, tokenizer_config={"chat_template": template}))
     with pytest.raises(ValueError, match=f"chat template .*{message}"):
         tokenizer.encode_chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'x' * 10**10 }}", "it takes over 1 GB"),
+        ("{{ ([1] * 10**9) | length }}", "it takes over 1 GB"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes over 2 s"),
+        ("{{ '%1000000000d' % 1 }}", "it takes over"),
+        ("{{ messages[0].content * 10**7 }}", "it writes .* characters"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
+    ],
+)
+def test_template_that_takes_too_much(bpe_folder, tmp_path, template, message):
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer_config={"chat_template": template}))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ValueError, match=f"chat template does not take these messages .{message}") as caught:
+        tokenizer.encode_chat(CHAT)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value) and time.monotonic() - start < 25
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+def test_normaliser_that_multiplies_text(bpe_folder, tmp_path):
+    """Forty doublings; what tokenizers has as ordinary normalisers loads."""
+    spec = json.loads((bpe_folder / "tokenizer.json").read_text())
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    for harmful in (
+        {"type": "Sequence", "normalizers": [double] * 40},
+        {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [double] * 5}] * 2},
+        {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10**6},
+    ):
+        write(tmp_path, tokenizer=spec | {"normalizer": harmful})
+        with pytest.raises(ValueError, match=r"does not load .*its normaliser may make a text .* times as long"):
+            load_tokenizer(tmp_path)
+    legal = [{"type": kind} for kind in ("NFC", "NFKC", "Lowercase", "StripAccents")]
+    legal += [
+        {"type": "Prepend", "prepend": "a"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        double,
+    ]
+    write(tmp_path, tokenizer=spec | {"normalizer": {"type": "Sequence", "normalizers": legal}})
+    assert load_tokenizer(tmp_path).encode("b a") == load_tokenizer(bpe_folder).encode("aab▁aa")
+
+
+@pytest.mark.parametrize("form", ["{%% %s %%}", "{%%- %s -%%}", "{%%+ %s %%}", "{%%%s%%}"])
+def test_generation_tags_render_as_nothing(bpe_folder, form):
+    transformers = pytest.importorskip("transformers")
+    turn = (
+        "<|im_start|>{{ m.role }}\n" + form % "generation" + "{{ m.content }}" + form % "endgeneration" + "<|im_end|>\n"
+    )
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(bpe_folder / "tokenizer.json"))
+    expected = reference.apply_chat_template(CHAT, chat_template=template, truncation=False)["input_ids"]
+    tokenizer = load_tokenizer(bpe_folder)
+    tokenizer.template = template
+    assert tokenizer.encode_chat(CHAT) == expected
+
+
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [
+        ("<|im_end|>\n", 3),
+        ("\n<|im_end|>", 3),
+        ("{{ eos_token }}<s>", 1),
+        ("<|im_end|></s>", 3),
+        ("\n", 2),  # the next turn's mark ends this one
+        ("{{ raise_exception('no') }}", None),
+        (" over", None),
+    ],
+)
+def test_what_the_template_puts_after_an_answer_ends_it(bpe_folder, tmp_path, after, end):
+    shutil.copy(bpe_folder / "tokenizer.json", tmp_path)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + after + "{% endfor %}"
+    write(tmp_path, tokenizer_config={"chat_template": template, "eos_token": "</s>"}, config={"eos_token_id": 0})
+    assert load_tokenizer(tmp_path).eos_ids == tuple(dict.fromkeys([0, 1] + [end] * (end is not None)))
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    "flags", [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}, {"single_word": True}]
+)
+def test_tokens_that_only_the_settings_have(folder, special, flags):
+    """Their ids, their spaces and their text, in every backend; where there is a library, against it."""
+    size, plain = load_tokenizer(folder).vocab_size, load_tokenizer(folder)
+    config = settings(folder)
+    entry = {"content": "<think>", "special": special, "normalized": False, **flags}
+    config["added_tokens_decoder"] = config.get("added_tokens_decoder", {}) | {str(size): entry}
+    config["chat_template"] = "{{ 'a <think> b x<think>x' }}{{ messages[0].content }}"
+    tokenizer = load_tokenizer(write(folder, tokenizer_config=config))
+    assert tokenizer.token_id("<think>") == size and tokenizer.vocab_size == size + 1
+    assert tokenizer.decode([size]) == ("" if special else "<think>")
+
+    left, right = "a" + " " * (not flags.get("lstrip")), " " * (not flags.get("rstrip")) + "b x"
+    middle = ["<think>x"] if flags.get("single_word") else [None, "x"]
+    parts = [left, None, right + middle[0] if middle[0] else right, *middle[1:]]
+    parts = [left, None, right, None, "x"] if middle[0] is None else [left, None, right + middle[0]]
+    expected = [i for part in parts for i in ([size] if part is None else plain.encode(part))]
+    assert tokenizer.encode_chat([{"role": "user", "content": ""}]) == expected
+    text = "a <think> b x<think>x"
+    assert tokenizer.encode(text) == (plain.encode(text) if special else expected)
+
+
+def test_added_tokens_json_is_special_by_name(spm_folder, tmp_path):
+    """As in transformers: what bos_token, eos_token and the like name is special, the rest is text."""
+    shutil.copy(spm_folder / "tokenizer.model", tmp_path)
+    more = {"<|im_end|>": 320, "<tool>": 321, "<x>": 322}
+    write(tmp_path, added_tokens=more, special_tokens_map={"eos_token": "<|im_end|>", "pad_token": None})
+    write(tmp_path, tokenizer_config={"additional_special_tokens": ["<x>"], "added_tokens_decoder": None})
+    tokenizer = load_tokenizer(tmp_path)
+    assert {token: tokenizer.special.get(token) for token in more} == {"<|im_end|>": 320, "<tool>": None, "<x>": 322}
+    assert tokenizer.eos_ids == (320, 2) and tokenizer.decode([320, 321, 322]) == "<tool>"
+
+
+def test_legacy_false_puts_no_space_after_an_added_token(spm_folder, tmp_path):
+    shutil.copy(spm_folder / "tokenizer.model", tmp_path)
+    ids = {}
+    for legacy in (None, True, False):
+        template = "{{ bos_token }}the cat</s>the cat"
+        write(tmp_path, tokenizer_config={"legacy": legacy, "chat_template": template, "bos_token": "<s>"})
+        tokenizer = load_tokenizer(tmp_path)
+        ids[legacy] = tokenizer.encode_chat(CHAT)
+        assert tokenizer.encode("the cat") == load_tokenizer(spm_folder).encode("the cat")
+    the_cat = tokenizer.encode("the cat")
+    assert ids[None] == ids[True] == [1, *the_cat, 2, *the_cat]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(spm_folder / "tokenizer.model")).id_to_piece
+    assert "".join(map(pieces, ids[False])) == "<s>the▁cat</s>the▁cat"
+
+
+@pytest.mark.parametrize("name", ["metaspace_folder", "spm_folder", "bpe_folder"])
+def test_markup_in_a_message_is_the_text_that_it_is(request, tmp_path, name):
+    """No space is put before it or after it, and a code point that marks it inside is not lost from a message."""
+    folder = shutil.copytree(request.getfixturevalue(name), tmp_path / "copy")
+    write(folder, tokenizer_config={"chat_template": "{{ messages[0].content }}</s>", "bos_token": "<s>"})
+    tokenizer = load_tokenizer(folder)
+    for content in ("the</s>cat", "</s>", "<s></s> x", "\ufdd0a\ufdd0", "a\ufdd0</s>", "\udc80x"):
+        ids = tokenizer.encode_chat([{"role": "user", "content": content}])
+        assert ids[-1] == tokenizer.special["</s>"] and not set(ids[:-1]) & set(tokenizer.special.values())
+        assert tokenizer.decode(ids) == content.replace("\udc80", "?")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *(
+            ("tokenizer_config", {key: value})
+            for key in ("bos_token", "eos_token")
+            for value in (5, [1], {"content": 5})
+        ),
+        *(("generation_config", {"eos_token_id": value}) for value in ("</s>", [[0]], {}, [{}], True, 1.0, [1, "x"])),
+        *(("config", {"bos_token_id": value}) for value in ("<s>", {"a": 1}, False)),
+        *(
+            ("tokenizer_config", {"chat_template": value})
+            for value in (5, {"default": "x"}, [{"name": "default", "template": 5}])
+        ),
+        *(
+            ("tokenizer_config", {"added_tokens_decoder": value})
+            for value in (["y"], "x", {"x": {}}, {"5": "x"}, {"5": {"content": 5}})
+        ),
+        ("tokenizer_config", {"added_tokens_decoder": {"-5": {"content": "x"}}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"320": {"content": "x", "lstrip": "no"}}}),
+        ("tokenizer_config", {"add_bos_token": "false"}),
+        ("tokenizer_config", {"legacy": 0}),
+        ("added_tokens", {"<x>": "y"}),
+        ("special_tokens_map", {"bos_token": 5}),
+    ],
+)
+def test_settings_of_a_wrong_type(folder, name, setting):
+    write(folder, **{name: setting})
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 and "copy the model's" in str(caught.value)
+
+
+def test_nulls_in_settings(folder):
+    config = settings(folder)
+    nulls = (
+        "bos_token eos_token pad_token unk_token add_bos_token legacy additional_special_tokens chat_template".split()
+    )
+    write(
+        folder, generation_config={"eos_token_id": None, "bos_token_id": None}, special_tokens_map={"eos_token": None}
+    )
+    before = load_tokenizer(folder)
+    tokenizer = load_tokenizer(
+        write(
+            folder,
+            tokenizer_config=dict.fromkeys(nulls)
+            | {"added_tokens_decoder": None}
+            | {key: value for key, value in config.items() if key == "added_tokens_decoder"},
+        )
+    )
+    assert tokenizer.template is None and tokenizer.encode("Hello") == before.encode("Hello")
+    assert (tokenizer.bos_id, tokenizer.end_ids) == (before.bos_id, before.end_ids)
+
+
+@pytest.mark.parametrize("messages", [["Hi"], [None], [["role"]], [5]])
+def test_a_chat_is_a_list_of_messages(bpe_folder, messages):
+    with pytest.raises(ValueError, match="a chat is a list of"):
+        load_tokenizer(bpe_folder).encode_chat(messages)
 
 
 def test_what_templates_may_use(bpe_folder, tmp_path):
@@ -468,15 +680,29 @@ def test_no_tokenizer(tmp_path):
 
 
 def test_tokenizer_larger_than_the_model(folder):
-    size = load_tokenizer(folder).vocab_size
-    assert load_tokenizer(folder, vocab_size=size).vocab_size == size
+    size = load_tokenizer(folder).own_size
+    assert load_tokenizer(folder, vocab_size=size).own_size == size
     with pytest.raises(ValueError, match=f"up to {size - 1}, .* vocabulary is {size - 1}"):
         load_tokenizer(folder, vocab_size=size - 1)
 
 
-def test_added_tokens_enlarge_sentencepiece(spm_folder, tmp_path):
-    shutil.copy(spm_folder / "tokenizer.model", tmp_path)
-    write(tmp_path, added_tokens={"<pad>": 320})
-    assert load_tokenizer(tmp_path).vocab_size == 321
-    with pytest.raises(ValueError, match="320"):
-        load_tokenizer(tmp_path, vocab_size=320)
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_beyond_the_model(folder, special):
+    """It may be there, as a pad token that nobody embeds; a text or a template that holds it ends in one line."""
+    size = load_tokenizer(folder).vocab_size
+    entries = settings(folder).get("added_tokens_decoder", {}) | {str(size): {"content": "<far>", "special": special}}
+    template = "{{ messages[0].content }}<|far|>".replace("|", "")
+    write(folder, tokenizer_config={"added_tokens_decoder": entries, "chat_template": template})
+    tokenizer = load_tokenizer(folder, vocab_size=size)
+    assert tokenizer.token_id("<far>") == size and tokenizer.vocab_size == size + 1
+    with pytest.raises(
+        ValueError, match=f"'<far>' in the text has the id {size}, but the model's vocabulary is {size}"
+    ):
+        tokenizer.encode_chat(CHAT)
+    if special:
+        assert max(tokenizer.encode("a<far>b")) < size
+    else:
+        with pytest.raises(ValueError, match="'<far>' in the text"):
+            tokenizer.encode("a<far>b")
+    write(folder, generation_config={"eos_token_id": [size, size - 1]})
+    assert size not in load_tokenizer(folder, vocab_size=size).eos_ids
