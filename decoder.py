@@ -110,24 +110,15 @@ class FusedGpuStep:
         norms = [norm for block in model.layers for norm in (block.attention_norm, block.ffn_norm)]
         self.norms = [triton_gemv.Norm(norms[i].weight, norms[i].eps, rstd) for i, rstd in enumerate(self.last_rstds)]
         self.head_norm = triton_gemv.Norm(model.norm.weight, model.norm.eps)
-        self.products = {}
-        for block in model.layers:
-            for norm, after, to_residual in (
-                (block.attention_norm, block.attention.wqkv, block.attention.wo),
-                (block.ffn_norm, block.feed_forward.w13, block.feed_forward.w2),
-            ):
-                self.products[after] = self._product(after, norm.weight)
-                self.products[to_residual] = self._product(to_residual)
+        gains = [gain for norm in norms for gain in (norm.weight, None)]
+        self.products = {site: self._product(site, gain) for site, gain in zip(model.sites, gains, strict=True)}
 
-    def _product(self, module: SparseProjection, gain: Tensor | None = None) -> tuple:
-        """The module's `kernels.triton_gemv.Product`, thresholds and shifts side by side if there are shifts.
-
-        gain: of the norm before it; None: its outputs are added to the residual stream.
-        """
+    def _product(self, module: SparseProjection, gain: Tensor | None) -> tuple:
+        """The module's `kernels.triton_gemv.Product`; gain: of the norm before it, None: it adds to the residual."""
         threshold, shift, offset, fineness = module.threshold, None, None, self.residual.fineness
         if self.sparsity and module.shift is not None:
             shift, offset = module.shift, module.offset
-            threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)
+            threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)  # side by side
         if fineness is not None and gain is not None:
             fineness = self.grids.fineness(self.grids.bound_after_norm(gain, module.weight, module.scale, shift))
         stored = module.weight, threshold, module.widths, self.sparsity, module.scale
@@ -296,8 +287,8 @@ def random_bits(seed: Tensor, position: int | Tensor, token: Tensor) -> Tensor:
 def sample(logits: Tensor, seeds: Tensor, position: int | Tensor, temperature: float, top_k: int) -> Tensor:
     """Draws a token for each row. logits: [B, V]; returns [B, 1], int64. Temperature 0 takes the likeliest.
 
-    seeds: [B, 1], int64; position: where the tokens will stand. A draw depends on these and the logits alone.
-    A row whose largest logit is not finite has no token: its is -1, so that a loop can look when it is over.
+    seeds: [B, 1], int64; position: where the tokens will stand. A row whose largest logit is not finite has no token:
+    its is -1, so that a loop can look when it is over.
     """
     peak = logits.amax(dim=-1, keepdim=True)
     return torch.where(peak.isfinite(), _draw(logits, seeds, position, temperature, top_k), -1)

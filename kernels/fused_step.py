@@ -31,10 +31,9 @@ BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
 
 
 class Residual(NamedTuple):
-    """The residual stream: h [dim], float32, the fineness of its grid [dim], and beyond [1], int32.
+    """The residual stream: h [dim], float32, its grid's fineness [dim], and beyond [1], int32; None: no grid.
 
-    beyond becomes 1 when h is found where additions may round; it is looked at after each layer. The two are None in a
-    model without grids.
+    beyond becomes 1 when h is found near where additions round. It is looked at after each layer.
     """
 
     h: Tensor
@@ -60,10 +59,7 @@ def _embed_kernel(
     token_ptr, embedding_ptr, h_ptr, fineness_ptr, beyond_ptr, slots_ptr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, RSTD_BUFFER: tl.constexpr, PDL: tl.constexpr,
 ):
-    """h = embedding[token], float32, on its grid; zeroes the slots that the lm_head's norm uses.
-
-    It looks at the h of the step before, too.
-    """
+    """h = embedding[token], float32, after a look at the step before's; zeroes the slots of the lm_head's norm."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -88,10 +84,9 @@ def launch_embed(token: Tensor, embedding: Tensor, residual: Residual, logits: T
 
 @triton.jit
 def chunk_of(position):
-    """The chunk of attention that a position falls into: 8 chunks of 64 positions, then 8 of 128, then all of 256.
+    """The chunk of attention of a position: 8 of 64 positions, 8 of 128, then all of 256; fixed, whatever the cache.
 
-    They lie at fixed positions, so that no sum depends on the cache's length. With 8 key/value heads it was fastest to
-    cut 206 positions into 4 chunks, 1,224 and 4,296 into 16, 8,192 into 32 (H100).
+    Fastest with 8 key/value heads (H100): 206 positions in 4 chunks, 1,224 and 4,296 in 16, 8,192 in 32.
     """
     return min(position // 64, min(8 + (position - 512) // 128, 16 + (position - 1536) // 256))
 
@@ -302,10 +297,8 @@ def launch_attention(
     shape = len(weight), sum(gate_up.segments)
     n_pieces = plan.attention_prefetch(*shape, gate_up.sparsity, gate_up.form) if pdl else 0
     operation = gate_up.operation("norm", k_cache.dtype) if n_pieces else None
-    if n_kv * seq_length > plan.CROWDED:
-        n_pieces = 0
+    n_pieces *= n_kv * seq_length <= plan.CROWDED  # one kernel for caches of all lengths
     looks = residual.fineness is not None
-
     _attention_kernel[(n_kv, splits + looks + triton.cdiv(n_pieces, n_kv))](
         qkv, bias, k_cache, v_cache, position, inv_freq,
         *chunks, y,

@@ -2,10 +2,8 @@
 
 The programs of a product add to an output in an order that changes from run to run, and float32 additions round. So
 each program first rounds its sum to a multiple of the output's spacing, a power of two. Then no addition rounds as long
-as all sums stay within LEVELS / 2 spacings, however few of the terms have arrived. Beyond that a sum rounds, as any
-float32 sum does: it may then differ from run to run, but is never wrong. An output's fineness is 1 / its spacing.
-
-Models of float32 have no grids, as 24 bits for all of a sum's range are less than they promise.
+as any part of the sum stays within LEVELS spacings. Beyond that it rounds, as any float32 sum does: it may then differ
+from run to run, but is never wrong. Models of float32 have no grids: LEVELS are too few for their precision.
 """
 
 import math
@@ -23,18 +21,17 @@ BLOCK = 256  # inputs whose weights are dequantised at once
 
 
 def fineness(bound: Tensor) -> Tensor:
-    """Multiples of the spacing per 1, powers of two, for sums that stay within `bound`; both [out], float32."""
+    """1 / spacing, powers of two, for sums that stay within `bound`; both [out], float32."""
     bound = bound.nan_to_num(0.0).clamp(2.0**-24, 2.0**60)
     above = (bound.view(torch.int32) + 0x7FFFFF & ~0x7FFFFF).view(torch.float32)  # the next power of two, exactly
     return LEVELS / above
 
 
 def bound_after_norm(gain: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """What no sum of some of an RMSNorm's products with a weight exceeds, [out], float32, for any input of the norm.
+    """What no part of an RMSNorm's product with a weight exceeds, [out], float32, whatever the norm's input.
 
-    gain: [in], of the norm; weight, scale: of a `kernels.quantized.Form`; shift: [in] or None. The offset is added to
-    the sum of the shifted inputs, so |shift| counts twice. By Cauchy-Schwarz, as the norm's output before the gain has
-    a 2-norm of at most sqrt(in).
+    By Cauchy-Schwarz: before the gain [in] a norm's output has a 2-norm of at most sqrt(in). Shifts [in] count twice,
+    in the inputs and in the offset.
     """
     squares, shifted = 0.0, 0.0
     for i in range(0, len(weight), BLOCK):
@@ -50,16 +47,15 @@ def bound_after_norm(gain: Tensor, weight: Tensor, scale: Tensor | None, shift: 
 def residual_bound(model: Module) -> Tensor:
     """What each channel of the residual stream is taken to stay within, [dim], float32; computed once per Transformer.
 
-    SPARE times the largest magnitude between layers in a dense pass over random tokens, from position 1 on: position 0,
-    where some channels are a thousand times as large, is never decoded. And no less than the embedding's largest.
+    SPARE times the largest between layers in a dense pass over random tokens, but for position 0, where some channels
+    are a thousand times as large, and which is never decoded. And no less than the embedding's largest.
     """
     if not hasattr(model, "residual_bound"):
         tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-        peaks = []
-        for layer in model.walk([tokens]):
-            peaks.append(layer.inputs[0][0, 1:].abs().amax(0).float())
-        peaks.append(layer.outputs[0][0, 1:].abs().amax(0).float())
+        layers = list(model.walk([tokens]))
+        states = [*(layer.inputs[0] for layer in layers), layers[-1].outputs[0]]
+        peak = torch.stack([state[0, 1:].abs().amax(0).float() for state in states]).amax(0)
         largest = torch.linalg.vector_norm(model.tok_embeddings.weight, math.inf, dim=0).float()
-        bound = torch.maximum(SPARE * torch.stack(peaks).amax(0), largest)
+        bound = torch.maximum(SPARE * peak, largest)
         model.register_buffer("residual_bound", bound, persistent=False)
     return model.residual_bound

@@ -486,7 +486,7 @@ def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
 
 
 def test_a_flag_of_an_earlier_version_says_what_it_is_now():
-    with pytest.raises(SystemExit, match="--deterministic is now the only way that it runs; leave it out"):
+    with pytest.raises(ValueError, match="--deterministic is now the only way that it runs; leave it out"):
         options.generate(["--deterministic"])
 
 
