@@ -354,11 +354,11 @@ def _gemv_kernel(
                 rows, constants, first, n_words,
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
-    # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100); a large
-    # tile of integers has no registers for the grid (1,024 outputs of int4 took 228 instead of 164)
+    # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
+    # tile has no registers to hold the grid: qkv of llama-3-8b takes 164 instead of 127, and not all programs run at once
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
     fineness = offset
-    EARLY: tl.constexpr = OP.bits >= 16 or BLOCK_OUT <= 128
+    EARLY: tl.constexpr = BLOCK_OUT <= 64
     if fineness_ptr is not None and EARLY:
         fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
     if OP.shift:
