@@ -355,7 +355,7 @@ def _gemv_kernel(
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
     # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
-    # tile has no registers to hold the grid: qkv of llama-3-8b takes 164 instead of 127, and not all programs run at once
+    # tile has no registers to hold the grid: qkv of llama-3-8b took 164 instead of 127, so not all programs ran at once
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
     fineness = offset
     EARLY: tl.constexpr = BLOCK_OUT <= 64
