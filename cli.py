@@ -56,12 +56,27 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"--{flag} says nothing {where}; leave one of them out")
 
 
-def at_least(o: argparse.Namespace, least: int, flags: str) -> None:
-    """Raises ValueError if a number among the options is below `least`, or beyond what 63 bits hold."""
-    for flag in flags.split():
-        value = getattr(o, flag)
-        if value is not None and not least <= value < 2**63:
-            raise ValueError(f"--{flag} {value:.3g} must be at least {least}, and below 2^63")
+def number(kind: type, allowed: Callable[..., bool], words: str) -> type[argparse.Action]:
+    """The action of a flag whose values must be `allowed`; `words` say behind flag and value why one is not."""
+
+    class Number(argparse.Action):
+        def __init__(self, **options):
+            super().__init__(type=kind, **options)
+
+        def __call__(self, parser, namespace, values, option_string=None):
+            for value in values if isinstance(values, list) else [values]:
+                if not allowed(value):
+                    raise ValueError(f"--{self.dest} {str(value)[:40]} {words}")
+            setattr(namespace, self.dest, values)
+
+    return Number
+
+
+def at_least(least: int) -> type[argparse.Action]:
+    return number(int, lambda n: least <= n < 2**63, f"must be at least {least}, and below 2^63")
+
+
+SPARSITY = number(float, lambda share: 0 <= share < 1, "is outside [0, 1); 0.5 cuts half of the weights")
 
 
 class UnwritableError(argparse.ArgumentTypeError, ValueError):
@@ -124,51 +139,46 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
 def add_sparsity_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the checkpoint, its cuts and --json, which every script that runs a sparse model has."""
     add_checkpoint_argument(parser)
-    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
+    parser.add_argument("--sparsity", action=SPARSITY, default=0.0, help="share of the weights to cut, 0 <= F < 1")
     parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
     add_statistics_argument(parser)
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
-    refuse_old_flags(parser, {"--allocation": "--thresholds {best,uniform,greedy,refined,FILE}"})
+    refuse_old_flag(parser, "--allocation", "--thresholds {best,uniform,greedy,refined,FILE}")
 
 
 def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
-    statistics_help = "calibrate.py's (default: calibration.safetensors beside the checkpoint)"
-    parser.add_argument("--statistics", type=Path, metavar="FILE", help=statistics_help)
+    where = "calibrate.py's (default: calibration.safetensors beside the checkpoint)"
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help=where)
 
 
 def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
-    output_help = f"the file to write (default: {name} beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
+    parser.add_argument("--output", type=output_path, metavar="FILE", help=f"(default: {name} beside the checkpoint)")
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int) -> None:
-    """Adds the checkpoint and the calibration text, which every script that calibrates on a text has."""
+def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int, least: int = 2) -> None:
+    """Adds the checkpoint and the calibration text, of at least `least` tokens, for scripts that calibrate on one."""
     add_checkpoint_argument(parser)
     data_help = "files of text or of lines of JSON, gzip or not, or c4 (default: the model writes a text itself)"
     parser.add_argument("--data", nargs="+", metavar="FILE", help=data_help)
-    parser.add_argument("--num_tokens", type=int, default=num_tokens, help="length of the text")
-    parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes itself")
+    parser.add_argument("--num_tokens", action=at_least(least), default=num_tokens, help="length of the text")
+    parser.add_argument("--seed", action=at_least(0), default=0, help="of the text that the model writes itself")
     add_device_arguments(parser)
 
 
-def parse_text_arguments(parser: Parser, argv: list[str] | None, least: int = 2) -> argparse.Namespace:
-    """Reads a command line of `add_text_arguments`. Raises ValueError: less tokens than `least`, a useless seed."""
+def parse_text_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     o = parser.parse_args(argv)
-    at_least(o, least, "num_tokens")
-    at_least(o, 0, "seed")
     parser.refuse(o.data is not None, "seed", "beside --data")
     return o
 
 
-def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -> None:
-    """Makes each flag of an earlier version an error of one line that says what it is now."""
+def refuse_old_flag(parser: argparse.ArgumentParser, flag: str, now: str) -> None:
+    """Makes the flag of an earlier version an error of one line that says what it is `now`."""
 
     class Refuse(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
-            raise ValueError(f"{option_string} is now {renamed[option_string]}")
+        def __call__(self, *_):
+            raise ValueError(f"{flag} is now {now}")
 
-    for flag in renamed:
-        parser.add_argument(flag, action=Refuse, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(flag, action=Refuse, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _line(message: object) -> str:
