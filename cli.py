@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -83,10 +84,6 @@ class UnwritableError(argparse.ArgumentTypeError, ValueError):
     pass
 
 
-def output_folder(text: str) -> Path:
-    return output_path(text, folder=True)
-
-
 def output_path(text: str | Path, folder: bool = False) -> Path:
     """The path of a file to write, made sure of before any work. Raises ValueError if it cannot be written."""
     import tempfile
@@ -101,6 +98,9 @@ def output_path(text: str | Path, folder: bool = False) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnwritableError(f"cannot write {str(text)[:200]!r} ({reason[:200]})") from None
+
+
+output_folder = partial(output_path, folder=True)
 
 
 def resolve_device(name: str | None) -> "torch.device":
@@ -120,14 +120,12 @@ def resolve_device(name: str | None) -> "torch.device":
 
 
 def placement(o: argparse.Namespace) -> tuple["torch.device", "torch.dtype"]:
-    """What --device and --precision ask for. Raises ValueError as `resolve_device` does."""
     import torch
 
     return resolve_device(o.device), getattr(torch, o.precision)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --device and --precision, which every script that runs a model has."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
 
@@ -137,7 +135,6 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sparsity_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the checkpoint, its cuts and --json, which every script that runs a sparse model has."""
     add_checkpoint_argument(parser)
     parser.add_argument("--sparsity", action=SPARSITY, default=0.0, help="share of the weights to cut, 0 <= F < 1")
     parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
@@ -147,8 +144,9 @@ def add_sparsity_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
-    where = "calibrate.py's (default: calibration.safetensors beside the checkpoint)"
-    parser.add_argument("--statistics", type=Path, metavar="FILE", help=where)
+    parser.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="(default: calibrate.py's, beside the checkpoint)"
+    )
 
 
 def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:

@@ -2,9 +2,7 @@
 
     tokenizer = load_tokenizer("checkpoints/org/name", vocab_size=32000)
     ids = tokenizer.encode("Hello world", bos=tokenizer.adds_bos)
-    ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])    # None: the checkpoint has no chat template
-    stream = tokenizer.stream(after=ids)
-    text = "".join(stream.push(i) for i in new_ids) + stream.flush()
+    text = tokenizer.decode(new_ids, after=ids)
 
 A backend turns text into ids and one id into bytes; all else (decoding, streaming, chats) is common to the three. What
 transformers does with a checkpoint's files is the standard, but for one thing: a message cannot bring special tokens.
@@ -12,7 +10,6 @@ transformers does with a checkpoint's files is the standard, but for one thing: 
 
 import base64
 import codecs
-import contextlib
 import json
 import math
 import multiprocessing
@@ -70,7 +67,6 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
         return max(self.own_size, *(i + 1 for i in self.added), 0)
 
     @cached_property
@@ -95,18 +91,15 @@ class Tokenizer:
         return self._piece_bytes(token_id) if token is None else b"" if token.special else token.content.encode()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """The text taken literally: "<s>" is three characters. bos=True puts bos_id before it, if there is one.
-
-        Raises ValueError if it holds an added token that the model's vocabulary lacks.
-        """
-        prefix = [self.bos_id] if bos and self.bos_id is not None else []
-        return prefix + self._ids(text, special=False)
+        """The text taken literally ("<s>" is three characters), behind bos_id if `bos` and there is one. Raises
+        ValueError if it holds an added token that the model's vocabulary lacks."""
+        return [self.bos_id] * (bos and self.bos_id is not None) + self._ids(text, special=False)
 
     def _ids(self, text: str, special: bool) -> list[int]:
         ids = self._encode(text.encode("utf-8", "replace").decode(), special)
         if self.vocab_size > self.limit and max(ids, default=0) >= self.limit:
-            beyond = f"{shown(self.added[max(ids)].content)} in the text has the id {max(ids)}"
-            raise ValueError(f"{beyond}, but the model's vocabulary is {self.limit}: leave it out")
+            reason = f"has the id {max(ids)}, but the model's vocabulary is {self.limit}: leave it out"
+            raise ValueError(f"{shown(self.added[max(ids)].content)} in the text {reason}")
         return ids
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
@@ -130,8 +123,7 @@ class Tokenizer:
         def guard(value):
             return special.sub(lambda m: "".join(GUARD + c for c in m[0]), value) if isinstance(value, str) else value
 
-        guarded = [{key: guard(value) for key, value in message.items()} for message in messages]
-        return self._ids(self._render(guarded), special=True)
+        return self._ids(self._render([{key: guard(message[key]) for key in message} for message in messages]), True)
 
     def _render(self, messages: list[dict]) -> str:
         from jinja2 import TemplateError
@@ -157,9 +149,11 @@ class Tokenizer:
 
     @cached_property
     def _finder(self) -> tuple[tokenizers.Tokenizer, list[int]]:
-        """A tokenizer without pieces, which finds the added tokens in a text, and their ids in its order."""
-        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
-        ids = {token.content: i for i, token in self.added.items()}
+        # a tokenizer without pieces, which finds the added tokens in a text; their ids in its order
+        finder, ids = (
+            tokenizers.Tokenizer(tokenizers.models.BPE()),
+            {token.content: i for i, token in self.added.items()},
+        )
         finder.add_tokens([self.added[i] for i in ids.values()])
         return finder, list(ids.values())
 
@@ -169,11 +163,11 @@ class Tokenizer:
             finder, added = self._finder
             finder.encode_special_tokens = not special
             found = finder.encode(text, add_special_tokens=False)
-            places = [(*place, [added[index]]) for index, place in zip(found.ids, found.offsets, strict=True)]
-        for start, stop, token in [*places, (len(text), None, [])]:
-            ids += self._encode_part(_unguarded(text[end:start], special), inside=end > 0) + token
+            places = [(*place, added[index]) for index, place in zip(found.ids, found.offsets, strict=True)]
+        for start, stop, token in places:
+            ids += [*self._encode_part(_unguarded(text[end:start], special), end > 0), token]
             end = stop
-        return ids
+        return ids + self._encode_part(_unguarded(text[end:], special), end > 0)
 
 
 class Stream:
@@ -279,9 +273,8 @@ class TokenizerJson(Tokenizer):
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
         self._byte_tokens = "ByteFallback" in steps
         if "ByteLevel" in steps:  # a byte that prints in Latin-1 is written as that, the others as U+0100, U+0101, ...
-            chars = set(ByteLevel.alphabet())
-            rest = (i for i in range(256) if chr(i) not in chars)
-            self._byte_of = {c: ord(c) for c in chars if ord(c) < 256} | {chr(256 + n): i for n, i in enumerate(rest)}
+            alphabet = sorted(ByteLevel.alphabet())
+            self._byte_of = dict(zip(alphabet, sorted(range(256), key=lambda i: chr(i) not in alphabet), strict=True))
         elif steps.keys() & {"Metaspace", "Replace"}:
             self._byte_of = None
         else:
@@ -293,9 +286,6 @@ class TokenizerJson(Tokenizer):
         first, plain = self._backend.encode("a").ids[:1], self._encode("a", special=False)[:1]
         if first != plain:  # the file's own post-processor begins a text with bos
             self.adds_bos, self.bos_id = True, first[0]
-
-    def token_id(self, token):
-        return self._backend.token_to_id(token)
 
     def _piece_bytes(self, token_id):
         token = self._backend.id_to_token(token_id) or "" if 0 <= token_id < self.own_size else ""
@@ -315,7 +305,7 @@ class TokenizerJson(Tokenizer):
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def _after(self, ids: list[int], text: str, special: bool) -> list[int]:
-        """Ids of a text that follows other ids: without the space that the encoder puts before a text."""
+        # the text follows other ids, so it goes without the space that the encoder puts before a text
         line, on_a_line = self._encode("\n", special), self._encode("\n" + text, special)
         inside = self.leading_spaces and ids and text and on_a_line[: len(line)] == line
         return on_a_line[len(line) :] if inside else self._encode(text, special)
@@ -329,8 +319,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     folder = Path(folder)
     files = {file.name: read_json(file) for file in map(folder.joinpath, SETTINGS) if file.is_file()}
     config, generation, settings, special_map, more = (files.get(name, {}) for name in SETTINGS)
-    path = next((folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None)
-    if path is None:
+    path = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "tokenizer.model")
+    if not path.is_file():
         raise ValueError(f"no tokenizer in {folder}: put the checkpoint's tokenizer.json or tokenizer.model there")
 
     # the settings are of the right types
@@ -349,12 +339,11 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         added = _added_tokens(settings, more, list(filter(None, named.values())))
         tokenizer = backend(data, added, settings.get("legacy") is not False)
     except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
-        reason = f"does not load as {backend.__name__} ({one_line(error)})"
-        raise ValueError(f"{path} {reason}: copy the model's tokenizer files again") from error
+        reason = f"{path} does not load as {backend.__name__} ({one_line(error)})"
+        raise ValueError(f"{reason}: copy the model's tokenizer files again") from error
 
     # it must fit the model
-    if vocab_size is not None:
-        tokenizer.limit = vocab_size
+    tokenizer.limit = math.inf if vocab_size is None else vocab_size
     if tokenizer.own_size > tokenizer.limit:
         reason = f"has ids up to {tokenizer.own_size - 1}, but the model's vocabulary is {vocab_size}"
         raise ValueError(f"the tokenizer in {folder} {reason}: use the tokenizer files of this checkpoint")
@@ -372,14 +361,12 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     strings = {i: token for token, i in tokenizer.special.items()}
     bos_token = "" if "bos_token" in settings else strings.get(tokenizer.bos_id, "")
     eos_token = next((strings[i] for i in tokenizer.end_ids if i in strings), "")
-    given = {key: token for key, token in named.items() if token}
-    tokenizer.named = {"bos_token": bos_token, "eos_token": eos_token} | given
+    tokenizer.named = {"bos_token": bos_token, "eos_token": eos_token} | {k: v for k, v in named.items() if v}
 
     # the chat template: a file of its own, or a setting
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}.get("default")
     tokenizer.template = file.read_text("utf-8-sig", "replace") if file.is_file() else template
     if not isinstance(tokenizer.template, str | None):
         raise ValueError(f"the chat template in {folder} cannot be {shown(template)}; copy the model's files again")
@@ -391,7 +378,7 @@ def _special(content: str) -> AddedToken:
 
 
 def _content(token: str | dict | None) -> str | None:
-    """The string of a special token: "<s>", {"content": "<s>"} or null."""
+    # "<s>", {"content": "<s>"} or null
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -421,10 +408,8 @@ def _growth(normalizer: dict | None) -> float:
 
 
 def _in_a_child(render: Callable[[], str]) -> str:
-    """What a template's function returns. Raises ValueError if it fails, or takes over SECONDS or BYTES.
-
-    A template is a program of the checkpoint's: it runs in a child process, so that its time and memory are not ours.
-    """
+    """What a template's function returns. Raises ValueError if it fails, or takes over SECONDS or BYTES."""
+    # A template is a program of the checkpoint's: in a child process its time and memory are not ours.
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def child():
@@ -439,20 +424,22 @@ def _in_a_child(render: Callable[[], str]) -> str:
             reason = over if isinstance(error, MemoryError) else f"{type(error).__name__}: {one_line(error)}"
             theirs.send((None, reason))
 
-    process = multiprocessing.get_context("fork").Process(target=child)
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
     process.start()
     theirs.close()
     text, reason = None, f"it takes over {SECONDS} s"
     try:
-        with contextlib.suppress(EOFError):  # its time was up
-            text, reason = ours.recv() if ours.poll(10 * SECONDS) else (text, reason)
+        if ours.poll(10 * SECONDS):
+            text, reason = ours.recv()
+    except EOFError:  # its time was up
+        pass
     finally:
         process.kill()
         process.join()
         ours.close()
     if text is None:
-        advice = "change the messages or use a plain prompt"
-        raise ValueError(f"the checkpoint's chat template does not take these messages ({reason}): {advice}")
+        refused = f"the checkpoint's chat template does not take these messages ({reason})"
+        raise ValueError(f"{refused}: change the messages or use a plain prompt")
     return text
 
 
