@@ -96,8 +96,8 @@ def output_path(text: str | Path, folder: bool = False) -> Path:
         with tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())):
             return Path(text)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UnwritableError(f"cannot write {str(text)[:200]!r} ({reason[:200]})") from None
+        reason = (getattr(error, "strerror", None) or str(error))[:200]
+        raise UnwritableError(f"cannot write {str(text)[:200]!r} ({reason})") from None
 
 
 output_folder = partial(output_path, folder=True)
@@ -154,12 +154,16 @@ def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int, least: int = 2) -> None:
-    """Adds the checkpoint and the calibration text, of at least `least` tokens, for scripts that calibrate on one."""
     add_checkpoint_argument(parser)
-    data_help = "files of text or of lines of JSON, gzip or not, or c4 (default: the model writes a text itself)"
-    parser.add_argument("--data", nargs="+", metavar="FILE", help=data_help)
-    parser.add_argument("--num_tokens", action=at_least(least), default=num_tokens, help="length of the text")
-    parser.add_argument("--seed", action=at_least(0), default=0, help="of the text that the model writes itself")
+    add = parser.add_argument
+    add(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="text or JSON lines, gzip or not; or c4 (default: the model writes one)",
+    )
+    add("--num_tokens", action=at_least(least), default=num_tokens, help="length of the text")
+    add("--seed", action=at_least(0), default=0, help="of the text that the model writes itself")
     add_device_arguments(parser)
 
 
@@ -184,11 +188,9 @@ def _line(message: object) -> str:
 
 
 def command_line(main: Callable[[], object]) -> None:
-    """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130.
-
-    A byte of stdin that is no UTF-8, and a character that stdout cannot show, are replaced.
-    """
+    """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
     warnings.formatwarning = lambda message, *_: f"{_line(message)}\n"  # no file and line of ours
+    # a byte of stdin that is no UTF-8, and a character that stdout cannot show, are replaced
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):  # None where it is closed
             stream.reconfigure(errors="replace")

@@ -75,8 +75,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.text_tokenizer.bos_id
-        return self.eot_token_id if bos is None else bos
+        return self.eot_token_id if self.text_tokenizer.bos_id is None else self.text_tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         wanted = self.text_tokenizer.adds_bos if add_special_tokens is None else add_special_tokens
@@ -136,9 +135,7 @@ class HarnessModel(TemplateLM):
 
     def _limits(self, request: dict) -> tuple[tuple[str, ...], int, int | None]:
         """What a request's options mean to lm-eval's Hugging Face class: stop strings, new tokens, tokens in all.
-
-        Raises ValueError for sampled text, and for options that would change the text in a way that is not ours.
-        """
+        Raises ValueError for sampled text, and for options that would change the text in a way that is not ours."""
         try:
             options = normalize_gen_kwargs(request, MAX_NEW_TOKENS)
             limit, length = options["max_gen_toks"], int(options.get("max_length") or 0) or None
@@ -181,7 +178,6 @@ class HarnessModel(TemplateLM):
 
 @cache
 def task_manager() -> TaskManager:
-    """lm-eval's tasks by name."""
     print("looking for lm-eval's tasks (ten seconds)", file=sys.stderr)
     return TaskManager()
 
@@ -237,10 +233,8 @@ def evaluate(
     model: HarnessModel, name: str, data: Path | None = None, num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Scores by task and metric of a task, a group of tasks or a task file; of each the first `limit` documents.
-
-    num_fewshot examples stand before each question; None: as in `NUM_FEWSHOT`, else the task's own number.
-    Raises ValueError for an unknown task, or one whose data cannot be fetched or read.
-    """
+    num_fewshot: examples before each question; None: as in `NUM_FEWSHOT`, else the task's own number.
+    Raises ValueError for an unknown task, or one whose data cannot be fetched or read."""
     task, manager = load_task(name, data)
     fewshot = NUM_FEWSHOT.get(name) if num_fewshot is None else num_fewshot
     options = {"num_fewshot": fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 0}

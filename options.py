@@ -23,11 +23,9 @@ SWEEP = (0.0, 0.25, 0.4, 0.5, 0.65)
 
 
 def run_script(script: str) -> None:
-    """Runs a script ("generate", "benchmarks.decode"), as the first statement of its file. Never returns.
-
-    Its flags are read before its modules, which take seconds to import. Ctrl-C meanwhile ends the process without a
-    word. The rest of the file is not run as __main__, but imported under the script's own name.
-    """
+    """Runs a script ("generate", "benchmarks.decode"), as the first statement of its file. Never returns."""
+    # Flags are read before modules, which take seconds to import; Ctrl-C meanwhile ends the process without a word.
+    # The rest of the file is not run as __main__, but imported under the script's own name.
 
     def main() -> None:
         globals()[script.rpartition(".")[2]]()
@@ -161,11 +159,9 @@ def eval(argv: list[str] | None = None) -> Namespace:
     parser.refuse("sparsity" not in parser.given, "thresholds statistics sparse_fraction", "without --sparsity")
     parser.refuse(o.tasks in TASKS, "num_fewshot limit batch_size", f"to --tasks {o.tasks[:100]}")
     parser.refuse(o.tasks not in TASKS, "context window num_windows", f"to --tasks {o.tasks[:100]}")
-    if o.tasks in TASKS:
-        return o
 
     # tasks of the harness
-    named = o.tasks.split(",")
+    named = [] if o.tasks in TASKS else o.tasks.split(",")
     if mixed := [name for name in named if name in TASKS]:
         raise ValueError(f"--tasks {o.tasks[:100]}: {mixed[0]} is a run of its own; leave out the others")
     if o.data is not None and not all(name.endswith((".yaml", ".yml")) for name in named):

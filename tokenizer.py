@@ -17,6 +17,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -79,8 +80,7 @@ class Tokenizer:
             return self.end_ids
         after = text.partition(ANSWER)[2].lstrip()
         ends = [i for i, token in self.added.items() if after.startswith(token.content) and i < self.limit]
-        ends.sort(key=lambda i: len(self.added[i].content))
-        return tuple(dict.fromkeys([*self.end_ids, *ends[-1:]]))
+        return tuple(dict.fromkeys([*self.end_ids, *sorted(ends, key=lambda i: len(self.added[i].content))[-1:]]))
 
     def token_id(self, token: str) -> int | None:
         return next((i for i, added in self.added.items() if added.content == token), None)
@@ -127,14 +127,13 @@ class Tokenizer:
 
     def _render(self, messages: list[dict]) -> str:
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Environment
 
         def refuse(message):
             raise TemplateError(message)
 
         def render() -> str:
-            loops = "jinja2.ext.loopcontrols"  # break and continue
-            env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loops])
+            env = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
             env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
             env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
             env.globals.update(self.named, tools=None, documents=None)
@@ -207,10 +206,9 @@ class SentencePiece(Tokenizer):
         self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
         self.end_ids = (self._sp.eos_id(),) if self._sp.eos_id() >= 0 else ()
         self.adds_bos = True
+        self.leading_spaces = int(self._sp.encode("x", out_type=str)[0].startswith("▁"))
         if self._sp.encode("  x") == self._sp.encode("x"):  # it drops spaces that it deems superfluous
             self.leading_spaces = math.inf
-        elif self._sp.encode("x", out_type=str)[0].startswith("▁"):
-            self.leading_spaces = 1
 
     def _piece_bytes(self, token_id):
         if not 0 <= token_id < self.own_size:
@@ -272,12 +270,11 @@ class TokenizerJson(Tokenizer):
         decoder = spec.get("decoder") or {}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
         self._byte_tokens = "ByteFallback" in steps
+        self._byte_of = {}
         if "ByteLevel" in steps:  # a byte that prints in Latin-1 is written as that, the others as U+0100, U+0101, ...
             alphabet = sorted(ByteLevel.alphabet())
             self._byte_of = dict(zip(alphabet, sorted(range(256), key=lambda i: chr(i) not in alphabet), strict=True))
-        elif steps.keys() & {"Metaspace", "Replace"}:
-            self._byte_of = None
-        else:
+        elif not steps.keys() & {"Metaspace", "Replace"}:
             raise ValueError(f"its decoder {shown(list(steps))} is none of ByteLevel, Metaspace and Replace")
 
         # what the encoder adds: a space, bos
@@ -289,7 +286,7 @@ class TokenizerJson(Tokenizer):
 
     def _piece_bytes(self, token_id):
         token = self._backend.id_to_token(token_id) or "" if 0 <= token_id < self.own_size else ""
-        if self._byte_of is not None:
+        if self._byte_of:
             return b"".join(bytes([self._byte_of[c]]) if c in self._byte_of else c.encode() for c in token)
         if self._byte_tokens and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
@@ -428,15 +425,10 @@ def _in_a_child(render: Callable[[], str]) -> str:
     process.start()
     theirs.close()
     text, reason = None, f"it takes over {SECONDS} s"
-    try:
-        if ours.poll(10 * SECONDS):
-            text, reason = ours.recv()
-    except EOFError:  # its time was up
-        pass
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+    with ours, suppress(EOFError):  # its time was up
+        text, reason = ours.recv() if ours.poll(10 * SECONDS) else (text, reason)
+    process.kill()
+    process.join()
     if text is None:
         refused = f"the checkpoint's chat template does not take these messages ({reason})"
         raise ValueError(f"{refused}: change the messages or use a plain prompt")
