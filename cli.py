@@ -156,12 +156,7 @@ def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int, least: int = 2) -> None:
     add_checkpoint_argument(parser)
     add = parser.add_argument
-    add(
-        "--data",
-        nargs="+",
-        metavar="FILE",
-        help="text or JSON lines, gzip or not; or c4 (default: the model writes one)",
-    )
+    add("--data", nargs="+", metavar="FILE", help="text or JSON lines, gzip or not; c4 (default: the model writes one)")
     add("--num_tokens", action=at_least(least), default=num_tokens, help="length of the text")
     add("--seed", action=at_least(0), default=0, help="of the text that the model writes itself")
     add_device_arguments(parser)

@@ -54,7 +54,7 @@ def generate(argv: list[str] | None = None) -> Namespace:
     add("--top_k", action=at_least(1), default=200, help="how many of the likeliest tokens may be drawn")
     temperature = number(float, lambda t: t >= 0, "must be at least 0")
     add("--temperature", action=temperature, help=f"0 is greedy (default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE})")
-    add("--seed", action=at_least(0), default=1234, help="of the draws, of a random prompt, of random weights")
+    add("--seed", action=at_least(0), default=1234, help="of draws (row r: + r), random prompt and weights")
 
     # by which model, in which form
     add("--random_init", metavar="NAME", help="a named config, e.g. llama-3-8b (default: weights of a checkpoint)")
@@ -65,7 +65,7 @@ def generate(argv: list[str] | None = None) -> Namespace:
     add("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
     add("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
     add("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    add("--deterministic", action="store_true", help="the same tokens run to run on a GPU, slower")
+    cli.refuse_old_flag(parser, "--deterministic", "the only way that it runs; leave it out")
 
     # what is measured
     add("--compare_dense", action=BooleanOptionalAction, help="time the dense model too (default: in short fused runs)")
