@@ -22,9 +22,10 @@ MESSAGE = 600  # characters of a message at most
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        if "default" in action.help or action.default is None or action.default is argparse.SUPPRESS:
-            return action.help
-        return f"{action.help} (default: {'off' if action.default is False else '%(default)s'})"
+        says = "default" in action.help or action.default in (None, argparse.SUPPRESS)
+        return (
+            action.help if says else f"{action.help} (default: {'off' if action.default is False else '%(default)s'})"
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,8 +81,7 @@ def at_least(least: int) -> type[argparse.Action]:
 SPARSITY = number(float, lambda share: 0 <= share < 1, "is outside [0, 1); 0.5 cuts half of the weights")
 
 
-class UnwritableError(argparse.ArgumentTypeError, ValueError):
-    pass
+class UnwritableError(argparse.ArgumentTypeError, ValueError): ...
 
 
 def output_path(text: str | Path, folder: bool = False) -> Path:
@@ -169,8 +169,6 @@ def parse_text_arguments(parser: Parser, argv: list[str] | None) -> argparse.Nam
 
 
 def refuse_old_flag(parser: argparse.ArgumentParser, flag: str, now: str) -> None:
-    """Makes the flag of an earlier version an error of one line that says what it is `now`."""
-
     class Refuse(argparse.Action):
         def __call__(self, *_):
             raise ValueError(f"{flag} is now {now}")
@@ -207,8 +205,7 @@ def command_line(main: Callable[[], object]) -> None:
         _, on_cpu, message = str(error).rpartition("DefaultCPUAllocator: ")
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = ". ".join(_line(message).split(". ")[:3])
-        advice = "take a smaller model or fewer tokens at once" + ("" if on_cpu else ", or --device cpu")
-        raise SystemExit(f"{script}: {reason}: {advice}") from None
+        reason, other = ". ".join(_line(message).split(". ")[:3]), "" if on_cpu else ", or --device cpu"
+        raise SystemExit(f"{script}: {reason}: take a smaller model or fewer tokens at once{other}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -91,8 +91,7 @@ class HarnessModel(TemplateLM):
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs) -> list[tuple]:
         """(log-probability, whether greedy) of each request's continuation; requests of one input share its pass."""
-        scores: list[tuple] = [()] * len(requests)
-        same_input = defaultdict(list)
+        scores, same_input = [()] * len(requests), defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-self.max_length - 1 :]
             same_input[None, tuple(tokens[:-1])].append((i, torch.tensor(continuation[-self.max_length :])))
@@ -120,13 +119,12 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to the first stop string or end-of-text token, without it."""
-        same_input = defaultdict(list)
+        texts, same_input = [""] * len(requests), defaultdict(list)
         for i, request in enumerate(requests):
             context, until, limit, length = request.args[0], *self._limits(request.args[1])
             tokens = self.tok_encode(context)[limit - self.max_length :] or [self.prefix_token_id]
             limit = max(1, min(length, self.max_length) - len(tokens)) if length else limit
             same_input[(until, limit), tuple(tokens)].append(i)
-        texts = [""] * len(requests)
         for batch in batches(same_input, self.batch_size, "generating", disable_tqdm):
             for key, text in zip(batch, self._generate([tokens for _, tokens in batch], *batch[0][0]), strict=True):
                 for i in same_input[key]:

@@ -203,9 +203,8 @@ class SentencePiece(Tokenizer):
         named = {self._sp.piece_to_id(token.content): token for i, token in added.items() if i < 0}
         self.added |= {i: token for i, token in named.items() if self._sp.id_to_piece(i) == token.content}
         self.added |= {i: token for i, token in added.items() if i >= 0}
-        self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
+        self.bos_id, self.adds_bos = self._sp.bos_id() if self._sp.bos_id() >= 0 else None, True
         self.end_ids = (self._sp.eos_id(),) if self._sp.eos_id() >= 0 else ()
-        self.adds_bos = True
         self.leading_spaces = int(self._sp.encode("x", out_type=str)[0].startswith("▁"))
         if self._sp.encode("  x") == self._sp.encode("x"):  # it drops spaces that it deems superfluous
             self.leading_spaces = math.inf
@@ -235,9 +234,8 @@ class TikToken(Tokenizer):
         self.added = self.added or {128000 + i: _special(token) for i, token in enumerate(LLAMA3_SPECIAL)}
         if min(self.added) != count:
             raise ValueError(f"it has {count} ranks, but the special tokens start at {min(self.added)}")
-        self.bos_id = self.special.get("<|begin_of_text|>")
+        self.bos_id, self.adds_bos = self.special.get("<|begin_of_text|>"), True
         self.end_ids = tuple(self.special[t] for t in ("<|end_of_text|>", "<|eot_id|>") if t in self.special)
-        self.adds_bos = True
         self._tokens = {rank: token for token, rank in ranks.items()}
         self._bpe = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
 
@@ -245,8 +243,8 @@ class TikToken(Tokenizer):
         return self._tokens.get(token_id, b"")
 
     def _encode_part(self, text, inside):
-        pieces = re.split(r"(\s{25000})", text)  # a run of a million spaces overflows tiktoken's stack
-        return [i for piece in pieces for i in self._bpe.encode_ordinary(piece)]
+        # a run of a million spaces overflows tiktoken's stack
+        return [i for piece in re.split(r"(\s{25000})", text) for i in self._bpe.encode_ordinary(piece)]
 
 
 class TokenizerJson(Tokenizer):
@@ -310,9 +308,8 @@ class TokenizerJson(Tokenizer):
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, else tokenizer.model (sentencepiece or tiktoken, told apart
-    by content). Added tokens, bos, eos and the chat template come from the folder's other files, all optional.
-    vocab_size: the model's. Raises ValueError if there is no tokenizer, a file does not parse, a setting is of a wrong
-    type, or ids of other than added tokens would exceed the model's."""
+    by content), with what the folder's other files say. vocab_size: the model's. Raises ValueError if there is none, a
+    file does not parse, a setting is of a wrong type, or ids of other than added tokens exceed the model's."""
     folder = Path(folder)
     files = {file.name: read_json(file) for file in map(folder.joinpath, SETTINGS) if file.is_file()}
     config, generation, settings, special_map, more = (files.get(name, {}) for name in SETTINGS)
@@ -329,8 +326,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 
     # its backend
     data = path.read_bytes()
-    backend = TikToken if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) else SentencePiece
-    backend = TokenizerJson if path.suffix == ".json" else backend
+    model = TikToken if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) else SentencePiece
+    backend = TokenizerJson if path.suffix == ".json" else model
     try:
         named = {key: _content(settings.get(key, special_map.get(key))) for key in NAMED}
         added = _added_tokens(settings, more, list(filter(None, named.values())))
@@ -351,8 +348,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 
     # bos and eos: the first that is given, and all that are given
     bos, eos = (tokenizer.token_id(named[key] or "") for key in ("bos_token", "eos_token"))
-    given = bos, config.get("bos_token_id"), generation.get("bos_token_id"), tokenizer.bos_id
-    tokenizer.bos_id = next(iter(known(*given)), None)
+    given = known(bos, config.get("bos_token_id"), generation.get("bos_token_id"), tokenizer.bos_id)
+    tokenizer.bos_id = given[0] if given else None
     tokenizer.end_ids = tuple(known(config.get("eos_token_id"), generation.get("eos_token_id"), eos, tokenizer.end_ids))
     tokenizer.adds_bos = tokenizer.bos_id is not None and bool(settings.get("add_bos_token", tokenizer.adds_bos))
     strings = {i: token for token, i in tokenizer.special.items()}
