@@ -130,6 +130,9 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
 
 
+# Flags that several scripts have mean one thing in all of them: they are declared below.
+
+
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
 

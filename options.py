@@ -1,7 +1,6 @@
 """The flags of every script, a function for each: its command line (None: that of the process) -> its options.
 
-Each raises ValueError for a flag that is unknown, out of its range, or made meaningless by another. A flag that several
-scripts have means one thing in all of them: cli.py adds those.
+Each raises ValueError for a flag that is unknown, out of its range, or made meaningless by another.
 """
 
 import importlib
