@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,9 +22,10 @@ MESSAGE = 600  # characters of a message at most
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        if "default" in action.help or action.default is None or action.default is argparse.SUPPRESS:
-            return action.help
-        return f"{action.help} (default: {'off' if action.default is False else '%(default)s'})"
+        says = "default" in action.help or action.default in (None, argparse.SUPPRESS)
+        return (
+            action.help if says else f"{action.help} (default: {'off' if action.default is False else '%(default)s'})"
+        )
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,20 +58,30 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"--{flag} says nothing {where}; leave one of them out")
 
 
-def at_least(o: argparse.Namespace, least: int, flags: str) -> None:
-    """Raises ValueError if a number among the options is below `least`, or beyond what 63 bits hold."""
-    for flag in flags.split():
-        value = getattr(o, flag)
-        if value is not None and not least <= value < 2**63:
-            raise ValueError(f"--{flag} {value:.3g} must be at least {least}, and below 2^63")
+def number(kind: type, allowed: Callable[..., bool], words: str) -> type[argparse.Action]:
+    """The action of a flag whose values must be `allowed`; `words` say behind flag and value why one is not."""
+
+    class Number(argparse.Action):
+        def __init__(self, **options):
+            super().__init__(type=kind, **options)
+
+        def __call__(self, parser, namespace, values, option_string=None):
+            for value in values if isinstance(values, list) else [values]:
+                if not allowed(value):
+                    raise ValueError(f"--{self.dest} {str(value)[:40]} {words}")
+            setattr(namespace, self.dest, values)
+
+    return Number
 
 
-class UnwritableError(argparse.ArgumentTypeError, ValueError):
-    pass
+def at_least(least: int) -> type[argparse.Action]:
+    return number(int, lambda n: least <= n < 2**63, f"must be at least {least}, and below 2^63")
 
 
-def output_folder(text: str) -> Path:
-    return output_path(text, folder=True)
+SPARSITY = number(float, lambda share: 0 <= share < 1, "is outside [0, 1); 0.5 cuts half of the weights")
+
+
+class UnwritableError(argparse.ArgumentTypeError, ValueError): ...
 
 
 def output_path(text: str | Path, folder: bool = False) -> Path:
@@ -84,8 +96,11 @@ def output_path(text: str | Path, folder: bool = False) -> Path:
         with tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())):
             return Path(text)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UnwritableError(f"cannot write {str(text)[:200]!r} ({reason[:200]})") from None
+        reason = (getattr(error, "strerror", None) or str(error))[:200]
+        raise UnwritableError(f"cannot write {str(text)[:200]!r} ({reason})") from None
+
+
+output_folder = partial(output_path, folder=True)
 
 
 def resolve_device(name: str | None) -> "torch.device":
@@ -105,16 +120,17 @@ def resolve_device(name: str | None) -> "torch.device":
 
 
 def placement(o: argparse.Namespace) -> tuple["torch.device", "torch.dtype"]:
-    """What --device and --precision ask for. Raises ValueError as `resolve_device` does."""
     import torch
 
     return resolve_device(o.device), getattr(torch, o.precision)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --device and --precision, which every script that runs a model has."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     parser.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
+
+
+# Flags that several scripts have mean one thing in all of them: they are declared below.
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
@@ -122,53 +138,45 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sparsity_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the checkpoint, its cuts and --json, which every script that runs a sparse model has."""
     add_checkpoint_argument(parser)
-    parser.add_argument("--sparsity", type=float, default=0.0, help="share of the weights to cut, 0 <= F < 1")
+    parser.add_argument("--sparsity", action=SPARSITY, default=0.0, help="share of the weights to cut, 0 <= F < 1")
     parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
     add_statistics_argument(parser)
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
-    refuse_old_flags(parser, {"--allocation": "--thresholds {best,uniform,greedy,refined,FILE}"})
+    refuse_old_flag(parser, "--allocation", "--thresholds {best,uniform,greedy,refined,FILE}")
 
 
 def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
-    statistics_help = "calibrate.py's (default: calibration.safetensors beside the checkpoint)"
-    parser.add_argument("--statistics", type=Path, metavar="FILE", help=statistics_help)
+    parser.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="(default: calibrate.py's, beside the checkpoint)"
+    )
 
 
 def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
-    output_help = f"the file to write (default: {name} beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=output_help)
+    parser.add_argument("--output", type=output_path, metavar="FILE", help=f"(default: {name} beside the checkpoint)")
 
 
-def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int) -> None:
-    """Adds the checkpoint and the calibration text, which every script that calibrates on a text has."""
+def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int, least: int = 2) -> None:
     add_checkpoint_argument(parser)
-    data_help = "files of text or of lines of JSON, gzip or not, or c4 (default: the model writes a text itself)"
-    parser.add_argument("--data", nargs="+", metavar="FILE", help=data_help)
-    parser.add_argument("--num_tokens", type=int, default=num_tokens, help="length of the text")
-    parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes itself")
+    add = parser.add_argument
+    add("--data", nargs="+", metavar="FILE", help="text or JSON lines, gzip or not; c4 (default: the model writes one)")
+    add("--num_tokens", action=at_least(least), default=num_tokens, help="length of the text")
+    add("--seed", action=at_least(0), default=0, help="of the text that the model writes itself")
     add_device_arguments(parser)
 
 
-def parse_text_arguments(parser: Parser, argv: list[str] | None, least: int = 2) -> argparse.Namespace:
-    """Reads a command line of `add_text_arguments`. Raises ValueError: less tokens than `least`, a useless seed."""
+def parse_text_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     o = parser.parse_args(argv)
-    at_least(o, least, "num_tokens")
-    at_least(o, 0, "seed")
     parser.refuse(o.data is not None, "seed", "beside --data")
     return o
 
 
-def refuse_old_flags(parser: argparse.ArgumentParser, renamed: dict[str, str]) -> None:
-    """Makes each flag of an earlier version an error of one line that says what it is now."""
-
+def refuse_old_flag(parser: argparse.ArgumentParser, flag: str, now: str) -> None:
     class Refuse(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
-            raise ValueError(f"{option_string} is now {renamed[option_string]}")
+        def __call__(self, *_):
+            raise ValueError(f"{flag} is now {now}")
 
-    for flag in renamed:
-        parser.add_argument(flag, action=Refuse, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(flag, action=Refuse, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _line(message: object) -> str:
@@ -176,11 +184,9 @@ def _line(message: object) -> str:
 
 
 def command_line(main: Callable[[], object]) -> None:
-    """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130.
-
-    A byte of stdin that is no UTF-8, and a character that stdout cannot show, are replaced.
-    """
+    """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
     warnings.formatwarning = lambda message, *_: f"{_line(message)}\n"  # no file and line of ours
+    # a byte of stdin that is no UTF-8, and a character that stdout cannot show, are replaced
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):  # None where it is closed
             stream.reconfigure(errors="replace")
@@ -202,8 +208,7 @@ def command_line(main: Callable[[], object]) -> None:
         _, on_cpu, message = str(error).rpartition("DefaultCPUAllocator: ")
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = ". ".join(_line(message).split(". ")[:3])
-        advice = "take a smaller model or fewer tokens at once" + ("" if on_cpu else ", or --device cpu")
-        raise SystemExit(f"{script}: {reason}: {advice}") from None
+        reason, other = ". ".join(_line(message).split(". ")[:3]), "" if on_cpu else ", or --device cpu"
+        raise SystemExit(f"{script}: {reason}: take a smaller model or fewer tokens at once{other}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

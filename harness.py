@@ -11,7 +11,7 @@ that has stopped stays in its batch until all have: the sparsity counts what it 
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -39,8 +39,8 @@ from tokenizer import Tokenizer
 # Examples before the question in TEAL's evaluation (arXiv 2408.14690, section 5.1); other tasks: as the harness has it.
 NUM_FEWSHOT = {"mmlu": 5, "arc_challenge": 25, "hellaswag": 10, "gsm8k": 5, "piqa": 0, "winogrande": 5}
 MAX_NEW_TOKENS = 256  # of a generation request that does not say, as in the harness's own model classes
-SAMPLING = {"temperature", "top_p", "top_k", "min_p", "typical_p"}  # options that greedy generation has no use for
-LENGTHS = {"until", "do_sample", "max_gen_toks", "max_length"}
+# options of a generation request that are read, and those of sampling, which greedy generation has no use for
+KNOWN = "until do_sample max_gen_toks max_length temperature top_p top_k min_p typical_p".split()
 RUNS_CODE = {"class", "custom_dataset", "hf_evaluate", "trust_remote_code", "unsafe_code", "use_prompt"}
 
 # A task's templates are programs of whoever wrote it: from here on the harness renders them in a sandbox.
@@ -48,13 +48,16 @@ _sandbox = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline
 _sandbox.filters, lm_eval.utils.env = lm_eval.utils.env.filters, _sandbox
 
 
-def batches(keys: Iterable[tuple[Hashable, tuple[int, ...]]], size: int) -> Iterator[list]:
+def batches(same_input: dict[tuple[Hashable, tuple], list], size: int, doing: str, quiet: bool) -> Iterator[list]:
     """Keys (kind, token ids) of one kind and one length, up to `size` at a time, the longest first."""
     alike = defaultdict(list)
-    for key in keys:
-        alike[key[0], len(key[1])].append(key)
-    for _, group in sorted(alike.items(), key=lambda item: -item[0][1]):
-        yield from (group[i : i + size] for i in range(0, len(group), size))
+    for kind, tokens in same_input:
+        alike[kind, len(tokens)].append((kind, tokens))
+    with tqdm(total=sum(map(len, same_input.values())), disable=quiet, desc=doing, unit="request") as progress:
+        for _, keys in sorted(alike.items(), key=lambda item: -item[0][1]):
+            for batch in (keys[i : i + size] for i in range(0, len(keys), size)):
+                yield batch
+                progress.update(sum(len(same_input[key]) for key in batch))
 
 
 class HarnessModel(TemplateLM):
@@ -63,9 +66,8 @@ class HarnessModel(TemplateLM):
     def __init__(self, model: Transformer, tokenizer: Tokenizer, sparse_fraction: float | None, batch_size: int):
         super().__init__()
         self.model, self.text_tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.sparse_fraction = sparse_fraction
-        self._device = model.device
-        self.max_length = model.config.block_size
+        self._device, self.max_length = model.device, model.config.block_size
+        self.dense_share = None if sparse_fraction is None else 1 - sparse_fraction
 
     @property
     def eot_token_id(self) -> int:
@@ -73,50 +75,43 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        bos = self.text_tokenizer.bos_id
-        return self.eot_token_id if bos is None else bos
+        return self.eot_token_id if self.text_tokenizer.bos_id is None else self.text_tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         wanted = self.text_tokenizer.adds_bos if add_special_tokens is None else add_special_tokens
         return self.text_tokenizer.encode(string, bos=wanted)
 
-    def _logits(self, idx: Tensor, num_logits: int, dense_prefix: int, input_pos: Tensor | None = None) -> Tensor:
-        cut = {} if self.sparse_fraction is None else {"dense_prefix": dense_prefix}
+    def _logits(self, idx: Tensor, num_logits: int, new: bool = False, input_pos: Tensor | None = None) -> Tensor:
+        dense = self.dense_share
+        cut = {} if dense is None else {"dense_prefix": 0 if new else round(idx.shape[1] * dense)}
         logits = self.model(idx, input_pos, num_logits=num_logits, **cut)
         check_finite(logits, self.model.dtype)
         return logits.float()
 
-    def _dense_prefix(self, length: int) -> int:
-        return 0 if self.sparse_fraction is None else round(length * (1 - self.sparse_fraction))
-
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs) -> list[tuple]:
         """(log-probability, whether greedy) of each request's continuation; requests of one input share its pass."""
-        scores: list[tuple] = [()] * len(requests)
-        same_input = defaultdict(list)
+        scores, same_input = [()] * len(requests), defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-self.max_length - 1 :]
             same_input[None, tuple(tokens[:-1])].append((i, torch.tensor(continuation[-self.max_length :])))
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="evaluating", unit="request") as progress:
-            for batch in batches(same_input, self.batch_size):
-                idx = torch.tensor([tokens for _, tokens in batch], device=self._device)
-                most = max(len(continuation) for key in batch for _, continuation in same_input[key])
-                logits = self._logits(idx, most, self._dense_prefix(idx.shape[1]))
-                for row, key in zip(torch.log_softmax(logits, -1).cpu(), batch, strict=True):
-                    for i, continuation in same_input[key]:
-                        tail = row[-len(continuation) :]
-                        value = tail.gather(-1, continuation[:, None]).sum().item()
-                        scores[i] = (value, bool((tail.argmax(-1) == continuation).all()))
-                        progress.update()
+        for batch in batches(same_input, self.batch_size, "evaluating", disable_tqdm):
+            idx = torch.tensor([tokens for _, tokens in batch], device=self._device)
+            most = max(len(continuation) for key in batch for _, continuation in same_input[key])
+            for row, key in zip(torch.log_softmax(self._logits(idx, most), -1).cpu(), batch, strict=True):
+                for i, continuation in same_input[key]:
+                    tail = row[-len(continuation) :]
+                    value = tail.gather(-1, continuation[:, None]).sum().item()
+                    scores[i] = (value, bool((tail.argmax(-1) == continuation).all()))
         return scores
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        windows, owners = [], []
+        owners, windows = [], []
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
-                windows.append((None, *make_disjoint_window(window)))
-                owners.append(i)
+            ours = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            windows += [(None, *make_disjoint_window(window)) for window in ours]
+            owners += [i] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
         for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             totals[i] += value
@@ -124,27 +119,21 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to the first stop string or end-of-text token, without it."""
-        same_input = defaultdict(list)
+        texts, same_input = [""] * len(requests), defaultdict(list)
         for i, request in enumerate(requests):
             context, until, limit, length = request.args[0], *self._limits(request.args[1])
             tokens = self.tok_encode(context)[limit - self.max_length :] or [self.prefix_token_id]
             limit = max(1, min(length, self.max_length) - len(tokens)) if length else limit
             same_input[(until, limit), tuple(tokens)].append(i)
-        texts = [""] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="generating", unit="request") as progress:
-            for batch in batches(same_input, self.batch_size):
-                until, limit = batch[0][0]
-                for key, text in zip(batch, self._generate([key[1] for key in batch], until, limit), strict=True):
-                    for i in same_input[key]:
-                        texts[i] = text
-                        progress.update()
+        for batch in batches(same_input, self.batch_size, "generating", disable_tqdm):
+            for key, text in zip(batch, self._generate([tokens for _, tokens in batch], *batch[0][0]), strict=True):
+                for i in same_input[key]:
+                    texts[i] = text
         return texts
 
     def _limits(self, request: dict) -> tuple[tuple[str, ...], int, int | None]:
         """What a request's options mean to lm-eval's Hugging Face class: stop strings, new tokens, tokens in all.
-
-        Raises ValueError for sampled text, and for options that would change the text in a way that is not ours.
-        """
+        Raises ValueError for sampled text, and for options that would change the text in a way that is not ours."""
         try:
             options = normalize_gen_kwargs(request, MAX_NEW_TOKENS)
             limit, length = options["max_gen_toks"], int(options.get("max_length") or 0) or None
@@ -152,9 +141,7 @@ class HarnessModel(TemplateLM):
             raise ValueError(f"a task's options {shown(request)} cannot be read: {one_line(error)}") from None
         if options["do_sample"]:
             raise ValueError(f"a task asks for sampled text ({shown(request)}); only greedy generation is supported")
-        if unknown := [
-            key for key in options if key not in SAMPLING | LENGTHS and options[key] not in (None, False, 1)
-        ]:
+        if unknown := [key for key in options if key not in KNOWN and options[key] not in (None, False, 1)]:
             raise ValueError(f"a task asks for {unknown[0]} ({shown(request)}), which is not supported")
         if not 0 < limit < self.max_length:
             raise ValueError(f"a task asks for {limit} new tokens; the model's context is {self.max_length}")
@@ -162,13 +149,13 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _generate(self, contexts: list[tuple[int, ...]], until: tuple[str, ...], limit: int) -> list[str]:
-        idx = torch.tensor(contexts, device=self._device)
-        length = idx.shape[1]
+        idx, length = torch.tensor(contexts, device=self._device), len(contexts[0])
         self.model.setup_caches(len(contexts), length + limit)
         positions = torch.arange(length + limit, device=self._device)
         streams = [self.text_tokenizer.stream(after=context) for context in contexts]
-        texts, going = [""] * len(contexts), set(range(len(contexts)))
-        logits = self._logits(idx, 1, self._dense_prefix(length), positions[:length])
+        texts, going = [""] * len(contexts), set(range(len(contexts)))  # rows that have not stopped
+
+        logits = self._logits(idx, 1, False, positions[:length])
         for position in range(length, length + limit):
             token = logits[:, -1].argmax(-1, keepdim=True)
             for i in list(going):
@@ -178,7 +165,7 @@ class HarnessModel(TemplateLM):
                     going.remove(i)
             if not going or position == length + limit - 1:
                 break
-            logits = self._logits(token, 1, 0, positions[position : position + 1])
+            logits = self._logits(token, 1, True, positions[position : position + 1])
         for i in going:
             texts[i] += streams[i].flush()
         for block in self.model.layers:
@@ -189,7 +176,6 @@ class HarnessModel(TemplateLM):
 
 @cache
 def task_manager() -> TaskManager:
-    """lm-eval's tasks by name."""
     print("looking for lm-eval's tasks (ten seconds)", file=sys.stderr)
     return TaskManager()
 
@@ -199,9 +185,8 @@ def load_task(name: str, data: Path | None) -> tuple[str | dict, TaskManager]:
     if not name.endswith((".yaml", ".yml")):
         manager = task_manager()
         if not manager.match_tasks([name]):
-            tasks = f"lm-eval's ({len(manager.all_tasks)} names: lm-eval ls tasks)"
-            reason = f"neither perplexity, wikitext nor one of {tasks}; a local one is given as a task file, NAME.yaml"
-            raise ValueError(f"unknown task {shown(name)}: {reason}")
+            tasks = f"perplexity, wikitext, a file NAME.yaml, lm-eval's ({len(manager.all_tasks)}: lm-eval ls tasks)"
+            raise ValueError(f"unknown task {shown(name)}: give one of {tasks}")
         return name, manager
 
     # a task file
@@ -210,6 +195,8 @@ def load_task(name: str, data: Path | None) -> tuple[str | dict, TaskManager]:
         refuse_code(config, name)
     except (OSError, RecursionError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{name} is not a task file of lm-eval ({one_line(error)})") from None
+
+    # without a list of tasks it needs none of lm-eval's
     manager = TaskManager(include_defaults=False) if isinstance(config["task"], str) else task_manager()
     if data is None:
         if config.get("dataset_path") == "json" and not (config.get("dataset_kwargs") or {}).get("data_files"):
@@ -244,10 +231,8 @@ def evaluate(
     model: HarnessModel, name: str, data: Path | None = None, num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Scores by task and metric of a task, a group of tasks or a task file; of each the first `limit` documents.
-
-    num_fewshot examples stand before each question; None: as in `NUM_FEWSHOT`, else the task's own number.
-    Raises ValueError for an unknown task, or one whose data cannot be fetched or read.
-    """
+    num_fewshot: examples before each question; None: as in `NUM_FEWSHOT`, else the task's own number.
+    Raises ValueError for an unknown task, or one whose data cannot be fetched or read."""
     task, manager = load_task(name, data)
     fewshot = NUM_FEWSHOT.get(name) if num_fewshot is None else num_fewshot
     options = {"num_fewshot": fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 0}
@@ -257,10 +242,8 @@ def evaluate(
         raise
     except Exception as error:  # of the hub, of the reader, of a field that is not there or of another type
         raise ValueError(f"task {name} cannot be evaluated ({type(error).__name__}: {one_line(error)})") from None
-    wanted = {name: results[name]} if name in results else results
-
-    def numbers(scores: dict) -> dict[str, float]:
-        kept = {metric.removesuffix(",none"): value for metric, value in scores.items() if "stderr" not in metric}
-        return {metric: value for metric, value in kept.items() if isinstance(value, float) and math.isfinite(value)}
-
-    return {task: numbers(scores) for task, scores in wanted.items()}
+    numbers = {}
+    for task in [name] if name in results else results:
+        scores = {key.removesuffix(",none"): value for key, value in results[task].items() if "stderr" not in key}
+        numbers[task] = {key: x for key, x in scores.items() if isinstance(x, float) and math.isfinite(x)}
+    return numbers

@@ -1,19 +1,17 @@
 """The flags of every script, a function for each: its command line (None: that of the process) -> its options.
 
-Each raises ValueError for a flag that is unknown, out of its range, or made meaningless by another. A flag that several
-scripts have means one thing in all of them: cli.py adds those.
+Each raises ValueError for a flag that is unknown, out of its range, or made meaningless by another.
 """
 
-import argparse
 import importlib
 import signal
-from argparse import Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import cli
-from cli import PRECISIONS, Parser, at_least, output_folder, output_path
+from cli import PRECISIONS, SPARSITY, Parser, at_least, number, output_folder, output_path
 
 TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.3
 TASKS = ("perplexity", "wikitext")  # of eval.py itself; all others are lm-eval's
@@ -24,11 +22,9 @@ SWEEP = (0.0, 0.25, 0.4, 0.5, 0.65)
 
 
 def run_script(script: str) -> None:
-    """Runs a script ("generate", "benchmarks.decode"), as the first statement of its file. Never returns.
-
-    Its flags are read before its modules, which take seconds to import. Ctrl-C meanwhile ends the process without a
-    word. The rest of the file is not run as __main__, but imported under the script's own name.
-    """
+    """Runs a script ("generate", "benchmarks.decode"), as the first statement of its file. Never returns."""
+    # Flags are read before modules, which take seconds to import; Ctrl-C meanwhile ends the process without a word.
+    # The rest of the file is not run as __main__, but imported under the script's own name.
 
     def main() -> None:
         globals()[script.rpartition(".")[2]]()
@@ -49,45 +45,35 @@ def _parser(script: str, **options) -> tuple[Parser, Callable]:
 def generate(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("generate")
     # what is generated
-    prompt_help = "a text; digits alone are a number of random tokens (the text 2024 is ' 2024') (default: a question)"
-    add("--prompt", help=prompt_help)
+    add("--prompt", help="a text; digits alone: that many random tokens (write ' 2024') (default: a question)")
     add("--interactive", action="store_true", help="chat")
-    add("--num_samples", type=int, default=5, help="how often it is generated and timed")
-    add("--max_new_tokens", type=int, default=200, help="new tokens of a sample, or of an answer")
-    add("--batch_size", type=int, default=1, help="rows; each cuts its own inputs")
-    add("--top_k", type=int, default=200, help="how many of the likeliest tokens may be drawn")
-    add("--temperature", type=float, help=f"0 is greedy (default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE})")
-    add("--seed", type=int, default=1234, help="of draws (row r: + r), random prompt and weights")
+    add("--num_samples", action=at_least(1), default=5, help="how often it is generated and timed")
+    add("--max_new_tokens", action=at_least(1), default=200, help="new tokens of a sample, or of an answer")
+    add("--batch_size", action=at_least(1), default=1, help="rows; each cuts its own inputs")
+    add("--top_k", action=at_least(1), default=200, help="how many of the likeliest tokens may be drawn")
+    temperature = number(float, lambda t: t >= 0, "must be at least 0")
+    add("--temperature", action=temperature, help=f"0 is greedy (default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE})")
+    add("--seed", action=at_least(0), default=1234, help="of draws (row r: + r), random prompt and weights")
 
     # by which model, in which form
-    random_help = "a named config with random weights, e.g. llama-3-8b (default: weights of a checkpoint)"
-    add("--random_init", metavar="NAME", help=random_help)
+    add("--random_init", metavar="NAME", help="a named config, e.g. llama-3-8b (default: weights of a checkpoint)")
     cli.add_sparsity_arguments(parser)
     cli.add_device_arguments(parser)
-    add("--threads", type=int, metavar="N", help="a fixed number of CPU threads (default: as many as pay)")
+    threads = number(int, lambda n: 1 <= n <= 1024, "is outside 1 to 1024")
+    add("--threads", action=threads, metavar="N", help="a fixed number of CPU threads (default: as many as pay)")
     add("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
     add("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
     add("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    cli.refuse_old_flags(parser, {"--deterministic": "the only way that it runs; leave it out"})
+    cli.refuse_old_flag(parser, "--deterministic", "the only way that it runs; leave it out")
 
     # what is measured
-    compare_help = "time the dense model too, alternated (default: in short runs, where steps are fused)"
-    add("--compare_dense", action=argparse.BooleanOptionalAction, help=compare_help)
+    add("--compare_dense", action=BooleanOptionalAction, help="time the dense model too (default: in short fused runs)")
     add("--profile", type=output_path, metavar="FILE", help="write a Chrome trace of one generation (default: none)")
     o = parser.parse_args(argv)
 
-    # options in their range
-    _check_sparsity(o.sparsity)
-    at_least(o, 1, "num_samples max_new_tokens batch_size top_k threads")
-    at_least(o, 0, "seed")
-    if o.threads and o.threads > 1024:
-        raise ValueError(f"--threads {o.threads} is more than 1024")
+    # options that go together
     if o.temperature is None:
         o.temperature = CHAT_TEMPERATURE if o.interactive else TEMPERATURE
-    if not o.temperature >= 0:
-        raise ValueError(f"--temperature {o.temperature} must be at least 0")
-
-    # options that go together
     if o.random_init and (o.checkpoint_path or o.interactive):
         raise ValueError("--random_init has no text to load or to talk: leave out --checkpoint_path and --interactive")
     parser.refuse(o.interactive, "prompt num_samples batch_size compare_dense profile json", "beside --interactive")
@@ -95,12 +81,6 @@ def generate(argv: list[str] | None = None) -> Namespace:
     parser.refuse("sparsity" not in parser.given, "thresholds statistics", "without --sparsity")
     parser.refuse(not o.compile, "unfused", "without --compile")
     return o
-
-
-def _check_sparsity(*sparsities: float) -> None:
-    for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"--sparsity {sparsity} is outside [0, 1); 0.5 cuts half of the weights")
 
 
 def calibrate(argv: list[str] | None = None) -> Namespace:
@@ -124,51 +104,41 @@ def greedy(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("greedy")
     cli.add_text_arguments(parser, 4096)
     cli.add_statistics_argument(parser)
-    add("--step", type=float, default=0.1, help="of q's sparsity; 0.1 is TEAL's")
+    step = number(float, lambda f: 0.001 <= f < 1, "is outside [0.001, 1); 0.1 is TEAL's")
+    add("--step", action=step, default=0.1, help="of q's sparsity; 0.1 is TEAL's")
     cli.add_output_argument(parser, "thresholds_greedy.safetensors")
-    cli.refuse_old_flags(parser, {"--method": "a script: greedy.py makes TEAL's thresholds, refine.py refined ones"})
-    o = cli.parse_text_arguments(parser, argv)
-    if not 0.001 <= o.step < 1:
-        raise ValueError(f"--step {o.step} is outside [0.001, 1); 0.1 is TEAL's")
-    return o
+    cli.refuse_old_flag(parser, "--method", "a script: greedy.py makes TEAL's thresholds, refine.py refined ones")
+    return cli.parse_text_arguments(parser, argv)
 
 
 def refine(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("refine")
     cli.add_text_arguments(parser, 262144)
     add("--statistics", type=Path, metavar="FILE", help="not read: thresholds come from gradients (default: none)")
-    add("--updates", type=int, default=32, help="per level of sparsity")
+    add("--updates", action=at_least(0), default=32, help="per level of sparsity")
     cli.add_output_argument(parser, "thresholds_refined.safetensors")
-    o = cli.parse_text_arguments(parser, argv)
-    if o.updates < 0:
-        raise ValueError(f"--updates {o.updates} is below 0; 32 is usual")
-    return o
+    return cli.parse_text_arguments(parser, argv)
 
 
 def quantize(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("quantize")
-    cli.add_text_arguments(parser, 20480)
+    cli.add_text_arguments(parser, 20480, least=0)
     add("--mode", choices=["int8", "int4"], required=True, help="what weights become (no default)")
     add("--groupsize", type=int, default=64, help="outputs that share a scale in int4")
-    output_help = "the folder to write (default: the checkpoint's folder with -int8 or -int4 behind)"
-    add("--output_dir", type=output_folder, metavar="DIR", help=output_help)
-    o = cli.parse_text_arguments(parser, argv, least=0)
+    add("--output_dir", type=output_folder, metavar="DIR", help="(default: the checkpoint's with -int8 or -int4)")
+    o = cli.parse_text_arguments(parser, argv)
     parser.refuse(o.num_tokens == 0, "data seed", "beside --num_tokens 0")
     parser.refuse(o.mode == "int8", "groupsize", "beside --mode int8")
     return o
 
 
 def convert_hf_checkpoint(argv: list[str] | None = None) -> Namespace:
-    parser, _ = _parser("convert_hf_checkpoint")
-    one = parser.add_mutually_exclusive_group(required=True)
-    one.add_argument("--repo_id", help="a repository of the Hugging Face hub, ORG/NAME (no default)")
-    folder_help = "a Hugging Face folder: config.json, weights, tokenizer (no default)"
-    one.add_argument("--checkpoint_dir", type=Path, metavar="DIR", help=folder_help)
-    one.add_argument(
-        "--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama or qwen2 (no default)"
-    )
-    output_help = "the folder to write (default: checkpoints/<org>/<name>)"
-    parser.add_argument("--output_dir", type=output_folder, metavar="DIR", help=output_help)
+    parser, add = _parser("convert_hf_checkpoint")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--repo_id", help="a repository of the Hugging Face hub, ORG/NAME (no default)")
+    source("--checkpoint_dir", type=Path, metavar="DIR", help="folder of config.json, weights, tokenizer (no default)")
+    source("--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama or qwen2 (no default)")
+    add("--output_dir", type=output_folder, metavar="DIR", help="folder to write (default: checkpoints/<org>/<name>)")
     return parser.parse_args(argv)
 
 
@@ -177,27 +147,20 @@ def eval(argv: list[str] | None = None) -> Namespace:
     cli.add_sparsity_arguments(parser)
     cli.add_device_arguments(parser)
     add("--tasks", default="perplexity", help="perplexity, wikitext, or lm-eval's names or task files (comma between)")
-    data_help = "text file to read; of a task file, its .jsonl (default: a named task's own)"
-    add("--data", type=Path, metavar="FILE", help=data_help)
+    add("--data", type=Path, metavar="FILE", help="text file, or a task file's .jsonl (default: a named task's own)")
     add_protocol_arguments(parser)
-    add("--num_fewshot", type=int, help="examples before a task's question (default: as in the paper)")
-    add("--limit", type=int, help="only so many documents of a task (default: all)")
-    add("--batch_size", type=int, default=8, help="requests of a task at once")
+    add("--num_fewshot", action=at_least(0), help="examples before a task's question (default: as in the paper)")
+    add("--limit", action=at_least(1), help="only so many documents of a task (default: all)")
+    add("--batch_size", action=at_least(1), default=8, help="requests of a task at once")
     o = parser.parse_args(argv)
 
-    # ranges, and options that go together
-    _check_sparsity(o.sparsity)
-    check_protocol(o)
-    at_least(o, 1, "batch_size limit")
-    at_least(o, 0, "num_fewshot")
+    # options that go together
     parser.refuse("sparsity" not in parser.given, "thresholds statistics sparse_fraction", "without --sparsity")
     parser.refuse(o.tasks in TASKS, "num_fewshot limit batch_size", f"to --tasks {o.tasks[:100]}")
     parser.refuse(o.tasks not in TASKS, "context window num_windows", f"to --tasks {o.tasks[:100]}")
-    if o.tasks in TASKS:
-        return o
 
     # tasks of the harness
-    named = o.tasks.split(",")
+    named = [] if o.tasks in TASKS else o.tasks.split(",")
     if mixed := [name for name in named if name in TASKS]:
         raise ValueError(f"--tasks {o.tasks[:100]}: {mixed[0]} is a run of its own; leave out the others")
     if o.data is not None and not all(name.endswith((".yaml", ".yml")) for name in named):
@@ -205,35 +168,27 @@ def eval(argv: list[str] | None = None) -> Namespace:
     return o
 
 
-def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the windows of a perplexity, and the share of a window that is cut."""
-    parser.add_argument("--sparse_fraction", type=float, default=0.99, help="share of a window that is cut, its end")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a window without loss")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a window with loss")
-    parser.add_argument("--num_windows", type=int, default=128, help="windows, spread over the text")
-
-
-def check_protocol(o: Namespace) -> None:
-    if not 0 < o.sparse_fraction <= 1:
-        raise ValueError(f"--sparse_fraction {o.sparse_fraction} is outside (0, 1]")
-    at_least(o, 1, "context window num_windows")
+def add_protocol_arguments(parser: ArgumentParser) -> None:
+    share, add = number(float, lambda f: 0 < f <= 1, "is outside (0, 1]"), parser.add_argument
+    add("--sparse_fraction", action=share, default=0.99, help="share of a window that is cut, its end")
+    add("--context", action=at_least(1), default=2048, help="tokens of a window without loss")
+    add("--window", action=at_least(1), default=512, help="tokens of a window with loss")
+    add("--num_windows", action=at_least(1), default=128, help="windows, spread over the text")
 
 
 def decode(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     """The options of the sweep, and the flags that go to generate.py."""
     parser, add = _parser("benchmarks.decode", allow_abbrev=False)
     add("--random_init", nargs="+", default=[], metavar="NAME", help="named configs, random weights (default: none)")
-    checkpoint_help = "folders, or files in them (default: the default model)"
-    add("--checkpoint_path", nargs="+", default=[], metavar="PATH", help=checkpoint_help)
+    add("--checkpoint_path", nargs="+", default=[], help="folders, or files in them (default: the default model)")
     add_sparsities(parser, SWEEP)
     o, flags = parser.parse_known_args(argv)
-    _check_sparsity(*o.sparsities)
     generate(["--compile", *flags, "--sparsity", "0"])  # raises for a flag that it does not know
     return o, flags
 
 
-def add_sparsities(parser: argparse.ArgumentParser, default: tuple[float, ...]) -> None:
-    parser.add_argument("--sparsities", type=float, nargs="+", default=list(default), help="sparsities to measure")
+def add_sparsities(parser: ArgumentParser, default: tuple[float, ...]) -> None:
+    parser.add_argument("--sparsities", action=SPARSITY, nargs="+", default=list(default), help="sparsities to measure")
 
 
 def cpu_decode(argv: list[str] | None = None) -> Namespace:
@@ -243,15 +198,13 @@ def cpu_decode(argv: list[str] | None = None) -> Namespace:
     add("--gguf", metavar="FILE", help="the model for llama.cpp, in BF16 (default: none)")
     add("--llama_python", default="python", metavar="PYTHON", help="one that has llama-cpp-python")
     add_sparsities(parser, (0.5, 0.65))
-    add("--steps", type=int, default=60, help="tokens of each measurement")
-    add("--rounds", type=int, default=7, help="rounds, after one that warms up")
+    steps = number(int, lambda n: 1 <= n <= CACHE - PROMPT, f"is outside 1 to {CACHE - PROMPT}")
+    add("--steps", action=steps, default=60, help="tokens of each measurement")
+    add("--rounds", action=at_least(2), default=7, help="rounds, after one that warms up")
     add("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
     o = parser.parse_args(argv)
-    _check_sparsity(*o.sparsities)
     parser.refuse(o.random_init is not None, "checkpoint_path", "beside --random_init")
     parser.refuse(o.gguf is None, "llama_python", "without --gguf")
-    if not 1 <= o.steps <= CACHE - PROMPT or o.rounds < 2:
-        raise ValueError(f"--steps {o.steps} is outside 1 to {CACHE - PROMPT}, or --rounds {o.rounds} under 2")
     return o
 
 
@@ -259,11 +212,8 @@ def gemv(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("benchmarks.gemv")
     add("--models", nargs="+", default=["llama-3-8b"], metavar="NAME", help="named configs whose shapes to measure")
     add_sparsities(parser, (*SWEEP, 0.8, 0.95))
-    forms = ("bfloat16", "float16", "int8", "int4")
-    add("--dtype", choices=forms, default="bfloat16", help="how the weights are stored")
-    o = parser.parse_args(argv)
-    _check_sparsity(*o.sparsities)
-    return o
+    add("--dtype", choices=["bfloat16", "float16", "int8", "int4"], default="bfloat16", help="how weights are stored")
+    return parser.parse_args(argv)
 
 
 def plot(argv: list[str] | None = None) -> Namespace:
@@ -277,8 +227,7 @@ def quality(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("benchmarks.quality")
     cli.add_checkpoint_argument(parser)
     cli.add_statistics_argument(parser)
-    calibration_help = "text for cats' thresholds, as calibrate.py's --data (default: the model writes one)"
-    add("--calibration", nargs="+", metavar="FILE", help=calibration_help)
+    add("--calibration", nargs="+", metavar="FILE", help="cats' text, as calibrate.py's --data (default: written)")
     add("--data", type=Path, metavar="FILE", help="text file to read (no default)")
     add("--text", choices=("wikitext", "c4", "alpaca", "code"), default="wikitext", help="what the text is")
     add("--rules", nargs="+", choices=QUALITY_RULES, default=QUALITY_RULES, help="rules to measure")
@@ -287,7 +236,5 @@ def quality(argv: list[str] | None = None) -> Namespace:
     cli.add_device_arguments(parser)
     parser.set_defaults(precision="float32")
     o = parser.parse_args(argv)
-    _check_sparsity(*o.sparsities)
-    check_protocol(o)
     parser.refuse(not set(o.rules) & set(GATED), "calibration", f"without one of the rules {', '.join(GATED)}")
     return o

@@ -2,9 +2,7 @@
 
     tokenizer = load_tokenizer("checkpoints/org/name", vocab_size=32000)
     ids = tokenizer.encode("Hello world", bos=tokenizer.adds_bos)
-    ids = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])    # None: the checkpoint has no chat template
-    stream = tokenizer.stream(after=ids)
-    text = "".join(stream.push(i) for i in new_ids) + stream.flush()
+    text = tokenizer.decode(new_ids, after=ids)
 
 A backend turns text into ids and one id into bytes; all else (decoding, streaming, chats) is common to the three. What
 transformers does with a checkpoint's files is the standard, but for one thing: a message cannot bring special tokens.
@@ -12,7 +10,6 @@ transformers does with a checkpoint's files is the standard, but for one thing: 
 
 import base64
 import codecs
-import contextlib
 import json
 import math
 import multiprocessing
@@ -20,6 +17,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +28,8 @@ from tokenizers import AddedToken
 
 from formats.files import one_line, read_json, shown
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA3_SPLIT += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"]
 LLAMA3_SPECIAL += [_RESERVED[4], "<|eot_id|>", *_RESERVED[5:]]
@@ -70,7 +66,6 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
         return max(self.own_size, *(i + 1 for i in self.added), 0)
 
     @cached_property
@@ -83,8 +78,7 @@ class Tokenizer:
             return self.end_ids
         after = text.partition(ANSWER)[2].lstrip()
         ends = [i for i, token in self.added.items() if after.startswith(token.content) and i < self.limit]
-        ends.sort(key=lambda i: len(self.added[i].content))
-        return tuple(dict.fromkeys([*self.end_ids, *ends[-1:]]))
+        return tuple(dict.fromkeys([*self.end_ids, *sorted(ends, key=lambda i: len(self.added[i].content))[-1:]]))
 
     def token_id(self, token: str) -> int | None:
         return next((i for i, added in self.added.items() if added.content == token), None)
@@ -95,18 +89,15 @@ class Tokenizer:
         return self._piece_bytes(token_id) if token is None else b"" if token.special else token.content.encode()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """The text taken literally: "<s>" is three characters. bos=True puts bos_id before it, if there is one.
-
-        Raises ValueError if it holds an added token that the model's vocabulary lacks.
-        """
-        prefix = [self.bos_id] if bos and self.bos_id is not None else []
-        return prefix + self._ids(text, special=False)
+        """The text taken literally ("<s>" is three characters), behind bos_id if `bos` and there is one. Raises
+        ValueError if it holds an added token that the model's vocabulary lacks."""
+        return [self.bos_id] * (bos and self.bos_id is not None) + self._ids(text, special=False)
 
     def _ids(self, text: str, special: bool) -> list[int]:
         ids = self._encode(text.encode("utf-8", "replace").decode(), special)
         if self.vocab_size > self.limit and max(ids, default=0) >= self.limit:
-            beyond = f"{shown(self.added[max(ids)].content)} in the text has the id {max(ids)}"
-            raise ValueError(f"{beyond}, but the model's vocabulary is {self.limit}: leave it out")
+            reason = f"has the id {max(ids)}, but the model's vocabulary is {self.limit}: leave it out"
+            raise ValueError(f"{shown(self.added[max(ids)].content)} in the text {reason}")
         return ids
 
     def decode(self, ids: Iterable[int], after: Iterable[int] = ()) -> str:
@@ -130,19 +121,17 @@ class Tokenizer:
         def guard(value):
             return special.sub(lambda m: "".join(GUARD + c for c in m[0]), value) if isinstance(value, str) else value
 
-        guarded = [{key: guard(value) for key, value in message.items()} for message in messages]
-        return self._ids(self._render(guarded), special=True)
+        return self._ids(self._render([{key: guard(message[key]) for key in message} for message in messages]), True)
 
     def _render(self, messages: list[dict]) -> str:
         from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Environment
 
         def refuse(message):
             raise TemplateError(message)
 
         def render() -> str:
-            loops = "jinja2.ext.loopcontrols"  # break and continue
-            env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loops])
+            env = Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
             env.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
             env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
             env.globals.update(self.named, tools=None, documents=None)
@@ -157,9 +146,11 @@ class Tokenizer:
 
     @cached_property
     def _finder(self) -> tuple[tokenizers.Tokenizer, list[int]]:
-        """A tokenizer without pieces, which finds the added tokens in a text, and their ids in its order."""
-        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
-        ids = {token.content: i for i, token in self.added.items()}
+        # a tokenizer without pieces, which finds the added tokens in a text; their ids in its order
+        finder, ids = (
+            tokenizers.Tokenizer(tokenizers.models.BPE()),
+            {token.content: i for i, token in self.added.items()},
+        )
         finder.add_tokens([self.added[i] for i in ids.values()])
         return finder, list(ids.values())
 
@@ -169,11 +160,11 @@ class Tokenizer:
             finder, added = self._finder
             finder.encode_special_tokens = not special
             found = finder.encode(text, add_special_tokens=False)
-            places = [(*place, [added[index]]) for index, place in zip(found.ids, found.offsets, strict=True)]
-        for start, stop, token in [*places, (len(text), None, [])]:
-            ids += self._encode_part(_unguarded(text[end:start], special), inside=end > 0) + token
+            places = [(*place, added[index]) for index, place in zip(found.ids, found.offsets, strict=True)]
+        for start, stop, token in places:
+            ids += [*self._encode_part(_unguarded(text[end:start], special), end > 0), token]
             end = stop
-        return ids
+        return ids + self._encode_part(_unguarded(text[end:], special), end > 0)
 
 
 class Stream:
@@ -210,13 +201,11 @@ class SentencePiece(Tokenizer):
         named = {self._sp.piece_to_id(token.content): token for i, token in added.items() if i < 0}
         self.added |= {i: token for i, token in named.items() if self._sp.id_to_piece(i) == token.content}
         self.added |= {i: token for i, token in added.items() if i >= 0}
-        self.bos_id = self._sp.bos_id() if self._sp.bos_id() >= 0 else None
+        self.bos_id, self.adds_bos = self._sp.bos_id() if self._sp.bos_id() >= 0 else None, True
         self.end_ids = (self._sp.eos_id(),) if self._sp.eos_id() >= 0 else ()
-        self.adds_bos = True
+        self.leading_spaces = int(self._sp.encode("x", out_type=str)[0].startswith("▁"))
         if self._sp.encode("  x") == self._sp.encode("x"):  # it drops spaces that it deems superfluous
             self.leading_spaces = math.inf
-        elif self._sp.encode("x", out_type=str)[0].startswith("▁"):
-            self.leading_spaces = 1
 
     def _piece_bytes(self, token_id):
         if not 0 <= token_id < self.own_size:
@@ -243,9 +232,8 @@ class TikToken(Tokenizer):
         self.added = self.added or {128000 + i: _special(token) for i, token in enumerate(LLAMA3_SPECIAL)}
         if min(self.added) != count:
             raise ValueError(f"it has {count} ranks, but the special tokens start at {min(self.added)}")
-        self.bos_id = self.special.get("<|begin_of_text|>")
+        self.bos_id, self.adds_bos = self.special.get("<|begin_of_text|>"), True
         self.end_ids = tuple(self.special[t] for t in ("<|end_of_text|>", "<|eot_id|>") if t in self.special)
-        self.adds_bos = True
         self._tokens = {rank: token for token, rank in ranks.items()}
         self._bpe = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
 
@@ -253,8 +241,8 @@ class TikToken(Tokenizer):
         return self._tokens.get(token_id, b"")
 
     def _encode_part(self, text, inside):
-        pieces = re.split(r"(\s{25000})", text)  # a run of a million spaces overflows tiktoken's stack
-        return [i for piece in pieces for i in self._bpe.encode_ordinary(piece)]
+        # a run of a million spaces overflows tiktoken's stack
+        return [i for piece in re.split(r"(\s{25000})", text) for i in self._bpe.encode_ordinary(piece)]
 
 
 class TokenizerJson(Tokenizer):
@@ -278,13 +266,11 @@ class TokenizerJson(Tokenizer):
         decoder = spec.get("decoder") or {}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
         self._byte_tokens = "ByteFallback" in steps
+        self._byte_of = {}
         if "ByteLevel" in steps:  # a byte that prints in Latin-1 is written as that, the others as U+0100, U+0101, ...
-            chars = set(ByteLevel.alphabet())
-            rest = (i for i in range(256) if chr(i) not in chars)
-            self._byte_of = {c: ord(c) for c in chars if ord(c) < 256} | {chr(256 + n): i for n, i in enumerate(rest)}
-        elif steps.keys() & {"Metaspace", "Replace"}:
-            self._byte_of = None
-        else:
+            alphabet = sorted(ByteLevel.alphabet())
+            self._byte_of = dict(zip(alphabet, sorted(range(256), key=lambda i: chr(i) not in alphabet), strict=True))
+        elif not steps.keys() & {"Metaspace", "Replace"}:
             raise ValueError(f"its decoder {shown(list(steps))} is none of ByteLevel, Metaspace and Replace")
 
         # what the encoder adds: a space, bos
@@ -294,12 +280,9 @@ class TokenizerJson(Tokenizer):
         if first != plain:  # the file's own post-processor begins a text with bos
             self.adds_bos, self.bos_id = True, first[0]
 
-    def token_id(self, token):
-        return self._backend.token_to_id(token)
-
     def _piece_bytes(self, token_id):
         token = self._backend.id_to_token(token_id) or "" if 0 <= token_id < self.own_size else ""
-        if self._byte_of is not None:
+        if self._byte_of:
             return b"".join(bytes([self._byte_of[c]]) if c in self._byte_of else c.encode() for c in token)
         if self._byte_tokens and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
@@ -315,7 +298,7 @@ class TokenizerJson(Tokenizer):
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def _after(self, ids: list[int], text: str, special: bool) -> list[int]:
-        """Ids of a text that follows other ids: without the space that the encoder puts before a text."""
+        # the text follows other ids, so it goes without the space that the encoder puts before a text
         line, on_a_line = self._encode("\n", special), self._encode("\n" + text, special)
         inside = self.leading_spaces and ids and text and on_a_line[: len(line)] == line
         return on_a_line[len(line) :] if inside else self._encode(text, special)
@@ -323,14 +306,13 @@ class TokenizerJson(Tokenizer):
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.json, else tokenizer.model (sentencepiece or tiktoken, told apart
-    by content). Added tokens, bos, eos and the chat template come from the folder's other files, all optional.
-    vocab_size: the model's. Raises ValueError if there is no tokenizer, a file does not parse, a setting is of a wrong
-    type, or ids of other than added tokens would exceed the model's."""
+    by content), with what the folder's other files say. vocab_size: the model's. Raises ValueError if there is none, a
+    file does not parse, a setting is of a wrong type, or ids of other than added tokens exceed the model's."""
     folder = Path(folder)
     files = {file.name: read_json(file) for file in map(folder.joinpath, SETTINGS) if file.is_file()}
     config, generation, settings, special_map, more = (files.get(name, {}) for name in SETTINGS)
-    path = next((folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).is_file()), None)
-    if path is None:
+    path = folder / ("tokenizer.json" if (folder / "tokenizer.json").is_file() else "tokenizer.model")
+    if not path.is_file():
         raise ValueError(f"no tokenizer in {folder}: put the checkpoint's tokenizer.json or tokenizer.model there")
 
     # the settings are of the right types
@@ -342,19 +324,18 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 
     # its backend
     data = path.read_bytes()
-    backend = TikToken if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) else SentencePiece
-    backend = TokenizerJson if path.suffix == ".json" else backend
+    model = TikToken if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) else SentencePiece
+    backend = TokenizerJson if path.suffix == ".json" else model
     try:
         named = {key: _content(settings.get(key, special_map.get(key))) for key in NAMED}
         added = _added_tokens(settings, more, list(filter(None, named.values())))
         tokenizer = backend(data, added, settings.get("legacy") is not False)
     except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
-        reason = f"does not load as {backend.__name__} ({one_line(error)})"
-        raise ValueError(f"{path} {reason}: copy the model's tokenizer files again") from error
+        reason = f"{path} does not load as {backend.__name__} ({one_line(error)})"
+        raise ValueError(f"{reason}: copy the model's tokenizer files again") from error
 
     # it must fit the model
-    if vocab_size is not None:
-        tokenizer.limit = vocab_size
+    tokenizer.limit = math.inf if vocab_size is None else vocab_size
     if tokenizer.own_size > tokenizer.limit:
         reason = f"has ids up to {tokenizer.own_size - 1}, but the model's vocabulary is {vocab_size}"
         raise ValueError(f"the tokenizer in {folder} {reason}: use the tokenizer files of this checkpoint")
@@ -365,21 +346,19 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 
     # bos and eos: the first that is given, and all that are given
     bos, eos = (tokenizer.token_id(named[key] or "") for key in ("bos_token", "eos_token"))
-    given = bos, config.get("bos_token_id"), generation.get("bos_token_id"), tokenizer.bos_id
-    tokenizer.bos_id = next(iter(known(*given)), None)
+    given = known(bos, config.get("bos_token_id"), generation.get("bos_token_id"), tokenizer.bos_id)
+    tokenizer.bos_id = given[0] if given else None
     tokenizer.end_ids = tuple(known(config.get("eos_token_id"), generation.get("eos_token_id"), eos, tokenizer.end_ids))
     tokenizer.adds_bos = tokenizer.bos_id is not None and bool(settings.get("add_bos_token", tokenizer.adds_bos))
     strings = {i: token for token, i in tokenizer.special.items()}
     bos_token = "" if "bos_token" in settings else strings.get(tokenizer.bos_id, "")
     eos_token = next((strings[i] for i in tokenizer.end_ids if i in strings), "")
-    given = {key: token for key, token in named.items() if token}
-    tokenizer.named = {"bos_token": bos_token, "eos_token": eos_token} | given
+    tokenizer.named = {"bos_token": bos_token, "eos_token": eos_token} | {k: v for k, v in named.items() if v}
 
     # the chat template: a file of its own, or a setting
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # [{"name": "default", "template": ...}, ...]
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}.get("default")
     tokenizer.template = file.read_text("utf-8-sig", "replace") if file.is_file() else template
     if not isinstance(tokenizer.template, str | None):
         raise ValueError(f"the chat template in {folder} cannot be {shown(template)}; copy the model's files again")
@@ -391,7 +370,7 @@ def _special(content: str) -> AddedToken:
 
 
 def _content(token: str | dict | None) -> str | None:
-    """The string of a special token: "<s>", {"content": "<s>"} or null."""
+    # "<s>", {"content": "<s>"} or null
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -421,10 +400,8 @@ def _growth(normalizer: dict | None) -> float:
 
 
 def _in_a_child(render: Callable[[], str]) -> str:
-    """What a template's function returns. Raises ValueError if it fails, or takes over SECONDS or BYTES.
-
-    A template is a program of the checkpoint's: it runs in a child process, so that its time and memory are not ours.
-    """
+    """What a template's function returns. Raises ValueError if it fails, or takes over SECONDS or BYTES."""
+    # A template is a program of the checkpoint's: in a child process its time and memory are not ours.
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def child():
@@ -439,20 +416,17 @@ def _in_a_child(render: Callable[[], str]) -> str:
             reason = over if isinstance(error, MemoryError) else f"{type(error).__name__}: {one_line(error)}"
             theirs.send((None, reason))
 
-    process = multiprocessing.get_context("fork").Process(target=child)
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
     process.start()
     theirs.close()
     text, reason = None, f"it takes over {SECONDS} s"
-    try:
-        with contextlib.suppress(EOFError):  # its time was up
-            text, reason = ours.recv() if ours.poll(10 * SECONDS) else (text, reason)
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+    with ours, suppress(EOFError):  # its time was up
+        text, reason = ours.recv() if ours.poll(10 * SECONDS) else (text, reason)
+    process.kill()
+    process.join()
     if text is None:
-        advice = "change the messages or use a plain prompt"
-        raise ValueError(f"the checkpoint's chat template does not take these messages ({reason}): {advice}")
+        refused = f"the checkpoint's chat template does not take these messages ({reason})"
+        raise ValueError(f"{refused}: change the messages or use a plain prompt")
     return text
 
 
