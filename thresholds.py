@@ -37,7 +37,6 @@ TABLE_FORMAT = "cut table 1"
 ASSETS = Path(__file__).parent / "assets"  # tables that come with this repository, a folder per model
 SCRIPTS = {"refined": "refine.py", "greedy": "greedy.py"}  # the script that makes a rule's table; the best rule first
 OLD_FILES = {"allocation_greedy.json": "greedy", "allocation_global.safetensors": "refined"}
-OLD_RULES = {"global": "refined"}
 
 
 class Statistics:
@@ -107,24 +106,14 @@ class Statistics:
         Raises ValueError: a sparsity outside [0, 1), an unknown projection, a layer that is not there.
         """
         if self.metadata["kind"] == "own":
-            return self._quantile(layer, projection, "magnitude", sparsity)
-        cumulative, centers = (self.get(layer, projection, name).numpy() for name in ("cumulative", "centers"))
-        _check_sparsity(sparsity)
-        value = float(np.interp((0.5 + sparsity / 2) * cumulative[-1], cumulative, centers))
-        return max(0.0, value) if sparsity else 0.0  # below 0 where more than half of x is
+            return _quantile(sparsity, sparsity, PROBABILITIES, self.get(layer, projection, "magnitude"))
+        cumulative, centers = (self.get(layer, projection, name) for name in ("cumulative", "centers"))
+        share = (0.5 + sparsity / 2) * cumulative.numpy()[-1]
+        return max(0.0, _quantile(sparsity, share, cumulative, centers))  # below 0 where more than half of x is
 
     def weighted_threshold(self, layer: int, projection: str, sparsity: float) -> float:
         """The t for which a share `sparsity` has |x_i| * c_i <= t, c the `column_norms`. Raises as `threshold` does."""
-        return self._quantile(layer, projection, "weighted", sparsity)
-
-    def _quantile(self, layer: int, projection: str, name: str, sparsity: float) -> float:
-        values = self.get(layer, projection, name)
-        _check_sparsity(sparsity)
-        return float(np.interp(sparsity, PROBABILITIES, values.numpy())) if sparsity else 0.0
-
-    def check_fingerprint(self, folder: Path) -> None:
-        """Raises ValueError if they were taken from another checkpoint than the one in `folder`."""
-        check_fingerprint(self.fingerprint, folder, "the statistics are", "calibrate.py")
+        return _quantile(sparsity, sparsity, PROBABILITIES, self.get(layer, projection, "weighted"))
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot, or if `check` does."""
@@ -134,17 +123,10 @@ class Statistics:
 
 
 # Of each kind of a statistic: its shape (None: any length), its least value (None: any, NaN too), whether it rises.
-KINDS = {
-    "signed": ((len(PROBABILITIES),), -math.inf, True),
-    "magnitude": ((len(PROBABILITIES),), 0.0, True),
-    "weighted": ((len(PROBABILITIES),), 0.0, True),
-    "column_norms": ((None,), 0.0),
-    "channel_mean": ((None,),),
-    "channel_second_moment": ((None,), 0.0),
-    "pooled": ((3,), None),
-    "cumulative": ((None,), 0.0, True),
-    "centers": ((None,), -math.inf, True),
-}
+KINDS: dict[str, tuple] = dict.fromkeys(("magnitude", "weighted"), ((len(PROBABILITIES),), 0.0, True))
+KINDS |= {"signed": ((len(PROBABILITIES),), -math.inf, True), "pooled": ((3,), None)}
+KINDS |= {"column_norms": ((None,), 0.0), "channel_mean": ((None,),), "channel_second_moment": ((None,), 0.0)}
+KINDS |= {"cumulative": ((None,), 0.0, True), "centers": ((None,), -math.inf, True)}
 
 
 def check_tensor(
@@ -170,9 +152,10 @@ def check_tensor(
         raise ValueError(f"{shown(name)} {fault}")
 
 
-def _check_sparsity(sparsity: float) -> None:
+def _quantile(sparsity: float, share: float, cumulative: np.ndarray | Tensor, values: Tensor) -> float:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
+    return float(np.interp(share, np.asarray(cumulative), values.numpy())) if sparsity else 0.0
 
 
 def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
@@ -182,7 +165,7 @@ def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
     """
     statistics = _read(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
     if folder:
-        statistics.check_fingerprint(folder)
+        check_fingerprint(statistics.fingerprint, folder, "the statistics are", "calibrate.py")
     return statistics
 
 
@@ -246,13 +229,11 @@ def _site_names(n_layer: int) -> list[str]:
 class CutTable:
     """Cuts of one model at rising sparsities: what greedy.py and refine.py write.
 
-    Attributes:
-        levels: [L], the sparsities, rising.
-        tensors: "<layer>.<site>.threshold" [L, S, in] or [L, S, 1], and where the rule has shifts
-            "<layer>.<site>.shift" [L, in]; the sites are those of `sparse_model.SITES`. From greedy.py also
-            "<layer>.shares" [L, 7], the sparsity of each projection's input.
-        metadata: strings: rule, fingerprint of the checkpoint, text, tokens, ...; `quality`, if known, is JSON: "text"
-            and "perplexity", pairs of (sparsity, perplexity on that text) that start with the dense model's.
+    levels: [L], the sparsities, rising.
+    tensors: "<layer>.<site>.threshold" [L, S, in] or [L, S, 1], and where the rule has shifts "<layer>.<site>.shift"
+        [L, in]; from greedy.py also "<layer>.shares" [L, 7], the sparsity of each projection's input.
+    metadata: strings: rule, fingerprint of the checkpoint, text, tokens, ...; `quality`, if known, is JSON: "text"
+        and "perplexity", pairs of (sparsity, perplexity on that text) that start with the dense model's.
     """
 
     def __init__(self, levels: list[float], tensors: dict[str, Tensor], metadata: dict[str, str]):
@@ -296,10 +277,8 @@ class CutTable:
     def at(self, sparsity: float) -> Cuts:
         """The cuts between two levels, linear; the level below the first has thresholds 0. Raises ValueError beyond."""
         if not 0 <= sparsity <= self.levels[-1]:
-            raise ValueError(
-                f"sparsity {sparsity} is outside what the cut table covers, 0 to {self.levels[-1]:.3f}; "
-                "choose one inside or --thresholds uniform"
-            )
+            covered = f"what the cut table covers, 0 to {self.levels[-1]:.3f}"
+            raise ValueError(f"sparsity {sparsity} is outside {covered}; choose one inside or --thresholds uniform")
         above = int(np.searchsorted(self.levels, sparsity))
         upper = self.level(above)
         zeros = Cuts(0.0, [torch.zeros_like(threshold) for threshold in upper.thresholds], upper.shifts)
@@ -355,10 +334,9 @@ class CutTable:
 
 def load_table(path: str | Path, folder: Path | None = None) -> CutTable:
     """Reads what `CutTable.save` wrote. Raises ValueError as `load_statistics` does, and for an old or damaged file."""
-    again = "make it with greedy.py or refine.py"
     if Path(path).name in OLD_FILES:
         raise ValueError(_of_an_earlier_version(Path(path)))
-    table = _read(path, CutTable.of_file, TABLE_FORMAT, "cut table", again)
+    table = _read(path, CutTable.of_file, TABLE_FORMAT, "cut table", "make it with greedy.py or refine.py")
     if folder:
         script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
         check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
@@ -374,11 +352,9 @@ def table_metadata(
     rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options
 ) -> dict[str, str]:
     """How a table is made: from the checkpoint in `folder`, the options, and `inputs`, which are all that is left."""
-    digest = hashlib.sha256()
-    for tensor in inputs:
-        digest.update(tensor.cpu().numpy().tobytes())
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in inputs)).hexdigest()
     facts = {"rule": rule, "fingerprint": fingerprint(folder), "text": text, "tokens": tokens.numel()}
-    facts |= {"window": tokens.shape[1], **options, "inputs": digest.hexdigest()[:32]}
+    facts |= {"window": tokens.shape[1], **options, "inputs": digest[:32]}
     return {name: str(value) for name, value in facts.items()}
 
 
@@ -436,8 +412,7 @@ def find_table(rule: str, folder: Path | None) -> CutTable | None:
     """
     if folder is None:
         return None
-    name = table_name(rule)
-    if (folder / name).is_file():
+    if (folder / (name := table_name(rule))).is_file():
         return load_table(folder / name, folder)
     shipped = map(load_table, ASSETS.glob(f"*/{name}"))
     return next((table for table in shipped if table.metadata["fingerprint"] == fingerprint(folder)), None)
@@ -487,8 +462,8 @@ def cuts_for(
     Returns the rule's name (or the file's path) for reports, and the cuts. Raises ValueError: an unknown rule; a table
     that is missing, of another checkpoint, or without that sparsity; statistics beside a table, which reads none.
     """
-    if thresholds in OLD_RULES:
-        raise ValueError(f"--thresholds {thresholds} is now {OLD_RULES[thresholds]}")
+    if thresholds == "global":
+        raise ValueError("--thresholds global is now refined")
     rule = thresholds
     if rule == "best":
         rule = "uniform" if own_statistics else best_rule(sparsity, folder)

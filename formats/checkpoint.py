@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -27,7 +27,6 @@ Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
 COPIED_FILES = (
     "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
     "added_tokens.json chat_template.jinja chat_template.json"
@@ -46,15 +45,14 @@ def checkpoint_folder(path: str | Path) -> Path:
     loaded = [file.name for file in weight_files(folder)]
     if not loaded:
         raise ValueError(f"{folder} has no model.safetensors, model.safetensors.index.json or model.pth")
-    if path.is_file() and path.suffix in WEIGHT_SUFFIXES and path.name not in loaded:
+    if path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".gguf") and path != folder and path.name not in loaded:
         raise ValueError(f"{path} is not a weight file that is loaded; the checkpoint in {folder} is in {loaded[0]}")
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Files that hold the weights: safetensors, as one or as the index's shards, else GPT-Fast's model.pth."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (index := folder / "model.safetensors.index.json").is_file():
         return indexed_files(index)
     return [path for path in (folder / "model.safetensors", folder / "model.pth") if path.is_file()][:1]
 
@@ -64,14 +62,13 @@ def indexed_files(index: Path) -> list[Path]:
 
     Raises ValueError if it is no such index, or names a file that is missing or not in its own folder.
     """
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        outside = next((name for name in names if Path(name).name != name), None)
-    except (KeyError, AttributeError, TypeError):
-        raise ValueError(f"{index} has no weight_map of tensors to files; get it again") from None
-    if outside is not None:
-        raise ValueError(f"{index} names the shard {shown(outside)} outside its folder")
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{index} has no weight_map of tensors to files; get it again")
+    names = sorted(set(found.values()))
     for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the shard {shown(name)} outside its folder")
         if not os.path.isfile(index.parent / name):  # False for a name that is too long, unlike Path's
             raise ValueError(f"{index} names the shard {shown(name)}, which is missing; get it again")
     return [index.parent / name for name in names]
@@ -95,8 +92,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} is refused: it would run {refused[1][:ECHO]}; get it as safetensors") from None
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__  # no advice
-        reason = one_line(ValueError(reason))
-        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {reason}") from None
+        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(reason)}") from None
     if not isinstance(pickled, dict):
         raise ValueError(f"{path} is no weight file: it holds a {type(pickled).__name__}, not tensors by name")
     for name, value in pickled.items():
@@ -200,8 +196,7 @@ def write_safetensors(path: Path, tensors: dict[str, Source], progress: tqdm) ->
     """The safetensors format: the header's length, a header in JSON, the tensors' bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that every tensor is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, source in ordered:
         start, end = end, end + source.nbytes
         header[name] = {"dtype": names[source.dtype], "shape": source.shape, "data_offsets": [start, end]}
@@ -257,11 +252,9 @@ def rename_tensors(
     tensors, unexpected = {}, []
     for name, source in sources.items():
         new = _our_name(name, names)
-        tied_head = new == "output.weight" and expected is not None and new not in expected
-        if name.endswith("rotary_emb.inv_freq") or tied_head:
-            continue
         if new is None or (expected is not None and new not in expected):
-            unexpected.append(name)
+            if new != "output.weight" and not name.endswith("rotary_emb.inv_freq"):  # the first: a tied head
+                unexpected.append(name)
             continue
         if expected is not None and source.shape != expected[new]:
             raise ValueError(f"tensor {name} has shape {source.shape}; the config asks for {expected[new]}")
@@ -275,14 +268,13 @@ def rename_tensors(
         tensors[new] = interleave(source, head_dim) if half else source
 
     missing = [_their_name(name, names, sources) for name in expected or () if name not in tensors]
-    for problem, found in (("unexpected", unexpected), ("missing", missing)):
-        if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            why = "the config is of another model" if unexpected else "the file is incomplete, or the config of another"
-            if missing == ["lm_head.weight"]:
-                why = "it has no lm_head of its own: set tie_word_embeddings to true if it shares the embedding"
-            listed = ", ".join(repr(name[:100])[1:-1] for name in found[:5])
-            raise ValueError(f"{problem} tensors for this config: {listed}{more}; {why}")
+    why = "the config is of another model" if unexpected else "the file is incomplete, or the config of another"
+    if missing == ["lm_head.weight"]:
+        why = "it has no lm_head of its own: set tie_word_embeddings to true if it shares the embedding"
+    if found := unexpected or missing:
+        listed = ", ".join(repr(name[:100])[1:-1] for name in found[:5])
+        listed += f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(f"{'unexpected' if unexpected else 'missing'} tensors for this config: {listed}; {why}")
     return tensors
 
 
@@ -304,8 +296,5 @@ def _their_name(name: str, names: dict[str, str], sources: Iterable[str]) -> str
 def interleave(source: Source, head_dim: int) -> Source:
     """Puts the rows of each head in the order 0, d/2, 1, d/2 + 1, ...: rotary pairs become adjacent."""
 
-    def load() -> Tensor:
-        tensor = source.load()
-        return tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-
-    return source._replace(load=load)
+    split, shape = (-1, 2, head_dim // 2, *source.shape[1:]), source.shape
+    return source._replace(load=lambda: source.load().view(split).transpose(1, 2).reshape(shape))

@@ -27,7 +27,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= ECHO else f"{text[: ECHO - 3]}..."
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The first line of an error's message, `shown`, or the name of its type where it has no message."""
     return shown(ValueError((str(error).splitlines() or [type(error).__name__])[0]))
 
@@ -57,8 +57,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     The folder is made if it is absent. Raises ValueError if the disk is full.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
         with no_space_is_value_error(path):

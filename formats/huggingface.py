@@ -54,10 +54,9 @@ def source_files(folder: Path) -> list[Path]:
     Else any file that is no adapter, variant in another precision or state of a training. Raises ValueError for none.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
-        if index.is_file():
+        if (index := folder / f"{single}.index.json").is_file():
             return checkpoint.indexed_files(index)
     for pattern in (*SHARDS, "*.safetensors", "pytorch_model*.bin"):
         if files := sorted(f for f in folder.glob(pattern) if not OTHER_WEIGHTS.search(f.name)):

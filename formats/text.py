@@ -59,8 +59,7 @@ def read_documents(source: str | Path, lines: bool = False) -> Iterator[Iterator
         return
 
     for record in read_records(path):
-        text = record["text"] if "text" in record else (record.get("prefix"), record.get("gold_completion"))
-        parts = text if isinstance(text, tuple) else (text,)
+        parts = [record.get(key) for key in (("text",) if "text" in record else ("prefix", "gold_completion"))]
         if not all(isinstance(part, str) for part in parts):
             wanted = "the field text, or prefix and gold_completion"
             raise ValueError(f"a line of {path} is not a JSON object with {wanted}, of strings: {shown(record)}")
@@ -92,8 +91,7 @@ def _fetch_c4() -> Path:
 
         return Path(hf_hub_download("allenai/c4", shard, repo_type="dataset"))
     except Exception as error:  # the hub's client raises its HTTP library's errors too
-        reason = f"cannot fetch C4 from the hub ({one_line(error)})"
-        raise ValueError(f"{reason}; give a text file with --data") from None
+        raise ValueError(f"cannot fetch C4 from the hub ({one_line(error)}); give a text file with --data") from None
 
 
 def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> Tensor:
@@ -123,10 +121,8 @@ def task_tokens(task: str, data: Path | None, tokenizer) -> Tensor:
 
     Raises ValueError as `read_documents` does, or if there is no `data`.
     """
-    pieces = encode_pieces(_task_chunks(task, data), tokenizer)
-    return torch.cat(
-        [torch.tensor([], dtype=torch.int32), *(torch.tensor(ids, dtype=torch.int32) for ids in pieces)]
-    ).long()
+    pieces = (torch.tensor(ids, dtype=torch.int32) for ids in encode_pieces(_task_chunks(task, data), tokenizer))
+    return torch.cat([torch.zeros(0, dtype=torch.int32), *pieces]).long()
 
 
 def _task_chunks(task: str, data: Path | None) -> Iterator[str]:

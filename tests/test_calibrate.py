@@ -325,7 +325,7 @@ def test_teal_histograms_with_layers_missing(tmp_path):
         statistics.weighted_threshold(2, "q", 0.5)
     with pytest.raises(ValueError, match=r"outside \[0, 1\)"):
         statistics.threshold(2, "q", 1.0)
-    statistics.check_fingerprint(tmp_path)  # they carry none
+    load_statistics(tmp_path / "t.safetensors", tmp_path)  # they carry none
 
     (folder / "layer-2" / "mlp" / "histograms.pt").write_bytes(b"x")
     with pytest.raises(ValueError, match="is not a file of TEAL's histograms"):
@@ -340,8 +340,7 @@ def test_main_on_a_text_with_a_plot(checkpoint, tmp_path, capsys):
     text.write_text(text_of(40))
     weights = checkpoint / "model.safetensors"
     calibrate.main(flags(checkpoint_path=weights, data=[text], num_tokens=640, plot=picture, precision="float32"))
-    statistics = load_statistics(checkpoint / "calibration.safetensors")
-    statistics.check_fingerprint(checkpoint)
+    statistics = load_statistics(checkpoint / "calibration.safetensors", checkpoint)
     assert statistics.metadata["tokens"] == "640" and statistics.metadata["text"] == "text.txt"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "3 layers" in capsys.readouterr().out
