@@ -12,9 +12,9 @@ q, k, v and lm_head are int8 in both. The embedding and the norms keep their dty
 its own. Cut tables go along, and to int8 the statistics, too. int4 has better tables of its own: with the original's
 its perplexity was 0.2 to 0.6 % higher at 40 % and more (SmolLM2-135M).
 
-Weights are rounded input by input. The inputs not yet rounded make up for what that does to the outputs on the text,
-starting from the weights in --precision. Memory: the model, the text's hidden states, eight float32 matrices [in, in]
-for one layer, lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
+Weights are rounded input by input, from those in --precision. The inputs not yet rounded make up for what that does to
+the outputs on the text. Memory: the model, the text's hidden states, eight float32 matrices [in, in] for one layer,
+lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
 """
 
 if __name__ == "__main__":
@@ -22,9 +22,9 @@ if __name__ == "__main__":
 
     run_script("quantize")
 
-import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import options
 from calibrate import calibration_tokens
 from cli import placement
-from formats.checkpoint import COPIED_FILES, Source, convert, fingerprint, load_weights, write_weights
+from formats.checkpoint import Source, convert, copy_files, fingerprint, load_weights, write_weights
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, read_json, write_json
 from formats.text import WINDOW
@@ -150,18 +150,16 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
     """Quantised tensors by name, for inputs that windows [N, T] (int64) give densely. Raises as `quantize_weight`."""
     batches = windows.split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
     sensitive = replace(model.config, quant=mode).sensitive_quant
-    tensors = {}
-
-    zeros = partial(torch.zeros, device=model.device)
+    tensors, zeros = {}, partial(torch.zeros, device=model.device)
 
     for layer in tqdm(model.walk(batches), total=model.config.n_layer, desc="quantising", unit="layer"):
         # the second moments of each site's inputs
         modules = {site: layer.block.get_submodule(place.module) for site, place in SITES.items()}
         hessians = {site: zeros(len(m.weight), len(m.weight)) for site, m in modules.items()}
-        hooks = [m.register_forward_pre_hook(partial(add_moments, hessians[site])) for site, m in modules.items()]
-        states = layer.outputs
-        for hook in hooks:
-            hook.remove()
+        with ExitStack() as hooks:
+            for site, module in modules.items():
+                hooks.enter_context(module.register_forward_pre_hook(partial(add_moments, hessians[site])))
+            states = layer.outputs
 
         # round with them
         for site, module in modules.items():
@@ -183,7 +181,9 @@ def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
     """
     path = folder / STATISTICS_NAME
     warn_of_old_files(folder)
-    readers = {f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS}
+    readers: dict[str, Callable] = {
+        f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS
+    }
     readers |= {STATISTICS_NAME: partial(load_statistics, path, folder)} if path.is_file() else {}
     artifacts = {}
     for name, read in readers.items():
@@ -218,9 +218,7 @@ def main(argv: list[str] | None = None) -> Path:
 
         # what is not quantised stays as it is
         weights = {n: w for n, w in load_weights(folder).items() if ".".join(n.split(".")[-2:]) not in QUANTIZED}
-        for name in COPIED_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, part / name)
+        copy_files(folder, part)
         made = {"mode": o.mode, "text": text, "tokens": windows.numel()}
         made |= {"groupsize": o.groupsize} if o.mode == "int4" else {}
         write_json(part / "config.json", {**read_json(folder / "config.json"), "quantization": made})

@@ -164,6 +164,12 @@ class Source(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def copy_files(source: Path, output: Path) -> None:
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+
+
 def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
     """Writes model.safetensors, or shards and their index, with one tensor in memory at a time.
 

@@ -1,7 +1,6 @@
 """A checkpoint in Hugging Face's form, as a folder or in the hub, becomes one of ours."""
 
 import re
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,9 +39,7 @@ def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict]
     config |= {"tie_word_embeddings": False} if untied else {}
 
     tensors = checkpoint.rename_tensors(sources, HF_NAMES, expected_shapes(config), fields["head_dim"], half_split=True)
-    for name in COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
+    checkpoint.copy_files(source, partial)
     if untied:
         write_json(partial / "config.json", config)
     checkpoint.write_weights(partial, tensors)
