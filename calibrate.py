@@ -143,8 +143,7 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
 def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
     """Text that the dense model writes at temperature 1: rows [N, T], int64, of up to 128 tokens from the start token.
 
-    At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end. Raises
-    ValueError if the model's output is not finite.
+    At least `num_tokens` in all; the KV cache is released at the end. Raises ValueError for output that is not finite.
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -170,7 +169,7 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
 def calibration_tokens(
     folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int
 ) -> tuple[Tensor, str]:
-    """Windows of token ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
+    """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; the text's name.
 
     Raises ValueError for a text that cannot be read or is too short, or a tokenizer of another model.
     """

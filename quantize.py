@@ -49,8 +49,6 @@ QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1",
 DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
 SPANS = (0.8, 1.0, 5)  # of a group's range, from which int4's least squares start: first, last, how many
 
-Rounding = Callable[[Tensor], tuple[Tensor, ...]]
-
 
 def int8_scale(weight: Tensor) -> Tensor:
     """Scales [out] of a weight [in, out], by which the largest of an output's weights is 127."""
@@ -89,12 +87,11 @@ def _codes(group: Tensor, s: Tensor, m: Tensor) -> Tensor:
     return ((group - m) / torch.where(s == 0, 1.0, s)).round_().clamp_(0, 15)
 
 
-def gptq(weight: Tensor, hessian: Tensor, rounding: Rounding) -> list[Tensor]:
+def gptq(weight: Tensor, hessian: Tensor, rounding: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
     """Rounds a weight's rows by falling diagonal; those that follow make up for each row's error, by least squares.
 
-    weight: [in, out], float32.
-    hessian: [in, in], float32, the sum of x x^T over inputs x; zeros: every row is rounded alone. It is changed.
-    rounding: of a row [out], to what the row becomes and whatever is stored of it.
+    weight: [in, out], float32; hessian: [in, in], float32, the sum of x x^T over inputs x (zeros: every row is rounded
+    alone), is changed; rounding: of a row [out], to what the row becomes and whatever is stored of it.
 
     Returns what is stored, each [in, ...].
     """
@@ -175,10 +172,7 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
 
 
 def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
-    """Statistics (int8 only) and cut tables of the checkpoint in `folder`, by the names of their files.
-
-    Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
-    """
+    """Statistics (int8 only) and cut tables of the checkpoint in `folder`, by file name; says what stays behind."""
     path = folder / STATISTICS_NAME
     warn_of_old_files(folder)
     readers: dict[str, Callable] = {

@@ -43,7 +43,7 @@ class Statistics:
     """Distributions of the inputs of a model's projections.
 
     tensors: by "<layer>.<site or projection>.<name>"; see `get`, of TEAL's `teal_statistics`.
-    metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
+    metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint (if it is known).
     """
 
     def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
@@ -54,10 +54,7 @@ class Statistics:
         return 1 + max(int(name.split(".")[0]) for name in self.tensors)
 
     def check(self) -> None:
-        """Raises ValueError for tensors that are not what `get` and TEAL's histograms say, or a layer between missing.
-
-        Values of `pooled` may be NaN: an input that is always 0 has no kurtosis.
-        """
+        """Raises ValueError for tensors that are not what `get` and TEAL's histograms say, or a missing layer."""
         layers = set()
         for name, tensor in self.tensors.items():
             layer, owner, kind = [*name.split("."), "", ""][:3]
@@ -72,11 +69,6 @@ class Statistics:
         kind = self.metadata.get("kind")
         if kind not in ("own", "teal") or not layers or (kind == "own" and layers != set(range(len(layers)))):
             raise ValueError("layers of it, or its kind, are missing")
-
-    @property
-    def fingerprint(self) -> str | None:
-        """`formats.checkpoint.fingerprint` of the checkpoint (or its int8 form) that they are of; None: unknown."""
-        return self.metadata.get("fingerprint")
 
     def get(self, layer: int, projection: str, name: str) -> Tensor:
         """One tensor, float32 unless said otherwise, of a projection's input (or of that and the projection's weights).
@@ -123,15 +115,14 @@ class Statistics:
 
 
 # Of each kind of a statistic: its shape (None: any length), its least value (None: any, NaN too), whether it rises.
+# An input that is always 0 has no kurtosis: `pooled` then holds NaN.
 KINDS: dict[str, tuple] = dict.fromkeys(("magnitude", "weighted"), ((len(PROBABILITIES),), 0.0, True))
 KINDS |= {"signed": ((len(PROBABILITIES),), -math.inf, True), "pooled": ((3,), None)}
 KINDS |= {"column_norms": ((None,), 0.0), "channel_mean": ((None,),), "channel_second_moment": ((None,), 0.0)}
 KINDS |= {"cumulative": ((None,), 0.0, True), "centers": ((None,), -math.inf, True)}
 
 
-def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int | None, ...], least: float | None = -math.inf, rising: bool = False
-) -> None:
+def check_tensor(name: str, tensor: Tensor, shape: tuple, least: float | None = -math.inf, rising=False) -> None:
     """Raises ValueError for a tensor of an artifact that is not floating, finite, of this shape and at least `least`.
 
     None stands for any length but 0 in the shape, and for any value, NaN too. `rising`: nor falls its last dimension.
@@ -159,13 +150,10 @@ def _quantile(sparsity: float, share: float, cumulative: np.ndarray | Tensor, va
 
 
 def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
-    """Reads what `Statistics.save` wrote.
-
-    Raises ValueError: no file there, one that holds something else, or one of another checkpoint than that in `folder`.
-    """
+    """Reads what `Statistics.save` wrote. Raises ValueError for no such file, or one of another checkpoint's folder."""
     statistics = _read(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
     if folder:
-        check_fingerprint(statistics.fingerprint, folder, "the statistics are", "calibrate.py")
+        check_fingerprint(statistics.metadata.get("fingerprint"), folder, "the statistics are", "calibrate.py")
     return statistics
 
 
@@ -182,18 +170,14 @@ def _read(path: str | Path, make: Callable, form: str, what: str, again: str):
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a {what} file ({one_line(error)}); {again}") from None
     try:
-        artifact = make(tensors, metadata)
-        artifact.check()
+        (artifact := make(tensors, metadata)).check()
         return artifact
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; {again}") from None
 
 
 def teal_statistics(folder: str | Path) -> Statistics:
-    """TEAL's published histograms: layer-{i}/{self_attn,mlp}/histograms.pt. Layers that are missing stay absent.
-
-    Raises ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
-    """
+    """TEAL's published histograms, layer-{i}/{self_attn,mlp}/histograms.pt; ValueError for none or a damaged one."""
     tensors = {}
     for part, sites in (("self_attn", ("qkv", "o")), ("mlp", ("gate_up", "down"))):
         for path in Path(folder).glob(f"layer-*/{part}/histograms.pt"):
@@ -269,10 +253,9 @@ class CutTable:
 
     def level(self, i: int) -> Cuts:
         """The cuts at level i, in float32."""
-        names = _site_names(self.n_layer)
-        shifts = [self.tensors.get(f"{name}.shift") for name in names]
-        thresholds = [self.tensors[f"{name}.threshold"][i].float() for name in names]
-        return Cuts(self.levels[i], thresholds, [None if shift is None else shift[i].float() for shift in shifts])
+        names, tensors = _site_names(self.n_layer), self.tensors
+        shifts = [tensors[f"{name}.shift"][i].float() if f"{name}.shift" in tensors else None for name in names]
+        return Cuts(self.levels[i], [tensors[f"{name}.threshold"][i].float() for name in names], shifts)
 
     def at(self, sparsity: float) -> Cuts:
         """The cuts between two levels, linear; the level below the first has thresholds 0. Raises ValueError beyond."""
@@ -297,8 +280,7 @@ class CutTable:
             for name, value in zip(names, values, strict=True):
                 if value is not None:
                     before = [self.tensors[f"{name}.{kind}"]] if self.levels else []
-                    value = value.detach().float().cpu()[None].clone()
-                    self.tensors[f"{name}.{kind}"] = torch.cat([*before, value])
+                    self.tensors[f"{name}.{kind}"] = torch.cat([*before, value.detach().float().cpu()[None]])
         self.levels.append(cuts.sparsity)
 
     def halve(self) -> None:
@@ -348,9 +330,7 @@ def _of_an_earlier_version(path: Path) -> str:
     return f"{path} is of an earlier version and not read; make {table_name(rule)}: python {SCRIPTS[rule]}"
 
 
-def table_metadata(
-    rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options
-) -> dict[str, str]:
+def table_metadata(rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options) -> dict:
     """How a table is made: from the checkpoint in `folder`, the options, and `inputs`, which are all that is left."""
     digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in inputs)).hexdigest()
     facts = {"rule": rule, "fingerprint": fingerprint(folder), "text": text, "tokens": tokens.numel()}
@@ -406,10 +386,7 @@ def table_name(rule: str) -> str:
 
 
 def find_table(rule: str, folder: Path | None) -> CutTable | None:
-    """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None.
-
-    Raises ValueError if the file beside the checkpoint is damaged or of another checkpoint.
-    """
+    """The rule's table beside the checkpoint in `folder`, else the one in ASSETS, else None. Raises as `load_table`."""
     if folder is None:
         return None
     if (folder / (name := table_name(rule))).is_file():
@@ -420,11 +397,10 @@ def find_table(rule: str, folder: Path | None) -> CutTable | None:
 
 def tabulated(rule: str, inputs: RuleInputs, sparsity: float) -> Cuts:
     """The cuts of a rule that a script of its own makes, from its table. Raises ValueError without one."""
-    table = find_table(rule, inputs.folder)
-    if table is None:
-        where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
-        raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
-    return table.at(sparsity)
+    if table := find_table(rule, inputs.folder):
+        return table.at(sparsity)
+    where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
+    raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
 
 
 # the best first
@@ -452,15 +428,13 @@ def best_rule(sparsity: float, folder: Path | None) -> str:
 def cuts_for(
     thresholds: str, sparsity: float, folder: Path | None, statistics: Callable[[], Statistics], own_statistics=False
 ) -> tuple[str, Cuts]:
-    """From a run's options to its cuts.
+    """From a run's options to the rule's name (or the file's path), for reports, and the cuts.
 
-    Args:
-        thresholds: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform with own statistics.
-        folder, statistics: see `RuleInputs`.
-        own_statistics: whether the user gave `--statistics`.
+    thresholds: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform with own statistics.
+    folder, statistics: see `RuleInputs`; own_statistics: whether the user gave `--statistics`.
 
-    Returns the rule's name (or the file's path) for reports, and the cuts. Raises ValueError: an unknown rule; a table
-    that is missing, of another checkpoint, or without that sparsity; statistics beside a table, which reads none.
+    Raises ValueError: an unknown rule; a table that is missing, of another checkpoint, or without that sparsity;
+    statistics beside a table, which reads none.
     """
     if thresholds == "global":
         raise ValueError("--thresholds global is now refined")

@@ -58,10 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The weight files that a model.safetensors.index.json (or pytorch_model.bin.index.json) names, each once.
-
-    Raises ValueError if it is no such index, or names a file that is missing or not in its own folder.
-    """
+    """The weight files that an index names, each once; ValueError: one is missing or not in its folder, or no index."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise ValueError(f"{index} has no weight_map of tensors to files; get it again")
@@ -80,10 +77,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, memory-mapped unless it is a pickle in torch's older format.
-
-    Raises ValueError for a file that is truncated or holds anything else; a pickle's code is not run.
-    """
+    """The tensors of a weight file by name, mapped unless in torch's older format; ValueError for any other file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -123,10 +117,7 @@ def is_own_head(head: Tensor, embedding: Tensor | None) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Identifies a checkpoint by its config and by samples (64 x 4 KiB per file) of its weights; 32 hex digits.
-
-    Artifacts made from a checkpoint carry its fingerprint, so that one of another checkpoint is noticed.
-    """
+    """Identifies a checkpoint by its config and 64 x 4 KiB of each weight file: 32 hex digits that artifacts carry."""
     config = folder / "config.json"
     digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     for path in weight_files(folder):
@@ -140,10 +131,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_fingerprint(found: str | None, folder: Path, what: str, script: str) -> None:
-    """Raises ValueError if an artifact's fingerprint is not that of the checkpoint in `folder`. None is unknown.
-
-    `what` opens the message ("the statistics are"); `script` is the one that makes the artifact anew.
-    """
+    """Raises ValueError if an artifact's fingerprint is not that of the checkpoint in `folder`. None is unknown."""
     if found is not None and found != (own := fingerprint(folder)):
         mend = f"to mend this: python {script} --checkpoint_path {folder}"
         raise ValueError(f"{what} of another checkpoint than {folder} ({found} against {own}); {mend}")
@@ -171,10 +159,7 @@ def copy_files(source: Path, output: Path) -> None:
 
 
 def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
-    """Writes model.safetensors, or shards and their index, with one tensor in memory at a time.
-
-    Raises ValueError if the disk has no room for them.
-    """
+    """Writes model.safetensors, or shards and their index, a tensor at a time; ValueError if the disk has no room."""
     total = sum(source.nbytes for source in tensors.values())
     check_space(folder, total, "set --output_dir")
 
@@ -239,8 +224,6 @@ def convert(convert_source: Callable[[Path, Path], None], source: Path, output: 
     try:
         with no_space_is_value_error(partial):
             convert_source(source, partial)
-        if output.is_dir():
-            output.rmdir()
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -251,9 +234,8 @@ def rename_tensors(
 ) -> dict[str, Source]:
     """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent; float64 becomes float32.
 
-    `names` gives ours for another program's name of a module (without layer). `expected` None checks names alone.
-    `half_split`: rotary pairs are half of a head's head_dim rows apart, as Hugging Face has them. Raises ValueError for
-    unexpected or missing tensors, wrong shapes or dtypes.
+    `names`: theirs of a module (without layer) -> ours. `expected` None checks names alone. `half_split`: rotary pairs
+    are head_dim / 2 rows apart. Raises ValueError for unexpected or missing tensors, wrong shapes or dtypes.
     """
     tensors, unexpected = {}, []
     for name, source in sources.items():

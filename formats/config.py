@@ -24,9 +24,7 @@ ROPE_KEYS = {  # what each type of rope scaling needs
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-def checked(
-    values: dict, key: str, kind: Any, *default, least: float = 1, most: float = 2**31 - 1, where="config.json"
-) -> Any:
+def checked(values: dict, key: str, kind: Any, *default, least=1, most=2**31 - 1, where="config.json") -> Any:
     """values[key] if it is of this kind: int, float, bool, str, or [kind] for a list; numbers from least to most.
 
     An absent or null value is `default`. Raises ValueError, which says `where`, for a value that is wrong or missing.
@@ -72,9 +70,8 @@ def known_architecture(config: dict, known: Collection[str]) -> str:
 def config_fields(config: dict, name: str = "") -> dict:
     """Keyword arguments of `model.ModelArgs` that a config.json decides, whatever its architecture.
 
-    `name`: of the model, where it is known. Of int8 or int4 weights the name ends in "-int8" or "-int4".
-
-    Raises ValueError for a wrong or missing value, and rope scaling or quantisation of an unknown kind.
+    `name`: of the model, where it is known; it comes to end in "-int8" or "-int4" for such weights. Raises ValueError
+    for a wrong or missing value, and rope scaling or quantisation of an unknown kind.
     """
     # widths, some of which follow from others
     fields = {

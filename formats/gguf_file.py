@@ -1,7 +1,7 @@
 """A GGUF file seen as a Hugging Face folder: config.json, tensors and tokenizer, read from its metadata and tensors."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,11 @@ GGUF_PRE["falcon"] = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, "[0-9][0-9][0-9]")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; sentencepiece's too
 
 
-def convert_gguf(
-    source: Path, partial: Path, architectures=("LlamaForCausalLM",), expected_shapes: Callable | None = None
-) -> None:
+def convert_gguf(source: Path, partial: Path, architectures=("LlamaForCausalLM",), expected_shapes=None) -> None:
     """Writes the checkpoint of a GGUF file to `partial`; see `formats.checkpoint.convert`.
 
-    `expected_shapes` gives names and shapes of the tensors that the model of a config.json has; None is for a file that
-    is known to be whole. Raises ValueError for a damaged file, an architecture that is not among `architectures`, an
-    unknown tensor type or tokenizer, tensors that do not fit.
+    `expected_shapes` gives those of a config's model by name; None is for a file that is known to be whole. Raises
+    ValueError for a damaged file, an unknown architecture, tensor type or tokenizer, tensors that do not fit.
     """
     metadata, sources = read_gguf(source)
     config = gguf_config(metadata, sources, architectures)
@@ -89,7 +86,7 @@ def read_gguf(path: Path) -> tuple[Metadata, dict[str, Source]]:
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
-            """As the base class's, but with an error at the end of the file, where that one returns short arrays."""
+            # unlike the base class's, with an error at the end of the file, where that one returns short arrays
             dtype = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
             if int(offset) + dtype.itemsize * int(count) > self.data.size:
                 raise ValueError("it ends early")
@@ -153,8 +150,8 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
             value = value[0]
         return Metadata({f"{family}.{key}": value}).read(f"{family}.{key}", kind, *default, **limits)
 
-    config = {"architectures": [architecture_of(family)], EXPERTS[0]: get("expert_count", int, 0)}
-    known_architecture(config, architectures)
+    config: dict[str, Any] = {"architectures": [architecture_of(family)], "model_type": family}
+    known_architecture(config | {EXPERTS[0]: get("expert_count", int, 0)}, architectures)
     if "token_embd.weight" not in sources:
         raise ValueError("the GGUF file has no tensor token_embd.weight")
 
@@ -173,9 +170,9 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
     ends = {meta.token_id(name, n_tokens or vocab_size) for name in ("eos", "eot", "eom")} - {None}
 
     epsilon = str(np.float32(get("attention.layer_norm_rms_epsilon", float, most=MOST)))  # 1e-05, not 9.99999974e-06
-    config = {"architectures": [architecture_of(family)], "model_type": family, "hidden_size": dim}
-    config |= {"intermediate_size": get("feed_forward_length", int), "num_hidden_layers": get("block_count", int)}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", int, heads)}
+    config |= {"hidden_size": dim, "intermediate_size": get("feed_forward_length", int)}
+    config |= {"num_hidden_layers": get("block_count", int), "num_attention_heads": heads}
+    config |= {"num_key_value_heads": get("attention.head_count_kv", int, heads)}
     config |= {"head_dim": head_dim, "vocab_size": vocab_size, "max_position_embeddings": get("context_length", int)}
     config |= {"rms_norm_eps": float(epsilon), "rope_theta": get("rope.freq_base", float, 10000.0, most=MOST)}
     config |= {"hidden_act": "silu", "tie_word_embeddings": "output.weight" not in sources}
