@@ -55,15 +55,14 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
         return "it needs a C++ compiler"
     if device.type == "cuda" and top_k > MAX_TOP_K:
         return f"it sorts a top_k of at most {MAX_TOP_K}"
-    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
-        return "it adds in no fixed order"
     return None if fusable(config) else f"it does not implement {', '.join(unknown_parts(config))}"
 
 
 class FusedGpuStep:
     """Decode steps at batch 1 on a GPU, through the fused kernels and one CUDA graph.
 
-    `replay` a step as often as wanted, then read `tokens`: it leaves nothing for the host to do.
+    `replay` a step as often as wanted, then read `tokens`: it leaves nothing for the host to do. Models of 16 bits give
+    the same tokens every time, in a cache of any length, while `left_grid` is False.
 
     model: with its cache set up for one row, and its cuts set: a later change needs a new step.
     temperature, top_k: of the sampling; temperature 0 is greedy.
@@ -73,9 +72,9 @@ class FusedGpuStep:
     """
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
-        from kernels import fused_step, plan, triton_gemv
+        from kernels import fused_step, grids, triton_gemv
 
-        self.kernels, self.gemv, self.model = fused_step, triton_gemv, model
+        self.kernels, self.gemv, self.grids, self.model = fused_step, triton_gemv, grids, model
         self.sparsity = 0.0 if dense else model.sparsity
         config, device = model.config, model.device
         self.sampling = temperature, min(top_k, config.vocab_size)
@@ -88,8 +87,11 @@ class FusedGpuStep:
         # what one launch of a step leaves to the next; y is kept per layer: o guesses by its last input
         cache_length, rstd_buffer = model.layers[0].attention.kv_cache.k_cache.shape[2], triton_gemv.RSTD_BUFFER
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        splits = plan.attention_splits(cache_length, config.n_local_heads)
-        self.h = buffer(config.dim)
+        splits = fused_step.chunks_in(cache_length)
+        self.residual = fused_step.Residual(buffer(config.dim))
+        if model.dtype != torch.float32:
+            fineness = grids.fineness(grids.residual_bound(model))
+            self.residual = self.residual._replace(fineness=fineness, beyond=buffer(1, dtype=torch.int32))
         self.qkv = buffer(q + 2 * kv + rstd_buffer)
         self.gate_up = buffer(2 * config.intermediate_size + rstd_buffer)
         self.y = buffer(config.n_layer, q, dtype=model.dtype)
@@ -108,15 +110,25 @@ class FusedGpuStep:
         norms = [norm for block in model.layers for norm in (block.attention_norm, block.ffn_norm)]
         self.norms = [triton_gemv.Norm(norms[i].weight, norms[i].eps, rstd) for i, rstd in enumerate(self.last_rstds)]
         self.head_norm = triton_gemv.Norm(model.norm.weight, model.norm.eps)
-        self.products = {module: self._product(module) for module in model.sites}
+        gains = [gain for norm in norms for gain in (norm.weight, None)]
+        self.products = {site: self._product(site, gain) for site, gain in zip(model.sites, gains, strict=True)}
 
-    def _product(self, module: SparseProjection) -> tuple:
-        """The module's `kernels.triton_gemv.Product`, thresholds and shifts side by side if there are shifts."""
-        threshold, offset = module.threshold, None
+    def _product(self, module: SparseProjection, gain: Tensor | None) -> tuple:
+        """The module's `kernels.triton_gemv.Product`; gain: of the norm before it, None: it adds to the residual."""
+        threshold, shift, offset, fineness = module.threshold, None, None, self.residual.fineness
         if self.sparsity and module.shift is not None:
-            threshold = torch.stack((threshold, module.shift.expand_as(threshold)), dim=2)
-            offset = module.offset
-        return self.gemv.Product(module.weight, threshold, module.widths, self.sparsity, module.scale, offset)
+            shift, offset = module.shift, module.offset
+            threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)  # side by side
+        if fineness is not None and gain is not None:
+            fineness = self.grids.fineness(self.grids.bound_after_norm(gain, module.weight, module.scale, shift))
+        stored = module.weight, threshold, module.widths, self.sparsity, module.scale
+        return self.gemv.Product(*stored, offset, fineness)
+
+    @property
+    def left_grid(self) -> bool:
+        """Whether the residual stream ever was where sums may depend on their order; waits for the device."""
+        h, fineness, beyond = self.residual
+        return beyond is not None and bool(beyond.item() or (h.abs() * fineness > self.kernels.BEYOND.value).any())
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
         """Sets the token to feed next, its position, and the seed of the draws."""
@@ -135,7 +147,7 @@ class FusedGpuStep:
         """Compiles the kernels and records the graph."""
         # the one step that this runs is undone, but for the cache at its position, which the first replay writes again
         token, position = self.token.clone(), self.position.clone()
-        stream = torch.cuda.Stream(self.h.device)
+        stream = torch.cuda.Stream(self.token.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.step()
@@ -150,20 +162,20 @@ class FusedGpuStep:
 
     def step(self) -> None:
         """Launches the kernels of one step."""
-        kernels, model, products, h, pdl = self.kernels, self.model, self.products, self.h, self.pdl
+        kernels, model, products, h, pdl = self.kernels, self.model, self.products, self.residual.h, self.pdl
         gemv = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl)
-        kernels.launch_embed(self.token, model.tok_embeddings.weight, h, self.logits, pdl)
+        kernels.launch_embed(self.token, model.tok_embeddings.weight, self.residual, self.logits, pdl)
 
         for i, block in enumerate(model.layers):
             attention, feed_forward, y = block.attention, block.feed_forward, self.y[i]
             attention_norm, ffn_norm = self.norms[2 * i : 2 * i + 2]
             gate_up, bias = products[feed_forward.w13], attention.wqkv.bias
             window = model.config.sliding_window if i in model.config.windowed_layers else None
-            cache, ahead = attention.kv_cache, (h, ffn_norm, gate_up)
+            cache, ahead = attention.kv_cache, (self.residual, (ffn_norm, gate_up))
 
             gemv("norm", h, products[attention.wqkv], self.qkv, norm=attention_norm, zero=self.gate_up)
             kernels.launch_attention(
-                self.qkv, bias, cache, self.position, model.inv_freq, self.chunks, y, window, ahead, pdl
+                self.qkv, bias, cache, self.position, model.inv_freq, self.chunks, y, window, *ahead, pdl
             )
             gemv("given", y[None], products[attention.wo], h[None])
             gemv("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
@@ -267,39 +279,55 @@ def check_finite(logits: Tensor, dtype: torch.dtype) -> None:
         raise not_finite(dtype)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int) -> Tensor:
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x21F0AAAD & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def random_bits(seed: Tensor, position: int | Tensor, token: Tensor) -> Tensor:
+    """32 random bits by hashing seed, position and token, int64, one after the other; no product reaches 2^63."""
+    return _mixed(_mixed(_mixed(seed & 0xFFFFFFFF) + position & 0xFFFFFFFF) + token & 0xFFFFFFFF)
+
+
+def sample(logits: Tensor, seeds: Tensor, position: int | Tensor, temperature: float, top_k: int) -> Tensor:
     """Draws a token for each row. logits: [B, V]; returns [B, 1], int64. Temperature 0 takes the likeliest.
 
-    A row whose largest logit is not finite has no token: its is -1, so that a loop can look when it is over.
+    seeds: [B, 1], int64; position: where the tokens will stand. A row whose largest logit is not finite has no token:
+    its is -1, so that a loop can look when it is over.
     """
     peak = logits.amax(dim=-1, keepdim=True)
-    return torch.where(peak.isfinite(), _draw(logits, temperature, top_k), -1)
+    return torch.where(peak.isfinite(), _draw(logits, seeds, position, temperature, top_k), -1)
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int) -> Tensor:
+def _draw(logits: Tensor, seeds: Tensor, position: int | Tensor, temperature: float, top_k: int) -> Tensor:
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
     kth = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
-    logits = torch.where(logits < kth, -float("inf"), logits)
 
-    # argmax(p / Exp(1)) is a draw from p and, unlike torch.multinomial, does not wait for the device
-    noise = torch.empty_like(logits).exponential_(1)
-    return (torch.softmax(logits, dim=-1) / noise).argmax(dim=-1, keepdim=True)
+    # the argmax of logits + Gumbel noise is a draw from their softmax
+    bits = random_bits(seeds, position, torch.arange(logits.shape[-1], device=logits.device))
+    noise = -torch.log(-torch.log(((bits >> 9).float() + 0.5) * 2.0**-23))
+    return torch.where(logits < kth, -float("inf"), logits + noise).argmax(dim=-1, keepdim=True)
 
 
-def decode_one_token(model: Transformer, token: Tensor, input_pos: Tensor, temperature: float, top_k: int):
-    """The next token [B, 1] and its position [1], from a token [B, 1] at input_pos [1]."""
+def decode_one_token(
+    model: Transformer, token: Tensor, input_pos: Tensor, seeds: Tensor, temperature: float, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The next token [B, 1] and its position [1], from a token [B, 1] at input_pos [1]; seeds: see `sample`."""
     logits = model(token.clamp_min(0), input_pos)
-    return sample(logits[:, -1], temperature, top_k), input_pos + 1
+    return sample(logits[:, -1], seeds, input_pos + 1, temperature, top_k), input_pos + 1
 
 
-def prefill(model: Transformer, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
-    """The first new token [B, 1] after a prompt [B, P], which is dense in a sparse model too."""
-    single = prompt.shape[1] == 1 and isinstance(model, SparseTransformer)  # would be cut
+def prefill(model: Transformer, prompt: Tensor, seeds: Tensor, temperature: float, top_k: int) -> Tensor:
+    """The first new token [B, 1] after a prompt [B, P], which is dense in a sparse model too; seeds: see `sample`."""
+    length = prompt.shape[1]
+    single = length == 1 and isinstance(model, SparseTransformer)  # would be cut
     options = {"dense_prefix": 1} if single else {}
-    logits = model(prompt, torch.arange(prompt.shape[1], device=prompt.device), num_logits=1, **options)
-    return sample(logits[:, -1], temperature, top_k)
+    positions = torch.arange(length, device=prompt.device)
+    logits = model(prompt, positions, num_logits=1, from_start=True, **options)
+    return sample(logits[:, -1], seeds, length, temperature, top_k)
 
 
 class GraphedPrefill:
@@ -311,13 +339,13 @@ class GraphedPrefill:
     def __init__(self, run: Callable[..., Tensor]):
         self.run, self.graph = run, None
 
-    def __call__(self, model: Transformer, prompt: Tensor, temperature: float, top_k: int) -> Tensor:
+    def __call__(self, model: Transformer, prompt: Tensor, *sampling) -> Tensor:
         if self.graph is None:
             self.prompt = prompt.clone()
-            self.run(model, self.prompt, temperature, top_k)  # warms up what must not happen while recording
+            self.run(model, self.prompt, *sampling)  # warms up what must not happen while recording
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.token = self.run(model, self.prompt, temperature, top_k)
+                self.token = self.run(model, self.prompt, *sampling)
         self.prompt.copy_(prompt)
         self.graph.replay()
         return self.token
@@ -344,6 +372,7 @@ class Generator:
     compile_prefill: torch.compile of the prompt's pass.
     dense: a fused step with nothing cut, whatever the model's cuts.
     static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too.
+    seed: of the draws, modulo 2^32; row r of a batch draws with seed + r.
     """
 
     model: Transformer
@@ -355,12 +384,14 @@ class Generator:
     compile_prefill: bool = False
     dense: bool = False
     static_prompt: bool = True
+    seed: int = 0
 
     def __post_init__(self):
         model, self.device = self.model, self.model.device
         self.temperature = self.temperature if self.temperature > LEAST_TEMPERATURE else 0.0
         model.setup_caches(self.batch_size, self.max_length)
         self._cache = model.layers[0].attention.kv_cache
+        self._seeds = torch.arange(self.batch_size, device=self.device)[:, None] + self.seed % 2**32
 
         # the prompt's pass
         self._prefill = prefill
@@ -397,7 +428,7 @@ class Generator:
             raise ValueError("the model's cache was replaced by a Generator of another size; make this one anew")
 
         start = self._now()
-        token = self._prefill(self.model, prompt, self.temperature, self.top_k)
+        token = self._prefill(self.model, prompt, self._seeds, self.temperature, self.top_k)
         self._check(token)
         prefilled = self._now()
         decode = self._replay if self._fused else self._loop
@@ -419,14 +450,14 @@ class Generator:
                 self._check(token)
             if (on_token is not None and on_token(token)) or len(tokens) == max_new_tokens:
                 return torch.cat(tokens, dim=1)
-            token, position = self._decode(self.model, tokens[-1], position, self.temperature, self.top_k)
+            token, position = self._decode(self.model, tokens[-1], position, self._seeds, self.temperature, self.top_k)
             position = position.clone()
 
     def _replay(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
         """The new tokens [1, N] by fused steps: the host only launches them, unless `on_token` looks."""
         fused, vocab = self._fused, self.model.config.vocab_size
         look = on_token is not None or self.device.type == "cpu"  # at every step, where the host waits for it anyway
-        fused.start(token, length, torch.randint(2**31, ()).item())
+        fused.start(token, length, self.seed % 2**32)
         end = length + 1
         while not (on_token and on_token(fused.tokens[None, end - 1 : end])) and end < length + max_new_tokens:
             fused.replay()
@@ -434,6 +465,11 @@ class Generator:
             if look or end == length + max_new_tokens:
                 check_finite(fused.logits[:vocab], self.model.dtype)
         return fused.tokens[None, length:end].clone()
+
+    @property
+    def left_grid(self) -> bool:
+        """Whether a fused step on a GPU ever had sums that may depend on their order, see `kernels.grids`."""
+        return isinstance(self._fused, FusedGpuStep) and self._fused.left_grid
 
     def _now(self) -> float:
         if self.device.type == "cuda":

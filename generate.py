@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
 import resource
 import statistics as stats
 import sys
@@ -136,9 +135,6 @@ def cache_length(prompt: Prompt, o: argparse.Namespace, config: ModelArgs) -> in
 
 def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device) -> str:
     """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused."""
-    if o.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cpu" and cpu.find_compiler() and not any(cpu.cache_folder().glob("*.so")):
         print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
     reason = why_unfused(config, device, o.batch_size, o.top_k)
@@ -163,7 +159,7 @@ def load_generators(o: argparse.Namespace, source: ModelSource, length: int, ste
     ours = step == "fused" or (source.device.type == "cpu" and o.batch_size == 1 and cpu.library() is not None)
     dense_class = SparseTransformer if ours else Transformer
     model, rule = source.cut_model(o) if o.sparsity else (source.load(dense_class), "no")
-    options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": not o.interactive}
+    options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": not o.interactive, "seed": o.seed}
     sizes = o.batch_size, length, o.temperature, o.top_k
     generators = [Generator(model, *sizes, **options)]
     wanted = step == "fused" if o.compare_dense is None else o.compare_dense
@@ -366,7 +362,6 @@ def main(argv: list[str] | None = None) -> dict:
     # compile, then chat or measure
     tokens = torch.tensor(asked.ids, device=source.device).repeat(o.batch_size, 1)
     compile_s = warm_up(generators, tokens, o, step)
-    torch.manual_seed(o.seed)
     if o.interactive:
         chat(generators[0], tokenizer, o.max_new_tokens, length)
         return {}
@@ -378,6 +373,8 @@ def main(argv: list[str] | None = None) -> dict:
         write_trace(o.profile, generators[0], tokens, o.max_new_tokens)
 
     # say what came out and what it cost
+    if any(generator.left_grid for generator in generators):
+        print("a sum grew beyond its grid: another run may give other tokens", file=sys.stderr)
     result = summary(o, step, generators, tokens, runs) | {"compile_s": compile_s, "text": None}
     if asked.shown is not None:
         result["text"] = answer_of(runs[0][-1].tokens[0], asked, tokenizer)

@@ -265,7 +265,9 @@ class Attention(nn.Module):
 
         # attend: to the cache, or inside x alone
         if input_pos is not None:
-            k, v = self.kv_cache.update(input_pos, k, v)
+            cached = self.kv_cache.update(input_pos, k, v)
+            if mask is not None and mask.shape[1] > x.shape[1]:
+                k, v = cached
         grouped = self.n_head != self.n_local_heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.wo(y.transpose(1, 2).flatten(2))
@@ -376,7 +378,9 @@ class Transformer(UncastBuffers):
             if attention.kv_cache is None or attention.kv_cache.k_cache.shape != shape:
                 attention.kv_cache = KVCache(shape, self.device, self.dtype)
 
-    def forward(self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0) -> Tensor:
+    def forward(
+        self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0, from_start: bool = False
+    ) -> Tensor:
         """Logits [B, num_logits or T, vocab] of the next token, in the model's dtype.
 
         Args:
@@ -384,11 +388,13 @@ class Transformer(UncastBuffers):
             input_pos: their positions [T], int64, to go through the KV cache; None attends inside `idx` alone,
                 from position 0, and leaves the cache untouched.
             num_logits: how many of the last positions get logits; 0 is all.
+            from_start: input_pos starts at 0, so that nothing in the cache before idx is attended to. The result then
+                does not depend on the cache's length.
         """
-        if input_pos is None:
-            rope, masks = self.rope_and_masks(torch.arange(idx.shape[1], device=idx.device))
-        else:
-            rope, masks = self.rope_and_masks(input_pos, self.layers[0].attention.kv_cache.k_cache.shape[2])
+        positions = torch.arange(idx.shape[1], device=idx.device) if input_pos is None else input_pos
+        inside = input_pos is None or from_start
+        keys = None if inside else self.layers[0].attention.kv_cache.k_cache.shape[2]
+        rope, masks = self.rope_and_masks(positions, keys)
 
         x = self.tok_embeddings(idx)
         for i, block in enumerate(self.layers):

@@ -57,7 +57,7 @@ def generate(argv: list[str] | None = None) -> Namespace:
     add("--batch_size", type=int, default=1, help="rows; each cuts its own inputs")
     add("--top_k", type=int, default=200, help="how many of the likeliest tokens may be drawn")
     add("--temperature", type=float, help=f"0 is greedy (default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE})")
-    add("--seed", type=int, default=1234, help="of the draws, of a random prompt, of random weights")
+    add("--seed", type=int, default=1234, help="of draws (row r: + r), random prompt and weights")
 
     # by which model, in which form
     random_help = "a named config with random weights, e.g. llama-3-8b (default: weights of a checkpoint)"
@@ -68,7 +68,7 @@ def generate(argv: list[str] | None = None) -> Namespace:
     add("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
     add("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
     add("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    add("--deterministic", action="store_true", help="the same tokens run to run on a GPU, slower")
+    cli.refuse_old_flags(parser, {"--deterministic": "the only way that it runs; leave it out"})
 
     # what is measured
     compare_help = "time the dense model too, alternated (default: in short runs, where steps are fused)"

@@ -135,17 +135,15 @@ class SparseTransformer(Transformer):
     projection_class = SparseProjection
     sparsity = 0.0  # of the cuts that were set last: about the share that they cut
 
-    def forward(
-        self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0, dense_prefix: int | None = None
-    ) -> Tensor:
+    def forward(self, *inputs, dense_prefix: int | None = None, **options) -> Tensor:
         """Logits of the next token; see `Transformer.forward`.
 
         dense_prefix: None: a single token is cut (by the kernels), several are dense. n: see `cut_after`.
         """
         if dense_prefix is None:
-            return super().forward(idx, input_pos, num_logits)
+            return super().forward(*inputs, **options)
         with self.cut_after(dense_prefix):
-            return super().forward(idx, input_pos, num_logits)
+            return super().forward(*inputs, **options)
 
     @contextmanager
     def cut_after(self, dense_prefix: int) -> Iterator[None]:

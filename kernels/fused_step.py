@@ -3,7 +3,8 @@
     norm + qkv | rope + cache + attention | o + residual | norm + gate, up | SiLU x up + down + residual
 
 then norm + lm_head, and the sampling. Products accumulate in float32 by atomics: many programs of one warp keep the
-most loads in flight, and none waits for another but for a norm's rstd. A buffer that a product adds to is zeroed by an
+most loads in flight, and none waits for another but for a norm's rstd. Their sums lie on grids (`kernels.grids`), so
+that the order of the atomics changes nothing. A buffer that a product adds to is zeroed by an
 earlier launch.
 
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
@@ -21,37 +22,83 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import Module
 
-from kernels.plan import attention_prefetch
-from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd
+from kernels import plan
+from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd, snap
 
 HEAD_ROWS = 8  # tokens per program of the lm_head, and per group of the sampling
+JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
+BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
+
+
+class Residual(NamedTuple):
+    """The residual stream: h [dim], float32, its grid's fineness [dim], and beyond [1], int32; None: no grid.
+
+    beyond becomes 1 when h is found near where additions round. It is looked at after each layer.
+    """
+
+    h: Tensor
+    fineness: Tensor | None = None
+    beyond: Tensor | None = None
+
+
+@triton.jit
+def _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, N: tl.constexpr):
+    """Looks at h[i] of N; returns its fineness."""
+    fineness = tl.load(fineness_ptr + i, mask=i < N, other=1.0)
+    h = tl.load(h_ptr + i, mask=i < N, other=0.0)
+    if tl.max((tl.abs(h) * fineness > BEYOND).to(tl.int32), axis=0) > 0:
+        tl.store(beyond_ptr, 1)
+    return fineness
+
 
 # ---- the embedding
 
 
 @triton.jit
 def _embed_kernel(
-    token_ptr, embedding_ptr, h_ptr, slots_ptr,
+    token_ptr, embedding_ptr, h_ptr, fineness_ptr, beyond_ptr, slots_ptr,
     DIM: tl.constexpr, BLOCK: tl.constexpr, RSTD_BUFFER: tl.constexpr, PDL: tl.constexpr,
 ):
-    """h = embedding[token], float32; zeroes the slots that the lm_head's norm uses."""
+    """h = embedding[token], float32, after a look at the step before's; zeroes the slots of the lm_head's norm."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(slots_ptr + tl.arange(0, RSTD_BUFFER), tl.zeros((RSTD_BUFFER,), tl.float32))
     row = tl.load(token_ptr) * DIM
-    tl.store(h_ptr + i, tl.load(embedding_ptr + row + i, mask=i < DIM, other=0.0).to(tl.float32), mask=i < DIM)
+    h = tl.load(embedding_ptr + row + i, mask=i < DIM, other=0.0).to(tl.float32)
+    if fineness_ptr is not None:
+        h = snap(h, _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, DIM))
+    tl.store(h_ptr + i, h, mask=i < DIM)
 
 
-def launch_embed(token: Tensor, embedding: Tensor, h: Tensor, logits: Tensor, pdl: bool) -> None:
-    """h [dim] float32 = embedding[token]; readies `logits` for `launch_head`."""
+def launch_embed(token: Tensor, embedding: Tensor, residual: Residual, logits: Tensor, pdl: bool) -> None:
+    """h = embedding[token]; readies `logits` for `launch_head`."""
     n_vocab, dim = embedding.shape
     _embed_kernel[(triton.cdiv(dim, 1024),)](
-        token, embedding, h, logits[n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER, PDL=pdl
+        token, embedding, *residual, logits[n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER, PDL=pdl
     )
 
 
 # ---- attention
+
+
+@triton.jit
+def chunk_of(position):
+    """The chunk of attention of a position: 8 of 64 positions, 8 of 128, then all of 256; fixed, whatever the cache.
+
+    Fastest with 8 key/value heads (H100): 206 positions in 4 chunks, 1,224 and 4,296 in 16, 8,192 in 32.
+    """
+    return min(position // 64, min(8 + (position - 512) // 128, 16 + (position - 1536) // 256))
+
+
+@triton.jit
+def _chunk_start(chunk):
+    return 64 * (chunk + max(chunk - 8, 0) + 2 * max(chunk - 16, 0))
+
+
+def chunks_in(cache_length: int) -> int:
+    """How many chunks a cache has."""
+    return chunk_of.fn(cache_length - 1) + 1
 
 
 @triton.jit
@@ -65,51 +112,76 @@ def _of_qkv(x_ptr, bias_ptr, offsets, mask, DTYPE: tl.constexpr):
 
 @triton.jit
 def _join_chunks(
-    part_ptr, lse_ptr, heads, in_g, q_offsets, q_mask, SPLITS: tl.constexpr, N_HEAD: tl.constexpr, SIZE: tl.constexpr
+    part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr
 ):
-    """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps."""
-    s = tl.arange(0, SPLITS)[None, :]
-    lses = tl.load(lse_ptr + s * N_HEAD + heads[:, None], mask=in_g[:, None], other=0.0)
-    top = tl.max(lses, axis=1)
-    total = tl.sum(tl.exp(lses - top[:, None]), axis=1)
+    """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps, in order."""
+    top = tl.zeros_like(heads).to(tl.float32) - float("inf")
+    for start in range(0, n_chunks, JOINED):
+        s = start + tl.arange(0, JOINED)[None, :]
+        mask = in_g[:, None] & (s < n_chunks)
+        lses = tl.load(lse_ptr + s * N_HEAD + heads[:, None], mask=mask, other=float("-inf"))
+        top = tl.maximum(top, tl.max(lses, axis=1))
+    top = tl.where(in_g, top, 0.0)
 
+    # a chunk that is absent has weight 0, as an empty one has
+    total = tl.zeros_like(top)
     acc = tl.zeros_like(q_offsets).to(tl.float32)
-    for s in tl.static_range(SPLITS):
-        lse = tl.load(lse_ptr + s * N_HEAD + heads, mask=in_g, other=0.0)
-        part = tl.load(part_ptr + s * SIZE + q_offsets, mask=q_mask, other=0.0)
-        acc += tl.exp(lse - top)[:, None] * part
+    for start in range(0, n_chunks, JOINED):
+        for i in tl.static_range(JOINED):
+            s = start + i
+            present = in_g & (tl.zeros_like(heads) + s < n_chunks)
+            lse = tl.load(lse_ptr + s * N_HEAD + heads, mask=present, other=float("-inf"))
+            part = tl.load(part_ptr + s * SIZE + q_offsets, mask=q_mask & present[:, None], other=0.0)
+            weight = tl.exp(lse - top)
+            total += weight
+            acc += weight[:, None] * part
     return acc / total[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq_length", "splits", "n_pieces"])
 def _attention_kernel(
     # the new position's query, key and value, and the cache
     qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr,
     # the chunks' results, how many of a head have arrived, and the output
     part_ptr, lse_ptr, arrived_ptr, y_ptr,
-    # sizes: positions of the cache, of a chunk, and of the sliding window
-    seq_length, chunk, sliding_window, softmax_scale,
-    # what the additional programs prefetch, see `prefetch_gate_up`
-    h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, n_pieces,
-    # compiled in: heads and chunks; AHEAD: the `Operation` of gate|up, or None: nothing is prefetched
-    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
+    # sizes: positions of the cache, its chunks, and positions of the sliding window
+    seq_length, splits, sliding_window, softmax_scale,
+    # what additional programs look at and prefetch, see `_load_residual` and `prefetch_gate_up`
+    h_ptr, fineness_ptr, beyond_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, n_pieces,
+    # compiled in: heads; AHEAD: the `Operation` of gate|up, or None: nothing is prefetched
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One query over one chunk of a key/value head's cache. The head's last program to end joins the chunks' results.
 
-    The program whose chunk holds the new position rotates and caches the new key and value, and counts them.
+    The program whose chunk holds the new position rotates and caches the new key and value, and counts them. Chunks
+    beyond it take no part, so nothing depends on the cache's length, nor is anything compiled for it.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     head, split = tl.program_id(0), tl.program_id(1)
-    # programs beyond the chunks prefetch rows of gate|up, since attention leaves the memory idle
-    if AHEAD is not None:
-        if split >= SPLITS:
-            piece = (split - SPLITS) * N_KV + head
-            prefetch_gate_up(
-                piece, n_pieces, h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, AHEAD
-            )
-            return
+    # programs beyond the chunks: first some that look at h, then those that prefetch rows of gate|up, since attention
+    # leaves the memory idle
+    if split >= splits:
+        extra = (split - splits) * N_KV + head
+        if fineness_ptr is not None:
+            if extra < N_KV:
+                PART: tl.constexpr = triton.next_power_of_2((DIM + N_KV - 1) // N_KV)
+                if PDL:
+                    tl.extra.cuda.gdc_wait()
+                _load_residual(h_ptr, fineness_ptr, beyond_ptr, extra * PART + tl.arange(0, PART), DIM)
+            extra -= N_KV
+        if AHEAD is not None:
+            if extra >= 0:
+                prefetch_gate_up(
+                    extra, n_pieces, h_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, AHEAD
+                )
+        return
+
+    position = tl.load(position_ptr).to(tl.int32)
+    n_chunks = chunk_of(position) + 1
+    if split >= n_chunks:
+        return
 
     # tiles of positions, elements and query heads, of which the tensor cores want 16
     DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
@@ -123,15 +195,14 @@ def _attention_kernel(
     in_d, in_g = d < HEAD_DIM, g < HEADS_PER_KV
 
     # the rotation at the new position, in adjacent pairs of elements
-    position = tl.load(position_ptr).to(tl.int32)
     angle = position.to(tl.float32) * tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
     cos, sin = tl.cos(angle), tl.sin(angle)
     sin = tl.where(d % 2 == 0, -sin, sin)
 
     # this program's chunk of the cache, and its first keys and values: no launch of this step writes them
-    first = split * chunk
-    last = tl.minimum(first + chunk, position)
-    owner = (position >= first) & (position < first + chunk)
+    first = _chunk_start(split)
+    last = tl.minimum(_chunk_start(split + 1), position)
+    owner = split == n_chunks - 1
     if sliding_window is not None:
         first = tl.maximum(first, position - sliding_window + 1)
     cache = head.to(tl.int64) * seq_length * HEAD_DIM
@@ -182,20 +253,17 @@ def _attention_kernel(
         acc = acc * shrink[:, None] + tl.dot(p.to(DTYPE), v, input_precision="ieee")
         top = new_top
 
-    # a chunk beyond the position, or before the window, has no keys: its log-sum-exp is -inf
+    # a chunk before the window has no keys: its log-sum-exp is -inf
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, float("-inf"), top + tl.log(tl.where(empty, 1.0, total)))
-    if SPLITS > 1:
-        tl.store(part_ptr + split * (N_HEAD * HEAD_DIM) + q_offsets, acc, mask=q_mask)
-        tl.store(lse_ptr + split * N_HEAD + heads, lse, mask=in_g)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == SPLITS - 1:
-            tl.store(arrived_ptr + head, 0)
-            y = _join_chunks(part_ptr, lse_ptr, heads, in_g, q_offsets, q_mask, SPLITS, N_HEAD, N_HEAD * HEAD_DIM)
-            tl.store(y_ptr + q_offsets, y.to(DTYPE), mask=q_mask)
-    else:
-        tl.store(y_ptr + q_offsets, acc.to(DTYPE), mask=q_mask)
+    tl.store(part_ptr + split * (N_HEAD * HEAD_DIM) + q_offsets, acc, mask=q_mask)
+    tl.store(lse_ptr + split * N_HEAD + heads, lse, mask=in_g)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
+        tl.store(arrived_ptr + head, 0)
+        y = _join_chunks(part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD, N_HEAD * HEAD_DIM)
+        tl.store(y_ptr + q_offsets, y.to(DTYPE), mask=q_mask)
 
 
 class Chunks(NamedTuple):
@@ -211,31 +279,33 @@ class Chunks(NamedTuple):
 
 def launch_attention(
     qkv: Tensor, bias: Tensor | None, cache: Module, position: Tensor, inv_freq: Tensor, chunks: Chunks, y: Tensor,
-    sliding_window: int | None, ahead: tuple[Tensor, Norm, Product], pdl: bool,
+    sliding_window: int | None, residual: Residual, ahead: tuple[Norm, Product], pdl: bool,
 ) -> None:
     """Attention of the new position, cached on the way, to y [n_head head_dim] in the model's dtype.
 
     qkv: [(n_head + 2 n_kv) head_dim], float32; bias: the same or None.
     cache: with k_cache and v_cache, each [1, n_kv, seq_length, head_dim].
     sliding_window: how many keys the query sees, itself included; None: all.
-    ahead: h, ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`.
+    residual: looked at meanwhile; what qkv was made of.
+    ahead: ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`.
     """
     k_cache, v_cache = cache.k_cache, cache.v_cache
-    h, ffn_norm, gate_up = ahead
+    ffn_norm, gate_up = ahead
     weight = gate_up.weight
     _, n_kv, seq_length, head_dim = k_cache.shape
     splits, n_head = chunks.lse.shape
     shape = len(weight), sum(gate_up.segments)
-    n_pieces = attention_prefetch(*shape, gate_up.sparsity, gate_up.form, n_kv * splits) if pdl else 0
-
-    _attention_kernel[(n_kv, splits + triton.cdiv(n_pieces, n_kv))](
+    n_pieces = plan.attention_prefetch(*shape, gate_up.sparsity, gate_up.form) if pdl else 0
+    operation = gate_up.operation("norm", k_cache.dtype) if n_pieces else None
+    n_pieces *= n_kv * seq_length <= plan.CROWDED  # one kernel for caches of all lengths
+    looks = residual.fineness is not None
+    _attention_kernel[(n_kv, splits + looks + triton.cdiv(n_pieces, n_kv))](
         qkv, bias, k_cache, v_cache, position, inv_freq,
         *chunks, y,
-        seq_length, triton.cdiv(seq_length, splits), sliding_window, head_dim**-0.5,
-        h, ffn_norm.gain, gate_up.threshold, ffn_norm.last_rstd, weight.view(torch.uint8), weight[0].nbytes // 2,
-        n_pieces,
-        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, SPLITS=splits,
-        AHEAD=gate_up.operation("norm", k_cache.dtype) if n_pieces else None, PDL=pdl,
+        seq_length, splits, sliding_window, head_dim**-0.5,
+        *residual, ffn_norm.gain, gate_up.threshold, ffn_norm.last_rstd, weight.view(torch.uint8),
+        weight[0].nbytes // 2, n_pieces,
+        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, DIM=len(residual.h), AHEAD=operation, PDL=pdl,
         num_warps=4, launch_pdl=pdl,
     )
 
@@ -328,6 +398,19 @@ def _kth_largest(key, low, k, enough):
 
 
 @triton.jit
+def _mixed(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x21F0AAAD & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def random_bits(seed, position, token):
+    """`decoder.random_bits`."""
+    return _mixed(_mixed(_mixed(seed & 0xFFFFFFFF) + position & 0xFFFFFFFF) + token & 0xFFFFFFFF)
+
+
+@triton.jit
 def _sample_kernel(
     # what the lm_head left, and room for the groups that are looked at
     logits_ptr, top_ptr, groups_ptr,
@@ -370,8 +453,8 @@ def _sample_kernel(
     else:
         key = _ordered(logits)
         kept = key >= _kth_largest(key, bound, top_k, top_k)
-        uniform = tl.rand(tl.load(seed_ptr) + position * 1000003, token)
-        noise = -tl.log(-tl.log(tl.maximum(uniform, 1e-10)))
+        bits = random_bits(tl.load(seed_ptr), position + 1, token)
+        noise = -tl.log(-tl.log(((bits >> 9).to(tl.float32) + 0.5) * 2.0**-23))
         score = tl.where(kept & valid, logits / temperature + noise, float("-inf"))
     best = tl.max(score, axis=0)
     token = tl.min(tl.where(valid & (score == best), token, n_vocab - 1), axis=0)

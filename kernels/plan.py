@@ -1,15 +1,13 @@
 """How a product is launched on a GPU: its tile, its registers, and which rows are fetched before it may begin.
 
 A program is one warp. It takes some blocks of BLOCK_IN inputs and one tile of outputs, and adds its sums to the result
-by atomics. A plan changes the time of a launch, and the order of float32 sums where several programs share an output.
+by atomics. A plan depends on shapes, form and sparsity alone, since a block's own sum has an order.
 Everything here was measured on one H100 80GB HBM3; benchmarks/NOTES.md has the tables. A step is one token through the
 whole model at batch 1.
 """
 
 import math
 from typing import NamedTuple
-
-import torch
 
 from kernels.quantized import Form
 
@@ -88,10 +86,6 @@ def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> t
     wide = n_out > WIDE or (bits >= 16 and not sparsity and n_out > DENSE_WIDE)
     # Integers go by row: converting rows that are not needed costs what skipping them saves.
     rows = 0 if bits >= 16 else 4 if sparsity else 16
-
-    # Deterministic: a program takes all inputs, so there is one sum and one order.
-    if torch.are_deterministic_algorithms_enabled():
-        return blocks, 128, 4 if bits < 16 else 0
 
     # A small product, see RESIDENT. Beyond half of what fits, 64 outputs gain nothing more (llama-3.2-1b at 50 %: 0.708
     # ms with 128, 0.710 with 64); int4 gains nothing from 128 there (0.626 ms with 512, 0.649 with 128).
@@ -189,26 +183,18 @@ AHEAD_ROWS, AHEAD_BYTES = 128, 2048
 DENSE_ROWS_AHEAD, ROWS_AHEAD = 256, 768
 
 
-def attention_prefetch(n_in: int, n_out: int, sparsity: float, form: Form, programs: int) -> int:
-    """How many pieces of gate|up [n_in, n_out] are prefetched beside `programs` programs of attention.
+def attention_prefetch(n_in: int, n_out: int, sparsity: float, form: Form) -> int:
+    """How many pieces of gate|up [n_in, n_out] are prefetched beside attention, unless it reads CROWDED keys.
 
     llama-3-8b's step is 1.0, 1.4 and 1.4 % shorter with it at 40, 50 and 65 %, dense 0.8 %, llama-2-7b's 1.1 and 1.2 %
-    at 50 and 65 %; int8's and int4's is level. Beside 256 programs (8 key/value heads from 6,145 positions on) it is
-    0.6 to 1.3 % longer.
+    at 50 and 65 %; int8's and int4's is level.
     """
     half_bytes = n_out * form.bits // 16  # of gate's row, and of up's
-    if form.bits < 16 or n_in * n_out < LARGE or programs > 128 or half_bytes % 16:
+    if form.bits < 16 or n_in * n_out < LARGE or half_bytes % 16:
         return 0
     return (ROWS_AHEAD if sparsity else DENSE_ROWS_AHEAD) // AHEAD_ROWS * 2 * -(-half_bytes // AHEAD_BYTES)
 
 
-def attention_splits(seq_length: int, n_kv: int) -> int:
-    """Into how many chunks a cache is cut: enough programs for a GPU's multiprocessors, but no chunk much under 64.
-
-    A power of two, as the program that joins them needs it. Fastest with 8 key/value heads: 206 positions in 4 chunks,
-    1,224 and 4,296 in 16, 8,192 in 32.
-    """
-    most = max(1, 128 // n_kv)
-    if seq_length > 384 * most:
-        most *= 2
-    return 1 << (min(-(-seq_length // 64), most).bit_length() - 1)
+# Positions of the cache times key/value heads beyond which prefetching during attention makes a step 0.6 to 1.3 %
+# longer (8 heads, 6,145 positions).
+CROWDED = 49152

@@ -6,7 +6,6 @@ stays in L1 and concurrent atomics meet different addresses: that order alone to
 41.3 us.
 """
 
-import math
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -241,6 +240,13 @@ def _lowest_bit(bits):
 
 
 @triton.jit
+def snap(x, fineness):
+    """x float32 rounded to a multiple of 1 / fineness, a power of two: see `kernels.grids`."""
+    spacing = (0x7F000000 - fineness.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)  # 1 / fineness, exactly
+    return tl.floor(x * fineness + 0.5) * spacing
+
+
+@triton.jit
 def _outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: tl.constexpr):
     """Segment of a tile, its first output, and the end of its segment's outputs."""
     in_1, in_2 = (tile >= tiles_1).to(tl.int32), (tile >= tiles_2).to(tl.int32)
@@ -304,16 +310,18 @@ def _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols):
 def _gemv_kernel(
     # read and written
     x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr,
+    fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2,
     # the norm's epsilon, and the bits of 1.0, see `fraction`
     eps, one,
     # compiled in; ZERO: how much of zero_ptr each program fills
-    OP: tl.constexpr, PLAN: tl.constexpr, UNROLL: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+    OP: tl.constexpr, PLAN: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """out += W^T cut(x - shift) + offset: a program takes PLAN.blocks of inputs, one tile of outputs, one row of x.
 
-    Integers come as int32 words of four or eight outputs, by row only.
+    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. Integers
+    come as int32 words of four or eight outputs, by row only.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -346,8 +354,13 @@ def _gemv_kernel(
                 rows, constants, first, n_words,
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
-    # a small product would wait for its offsets at the end: 4 to 7 % of SmolLM2-135M's step (H100)
+    # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
+    # tile has no registers to hold the grid: qkv of llama-3-8b took 164 instead of 127, so not all programs ran at once
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
+    fineness = offset
+    EARLY: tl.constexpr = BLOCK_OUT <= 64
+    if fineness_ptr is not None and EARLY:
+        fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
     if OP.shift:
         if tl.program_id(1) == 0:
             offset = tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
@@ -375,24 +388,23 @@ def _gemv_kernel(
         low = ones
         weight_scale_ptr += row.to(tl.int64) * (n_out // OP.groupsize)
 
-    for _group in range(0, BLOCKS, UNROLL):
-        for _block in tl.static_range(UNROLL):
-            x, keep = _inputs(rows, operands, constants, rstd, OP)
-            if BLOCKS > 1:  # the next block's inputs come while this one's weights do
-                rows += BLOCK
-                operands = _load_inputs(rows, x_ptr, OP, "")
-                constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
+    for _block in tl.static_range(BLOCKS):
+        x, keep = _inputs(rows, operands, constants, rstd, OP)
+        if BLOCKS > 1:  # the next block's inputs come while this one's weights do
+            rows += BLOCK
+            operands = _load_inputs(rows, x_ptr, OP, "")
+            constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
 
-            if PLAN.rows > 0:
-                acc, ones, low = _add_kept_rows(
-                    acc, ones, low, x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one, OP, PLAN
-                )
-            else:
-                x = tl.where(keep, x, 0.0) if OP.cut else x
-                acc = (acc[0] + _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols),)
-            weight_ptr += BLOCK * n_words
-            if OP.bits == 4:
-                weight_scale_ptr += BLOCK * (n_out // OP.groupsize)
+        if PLAN.rows > 0:
+            acc, ones, low = _add_kept_rows(
+                acc, ones, low, x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one, OP, PLAN
+            )
+        else:
+            x = tl.where(keep, x, 0.0) if OP.cut else x
+            acc = (acc[0] + _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols),)
+        weight_ptr += BLOCK * n_words
+        if OP.bits == 4:
+            weight_scale_ptr += BLOCK * (n_out // OP.groupsize)
 
     # the sums of the outputs in their order, with int8's scale; the first row of programs adds the offsets
     total = acc[0]
@@ -403,6 +415,10 @@ def _gemv_kernel(
         total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
     if OP.shift:
         total += offset
+    if fineness_ptr is not None:
+        if not EARLY:
+            fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
+        total = snap(total, fineness)
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
@@ -417,6 +433,7 @@ class Product(NamedTuple):
     segments: widths of the S output segments, which add up to out.
     sparsity: about the share that the thresholds cut, which chooses the plan; 0 compiles the test out.
     offset: [out], float32, or None: no shifts.
+    fineness: [out], float32, of the outputs' grid, see `kernels.grids`; None: sums depend on the order of the programs.
     """
 
     weight: Tensor
@@ -425,6 +442,7 @@ class Product(NamedTuple):
     sparsity: float = 0.5
     weight_scale: Tensor | None = None
     offset: Tensor | None = None
+    fineness: Tensor | None = None
 
     @property
     def form(self) -> Form:
@@ -496,14 +514,14 @@ def launch_gemv(
     starts = _starts(product.segments)
     tiles = _starts([triton.cdiv(width, plan.block_out) for width in product.segments])
     grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
-    unroll = plan.blocks if plan.blocks < 4 else math.gcd(plan.blocks, 4)  # a deterministic program has too many
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
 
     _gemv_kernel[grid](
         x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, weight_scale,
+        product.fineness,
         starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
-        OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, UNROLL=unroll, ZERO=zero_block, PDL=pdl,
+        OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )
 

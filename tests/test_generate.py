@@ -42,10 +42,9 @@ BRIEF = ("--device", "cpu", "--precision", "float32", "--max_new_tokens", "8", "
 
 
 def draws(logits: list[float], count: int, temperature: float = 1.0, top_k: int = 100) -> torch.Tensor:
-    """Counts of `count` draws."""
-    torch.manual_seed(0)
+    """Counts of `count` draws, by rows of neighbouring seeds."""
     rows = torch.tensor(logits).expand(count, -1)
-    return sample(rows, temperature, top_k).flatten().bincount(minlength=len(logits))
+    return sample(rows, torch.arange(count)[:, None], 7, temperature, top_k).flatten().bincount(minlength=len(logits))
 
 
 def assert_drawn_from(counts: torch.Tensor, probabilities: torch.Tensor):
@@ -81,7 +80,7 @@ def test_what_is_impossible_is_never_drawn():
 def test_greedy_takes_the_likeliest():
     logits = torch.tensor([LOGITS, LOGITS[::-1]])
     for temperature, top_k in ((0, 200), (0, 1), (0.8, 1), (1e-4, 200)):
-        token = sample(logits.bfloat16(), temperature, top_k)
+        token = sample(logits.bfloat16(), torch.tensor([[1], [2]]), 0, temperature, top_k)
         assert token.dtype == torch.int64 and token.tolist() == [[3], [2]]
 
 
@@ -198,12 +197,38 @@ def test_a_prompt_of_one_token_is_dense(dense, sparse, batch):
 
 
 def test_a_seed_makes_the_draws(dense):
-    generator = Generator(dense, 1, 25, temperature=1.0)
     texts = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        texts.append(generator(prompts(), 20).tokens)
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    for seed in (1, 1 + 2**32, 2):
+        torch.manual_seed(seed)  # does not matter
+        generator = Generator(dense, 1, 25, temperature=1.0, seed=seed)
+        texts += [generator(prompts(), 20).tokens, generator(prompts(), 20).tokens]
+    assert all(torch.equal(text, texts[0]) for text in texts[:4]) and torch.equal(texts[4], texts[5])
+    assert not torch.equal(texts[0], texts[4])
+
+
+@pytest.mark.parametrize("step", ["eager", "fused"])
+def test_the_first_token_is_drawn_by_the_seed_too(dense, sparse, step):
+    model = sparse if step == "fused" else dense
+    first = {Generator(model, 1, 25, 5.0, 300, step, seed=seed)(prompts(), 1).tokens[0, -1].item() for seed in range(9)}
+    assert len(first) > 4
+
+
+def test_a_row_draws_by_its_own_seed(dense):
+    prompt = prompts(1).expand(3, -1)
+    rows = Generator(dense, 3, 25, 1.0, seed=4)(prompt, 20).tokens
+    for r, row in enumerate(rows):
+        assert torch.equal(Generator(dense, 1, 25, 1.0, seed=4 + r)(prompt[:1], 20).tokens[0], row)
+
+
+def test_a_prompts_pass_does_not_depend_on_the_caches_length(dense):
+    """To the bit: what it leaves in the cache, which holds another text's keys and values from before."""
+    left = []
+    for length in (30, 61):
+        generator = Generator(dense, 1, length, 0)
+        generator(prompts(1, 25), 3)
+        generator(prompts(1, 9), 1)
+        left.append([block.attention.kv_cache.k_cache[:, :, :9].clone() for block in dense.layers])
+    assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
 
 
 def test_counts_are_those_of_the_decode_steps(sparse):
@@ -341,7 +366,11 @@ def test_a_single_new_token(cli, calibrated):
 
 def test_without_json_there_is_none(cli, tiny):
     output = cli("--checkpoint_path", tiny / "model.safetensors", *BRIEF)
-    assert "{" not in output and "tokens/s" in output and output.startswith(generate.DEFAULT_PROMPT)
+    assert (
+        not output.splitlines()[-1].startswith("{")
+        and "tokens/s" in output
+        and output.startswith(generate.DEFAULT_PROMPT)
+    )
 
 
 def test_the_seed_makes_the_text(cli, tiny):
@@ -447,17 +476,26 @@ def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
         (("--compile",), "fused", ""),
         (("--compile", "--unfused"), "compiled", "through torch.compile, not the fused step: --unfused"),
         (("--compile", "--batch_size", 2), "compiled", "through torch.compile, not the fused step: it serves one row"),
-        (("--compile", "--deterministic"), "fused", ""),
     ],
 )
 def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
-    try:
-        o = options.generate(list(map(str, given)))
-        assert generate.choose_step(o, read_config(tiny), torch.device("cpu")) == form
-    finally:
-        torch.use_deterministic_algorithms(False)
+    o = options.generate(list(map(str, given)))
+    assert generate.choose_step(o, read_config(tiny), torch.device("cpu")) == form
     said = capsys.readouterr().err
     assert line in said and bool(line) == bool(said)
+
+
+def test_a_flag_of_an_earlier_version_says_what_it_is_now():
+    with pytest.raises(ValueError, match="--deterministic is now the only way that it runs; leave it out"):
+        options.generate(["--deterministic"])
+
+
+def test_sums_beyond_their_grid_are_reported_in_one_line(cli, calibrated, capsys, monkeypatch):
+    for left in (False, True):
+        monkeypatch.setattr(Generator, "left_grid", left)
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint_path", str(calibrated), *BRIEF])
+        generate.main()
+        assert capsys.readouterr().err.count("a sum grew beyond its grid: another run may give other tokens\n") == left
 
 
 def test_the_first_build_of_the_kernels_is_announced(tiny, capsys, monkeypatch, tmp_path):
@@ -523,8 +561,9 @@ def test_interactive_beyond_the_context(cli, monkeypatch, copy):
     (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
     output = chat(cli, monkeypatch, copy, f"Hello\n{'rivers ' * 200}\nHello\n", "--max_new_tokens", 30)
     assert "do not fit the chat's context of 160" in output
-    answers = [part.split("\n[")[0] for part in output.split("Your prompt: ")]
-    assert answers[1] == answers[3] and output.count("[30 tokens") == 2
+    without = chat(cli, monkeypatch, copy, "Hello\nHello\n", "--max_new_tokens", 30)
+    answers, expected = ([part.split("\n[")[0] for part in o.split("Your prompt: ")] for o in (output, without))
+    assert [answers[1], answers[3]] == expected[1:3]  # the message is left out, the history stays
 
 
 def test_only_ascii_digits_are_a_number_of_tokens(tiny):
