@@ -198,10 +198,7 @@ def calibrate_random(model: SparseTransformer) -> Statistics:
 
 
 def statistics_for(folder: Path, path: str | Path | None, model: SparseTransformer) -> Statistics:
-    """The statistics in `path`, else those beside the checkpoint, which are made (once, of its own text) if absent.
-
-    Raises ValueError for a file that cannot be read or belongs to another checkpoint.
-    """
+    """Statistics in `path`, else beside the checkpoint, made once of its own text. Raises as `load_statistics` does."""
     beside = folder / STATISTICS_NAME
     if path is None and not beside.exists():
         statistics = calibrate(folder, model)

@@ -5,12 +5,12 @@ python quantize.py --mode int4 --data c4.jsonl --groupsize 32           # error 
 python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # default OUT: DIR-int8
 python quantize.py --mode int8 --num_tokens 0                           # to nearest, no text
 
-generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. An input's row is a row of the
-[in, out] weight as before, so a cut input skips its bytes. int8 is symmetric with one scale per output, applied once to
-its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's outputs, which a cut input skips too.
-q, k, v and lm_head are int8 in both. The embedding and the norms keep their dtype; a tied lm_head becomes a tensor of
-its own. Cut tables go along, and to int8 the statistics, too. int4 has better tables of its own: with the original's
-its perplexity was 0.2 to 0.6 % higher at 40 % and more (SmolLM2-135M).
+generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. int8 is symmetric with one
+scale per output, applied once to its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's
+outputs. A cut input skips the bytes of its weights, and of its s and m. q, k, v and lm_head are int8 in both modes. The
+embedding and the norms keep their dtype; a tied lm_head becomes a tensor of its own. Cut tables go along, to int8 the
+statistics too. int4 has better tables of its own: with the original's its perplexity was 0.2 to 0.6 % higher at 40 %
+and more (SmolLM2-135M).
 
 Weights are rounded input by input, from those in --precision. The inputs not yet rounded make up for what that does to
 the outputs on the text. Memory: the model, the text's hidden states, eight float32 matrices [in, in] for one layer,
@@ -118,10 +118,7 @@ def gptq(weight: Tensor, hessian: Tensor, rounding: Callable[[Tensor], tuple[Ten
 
 
 def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
-    """A projection's tensors as the checkpoint holds them, of its weight [in, out]; `hessian` is that of `gptq`.
-
-    Raises ValueError for weights or inputs that are not finite.
-    """
+    """A projection's tensors for the checkpoint, of its weight [in, out] and gptq's hessian; ValueError: not finite."""
     weight = weight.float()
     if not weight.isfinite().all():
         raise ValueError(f"{name} cannot be quantised, it has weights that are not finite")

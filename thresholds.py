@@ -93,9 +93,8 @@ class Statistics:
     def threshold(self, layer: int, projection: str, sparsity: float) -> float:
         """The t for which a share `sparsity` of the projection's inputs has |x| <= t; 0 for sparsity 0.
 
-        Precise to 0.001 of sparsity (in bfloat16 to the share of one value). TEAL's histograms give TEAL's own
-        threshold, the quantile (1 + sparsity) / 2 of x, which supposes symmetry.
-        Raises ValueError: a sparsity outside [0, 1), an unknown projection, a layer that is not there.
+        Precise to 0.001 of sparsity (in bfloat16 to the share of one value). Of TEAL's histograms it is TEAL's own, the
+        quantile (1 + sparsity) / 2 of x. Raises ValueError as `get` does, and for a sparsity outside [0, 1).
         """
         if self.metadata["kind"] == "own":
             return _quantile(sparsity, sparsity, PROBABILITIES, self.get(layer, projection, "magnitude"))
@@ -419,8 +418,7 @@ def best_rule(sparsity: float, folder: Path | None) -> str:
     """The first of `RULES` whose table for this checkpoint reaches the sparsity; else uniform."""
     warn_of_old_files(folder)
     for rule in SCRIPTS if sparsity else ():
-        table = find_table(rule, folder)
-        if table and sparsity <= table.levels[-1]:
+        if (table := find_table(rule, folder)) and sparsity <= table.levels[-1]:
             return rule
     return "uniform"
 

@@ -27,6 +27,7 @@ Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
 COPIED_FILES = (
     "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
     "added_tokens.json chat_template.jinja chat_template.json"
@@ -45,7 +46,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     loaded = [file.name for file in weight_files(folder)]
     if not loaded:
         raise ValueError(f"{folder} has no model.safetensors, model.safetensors.index.json or model.pth")
-    if path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".gguf") and path != folder and path.name not in loaded:
+    if path.suffix in WEIGHT_SUFFIXES and path != folder and path.name not in loaded:
         raise ValueError(f"{path} is not a weight file that is loaded; the checkpoint in {folder} is in {loaded[0]}")
     return folder
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from formats import checkpoint
-from formats.checkpoint import COPIED_FILES, Shapes, Source
+from formats.checkpoint import COPIED_FILES, WEIGHT_SUFFIXES, Shapes, Source
 from formats.config import config_fields
 from formats.files import one_line, read_json, write_json
 
@@ -55,7 +55,7 @@ def source_files(folder: Path) -> list[Path]:
     for pattern in (*SHARDS, "*.safetensors", "pytorch_model*.bin"):
         if files := sorted(f for f in folder.glob(pattern) if not OTHER_WEIGHTS.search(f.name)):
             return files
-    others = sorted(f.name for kind in ("safetensors", "bin", "pt", "pth", "gguf") for f in folder.glob(f"*.{kind}"))
+    others = sorted(f.name for f in folder.glob("*") if f.suffix in WEIGHT_SUFFIXES)
     found = f"; it has {', '.join(others[:5])}, which are not a model in Hugging Face's form" if others else ""
     raise ValueError(f"{folder} holds no *.safetensors and no pytorch_model*.bin{found}")
 

@@ -59,8 +59,8 @@ def read_documents(source: str | Path, lines: bool = False) -> Iterator[Iterator
     for record in read_records(path):
         parts = [record.get(key) for key in (("text",) if "text" in record else ("prefix", "gold_completion"))]
         if not all(isinstance(part, str) for part in parts):
-            wanted = "the field text, or prefix and gold_completion"
-            raise ValueError(f"a line of {path} is not a JSON object with {wanted}, of strings: {shown(record)}")
+            wanted = "a JSON object with the field text, or prefix and gold_completion, of strings"
+            raise ValueError(f"a line of {path} is not {wanted}: {shown(record)}")
         yield io.StringIO("".join(parts)) if lines else iter(parts)
 
 
@@ -97,8 +97,7 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
     that cannot be read or is too short.
     """
     tokens: list[int] = []
-    documents = itertools.chain.from_iterable(map(read_documents, data))
-    texts = (itertools.chain(document, ["\n\n"]) for document in documents)
+    texts = (itertools.chain(document, ["\n\n"]) for source in data for document in read_documents(source))
     size = min(PIECE, CHUNK + 8 * num_tokens)
     for ids in itertools.chain.from_iterable(encode_pieces(text, tokenizer, size) for text in texts):
         tokens += ids
