@@ -169,7 +169,7 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
 def calibration_tokens(
     folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int
 ) -> tuple[Tensor, str]:
-    """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; the text's name.
+    """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
     Raises ValueError for a text that cannot be read or is too short, or a tokenizer of another model.
     """

@@ -9,8 +9,7 @@ generate.py, eval.py, calibrate.py and greedy.py take the result as any other ch
 scale per output, applied once to its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's
 outputs. A cut input skips the bytes of its weights, and of its s and m. q, k, v and lm_head are int8 in both modes. The
 embedding and the norms keep their dtype; a tied lm_head becomes a tensor of its own. Cut tables go along, to int8 the
-statistics too. int4 has better tables of its own: with the original's its perplexity was 0.2 to 0.6 % higher at 40 %
-and more (SmolLM2-135M).
+statistics too. Make int4 tables of its own: at 40 % and more perplexity is 0.2 to 0.6 % lower (SmolLM2-135M).
 
 Weights are rounded input by input, from those in --precision. The inputs not yet rounded make up for what that does to
 the outputs on the text. Memory: the model, the text's hidden states, eight float32 matrices [in, in] for one layer,

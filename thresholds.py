@@ -288,10 +288,7 @@ class CutTable:
         self.tensors = {name: tensor.clamp(-most, most).half() for name, tensor in self.tensors.items()}
 
     def perplexity_at(self, sparsity: float) -> tuple[float, float, str] | None:
-        """Perplexity of the dense model and at this sparsity, and the text's name, by the table's own record.
-
-        None without a record. Between two recorded sparsities the logarithm of the perplexity is taken to be linear.
-        """
+        """Perplexity, dense and at this sparsity (log-linear between records), and the text's name; None: no record."""
         if "quality" not in self.metadata:
             return None
         record = parse_json(self.metadata["quality"], "its quality")

@@ -199,8 +199,8 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
 
 
 def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
-    kind, tokens, types = meta.read("tokenizer.ggml.model", str), *_tokens(meta)
-    pre = meta.read("tokenizer.ggml.pre", str, "")
+    kind, pre = meta.read("tokenizer.ggml.model", str), meta.read("tokenizer.ggml.pre", str, "")
+    tokens, types = _tokens(meta)
     if kind == "gpt2":
         if not pre:
             warnings.warn("without tokenizer.ggml.pre, texts are split as llama.cpp does by default", stacklevel=2)
