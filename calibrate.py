@@ -7,8 +7,7 @@
 
 The dense model reads the text once, in the dtype of the run. A block has four inputs (q, k and v share one, gate and up
 another). The script counts the distributions of each input x, of |x| and, per projection, of |x_i| * ||W_:,i||_2.
-The counts take 3.9 MB per block on the model's device, whatever the text's length: 315 MB for a 70B model, besides its
-weights and about 1 GB for a window's widest inputs in float32. The file of a 70B model has 64 MB.
+The counts of a 70B model take 315 MB on its device, a window's widest inputs about 1 GB in float32, the file 64 MB.
 """
 
 if __name__ == "__main__":
@@ -17,6 +16,7 @@ if __name__ == "__main__":
     run_script("calibrate")
 
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +47,8 @@ def bit_histogram(x: Tensor) -> Tensor:
     """Counts of x (float32, any shape) in the bins of `bin_edges`, [2, bins], int64: row 0 is x >= 0, row 1 x < 0."""
     key = (x.view(torch.int32).flatten() + (1 << DROPPED_BITS >> 1) >> DROPPED_BITS) & ((1 << 18) - 1)
     counts = torch.bincount(key, minlength=1 << 18).view(2, -1)
-    ends = [counts[:, 1:FIRST].sum(1, keepdim=True), counts[:, LAST:].sum(1, keepdim=True)]
-    return torch.cat([counts[:, :1], ends[0], counts[:, FIRST:LAST], ends[1]], dim=1)
+    below, above = counts[:, 1:FIRST].sum(1, keepdim=True), counts[:, LAST:].sum(1, keepdim=True)
+    return torch.cat([counts[:, :1], below, counts[:, FIRST:LAST], above], dim=1)
 
 
 def bin_edges() -> np.ndarray:
@@ -122,15 +122,12 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
 
     # every input is counted on its way into its projections
     recorders = [Recorder(module) for module in model.sites]
-    hooks = [m.register_forward_pre_hook(recorder) for m, recorder in zip(model.sites, recorders, strict=True)]
-    try:
-        with tqdm(total=tokens.numel(), desc="calibrating", unit="tok") as progress:
-            for windows in tokens.split(max(1, WINDOW // tokens.shape[1])):
-                model(windows.to(recorders[0].powers.device), num_logits=1)
-                progress.update(windows.numel())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, tqdm(total=tokens.numel(), desc="calibrating", unit="tok") as progress:
+        for module, recorder in zip(model.sites, recorders, strict=True):
+            hooks.enter_context(module.register_forward_pre_hook(recorder))
+        for windows in tokens.split(max(1, WINDOW // tokens.shape[1])):
+            model(windows.to(model.device), num_logits=1)
+            progress.update(windows.numel())
 
     # counts to distributions
     tensors = {}
@@ -146,8 +143,7 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
 def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
     """Text that the dense model writes at temperature 1: rows [N, T], int64, of up to 128 tokens from the start token.
 
-    At least `num_tokens` in all. 32 rows at a time go through the KV cache, which is released at the end. Raises
-    ValueError if the model's output is not finite.
+    At least `num_tokens` in all; the KV cache is released at the end. Raises ValueError for output that is not finite.
     """
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -173,16 +169,16 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
 def calibration_tokens(
     folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int
 ) -> tuple[Tensor, str]:
-    """Windows of token ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
+    """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
     Raises ValueError for a text that cannot be read or is too short, or a tokenizer of another model.
     """
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    if data is None:
-        start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
-        return self_written_text(model, start, num_tokens, seed), f"the model's own, seed {seed}"
-    names = " ".join(Path(source).name for source in data)
-    return text_windows(data, tokenizer, num_tokens, model.config.block_size), names
+    if data is not None:
+        names = " ".join(Path(source).name for source in data)
+        return text_windows(data, tokenizer, num_tokens, model.config.block_size), names
+    start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
+    return self_written_text(model, start, num_tokens, seed), f"the model's own, seed {seed}"
 
 
 def calibrate(
@@ -197,15 +193,12 @@ def calibrate(
 
 def calibrate_random(model: SparseTransformer) -> Statistics:
     """Statistics of a model with random weights, over random tokens (what it would write is no different)."""
-    shape = (WINDOW // OWN_ROW, OWN_ROW)
-    return collect(model, torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    return collect(model, torch.randint(model.config.vocab_size, (WINDOW // OWN_ROW, OWN_ROW), generator=generator))
 
 
 def statistics_for(folder: Path, path: str | Path | None, model: SparseTransformer) -> Statistics:
-    """The statistics in `path`, else those beside the checkpoint, which are made (once, of its own text) if absent.
-
-    Raises ValueError for a file that cannot be read or belongs to another checkpoint.
-    """
+    """Statistics in `path`, else beside the checkpoint, made once of its own text. Raises as `load_statistics` does."""
     beside = folder / STATISTICS_NAME
     if path is None and not beside.exists():
         statistics = calibrate(folder, model)
@@ -222,8 +215,7 @@ def plot(statistics: Statistics, path: Path) -> None:
     from matplotlib.figure import Figure
 
     # five layers, from the first to the last
-    last = statistics.n_layer - 1
-    layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
+    layers = sorted({i * (statistics.n_layer - 1) // 4 for i in range(5)})
     figure = Figure(figsize=(2.6 * len(layers), 8), layout="constrained")
     axes = figure.subplots(4, len(layers), squeeze=False)
 
@@ -243,9 +235,8 @@ def plot(statistics: Statistics, path: Path) -> None:
             axis.axvspan(-cut, cut, color="#d9772b", alpha=0.15, linewidth=0)
             axis.axvline(mean, color="#a01c1c", linewidth=0.8, linestyle="--")
             axis.set_title(f"layer {layer}: std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
-            axis.tick_params(labelsize=7)
+            axis.tick_params(labelsize=7, left=False, labelleft=False)
             axis.locator_params(axis="x", nbins=5)
-            axis.set_yticks([])
         row[0].set_ylabel(f"input of {', '.join(projections)}")
 
     figure.suptitle("Inputs (96 % of them): density, mean (red), what 50 % sparsity cuts (shaded)", fontsize=10)

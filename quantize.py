@@ -5,16 +5,15 @@ python quantize.py --mode int4 --data c4.jsonl --groupsize 32           # error 
 python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # default OUT: DIR-int8
 python quantize.py --mode int8 --num_tokens 0                           # to nearest, no text
 
-generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. An input's row is a row of the
-[in, out] weight as before, so a cut input skips its bytes. int8 is symmetric with one scale per output, applied once to
-its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's outputs, which a cut input skips too.
-q, k, v and lm_head are int8 in both. The embedding and the norms keep their dtype; a tied lm_head becomes a tensor of
-its own. Cut tables go along, and to int8 the statistics, too. int4 has better tables of its own: with the original's
-its perplexity was 0.2 to 0.6 % higher at 40 % and more (SmolLM2-135M).
+generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. int8 is symmetric with one
+scale per output, applied once to its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's
+outputs. A cut input skips the bytes of its weights, and of its s and m. q, k, v and lm_head are int8 in both modes. The
+embedding and the norms keep their dtype; a tied lm_head becomes a tensor of its own. Cut tables go along, to int8 the
+statistics too. Make int4 tables of its own: at 40 % and more perplexity is 0.2 to 0.6 % lower (SmolLM2-135M).
 
-Weights are rounded input by input. The inputs not yet rounded make up for what that does to the outputs on the text,
-starting from the weights in --precision. Memory: the model, the text's hidden states, eight float32 matrices [in, in]
-for one layer, lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
+Weights are rounded input by input, from those in --precision. The inputs not yet rounded make up for what that does to
+the outputs on the text. Memory: the model, the text's hidden states, eight float32 matrices [in, in] for one layer,
+lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
 """
 
 if __name__ == "__main__":
@@ -22,9 +21,9 @@ if __name__ == "__main__":
 
     run_script("quantize")
 
-import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from tqdm import tqdm
 import options
 from calibrate import calibration_tokens
 from cli import placement
-from formats.checkpoint import COPIED_FILES, Source, convert, fingerprint, load_weights, write_weights
+from formats.checkpoint import Source, convert, copy_files, fingerprint, load_weights, write_weights
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, read_json, write_json
 from formats.text import WINDOW
@@ -48,8 +47,6 @@ from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, find_tabl
 QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1", "w3", "w13", "w2", "output")}
 DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
 SPANS = (0.8, 1.0, 5)  # of a group's range, from which int4's least squares start: first, last, how many
-
-Rounding = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def int8_scale(weight: Tensor) -> Tensor:
@@ -89,12 +86,11 @@ def _codes(group: Tensor, s: Tensor, m: Tensor) -> Tensor:
     return ((group - m) / torch.where(s == 0, 1.0, s)).round_().clamp_(0, 15)
 
 
-def gptq(weight: Tensor, hessian: Tensor, rounding: Rounding) -> list[Tensor]:
+def gptq(weight: Tensor, hessian: Tensor, rounding: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
     """Rounds a weight's rows by falling diagonal; those that follow make up for each row's error, by least squares.
 
-    weight: [in, out], float32.
-    hessian: [in, in], float32, the sum of x x^T over inputs x; zeros: every row is rounded alone. It is changed.
-    rounding: of a row [out], to what the row becomes and whatever is stored of it.
+    weight: [in, out], float32; hessian: [in, in], float32, the sum of x x^T over inputs x (zeros: every row is rounded
+    alone), is changed; rounding: of a row [out], to what the row becomes and whatever is stored of it.
 
     Returns what is stored, each [in, ...].
     """
@@ -121,10 +117,7 @@ def gptq(weight: Tensor, hessian: Tensor, rounding: Rounding) -> list[Tensor]:
 
 
 def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
-    """A projection's tensors as the checkpoint holds them, of its weight [in, out]; `hessian` is that of `gptq`.
-
-    Raises ValueError for weights or inputs that are not finite.
-    """
+    """A projection's tensors for the checkpoint, of its weight [in, out] and gptq's hessian; ValueError: not finite."""
     weight = weight.float()
     if not weight.isfinite().all():
         raise ValueError(f"{name} cannot be quantised, it has weights that are not finite")
@@ -150,18 +143,16 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
     """Quantised tensors by name, for inputs that windows [N, T] (int64) give densely. Raises as `quantize_weight`."""
     batches = windows.split(max(1, WINDOW // windows.shape[1])) if len(windows) else ()
     sensitive = replace(model.config, quant=mode).sensitive_quant
-    tensors = {}
-
-    zeros = partial(torch.zeros, device=model.device)
+    tensors, zeros = {}, partial(torch.zeros, device=model.device)
 
     for layer in tqdm(model.walk(batches), total=model.config.n_layer, desc="quantising", unit="layer"):
         # the second moments of each site's inputs
         modules = {site: layer.block.get_submodule(place.module) for site, place in SITES.items()}
         hessians = {site: zeros(len(m.weight), len(m.weight)) for site, m in modules.items()}
-        hooks = [m.register_forward_pre_hook(partial(add_moments, hessians[site])) for site, m in modules.items()]
-        states = layer.outputs
-        for hook in hooks:
-            hook.remove()
+        with ExitStack() as hooks:
+            for site, module in modules.items():
+                hooks.enter_context(module.register_forward_pre_hook(partial(add_moments, hessians[site])))
+            states = layer.outputs
 
         # round with them
         for site, module in modules.items():
@@ -177,13 +168,12 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
 
 
 def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
-    """Statistics (int8 only) and cut tables of the checkpoint in `folder`, by the names of their files.
-
-    Says on stderr what stays behind, and why: int4's statistics, what cannot be read or is of another checkpoint.
-    """
+    """Statistics (int8 only) and cut tables of the checkpoint in `folder`, by file name; says what stays behind."""
     path = folder / STATISTICS_NAME
     warn_of_old_files(folder)
-    readers = {f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS}
+    readers: dict[str, Callable] = {
+        f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS
+    }
     readers |= {STATISTICS_NAME: partial(load_statistics, path, folder)} if path.is_file() else {}
     artifacts = {}
     for name, read in readers.items():
@@ -218,9 +208,7 @@ def main(argv: list[str] | None = None) -> Path:
 
         # what is not quantised stays as it is
         weights = {n: w for n, w in load_weights(folder).items() if ".".join(n.split(".")[-2:]) not in QUANTIZED}
-        for name in COPIED_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, part / name)
+        copy_files(folder, part)
         made = {"mode": o.mode, "text": text, "tokens": windows.numel()}
         made |= {"groupsize": o.groupsize} if o.mode == "int4" else {}
         write_json(part / "config.json", {**read_json(folder / "config.json"), "quantization": made})

@@ -37,14 +37,13 @@ TABLE_FORMAT = "cut table 1"
 ASSETS = Path(__file__).parent / "assets"  # tables that come with this repository, a folder per model
 SCRIPTS = {"refined": "refine.py", "greedy": "greedy.py"}  # the script that makes a rule's table; the best rule first
 OLD_FILES = {"allocation_greedy.json": "greedy", "allocation_global.safetensors": "refined"}
-OLD_RULES = {"global": "refined"}
 
 
 class Statistics:
     """Distributions of the inputs of a model's projections.
 
     tensors: by "<layer>.<site or projection>.<name>"; see `get`, of TEAL's `teal_statistics`.
-    metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint.
+    metadata: strings: kind ("own" or "teal"), and of own ones tokens, dtype, text, fingerprint (if it is known).
     """
 
     def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
@@ -55,10 +54,7 @@ class Statistics:
         return 1 + max(int(name.split(".")[0]) for name in self.tensors)
 
     def check(self) -> None:
-        """Raises ValueError for tensors that are not what `get` and TEAL's histograms say, or a layer between missing.
-
-        Values of `pooled` may be NaN: an input that is always 0 has no kurtosis.
-        """
+        """Raises ValueError for tensors that are not what `get` and TEAL's histograms say, or a missing layer."""
         layers = set()
         for name, tensor in self.tensors.items():
             layer, owner, kind = [*name.split("."), "", ""][:3]
@@ -73,11 +69,6 @@ class Statistics:
         kind = self.metadata.get("kind")
         if kind not in ("own", "teal") or not layers or (kind == "own" and layers != set(range(len(layers)))):
             raise ValueError("layers of it, or its kind, are missing")
-
-    @property
-    def fingerprint(self) -> str | None:
-        """`formats.checkpoint.fingerprint` of the checkpoint (or its int8 form) that they are of; None: unknown."""
-        return self.metadata.get("fingerprint")
 
     def get(self, layer: int, projection: str, name: str) -> Tensor:
         """One tensor, float32 unless said otherwise, of a projection's input (or of that and the projection's weights).
@@ -102,29 +93,18 @@ class Statistics:
     def threshold(self, layer: int, projection: str, sparsity: float) -> float:
         """The t for which a share `sparsity` of the projection's inputs has |x| <= t; 0 for sparsity 0.
 
-        Precise to 0.001 of sparsity (in bfloat16 to the share of one value). TEAL's histograms give TEAL's own
-        threshold, the quantile (1 + sparsity) / 2 of x, which supposes symmetry.
-        Raises ValueError: a sparsity outside [0, 1), an unknown projection, a layer that is not there.
+        Precise to 0.001 of sparsity (in bfloat16 to the share of one value). Of TEAL's histograms it is TEAL's own, the
+        quantile (1 + sparsity) / 2 of x. Raises ValueError as `get` does, and for a sparsity outside [0, 1).
         """
         if self.metadata["kind"] == "own":
-            return self._quantile(layer, projection, "magnitude", sparsity)
-        cumulative, centers = (self.get(layer, projection, name).numpy() for name in ("cumulative", "centers"))
-        _check_sparsity(sparsity)
-        value = float(np.interp((0.5 + sparsity / 2) * cumulative[-1], cumulative, centers))
-        return max(0.0, value) if sparsity else 0.0  # below 0 where more than half of x is
+            return _quantile(sparsity, sparsity, PROBABILITIES, self.get(layer, projection, "magnitude"))
+        cumulative, centers = (self.get(layer, projection, name) for name in ("cumulative", "centers"))
+        share = (0.5 + sparsity / 2) * cumulative.numpy()[-1]
+        return max(0.0, _quantile(sparsity, share, cumulative, centers))  # below 0 where more than half of x is
 
     def weighted_threshold(self, layer: int, projection: str, sparsity: float) -> float:
         """The t for which a share `sparsity` has |x_i| * c_i <= t, c the `column_norms`. Raises as `threshold` does."""
-        return self._quantile(layer, projection, "weighted", sparsity)
-
-    def _quantile(self, layer: int, projection: str, name: str, sparsity: float) -> float:
-        values = self.get(layer, projection, name)
-        _check_sparsity(sparsity)
-        return float(np.interp(sparsity, PROBABILITIES, values.numpy())) if sparsity else 0.0
-
-    def check_fingerprint(self, folder: Path) -> None:
-        """Raises ValueError if they were taken from another checkpoint than the one in `folder`."""
-        check_fingerprint(self.fingerprint, folder, "the statistics are", "calibrate.py")
+        return _quantile(sparsity, sparsity, PROBABILITIES, self.get(layer, projection, "weighted"))
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot, or if `check` does."""
@@ -134,22 +114,14 @@ class Statistics:
 
 
 # Of each kind of a statistic: its shape (None: any length), its least value (None: any, NaN too), whether it rises.
-KINDS = {
-    "signed": ((len(PROBABILITIES),), -math.inf, True),
-    "magnitude": ((len(PROBABILITIES),), 0.0, True),
-    "weighted": ((len(PROBABILITIES),), 0.0, True),
-    "column_norms": ((None,), 0.0),
-    "channel_mean": ((None,),),
-    "channel_second_moment": ((None,), 0.0),
-    "pooled": ((3,), None),
-    "cumulative": ((None,), 0.0, True),
-    "centers": ((None,), -math.inf, True),
-}
+# An input that is always 0 has no kurtosis: `pooled` then holds NaN.
+KINDS: dict[str, tuple] = dict.fromkeys(("magnitude", "weighted"), ((len(PROBABILITIES),), 0.0, True))
+KINDS |= {"signed": ((len(PROBABILITIES),), -math.inf, True), "pooled": ((3,), None)}
+KINDS |= {"column_norms": ((None,), 0.0), "channel_mean": ((None,),), "channel_second_moment": ((None,), 0.0)}
+KINDS |= {"cumulative": ((None,), 0.0, True), "centers": ((None,), -math.inf, True)}
 
 
-def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int | None, ...], least: float | None = -math.inf, rising: bool = False
-) -> None:
+def check_tensor(name: str, tensor: Tensor, shape: tuple, least: float | None = -math.inf, rising=False) -> None:
     """Raises ValueError for a tensor of an artifact that is not floating, finite, of this shape and at least `least`.
 
     None stands for any length but 0 in the shape, and for any value, NaN too. `rising`: nor falls its last dimension.
@@ -170,19 +142,17 @@ def check_tensor(
         raise ValueError(f"{shown(name)} {fault}")
 
 
-def _check_sparsity(sparsity: float) -> None:
+def _quantile(sparsity: float, share: float, cumulative: np.ndarray | Tensor, values: Tensor) -> float:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
+    return float(np.interp(share, np.asarray(cumulative), values.numpy())) if sparsity else 0.0
 
 
 def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
-    """Reads what `Statistics.save` wrote.
-
-    Raises ValueError: no file there, one that holds something else, or one of another checkpoint than that in `folder`.
-    """
+    """Reads what `Statistics.save` wrote. Raises ValueError for no such file, or one of another checkpoint's folder."""
     statistics = _read(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
     if folder:
-        statistics.check_fingerprint(folder)
+        check_fingerprint(statistics.metadata.get("fingerprint"), folder, "the statistics are", "calibrate.py")
     return statistics
 
 
@@ -199,18 +169,14 @@ def _read(path: str | Path, make: Callable, form: str, what: str, again: str):
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a {what} file ({one_line(error)}); {again}") from None
     try:
-        artifact = make(tensors, metadata)
-        artifact.check()
+        (artifact := make(tensors, metadata)).check()
         return artifact
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; {again}") from None
 
 
 def teal_statistics(folder: str | Path) -> Statistics:
-    """TEAL's published histograms: layer-{i}/{self_attn,mlp}/histograms.pt. Layers that are missing stay absent.
-
-    Raises ValueError: no such files, or one that does not hold h1, h1_centers, h2, h2_centers.
-    """
+    """TEAL's published histograms, layer-{i}/{self_attn,mlp}/histograms.pt; ValueError for none or a damaged one."""
     tensors = {}
     for part, sites in (("self_attn", ("qkv", "o")), ("mlp", ("gate_up", "down"))):
         for path in Path(folder).glob(f"layer-*/{part}/histograms.pt"):
@@ -246,13 +212,11 @@ def _site_names(n_layer: int) -> list[str]:
 class CutTable:
     """Cuts of one model at rising sparsities: what greedy.py and refine.py write.
 
-    Attributes:
-        levels: [L], the sparsities, rising.
-        tensors: "<layer>.<site>.threshold" [L, S, in] or [L, S, 1], and where the rule has shifts
-            "<layer>.<site>.shift" [L, in]; the sites are those of `sparse_model.SITES`. From greedy.py also
-            "<layer>.shares" [L, 7], the sparsity of each projection's input.
-        metadata: strings: rule, fingerprint of the checkpoint, text, tokens, ...; `quality`, if known, is JSON: "text"
-            and "perplexity", pairs of (sparsity, perplexity on that text) that start with the dense model's.
+    levels: [L], the sparsities, rising.
+    tensors: "<layer>.<site>.threshold" [L, S, in] or [L, S, 1], and where the rule has shifts "<layer>.<site>.shift"
+        [L, in]; from greedy.py also "<layer>.shares" [L, 7], the sparsity of each projection's input.
+    metadata: strings: rule, fingerprint of the checkpoint, text, tokens, ...; `quality`, if known, is JSON: "text"
+        and "perplexity", pairs of (sparsity, perplexity on that text) that start with the dense model's.
     """
 
     def __init__(self, levels: list[float], tensors: dict[str, Tensor], metadata: dict[str, str]):
@@ -288,18 +252,15 @@ class CutTable:
 
     def level(self, i: int) -> Cuts:
         """The cuts at level i, in float32."""
-        names = _site_names(self.n_layer)
-        shifts = [self.tensors.get(f"{name}.shift") for name in names]
-        thresholds = [self.tensors[f"{name}.threshold"][i].float() for name in names]
-        return Cuts(self.levels[i], thresholds, [None if shift is None else shift[i].float() for shift in shifts])
+        names, tensors = _site_names(self.n_layer), self.tensors
+        shifts = [tensors[f"{name}.shift"][i].float() if f"{name}.shift" in tensors else None for name in names]
+        return Cuts(self.levels[i], [tensors[f"{name}.threshold"][i].float() for name in names], shifts)
 
     def at(self, sparsity: float) -> Cuts:
         """The cuts between two levels, linear; the level below the first has thresholds 0. Raises ValueError beyond."""
         if not 0 <= sparsity <= self.levels[-1]:
-            raise ValueError(
-                f"sparsity {sparsity} is outside what the cut table covers, 0 to {self.levels[-1]:.3f}; "
-                "choose one inside or --thresholds uniform"
-            )
+            covered = f"what the cut table covers, 0 to {self.levels[-1]:.3f}"
+            raise ValueError(f"sparsity {sparsity} is outside {covered}; choose one inside or --thresholds uniform")
         above = int(np.searchsorted(self.levels, sparsity))
         upper = self.level(above)
         zeros = Cuts(0.0, [torch.zeros_like(threshold) for threshold in upper.thresholds], upper.shifts)
@@ -318,8 +279,7 @@ class CutTable:
             for name, value in zip(names, values, strict=True):
                 if value is not None:
                     before = [self.tensors[f"{name}.{kind}"]] if self.levels else []
-                    value = value.detach().float().cpu()[None].clone()
-                    self.tensors[f"{name}.{kind}"] = torch.cat([*before, value])
+                    self.tensors[f"{name}.{kind}"] = torch.cat([*before, value.detach().float().cpu()[None]])
         self.levels.append(cuts.sparsity)
 
     def halve(self) -> None:
@@ -328,10 +288,7 @@ class CutTable:
         self.tensors = {name: tensor.clamp(-most, most).half() for name, tensor in self.tensors.items()}
 
     def perplexity_at(self, sparsity: float) -> tuple[float, float, str] | None:
-        """Perplexity of the dense model and at this sparsity, and the text's name, by the table's own record.
-
-        None without a record. Between two recorded sparsities the logarithm of the perplexity is taken to be linear.
-        """
+        """Perplexity, dense and at this sparsity (log-linear between records), and the text's name; None: no record."""
         if "quality" not in self.metadata:
             return None
         record = parse_json(self.metadata["quality"], "its quality")
@@ -355,10 +312,9 @@ class CutTable:
 
 def load_table(path: str | Path, folder: Path | None = None) -> CutTable:
     """Reads what `CutTable.save` wrote. Raises ValueError as `load_statistics` does, and for an old or damaged file."""
-    again = "make it with greedy.py or refine.py"
     if Path(path).name in OLD_FILES:
         raise ValueError(_of_an_earlier_version(Path(path)))
-    table = _read(path, CutTable.of_file, TABLE_FORMAT, "cut table", again)
+    table = _read(path, CutTable.of_file, TABLE_FORMAT, "cut table", "make it with greedy.py or refine.py")
     if folder:
         script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
         check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
@@ -370,15 +326,11 @@ def _of_an_earlier_version(path: Path) -> str:
     return f"{path} is of an earlier version and not read; make {table_name(rule)}: python {SCRIPTS[rule]}"
 
 
-def table_metadata(
-    rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options
-) -> dict[str, str]:
+def table_metadata(rule: str, folder: Path, text: str, tokens: Tensor, inputs: list[Tensor], **options) -> dict:
     """How a table is made: from the checkpoint in `folder`, the options, and `inputs`, which are all that is left."""
-    digest = hashlib.sha256()
-    for tensor in inputs:
-        digest.update(tensor.cpu().numpy().tobytes())
+    digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in inputs)).hexdigest()
     facts = {"rule": rule, "fingerprint": fingerprint(folder), "text": text, "tokens": tokens.numel()}
-    facts |= {"window": tokens.shape[1], **options, "inputs": digest.hexdigest()[:32]}
+    facts |= {"window": tokens.shape[1], **options, "inputs": digest[:32]}
     return {name: str(value) for name, value in facts.items()}
 
 
@@ -430,14 +382,10 @@ def table_name(rule: str) -> str:
 
 
 def find_table(rule: str, folder: Path | None) -> CutTable | None:
-    """The rule's table beside the checkpoint in `folder`, else the one that this repository ships for it, else None.
-
-    Raises ValueError if the file beside the checkpoint is damaged or of another checkpoint.
-    """
+    """The rule's table beside the checkpoint in `folder`, else the one in ASSETS, else None. Raises as `load_table`."""
     if folder is None:
         return None
-    name = table_name(rule)
-    if (folder / name).is_file():
+    if (folder / (name := table_name(rule))).is_file():
         return load_table(folder / name, folder)
     shipped = map(load_table, ASSETS.glob(f"*/{name}"))
     return next((table for table in shipped if table.metadata["fingerprint"] == fingerprint(folder)), None)
@@ -445,11 +393,10 @@ def find_table(rule: str, folder: Path | None) -> CutTable | None:
 
 def tabulated(rule: str, inputs: RuleInputs, sparsity: float) -> Cuts:
     """The cuts of a rule that a script of its own makes, from its table. Raises ValueError without one."""
-    table = find_table(rule, inputs.folder)
-    if table is None:
-        where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
-        raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
-    return table.at(sparsity)
+    if table := find_table(rule, inputs.folder):
+        return table.at(sparsity)
+    where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
+    raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
 
 
 # the best first
@@ -468,8 +415,7 @@ def best_rule(sparsity: float, folder: Path | None) -> str:
     """The first of `RULES` whose table for this checkpoint reaches the sparsity; else uniform."""
     warn_of_old_files(folder)
     for rule in SCRIPTS if sparsity else ():
-        table = find_table(rule, folder)
-        if table and sparsity <= table.levels[-1]:
+        if (table := find_table(rule, folder)) and sparsity <= table.levels[-1]:
             return rule
     return "uniform"
 
@@ -477,18 +423,16 @@ def best_rule(sparsity: float, folder: Path | None) -> str:
 def cuts_for(
     thresholds: str, sparsity: float, folder: Path | None, statistics: Callable[[], Statistics], own_statistics=False
 ) -> tuple[str, Cuts]:
-    """From a run's options to its cuts.
+    """From a run's options to the rule's name (or the file's path), for reports, and the cuts.
 
-    Args:
-        thresholds: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform with own statistics.
-        folder, statistics: see `RuleInputs`.
-        own_statistics: whether the user gave `--statistics`.
+    thresholds: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform with own statistics.
+    folder, statistics: see `RuleInputs`; own_statistics: whether the user gave `--statistics`.
 
-    Returns the rule's name (or the file's path) for reports, and the cuts. Raises ValueError: an unknown rule; a table
-    that is missing, of another checkpoint, or without that sparsity; statistics beside a table, which reads none.
+    Raises ValueError: an unknown rule; a table that is missing, of another checkpoint, or without that sparsity;
+    statistics beside a table, which reads none.
     """
-    if thresholds in OLD_RULES:
-        raise ValueError(f"--thresholds {thresholds} is now {OLD_RULES[thresholds]}")
+    if thresholds == "global":
+        raise ValueError("--thresholds global is now refined")
     rule = thresholds
     if rule == "best":
         rule = "uniform" if own_statistics else best_rule(sparsity, folder)

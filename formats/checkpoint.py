@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -46,32 +46,27 @@ def checkpoint_folder(path: str | Path) -> Path:
     loaded = [file.name for file in weight_files(folder)]
     if not loaded:
         raise ValueError(f"{folder} has no model.safetensors, model.safetensors.index.json or model.pth")
-    if path.is_file() and path.suffix in WEIGHT_SUFFIXES and path.name not in loaded:
+    if path.suffix in WEIGHT_SUFFIXES and path != folder and path.name not in loaded:
         raise ValueError(f"{path} is not a weight file that is loaded; the checkpoint in {folder} is in {loaded[0]}")
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Files that hold the weights: safetensors, as one or as the index's shards, else GPT-Fast's model.pth."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (index := folder / "model.safetensors.index.json").is_file():
         return indexed_files(index)
     return [path for path in (folder / "model.safetensors", folder / "model.pth") if path.is_file()][:1]
 
 
 def indexed_files(index: Path) -> list[Path]:
-    """The weight files that a model.safetensors.index.json (or pytorch_model.bin.index.json) names, each once.
-
-    Raises ValueError if it is no such index, or names a file that is missing or not in its own folder.
-    """
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        outside = next((name for name in names if Path(name).name != name), None)
-    except (KeyError, AttributeError, TypeError):
-        raise ValueError(f"{index} has no weight_map of tensors to files; get it again") from None
-    if outside is not None:
-        raise ValueError(f"{index} names the shard {shown(outside)} outside its folder")
+    """The weight files that an index names, each once; ValueError: one is missing or not in its folder, or no index."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{index} has no weight_map of tensors to files; get it again")
+    names = sorted(set(found.values()))
     for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names the shard {shown(name)} outside its folder")
         if not os.path.isfile(index.parent / name):  # False for a name that is too long, unlike Path's
             raise ValueError(f"{index} names the shard {shown(name)}, which is missing; get it again")
     return [index.parent / name for name in names]
@@ -83,10 +78,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, memory-mapped unless it is a pickle in torch's older format.
-
-    Raises ValueError for a file that is truncated or holds anything else; a pickle's code is not run.
-    """
+    """The tensors of a weight file by name, mapped unless in torch's older format; ValueError for any other file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -95,8 +87,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} is refused: it would run {refused[1][:ECHO]}; get it as safetensors") from None
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__  # no advice
-        reason = one_line(ValueError(reason))
-        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {reason}") from None
+        raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(reason)}") from None
     if not isinstance(pickled, dict):
         raise ValueError(f"{path} is no weight file: it holds a {type(pickled).__name__}, not tensors by name")
     for name, value in pickled.items():
@@ -127,10 +118,7 @@ def is_own_head(head: Tensor, embedding: Tensor | None) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Identifies a checkpoint by its config and by samples (64 x 4 KiB per file) of its weights; 32 hex digits.
-
-    Artifacts made from a checkpoint carry its fingerprint, so that one of another checkpoint is noticed.
-    """
+    """Identifies a checkpoint by its config and 64 x 4 KiB of each weight file: 32 hex digits that artifacts carry."""
     config = folder / "config.json"
     digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     for path in weight_files(folder):
@@ -144,10 +132,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_fingerprint(found: str | None, folder: Path, what: str, script: str) -> None:
-    """Raises ValueError if an artifact's fingerprint is not that of the checkpoint in `folder`. None is unknown.
-
-    `what` opens the message ("the statistics are"); `script` is the one that makes the artifact anew.
-    """
+    """Raises ValueError if an artifact's fingerprint is not that of the checkpoint in `folder`. None is unknown."""
     if found is not None and found != (own := fingerprint(folder)):
         mend = f"to mend this: python {script} --checkpoint_path {folder}"
         raise ValueError(f"{what} of another checkpoint than {folder} ({found} against {own}); {mend}")
@@ -168,11 +153,14 @@ class Source(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
-    """Writes model.safetensors, or shards and their index, with one tensor in memory at a time.
+def copy_files(source: Path, output: Path) -> None:
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
 
-    Raises ValueError if the disk has no room for them.
-    """
+
+def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
+    """Writes model.safetensors, or shards and their index, a tensor at a time; ValueError if the disk has no room."""
     total = sum(source.nbytes for source in tensors.values())
     check_space(folder, total, "set --output_dir")
 
@@ -200,8 +188,7 @@ def write_safetensors(path: Path, tensors: dict[str, Source], progress: tqdm) ->
     """The safetensors format: the header's length, a header in JSON, the tensors' bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that every tensor is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, source in ordered:
         start, end = end, end + source.nbytes
         header[name] = {"dtype": names[source.dtype], "shape": source.shape, "data_offsets": [start, end]}
@@ -238,8 +225,6 @@ def convert(convert_source: Callable[[Path, Path], None], source: Path, output: 
     try:
         with no_space_is_value_error(partial):
             convert_source(source, partial)
-        if output.is_dir():
-            output.rmdir()
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -250,18 +235,15 @@ def rename_tensors(
 ) -> dict[str, Source]:
     """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent; float64 becomes float32.
 
-    `names` gives ours for another program's name of a module (without layer). `expected` None checks names alone.
-    `half_split`: rotary pairs are half of a head's head_dim rows apart, as Hugging Face has them. Raises ValueError for
-    unexpected or missing tensors, wrong shapes or dtypes.
+    `names`: theirs of a module (without layer) -> ours. `expected` None checks names alone. `half_split`: rotary pairs
+    are head_dim / 2 rows apart. Raises ValueError for unexpected or missing tensors, wrong shapes or dtypes.
     """
     tensors, unexpected = {}, []
     for name, source in sources.items():
         new = _our_name(name, names)
-        tied_head = new == "output.weight" and expected is not None and new not in expected
-        if name.endswith("rotary_emb.inv_freq") or tied_head:
-            continue
         if new is None or (expected is not None and new not in expected):
-            unexpected.append(name)
+            if new != "output.weight" and not name.endswith("rotary_emb.inv_freq"):  # the first: a tied head
+                unexpected.append(name)
             continue
         if expected is not None and source.shape != expected[new]:
             raise ValueError(f"tensor {name} has shape {source.shape}; the config asks for {expected[new]}")
@@ -275,14 +257,13 @@ def rename_tensors(
         tensors[new] = interleave(source, head_dim) if half else source
 
     missing = [_their_name(name, names, sources) for name in expected or () if name not in tensors]
-    for problem, found in (("unexpected", unexpected), ("missing", missing)):
-        if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            why = "the config is of another model" if unexpected else "the file is incomplete, or the config of another"
-            if missing == ["lm_head.weight"]:
-                why = "it has no lm_head of its own: set tie_word_embeddings to true if it shares the embedding"
-            listed = ", ".join(repr(name[:100])[1:-1] for name in found[:5])
-            raise ValueError(f"{problem} tensors for this config: {listed}{more}; {why}")
+    why = "the config is of another model" if unexpected else "the file is incomplete, or the config of another"
+    if missing == ["lm_head.weight"]:
+        why = "it has no lm_head of its own: set tie_word_embeddings to true if it shares the embedding"
+    if found := unexpected or missing:
+        listed = ", ".join(repr(name[:100])[1:-1] for name in found[:5])
+        listed += f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(f"{'unexpected' if unexpected else 'missing'} tensors for this config: {listed}; {why}")
     return tensors
 
 
@@ -304,8 +285,5 @@ def _their_name(name: str, names: dict[str, str], sources: Iterable[str]) -> str
 def interleave(source: Source, head_dim: int) -> Source:
     """Puts the rows of each head in the order 0, d/2, 1, d/2 + 1, ...: rotary pairs become adjacent."""
 
-    def load() -> Tensor:
-        tensor = source.load()
-        return tensor.view(-1, 2, head_dim // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-
-    return source._replace(load=load)
+    split, shape = (-1, 2, head_dim // 2, *source.shape[1:]), source.shape
+    return source._replace(load=lambda: source.load().view(split).transpose(1, 2).reshape(shape))

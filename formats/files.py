@@ -27,7 +27,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= ECHO else f"{text[: ECHO - 3]}..."
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The first line of an error's message, `shown`, or the name of its type where it has no message."""
     return shown(ValueError((str(error).splitlines() or [type(error).__name__])[0]))
 
@@ -53,12 +53,8 @@ def check_space(folder: Path, needed: int, advice: str) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, of its suffix; renames it to `path` on success, removes it on failure.
-
-    The folder is made if it is absent. Raises ValueError if the disk is full.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yields a path beside `path`, renamed to it on success, removed on failure. Raises ValueError for a full disk."""
+    (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
         with no_space_is_value_error(path):
@@ -102,15 +98,14 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError if there is none."""
-    value = parse_json(regular_file(path).read_bytes(), path)
-    if not isinstance(value, dict):
+    if not isinstance(value := parse_json(regular_file(path).read_bytes(), path), dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object; get it again")
     return value
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    path.write_bytes(text.encode("utf-8", "replace"))  # half of a surrogate pair becomes "?"
+    # half of a surrogate pair becomes "?"
+    path.write_bytes(f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode("utf-8", "replace"))
 
 
 @contextlib.contextmanager

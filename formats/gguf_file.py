@@ -1,14 +1,14 @@
 """A GGUF file seen as a Hugging Face folder: config.json, tensors and tokenizer, read from its metadata and tensors."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from formats.checkpoint import DTYPES, Shapes, Source, check_layers, rename_tensors, write_weights
+from formats.checkpoint import DTYPES, Source, check_layers, rename_tensors, write_weights
 from formats.config import EXPERTS, MOST, architecture_of, checked, config_fields, known_architecture
 from formats.files import one_line, regular_file, shown, write_json
 from tokenizer import LLAMA3_SPLIT, load_tokenizer
@@ -35,17 +35,11 @@ GGUF_PRE["falcon"] = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, "[0-9][0-9][0-9]")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; sentencepiece's too
 
 
-def convert_gguf(
-    source: Path,
-    partial: Path,
-    architectures: Collection[str] = ("LlamaForCausalLM",),
-    expected_shapes: Callable[[dict], Shapes] | None = None,
-) -> None:
+def convert_gguf(source: Path, partial: Path, architectures=("LlamaForCausalLM",), expected_shapes=None) -> None:
     """Writes the checkpoint of a GGUF file to `partial`; see `formats.checkpoint.convert`.
 
-    `expected_shapes` gives names and shapes of the tensors that the model of a config.json has; None is for a file that
-    is known to be whole. Raises ValueError for a damaged file, an architecture that is not among `architectures`, an
-    unknown tensor type or tokenizer, tensors that do not fit.
+    `expected_shapes` gives those of a config's model by name; None is for a file that is known to be whole. Raises
+    ValueError for a damaged file, an unknown architecture, tensor type or tokenizer, tensors that do not fit.
     """
     metadata, sources = read_gguf(source)
     config = gguf_config(metadata, sources, architectures)
@@ -92,7 +86,7 @@ def read_gguf(path: Path) -> tuple[Metadata, dict[str, Source]]:
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
-            """As the base class's, but with an error at the end of the file, where that one returns short arrays."""
+            # unlike the base class's, with an error at the end of the file, where that one returns short arrays
             dtype = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
             if int(offset) + dtype.itemsize * int(count) > self.data.size:
                 raise ValueError("it ends early")
@@ -156,8 +150,8 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
             value = value[0]
         return Metadata({f"{family}.{key}": value}).read(f"{family}.{key}", kind, *default, **limits)
 
-    config = {"architectures": [architecture_of(family)], EXPERTS[0]: get("expert_count", int, 0)}
-    known_architecture(config, architectures)
+    config: dict[str, Any] = {"architectures": [architecture_of(family)], "model_type": family}
+    known_architecture(config | {EXPERTS[0]: get("expert_count", int, 0)}, architectures)
     if "token_embd.weight" not in sources:
         raise ValueError("the GGUF file has no tensor token_embd.weight")
 
@@ -175,23 +169,20 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
         raise ValueError(f"the GGUF file has {n_tokens} tokens for an embedding of {vocab_size} rows; it is damaged")
     ends = {meta.token_id(name, n_tokens or vocab_size) for name in ("eos", "eot", "eom")} - {None}
 
-    epsilon = np.float32(get("attention.layer_norm_rms_epsilon", float, most=MOST))
-    epsilon = float(str(epsilon))  # 1e-05, not 9.99999974e-06
-    config = {"architectures": [architecture_of(family)], "model_type": family, "hidden_size": dim}
-    config |= {"intermediate_size": get("feed_forward_length", int), "num_hidden_layers": get("block_count", int)}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", int, heads)}
-    config |= {"head_dim": head_dim, "vocab_size": vocab_size}
-    config |= {"max_position_embeddings": get("context_length", int), "rms_norm_eps": epsilon}
-    config |= {"rope_theta": get("rope.freq_base", float, 10000.0, most=MOST), "hidden_act": "silu"}
-    config |= {"tie_word_embeddings": "output.weight" not in sources}
+    epsilon = str(np.float32(get("attention.layer_norm_rms_epsilon", float, most=MOST)))  # 1e-05, not 9.99999974e-06
+    config |= {"hidden_size": dim, "intermediate_size": get("feed_forward_length", int)}
+    config |= {"num_hidden_layers": get("block_count", int), "num_attention_heads": heads}
+    config |= {"num_key_value_heads": get("attention.head_count_kv", int, heads)}
+    config |= {"head_dim": head_dim, "vocab_size": vocab_size, "max_position_embeddings": get("context_length", int)}
+    config |= {"rms_norm_eps": float(epsilon), "rope_theta": get("rope.freq_base", float, 10000.0, most=MOST)}
+    config |= {"hidden_act": "silu", "tie_word_embeddings": "output.weight" not in sources}
     config |= {"bos_token_id": meta.token_id("bos", n_tokens or vocab_size)}
     config |= {"eos_token_id": sorted(ends) if len(ends) > 1 else next(iter(ends), None)}
 
     # a window makes a Llama a Mistral
     if window := get("attention.sliding_window", int, 0):
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
-        if family == "llama":
-            config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"} if family == "llama" else {}
 
     # rotary frequencies are divided by a factor (linear if no type is given; also under its older key; 0 is none) and
     # by those of a tensor
@@ -200,16 +191,16 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
     factor = get("rope.scaling.factor", float, None) if scaling == "linear" else 1
     factor = (get("rope.scale_linear", float, 0) if factor is None else factor) or 1
     if "rope_freqs.weight" in sources:
-        factors = sources["rope_freqs.weight"].load().float().flatten() * factor
-        config["rope_scaling"] = {"rope_type": "factors", "factors": factors.tolist()}
+        factors = (sources["rope_freqs.weight"].load().float().flatten() * factor).tolist()
+        config["rope_scaling"] = {"rope_type": "factors", "factors": factors}
     elif factor != 1:
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     return config
 
 
 def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
-    kind, tokens, types = meta.read("tokenizer.ggml.model", str), *_tokens(meta)
-    pre = meta.read("tokenizer.ggml.pre", str, "")
+    kind, pre = meta.read("tokenizer.ggml.model", str), meta.read("tokenizer.ggml.pre", str, "")
+    tokens, types = _tokens(meta)
     if kind == "gpt2":
         if not pre:
             warnings.warn("without tokenizer.ggml.pre, texts are split as llama.cpp does by default", stacklevel=2)
@@ -223,8 +214,7 @@ def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
     # bos, eos and the chat template
     special = {name: meta.token_id(name, len(tokens)) for name in ("bos", "eos")}
     config = {f"{name}_token": tokens[i] for name, i in special.items() if i is not None}
-    adds_bos = kind == "llama" or pre in LLAMA3_PRE
-    config["add_bos_token"] = meta.read("tokenizer.ggml.add_bos_token", bool, adds_bos)
+    config["add_bos_token"] = meta.read("tokenizer.ggml.add_bos_token", bool, kind == "llama" or pre in LLAMA3_PRE)
     if meta.read("tokenizer.ggml.add_eos_token", bool, False):
         warnings.warn("tokenizer.ggml.add_eos_token is ignored: a prompt is to be continued, not ended", stacklevel=2)
     if template := meta.read("tokenizer.chat_template", str, None):
@@ -237,8 +227,7 @@ def _tokens(meta: Metadata) -> tuple[list[str], list[int]]:
     tokens = meta.read("tokenizer.ggml.tokens", [str])
     types = meta.per_token("token_type", len(tokens), int, [NORMAL] * len(tokens), most=BYTE)
     last = {token: i for i, token in enumerate(tokens)}
-    odd = [i for i, token in enumerate(tokens) if not token or last[token] != i]
-    if odd:
+    if odd := [i for i, token in enumerate(tokens) if not token or last[token] != i]:
         warnings.warn(f"{len(odd)} tokens of the GGUF file are empty or repeated, first {odd[0]}: unused", stacklevel=3)
         tokens, types = list(tokens), list(types)
         for i in odd:
@@ -252,8 +241,7 @@ def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str]
     # the vocabulary and its merges
     if pre not in GGUF_PRE:
         raise ValueError(f"unknown tokenizer.ggml.pre {shown(pre)}; known: {', '.join(sorted(GGUF_PRE))}")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs, vocab = [tuple(merge.split(" ", 1)) for merge in merges], {token: i for i, token in enumerate(tokens)}
     try:
         tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in LLAMA3_PRE))
     except Exception as error:  # tokenizers raises nothing more precise
@@ -261,8 +249,7 @@ def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str]
 
     # how a text is split before the merges, and what undoes it
     steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in GGUF_PRE[pre]]
-    if pre in SINGLE_DIGITS:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    steps += [pre_tokenizers.Digits(individual_digits=True)] if pre in SINGLE_DIGITS else []
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not GGUF_PRE[pre]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
@@ -301,14 +288,12 @@ def _sentencepiece_model(meta: Metadata, tokens: list[str], types: list[int]) ->
         for token, score, kind in zip(tokens, scores, types, strict=True)
     )
 
-    # trainer_spec: BPE, vocabulary size, bytes for the unknown, then id and piece of the special tokens
+    # trainer_spec: BPE, vocabulary size, bytes for the unknown, then id (40 to 42) and piece of the special tokens
     trainer = field(3, 2) + field(4, len(tokens)) + field(35, BYTE in types)
-    for i, (number, piece_number) in zip(special.values(), ((40, 45), (41, 46), (42, 47)), strict=True):
-        if i < len(tokens):
-            trainer += field(number, i) + field(piece_number, tokens[i])
+    for number, i in enumerate(special.values(), 40):
+        trainer += field(number, i) + field(number + 5, tokens[i]) if i < len(tokens) else b""
 
     # normalizer_spec
-    normalizer = field(1, "identity") + field(5, True)  # spaces become U+2581
-    normalizer += field(3, meta.read("tokenizer.ggml.add_space_prefix", bool, True))
+    normalizer = field(1, "identity") + field(3, meta.read("tokenizer.ggml.add_space_prefix", bool, True))
     normalizer += field(4, meta.read("tokenizer.ggml.remove_extra_whitespaces", bool, False))
-    return pieces + field(2, trainer) + field(3, normalizer)
+    return pieces + field(2, trainer) + field(3, normalizer + field(5, True))  # 5: spaces become U+2581

@@ -1,13 +1,12 @@
 """A checkpoint in Hugging Face's form, as a folder or in the hub, becomes one of ours."""
 
 import re
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from formats import checkpoint
-from formats.checkpoint import COPIED_FILES, Shapes, Source
+from formats.checkpoint import COPIED_FILES, WEIGHT_SUFFIXES, Shapes, Source
 from formats.config import config_fields
 from formats.files import one_line, read_json, write_json
 
@@ -17,14 +16,14 @@ HF_NAMES |= {f"self_attn.{letter}_proj": f"attention.w{letter}" for letter in "q
 HF_NAMES |= {"mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+# adapters, variants in another precision, states of a training
 OTHER_WEIGHTS = re.compile(r"adapter|consolidated|optimizer|scheduler|rng_state|training_args|\.(fp|bf)\d+[.-]")
 
 
 def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict], Shapes]) -> None:
     """Writes the checkpoint of a Hugging Face folder to `partial`; see `formats.checkpoint.convert`.
 
-    `expected_shapes` gives names and shapes of the tensors that the model of a config.json has. Raises ValueError for a
-    missing or damaged file, tensors that do not fit the config, and what expected_shapes raises.
+    `expected_shapes` gives those of a config's model by name. Raises ValueError for a damaged file or a wrong tensor.
     """
     config = read_json(source / "config.json")
     fields, sources = config_fields(config), folder_sources(source)
@@ -40,29 +39,23 @@ def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict]
     config |= {"tie_word_embeddings": False} if untied else {}
 
     tensors = checkpoint.rename_tensors(sources, HF_NAMES, expected_shapes(config), fields["head_dim"], half_split=True)
-    for name in COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
+    checkpoint.copy_files(source, partial)
     if untied:
         write_json(partial / "config.json", config)
     checkpoint.write_weights(partial, tensors)
 
 
 def source_files(folder: Path) -> list[Path]:
-    """Files that hold the weights, chosen as transformers does: safetensors before pickled ones, one before an index.
-
-    Else any file that is no adapter, variant in another precision or state of a training. Raises ValueError for none.
-    """
+    """Files that hold the weights, chosen as transformers does, else any of a model. Raises ValueError for none."""
     for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return [folder / single]
-        if index.is_file():
+        if (index := folder / f"{single}.index.json").is_file():
             return checkpoint.indexed_files(index)
     for pattern in (*SHARDS, "*.safetensors", "pytorch_model*.bin"):
         if files := sorted(f for f in folder.glob(pattern) if not OTHER_WEIGHTS.search(f.name)):
             return files
-    others = sorted(f.name for kind in ("safetensors", "bin", "pt", "pth", "gguf") for f in folder.glob(f"*.{kind}"))
+    others = sorted(f.name for f in folder.glob("*") if f.suffix in WEIGHT_SUFFIXES)
     found = f"; it has {', '.join(others[:5])}, which are not a model in Hugging Face's form" if others else ""
     raise ValueError(f"{folder} holds no *.safetensors and no pytorch_model*.bin{found}")
 
@@ -82,10 +75,7 @@ def folder_sources(folder: Path) -> dict[str, Source]:
 
 
 def download_snapshot(repo_id: str) -> Path:
-    """The folder of a hub repository in Hugging Face's cache, with the files that `source_files` chooses fetched.
-
-    Raises ValueError for no such repository, no access to it, no weights in it, or no network.
-    """
+    """The folder, in Hugging Face's cache, of a hub repository; ValueError: no such one, no access, or no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 

@@ -1,7 +1,6 @@
 """Text from files and from C4: documents for calibration, the text of a perplexity, the records of a task.
 
-A file is plain text or lines of JSON, whatever its suffix; gzip or not; UTF-8 with or without a byte order mark; its
-lines end in LF or CR LF. It is read as far as it is used.
+A file is plain text or lines of JSON, gzip or not, in UTF-8 with or without a byte order mark, read as far as used.
 """
 
 import gzip
@@ -48,8 +47,7 @@ def read_records(path: str | Path) -> Iterator[dict]:
 def read_documents(source: str | Path, lines: bool = False) -> Iterator[Iterator[str]]:
     """The documents in a plain text file (one), in lines of JSON, or in `c4` (a shard of its validation split).
 
-    Each comes in chunks or in lines. Raises ValueError as `read_text` and `read_records` do, for a record without
-    text, and for C4 that cannot be fetched.
+    Each comes in chunks or in lines. Raises ValueError: a file or record without text, C4 that cannot be fetched.
     """
     path = _fetch_c4() if source == "c4" else Path(source)
     suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
@@ -59,19 +57,16 @@ def read_documents(source: str | Path, lines: bool = False) -> Iterator[Iterator
         return
 
     for record in read_records(path):
-        text = record["text"] if "text" in record else (record.get("prefix"), record.get("gold_completion"))
-        parts = text if isinstance(text, tuple) else (text,)
+        parts = [record.get(key) for key in (("text",) if "text" in record else ("prefix", "gold_completion"))]
         if not all(isinstance(part, str) for part in parts):
-            wanted = "the field text, or prefix and gold_completion"
-            raise ValueError(f"a line of {path} is not a JSON object with {wanted}, of strings: {shown(record)}")
+            wanted = "a JSON object with the field text, or prefix and gold_completion, of strings"
+            raise ValueError(f"a line of {path} is not {wanted}: {shown(record)}")
         yield io.StringIO("".join(parts)) if lines else iter(parts)
 
 
 def encode_pieces(chunks: Iterable[str], tokenizer, size: int = PIECE) -> Iterator[list[int]]:
-    """Ids of a text that comes in chunks, about `size` characters at a time, as if it were tokenised whole.
-
-    It is cut at a space between two words, where no tokenizer has a token that reaches across.
-    """
+    """Ids of a text that comes in chunks, about `size` characters at a time, as if it were tokenised whole."""
+    # it is cut at a space between two words, where no tokenizer has a token that reaches across
     rest, inside = "", False
     chunks = (chunk[i : i + CHUNK] for chunk in chunks for i in range(0, len(chunk), CHUNK))
     for chunk in itertools.chain(chunks, [None]):
@@ -92,19 +87,17 @@ def _fetch_c4() -> Path:
 
         return Path(hf_hub_download("allenai/c4", shard, repo_type="dataset"))
     except Exception as error:  # the hub's client raises its HTTP library's errors too
-        reason = f"cannot fetch C4 from the hub ({one_line(error)})"
-        raise ValueError(f"{reason}; give a text file with --data") from None
+        raise ValueError(f"cannot fetch C4 from the hub ({one_line(error)}); give a text file with --data") from None
 
 
 def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> Tensor:
-    """The documents' first `num_tokens` tokens, each document followed by an empty line, as windows [N, T].
+    """The documents' first `num_tokens` tokens, each document followed by an empty line, as full windows [N, T].
 
-    T is the least of 2048, `context` (the model's) and what there is. No bos is added; a last window that is not full
-    is left out. Raises ValueError for a text that cannot be read or is too short.
+    T is the least of 2048, `context` (the model's) and what there is. No bos is added. Raises ValueError for a text
+    that cannot be read or is too short.
     """
     tokens: list[int] = []
-    documents = itertools.chain.from_iterable(map(read_documents, data))
-    texts = (itertools.chain(document, ["\n\n"]) for document in documents)
+    texts = (itertools.chain(document, ["\n\n"]) for source in data for document in read_documents(source))
     size = min(PIECE, CHUNK + 8 * num_tokens)
     for ids in itertools.chain.from_iterable(encode_pieces(text, tokenizer, size) for text in texts):
         tokens += ids
@@ -119,14 +112,9 @@ def text_windows(data: list[str], tokenizer, num_tokens: int, context: int) -> T
 
 
 def task_tokens(task: str, data: Path | None, tokenizer) -> Tensor:
-    """Ids [N], int64, of the text in `data`, for "wikitext" with an empty line between two lines; no bos is added.
-
-    Raises ValueError as `read_documents` does, or if there is no `data`.
-    """
-    pieces = encode_pieces(_task_chunks(task, data), tokenizer)
-    return torch.cat(
-        [torch.tensor([], dtype=torch.int32), *(torch.tensor(ids, dtype=torch.int32) for ids in pieces)]
-    ).long()
+    """Ids [N], int64, without bos, of the text in `data`. Raises ValueError as `read_documents` does, or for None."""
+    pieces = (torch.tensor(ids, dtype=torch.int32) for ids in encode_pieces(_task_chunks(task, data), tokenizer))
+    return torch.cat([torch.zeros(0, dtype=torch.int32), *pieces]).long()
 
 
 def _task_chunks(task: str, data: Path | None) -> Iterator[str]:

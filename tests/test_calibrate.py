@@ -189,7 +189,7 @@ def test_save_and_load(model, tmp_path):
     path = tmp_path / "new" / "s.safetensors"
     statistics.save(path)
     again = load_statistics(path)
-    assert again.fingerprint == "abc" and again.metadata == statistics.metadata and again.n_layer == 3
+    assert again.metadata.get("fingerprint") == "abc" and again.metadata == statistics.metadata and again.n_layer == 3
     for projection in PROJECTIONS:
         assert again.threshold(2, projection, 0.4) == statistics.threshold(2, projection, 0.4)
         assert again.weighted_threshold(2, projection, 0.4) == statistics.weighted_threshold(2, projection, 0.4)
@@ -222,7 +222,7 @@ def test_statistics_for_makes_them_once(checkpoint, monkeypatch):
     monkeypatch.setattr(calibrate.calibrate, "__defaults__", (None, 64, 0))
     model = SparseTransformer.from_checkpoint(checkpoint, dtype=torch.float32)
     made = statistics_for(checkpoint, None, model)
-    assert made.metadata["tokens"] == "64" and made.fingerprint
+    assert made.metadata["tokens"] == "64" and made.metadata.get("fingerprint")
     monkeypatch.setattr(calibrate, "collect", None)  # would fail
     assert statistics_for(checkpoint, None, model).threshold(1, "up", 0.5) == made.threshold(1, "up", 0.5)
     beside = checkpoint / "calibration.safetensors"
@@ -298,7 +298,7 @@ def test_teal_histograms_of_the_authors(data, tmp_path):
         pytest.skip("teal_artifacts is absent")
     calibrate.main(flags(teal_histograms=folder, output=tmp_path / "t.safetensors"))
     statistics = load_statistics(tmp_path / "t.safetensors")
-    assert statistics.n_layer == 3 and statistics.fingerprint is None
+    assert statistics.n_layer == 3 and statistics.metadata.get("fingerprint") is None
     check_teal(statistics, folder, [0, 1, 2])
 
 
@@ -325,7 +325,7 @@ def test_teal_histograms_with_layers_missing(tmp_path):
         statistics.weighted_threshold(2, "q", 0.5)
     with pytest.raises(ValueError, match=r"outside \[0, 1\)"):
         statistics.threshold(2, "q", 1.0)
-    statistics.check_fingerprint(tmp_path)  # they carry none
+    load_statistics(tmp_path / "t.safetensors", tmp_path)  # they carry none
 
     (folder / "layer-2" / "mlp" / "histograms.pt").write_bytes(b"x")
     with pytest.raises(ValueError, match="is not a file of TEAL's histograms"):
@@ -340,8 +340,7 @@ def test_main_on_a_text_with_a_plot(checkpoint, tmp_path, capsys):
     text.write_text(text_of(40))
     weights = checkpoint / "model.safetensors"
     calibrate.main(flags(checkpoint_path=weights, data=[text], num_tokens=640, plot=picture, precision="float32"))
-    statistics = load_statistics(checkpoint / "calibration.safetensors")
-    statistics.check_fingerprint(checkpoint)
+    statistics = load_statistics(checkpoint / "calibration.safetensors", checkpoint)
     assert statistics.metadata["tokens"] == "640" and statistics.metadata["text"] == "text.txt"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "3 layers" in capsys.readouterr().out
