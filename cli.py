@@ -199,7 +199,7 @@ def command_line(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, OSError, MemoryError) as error:
-        raise SystemExit(f"{script}: {_line(error) or type(error).__name__}") from None
+        raise SystemExit(_line(f"{script}: {str(error) or type(error).__name__}")) from None
 
     # memory that ran out: torch has a class for a GPU's alone
     except RuntimeError as error:

@@ -325,7 +325,8 @@ def test_weights_are_stored_by_input_row(tiny):
 
 def test_a_checkpoint_that_does_not_fit(copy):
     change_config(copy, intermediate_size=50)
-    with pytest.raises(ValueError, match=r"do not fit its config: layers\.0\.feed_forward\.w1\.weight is \(48, 32\)") as error:
+    message = r"do not fit its config: layers\.0\.feed_forward\.w1\.weight is \(48, 32\)"
+    with pytest.raises(ValueError, match=message) as error:
         SparseTransformer.from_checkpoint(copy)
     assert "\n" not in str(error.value)
 
