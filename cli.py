@@ -6,6 +6,7 @@ Neither this nor options.py imports torch before a model needs it: `--help` and 
 import argparse
 import ast
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -41,7 +42,8 @@ class Parser(argparse.ArgumentParser):
         self.given: set[str] = set()
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists the flags)")
+        words = re.sub(r"(\S{200})\S+", r"\1...", message)  # a value of the user's, at length
+        raise ValueError(f"{words} (--help lists the flags)")
 
     def parse_known_args(self, args=None, namespace=None):
         defaults = {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}

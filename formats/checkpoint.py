@@ -21,7 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from formats.files import ECHO, check_space, no_space_is_value_error, one_line, read_json, shown, write_json
+from formats.files import (
+    ECHO,
+    check_space,
+    no_space_is_value_error,
+    one_line,
+    read_json,
+    regular_file,
+    shown,
+    write_json,
+)
 
 Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -79,6 +88,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name, mapped unless in torch's older format; ValueError for any other file."""
+    regular_file(path, "weight file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -205,7 +205,8 @@ def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
         if not pre:
             warnings.warn("without tokenizer.ggml.pre, texts are split as llama.cpp does by default", stacklevel=2)
         merges = meta.read("tokenizer.ggml.merges", [str])
-        _byte_level_tokenizer(tokens, types, merges, pre or "default").save(str(folder / "tokenizer.json"))
+        tokenizer = _byte_level_tokenizer(tokens, types, merges, pre or "default")
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     elif kind == "llama":
         (folder / "tokenizer.model").write_bytes(_sentencepiece_model(meta, tokens, types))
     else:
