@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from models import change_config
 
-from formats.checkpoint import checkpoint_folder
+from formats.checkpoint import checkpoint_folder, read_tensors
 from formats.files import ECHO, lock, one_line, parse_json, read_json, regular_file, shown, write_json
 from model import Transformer
 
@@ -113,3 +113,10 @@ def test_a_weight_file_that_would_not_be_loaded(copy):
     assert checkpoint_folder(copy / "model.safetensors") == checkpoint_folder(copy / "config.json") == copy
     change_config(copy, quantization_config=None)
     Transformer.from_checkpoint(copy)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_a_pipe_in_place_of_weights(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="is a pipe, not a weight file"):
+        read_tensors(tmp_path / name)

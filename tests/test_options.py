@@ -190,3 +190,10 @@ def test_devices():
     for name in ("mars", "meta", "cuda:77"):
         with pytest.raises(ValueError, match=f"--device {name}"):
             cli.resolve_device(name)
+
+
+@pytest.mark.parametrize("flags", [["--device" + "x" * 500], ["--precision", "x" * 500], ["--num_samples", "x" * 500]])
+def test_a_long_value_is_not_echoed_at_length(flags):
+    with pytest.raises(ValueError, match="x{150}") as error:
+        options.generate(flags)
+    assert len(str(error.value)) < 400
