@@ -194,6 +194,6 @@ def test_devices():
 
 @pytest.mark.parametrize("flags", [["--device" + "x" * 500], ["--precision", "x" * 500], ["--num_samples", "x" * 500]])
 def test_a_long_value_is_not_echoed_at_length(flags):
-    with pytest.raises(ValueError, match="x{150}") as error:
+    with pytest.raises(ValueError, match=r"x{150}") as error:
         options.generate(flags)
     assert len(str(error.value)) < 400
