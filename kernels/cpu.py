@@ -25,6 +25,7 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
 PACE_DOUBLES = 40  # room for cpu.cpp's `Pace`, which is zeros at first
 GROUP = 64  # logits of which cpu.cpp keeps the largest
+ROWS = 8  # the most that a step serves
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -165,5 +166,5 @@ class Model(ctypes.Structure):
     SHAPE = "n_layer n_head n_local_heads head_dim dim intermediate_size vocab_size"
     _fields_ = _fields(INTEGER, f"{SHAPE} cache_length") + _fields(ctypes.POINTER(Layer), "layers")
     _fields_ += _fields(POINTER, "embedding norm output output_scale inv_freq h qkv y act logits tops tokens")
-    _fields_ += _fields(INTEGER, "cut") + _fields(ctypes.c_float, "eps temperature") + _fields(INTEGER, "top_k")
+    _fields_ += _fields(INTEGER, "cut shared") + _fields(ctypes.c_float, "eps temperature") + _fields(INTEGER, "top_k")
     _fields_ += _fields(POINTER, "pace")
