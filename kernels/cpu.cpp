@@ -79,6 +79,13 @@ float sum(Floats v) {
 
 // ---- weight types: `load` widens LANES of them, `float` one; `from` rounds to the nearest, ties to even
 
+struct BFloat16;
+struct Int4;
+
+// Whether `load` puts even and odd ones of 2 LANES weights apart, as sums lie too while rows are added.
+template <typename T>
+constexpr bool APART = std::is_same_v<T, BFloat16> || std::is_same_v<T, Int4>;
+
 struct BFloat16 {
   uint16_t bits;
   operator float() const {
@@ -99,6 +106,10 @@ struct BFloat16 {
     const Words wide = __builtin_convertvector(read<Halves>(from), Words);
 #endif
     return (Floats)(wide << 16);
+  }
+  static void load(const BFloat16* from, Floats& even, Floats& odd) {  // in half the time of two vectors in order
+    const Words pairs = read<Words>(from);
+    even = (Floats)(pairs << 16), odd = (Floats)(pairs & 0xffff0000);
   }
 };
 
@@ -159,6 +170,14 @@ struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the l
 #endif
   }
 };
+
+template <typename T>
+void load(const T* from, Floats& first, Floats& second) {
+  if constexpr (APART<T>)
+    T::load(from, first, second);
+  else
+    first = T::load(from), second = T::load(from + LANES);
+}
 
 template <typename T>
 float rounded(float value) {
@@ -226,7 +245,8 @@ constexpr int64_t ROWS = 8;        // rows added at a time
 constexpr int64_t BATCH = 8;       // the most texts of a step
 constexpr int64_t COLUMNS = 4096;  // outputs of all texts summed at a time: 16 KB
 constexpr int64_t GROUPS = COLUMNS / 16;  // of int4: the most among them
-constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
+constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used, in at most
+constexpr int64_t ROWS_AHEAD = 64;
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of a 2-byte W is read twice
 
 // A row from one of its outputs on.
@@ -254,11 +274,11 @@ struct Matrix {
   const int8_t* log_norms = nullptr;  // see `column_norms`; null: sums start at 0
 
   Row<W> row(int64_t input, int64_t output) const {
-    const int64_t at = input * n_out + output;
     if constexpr (std::is_same_v<W, Int4>)
-      return {weight + at / 2, static_cast<const BFloat16*>(scale) + at / group * 2};
+      return {weight + (input * n_out + output) / 2,
+              static_cast<const BFloat16*>(scale) + (input * (n_out / group) + output / group) * 2};
     else
-      return {weight + at};
+      return {weight + input * n_out + output};
   }
 };
 
@@ -277,24 +297,41 @@ template <int N, int B, typename T>
   requires(!std::is_same_v<T, Int4>)
 void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, Texts<float> sums, int64_t width,
               int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
-  Floats values[B][N];  // in registers where there are enough
-  for (int b = 0; b < B; b++)
-    for (int k = 0; k < N; k++) values[b][k] = value[b][k] - Floats{};
+  // what stands in registers is copied: else each store of a sum might change it
+  const T *weights[N], *later[N];
+  for (int k = 0; k < N; k++) weights[k] = row[k].weights, later[k] = next[k].weights;
+  constexpr bool COPIED = N * B <= 16;
+  Floats copies[COPIED ? B : 0][N];
+  for (int b = 0; COPIED && b < B; b++)
+    for (int k = 0; k < N; k++) copies[b][k] = value[b][k] - Floats{};
+
   int64_t j = 0;
-  for (; j + LANES <= width; j += LANES) {
-    if (j % LINE<T> == 0)
-      for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j, 0, 2);
-    Floats total[B];
-    for (int b = 0; b < B; b++) total[b] = read<Floats>(sums[b] + j);
+  for (; j + 2 * LANES <= width; j += 2 * LANES) {
+    for (int64_t line = j; line < j + 2 * LANES; line += LINE<T>)
+      for (int k = 0; k < N && line % LINE<T> == 0; k++) __builtin_prefetch(later[k] + line, 0, 2);
+    Floats even[B], odd[B];  // or first and second
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) even[b] = read<Floats>(sums[b] + j), odd[b] = read<Floats>(sums[b] + j + LANES);
+#pragma GCC unroll 8
     for (int k = 0; k < N; k++) {
-      const Floats weights = T::load(row[k].weights + j);
-      for (int b = 0; b < B; b++) total[b] = fma(values[b][k], weights, total[b]);
+      Floats even_weights, odd_weights;
+      load(weights[k] + j, even_weights, odd_weights);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++) {
+        const Floats v = COPIED ? copies[b][k] : value[b][k] - Floats{};
+        even[b] = fma(v, even_weights, even[b]);
+        odd[b] = fma(v, odd_weights, odd[b]);
+      }
     }
-    for (int b = 0; b < B; b++) std::memcpy(sums[b] + j, &total[b], sizeof(Floats));
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) {
+      std::memcpy(sums[b] + j, &even[b], sizeof(Floats));
+      std::memcpy(sums[b] + j + LANES, &odd[b], sizeof(Floats));
+    }
   }
   for (; j < width; j++)
     for (int b = 0; b < B; b++)
-      for (int k = 0; k < N; k++) sums[b][j] = fma(value[b][k], float(row[k].weights[j]), sums[b][j]);
+      for (int k = 0; k < N; k++) sums[b][j] = fma(value[b][k], float(weights[k][j]), sums[b][j]);
 }
 
 // The same of int4's codes, whole groups at a time, whose sums start at `start`. A code is taken less 8, and its group's
@@ -355,16 +392,25 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> va
   }
 }
 
-// to = int4's sums in the outputs' order, without their starts.
-inline void in_order(const float* sums, const float* start, float* to, int64_t width, int64_t group) {
-  for (int64_t begin = 0; begin < width; begin += group) {
-    const float less = start[begin / group];
-    int64_t j = begin;
-    for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
-      const Floats even = read<Floats>(sums + j) - less, odd = read<Floats>(sums + j + LANES) - less;
-      for (int64_t lane = 0; lane < LANES; lane++) to[j + 2 * lane] = even[lane], to[j + 2 * lane + 1] = odd[lane];
-    }
-    for (; j < begin + group; j++) to[j] = sums[j] - less;
+// to = the values of `from`, where even and odd ones of each 2 LANES lie apart, in order.
+template <typename T>
+void in_order(const float* from, float* to, int64_t width) {
+  int64_t j = 0;
+  for (; APART<T> && j + 2 * LANES <= width; j += 2 * LANES) {
+    const Floats even = read<Floats>(from + j), odd = read<Floats>(from + j + LANES);
+    for (int64_t lane = 0; lane < LANES; lane++) to[j + 2 * lane] = even[lane], to[j + 2 * lane + 1] = odd[lane];
+  }
+  std::copy(from + j, from + width, to + j);
+}
+
+// The other way.
+template <typename T>
+void apart(float* v, int64_t width) {
+  for (int64_t j = 0; APART<T> && j + 2 * LANES <= width; j += 2 * LANES) {
+    Floats even, odd;
+    for (int64_t lane = 0; lane < LANES; lane++) even[lane] = v[j + 2 * lane], odd[lane] = v[j + 2 * lane + 1];
+    std::memcpy(v + j, &even, sizeof(even));
+    std::memcpy(v + j + LANES, &odd, sizeof(odd));
   }
 }
 
@@ -411,7 +457,7 @@ struct Kept {
   int norm[BATCH];                  // each text's `log_norm`, of its own kept inputs
 
   Kept(int64_t batch, int64_t most, int64_t group)
-      : batch(batch), index(most + LANES), value(BATCH * index.size()), block(COLUMNS + BATCH * (group + LANES)) {}
+      : batch(batch), index(most + LANES + ROWS_AHEAD), value(BATCH * index.size()), block(COLUMNS + BATCH * (group + LANES)) {}
 
   Texts<float> values() { return {value.data(), int64_t(index.size())}; }  // with room to write behind the last one
 
@@ -480,7 +526,8 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
   constexpr int64_t MOST = COLUMNS / B;
   const int64_t columns = groups ? std::max(matrix.group, MOST / matrix.group * matrix.group) : MOST;
   const int64_t n = kept.n;
-  const int32_t* const index = kept.index.data() + kept.first;
+  int32_t* const index = kept.index.data() + kept.first;
+  for (int64_t r = 0; r < ROWS_AHEAD; r++) index[n + r] = n ? index[r % n] : 0;  // behind the last row comes the first
   const Texts<const float> value{kept.value.data() + kept.first, kept.values().apart};
   float starts[B][GROUPS / B] = {};  // of int4's groups
   for (int64_t column = begin; column < end; column += columns) {
@@ -498,41 +545,40 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
 #pragma omp simd
         for (int64_t j = 0; j < length; j++) start[j] = start_of_sum(log_norms[j], kept.norm[b]);
       for (int64_t g = 0; groups && g < length; g++) std::fill_n(block[b] + g * matrix.group, matrix.group, start[g]);
+      if (!groups) apart<W>(start, length);
     }
 
-    // the r-th kept row, and the first ones, whose fetching no earlier rows cover
-    const int64_t ahead = std::max<int64_t>(1, AHEAD / (ROWS * width * 64 / LINE<W>)) * ROWS;
-    const auto at = [&](int64_t r) {  // behind the last row come the next columns' first ones
-      const bool wraps = r >= n && column + columns < end;
-      r = wraps ? std::min(r - n, n - 1) : std::min(r, n - 1);
-      return matrix.row(index[r], column + (wraps ? columns : 0));
-    };
+    // the first rows, whose fetching no earlier ones cover
+    const int64_t bytes = ROWS * width * 64 / LINE<W>, ahead = std::clamp(AHEAD / bytes * ROWS, ROWS, ROWS_AHEAD);
     for (int64_t r = 0; column == begin && r < std::min(ahead, n); r++)
       for (int64_t line = 0; line * LINE<W> < width; line++)
-        __builtin_prefetch(reinterpret_cast<const char*>(at(r).weights) + line * 64, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(matrix.row(index[r], column).weights) + line * 64, 0, 2);
 
-    // ROWS rows at a time, then the rest one by one
+    // ROWS rows at a time, then the rest one by one; behind the last come the next columns' first ones
+    const int64_t jump = column + columns < end ? columns : 0;
+    const auto later = [&](int64_t r) { return matrix.row(index[r + ahead], column + (r + ahead < n ? 0 : jump)); };
     int64_t r = 0;
     for (; r + ROWS <= n; r += ROWS) {
       Row<W> row[ROWS], next[ROWS];
-      for (int64_t k = 0; k < ROWS; k++) row[k] = at(r + k), next[k] = at(r + ahead + k);
+      for (int64_t k = 0; k < ROWS; k++) row[k] = matrix.row(index[r + k], column), next[k] = later(r + k);
       add_rows<ROWS, B>(row, next, {value[0] + r, value.apart}, block, width, matrix.group, starts);
     }
     for (; r < n; r++) {
-      const Row<W> row = at(r), next = at(r + ahead);
+      const Row<W> row = matrix.row(index[r], column), next = later(r);
       add_rows<1, B>(&row, &next, {value[0] + r, value.apart}, block, width, matrix.group, starts);
     }
 
     // what was added to them
     for (int b = 0; b < std::min<int64_t>(B, kept.batch); b++) {
       float* const to = sums[b] + column - begin;
-      if constexpr (groups)
-        in_order(block[b], starts[b], to, width, matrix.group);
-      else if (!log_norms)
-        std::copy_n(block[b], width, to);
-      else
+      const int64_t length = groups ? matrix.group : width;
+      for (int64_t j = 0; j < width; j += length) {
+        in_order<W>(block[b] + j, to + j, length);
+        for (int64_t i = j; groups && i < j + length; i++) to[i] -= starts[b][j / length];
+      }
+      if (!groups && log_norms)
 #pragma omp simd
-        for (int64_t j = 0; j < width; j++) to[j] = block[b][j] - start_of_sum(log_norms[j], kept.norm[b]);
+        for (int64_t j = 0; j < width; j++) to[j] -= start_of_sum(log_norms[j], kept.norm[b]);
     }
   }
 }
@@ -799,7 +845,7 @@ class Worker {
         partials(partials), most(most), kept(batch, std::max({m.dim, m.hidden, q}), m.layers[0].w2.group),
         x(batch * m.dim), shifted(batch * kept.index.size()), sums(std::max({batch * GROUP, m.dim, 2 * m.hidden})),
         scores(*std::max_element(positions, positions + batch) + 1), cos(batch * m.head_dim / 2), sin(cos.size()),
-        head(2 * m.head_dim) {}
+        head(3 * m.head_dim) {}
 
   void step() {
     // h = the tokens' embeddings, and the rotations at their positions
@@ -818,6 +864,7 @@ class Worker {
     for (int64_t l = 0; l < m.n_layer; l++) {
       const Layer& layer = m.layers[l];
       project_qkv(layer);
+      expect(layer.wo, q, m.dim);
       barrier.wait(threads);
       if (m.shared) {
         share(batch * m.n_local_heads, [&](int64_t i) { cache(layer, i / m.n_local_heads, i % m.n_local_heads); });
@@ -826,10 +873,13 @@ class Worker {
       share(batch * m.n_head, [&](int64_t i) { attend(layer, i / m.n_head, i % m.n_head); });
       barrier.wait(threads);
       add_product(m.y, q, layer.wo);
+      expect(layer.w13, 2 * m.dim, 2 * m.hidden);
       barrier.wait(threads);
       gate_and_up(layer);
+      expect(layer.w2, m.hidden, m.dim);
       barrier.wait(threads);
       add_product(m.act, m.hidden, layer.w2);
+      if (l + 1 < m.n_layer) expect(m.layers[l + 1].wqkv, 3 * m.dim, width);
       barrier.wait(threads);
     }
 
@@ -884,6 +934,13 @@ class Worker {
 #pragma omp simd
       for (int64_t i = 0; i < n_in; i++) shifted[b * n_in + i] = rounded<T>(from[b * n_in + i] - projection.shift[i]);
     return shifted.data();
+  }
+
+  // Fetches what the next product wants at once: else it waits, as nothing of a step stays in the caches until the next.
+  void expect(const Projection& next, int64_t thresholds, int64_t n_out) const {
+    for (int64_t i = 0; m.cut && i < thresholds; i += 16) __builtin_prefetch(next.threshold + i, 0, 2);
+    const int64_t norms = next.group ? n_out / next.group : n_out;
+    for (int64_t i = 0; next.log_norms && i < norms; i += 64) __builtin_prefetch(next.log_norms + i, 0, 2);
   }
 
   // This thread's sums over its share of the kept inputs of from [batch, n_in]; then the threads meet. Segments with the
@@ -981,7 +1038,7 @@ class Worker {
 
     // the new query and key, rotated; the first of a key/value head's queries caches key and value
     if (!m.shared && h % heads_per_kv == 0) cache(layer, b, kv_head);
-    float *rotated = head.data(), *k = rotated + d, *y = m.y + b * q + h * d;
+    float *rotated = head.data(), *k = rotated + d, *weighted = k + d, *y = m.y + b * q + h * d;
     const float *qkv = m.qkv + b * width, *v = qkv + q + kv + kv_head * d;
     rotate(b, qkv + h * d, rotated);
     rotate(b, qkv + q + kv_head * d, k);
@@ -998,6 +1055,7 @@ class Worker {
 
     // y = the values, weighted
     for (int64_t i = 0; i < d; i++) y[i] = scores[n] * v[i];
+    apart<T>(y, d);
     Row<T> row[ROWS];
     int64_t j = 0;
     for (; j + ROWS <= n; j += ROWS) {
@@ -1008,7 +1066,8 @@ class Worker {
       row[0] = {values + j * d};
       add_rows<1, 1>(row, row, {scores.data() + j, 0}, {y, 0}, d);
     }
-    for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(y[i] / total);
+    in_order<T>(y, weighted, d);
+    for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(weighted[i] / total);
   }
 
   // h += the product of from [batch, n_in]
