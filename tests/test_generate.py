@@ -637,7 +637,7 @@ def test_one_step_that_is_not_finite_is_found(copy, step, damaged, monkeypatch):
 
         def poisoned():
             replay()
-            generator._fused.logits[7] = float("nan") if next(steps) == damaged else 0.0
+            generator._fused.logits[..., 7] = float("nan") if next(steps) == damaged else 0.0
 
         monkeypatch.setattr(generator._fused, "replay", poisoned)
     else:
