@@ -50,7 +50,7 @@ def fusable(config: ModelArgs) -> bool:
 def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
     """Why a run's steps are not fused, in a few words; None: they can be."""
     if batch_size > (most := cpu.ROWS if device.type == "cpu" else 1):
-        return f"it serves at most {most} rows"
+        return "it serves one row" if most == 1 else f"it serves at most {most} rows"
     if device.type == "cpu" and cpu.library() is None:
         return "it needs a C++ compiler"
     if device.type == "cuda" and top_k > MAX_TOP_K:
@@ -261,7 +261,8 @@ class FusedCpuStep:
 
     def start(self, tokens: Tensor, positions: list[int], seeds: list[int]) -> None:
         """Sets the token [rows] to feed next of each row, its position and the seed of its draws; rows may be fewer."""
-        self.positions, self.seeds = (ctypes.c_int64 * len(positions))(*positions), (ctypes.c_uint32 * len(seeds))(*seeds)
+        self.positions = (ctypes.c_int64 * len(positions))(*positions)
+        self.seeds = (ctypes.c_uint32 * len(seeds))(*seeds)
         self.tokens[range(len(positions)), positions] = tokens
         self._threads = torch.get_num_threads()
 
