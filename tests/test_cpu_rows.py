@@ -53,7 +53,7 @@ def run(model, which, steps=12, dense=False, temperature=0.8):
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 def test_rows_equal_their_single_runs(two_threads, quant, cuts, temperature):
     """In any batch, at any place of it, with any number of threads; the rows' inputs are cut differently."""
-    model, dense = random_model(torch.bfloat16, quant, cuts), cuts == "dense"
+    model, dense = random_model(torch.bfloat16, quant, cuts, intermediate_size=480), cuts == "dense"  # wide for 8 rows
     single = [run(model, [r], dense=dense, temperature=temperature) for r in range(8)]
     assert torch.cat([tokens for _, tokens in single]).unique().numel() > 20
     for which, threads in (([1, 0], 2), ([2, 7, 3], 1), ([5, 0, 6, 1], 3), (list(range(8)), 2)):
