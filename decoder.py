@@ -22,6 +22,7 @@ from kernels import cpu
 from model import ModelArgs, Projection, Transformer, TransformerBlock
 from sparse_model import SparseProjection, SparseTransformer
 
+MAX_ROWS = 8  # of a fused step
 MAX_TOP_K = 1024  # that the fused sampling on a GPU sorts in one program
 LEAST_TEMPERATURE = 1e-20  # below it logits over the temperature leave float32: it is greedy
 # The fields of ModelArgs that both fused steps implement, whatever their value.
@@ -49,8 +50,8 @@ def fusable(config: ModelArgs) -> bool:
 
 def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
     """Why a run's steps are not fused, in a few words; None: they can be."""
-    if batch_size > 1:
-        return "it serves one row"
+    if batch_size > MAX_ROWS or (batch_size > 1 and device.type == "cpu"):
+        return f"it serves at most {MAX_ROWS} rows"
     if device.type == "cpu" and cpu.library() is None:
         return "it needs a C++ compiler"
     if device.type == "cuda" and top_k > MAX_TOP_K:
@@ -59,22 +60,26 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
 
 
 class FusedGpuStep:
-    """Decode steps at batch 1 on a GPU, through the fused kernels and one CUDA graph.
+    """Decode steps of 1 to 8 rows on a GPU, through the fused kernels and one CUDA graph.
 
     `replay` a step as often as wanted, then read `tokens`: it leaves nothing for the host to do. Models of 16 bits give
-    the same tokens every time, in a cache of any length, while `left_grid` is False.
+    a row the same tokens every time, in a cache of any length, beside any rows, while `left_grid` is False.
 
-    model: with its cache set up for one row, and its cuts set: a later change needs a new step.
+    model: with its cache set up, and its cuts set: a later change needs a new step.
     temperature, top_k: of the sampling; temperature 0 is greedy.
     dense: nothing is cut, by the same kernels with the test compiled out; so it is where a model's `sparsity` is 0.
-    tokens: [positions of the cache + 1], int64; those from `start` on are valid.
-    logits: [vocab and room for a norm's rstd], float32, of the last step.
+    drafts: this many rows, which share the cache's only row and stand at consecutive positions of one text; 0: every row
+        of the cache is a text of its own.
+    tokens: [rows, positions of the cache + 1], int64; those from `start` on are valid.
+    logits: [rows, vocab and room for a norm's rstd], float32, of the last step.
     """
 
-    def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
-        from kernels import fused_step, grids, triton_gemv
+    def __init__(
+        self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0
+    ):
+        from kernels import few_rows, fused_step, grids, triton_gemv
 
-        self.kernels, self.gemv, self.grids, self.model = fused_step, triton_gemv, grids, model
+        self.kernels, self.gemv, self.few_rows, self.grids, self.model = fused_step, triton_gemv, few_rows, grids, model
         self.sparsity = 0.0 if dense else model.sparsity
         config, device = model.config, model.device
         self.sampling = temperature, min(top_k, config.vocab_size)
@@ -85,25 +90,28 @@ class FusedGpuStep:
             return torch.zeros(shape, device=device, dtype=dtype)
 
         # what one launch of a step leaves to the next; y is kept per layer: o guesses by its last input
-        cache_length, rstd_buffer = model.layers[0].attention.kv_cache.k_cache.shape[2], triton_gemv.RSTD_BUFFER
+        cache_rows, _, cache_length, _ = model.layers[0].attention.kv_cache.k_cache.shape
+        self.drafts, rows, rstd_buffer = drafts, drafts or cache_rows, triton_gemv.RSTD_BUFFER
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
         splits = fused_step.chunks_in(cache_length)
-        self.residual = fused_step.Residual(buffer(config.dim))
+        self.residual = fused_step.Residual(buffer(rows, config.dim))
         if model.dtype != torch.float32:
             fineness = grids.fineness(grids.residual_bound(model))
             self.residual = self.residual._replace(fineness=fineness, beyond=buffer(1, dtype=torch.int32))
-        self.qkv = buffer(q + 2 * kv + rstd_buffer)
-        self.gate_up = buffer(2 * config.intermediate_size + rstd_buffer)
-        self.y = buffer(config.n_layer, q, dtype=model.dtype)
-        arrived = buffer(config.n_local_heads, dtype=torch.int32)
-        self.chunks = fused_step.Chunks(buffer(splits, q), buffer(splits, config.n_head), arrived)
-        self.logits = buffer(config.vocab_size + rstd_buffer)
+        self.qkv = buffer(rows, q + 2 * kv + rstd_buffer)
+        self.gate_up = buffer(rows, 2 * config.intermediate_size + rstd_buffer)
+        self.y = buffer(config.n_layer, rows, q, dtype=model.dtype)
+        arrived = buffer(rows, config.n_local_heads, dtype=torch.int32)
+        self.chunks = fused_step.Chunks(buffer(rows, splits, q), buffer(rows, splits, config.n_head), arrived)
+        self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size + rstd_buffer)
+        most = max(segments * (rows + rows % 2) * n_in + 64 for segments, n_in in (m.threshold.shape for m in model.sites))
+        self.prepared = few_rows.Prepared(buffer(most), buffer(most // 32 + 1024, dtype=torch.int32))
 
         # the sampling's room, and what goes from step to step
-        self.top = buffer(-(-config.vocab_size // fused_step.HEAD_ROWS))
-        self.groups = buffer(1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
-        self.seed, self.position, self.token = (buffer(1, dtype=torch.int64) for _ in range(3))
-        self.tokens = buffer(cache_length + 1, dtype=torch.int64)
+        self.top = buffer(rows, -(-config.vocab_size // fused_step.HEAD_ROWS))
+        self.groups = buffer(rows, 1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
+        self.seed, self.position, self.token = (buffer(rows, dtype=torch.int64) for _ in range(3))
+        self.tokens = buffer(rows, cache_length + 1, dtype=torch.int64)
 
         # what the launches multiply and normalise with
         self.last_rstds = buffer(2 * config.n_layer, 1)
@@ -111,6 +119,7 @@ class FusedGpuStep:
         self.norms = [triton_gemv.Norm(norms[i].weight, norms[i].eps, rstd) for i, rstd in enumerate(self.last_rstds)]
         self.head_norm = triton_gemv.Norm(model.norm.weight, model.norm.eps)
         gains = [gain for norm in norms for gain in (norm.weight, None)]
+        self.head_operation = triton_gemv.operation_of("norm", config.dim, model.dtype)
         self.products = {site: self._product(site, gain) for site, gain in zip(model.sites, gains, strict=True)}
 
     def _product(self, module: SparseProjection, gain: Tensor | None) -> tuple:
@@ -130,12 +139,12 @@ class FusedGpuStep:
         h, fineness, beyond = self.residual
         return beyond is not None and bool(beyond.item() or (h.abs() * fineness > self.kernels.BEYOND.value).any())
 
-    def start(self, token: Tensor, position: int, seed: int) -> None:
-        """Sets the token to feed next, its position, and the seed of the draws."""
-        self.token.copy_(token.view(1))
-        self.tokens[position] = token.view(())
-        self.position.fill_(position)
-        self.seed.fill_(seed)
+    def start(self, tokens: Tensor, positions: list[int], seeds: list[int]) -> None:
+        """Sets each row's token to feed next, its position, and the seed of its draws."""
+        self.token.copy_(tokens.view(-1))
+        self.position.copy_(torch.tensor(positions))
+        self.seed.copy_(torch.tensor(seeds))
+        self.tokens.scatter_(1, self.position[:, None], self.token[:, None])
 
     def replay(self) -> None:
         """One step; the first call records it."""
@@ -163,7 +172,9 @@ class FusedGpuStep:
     def step(self) -> None:
         """Launches the kernels of one step."""
         kernels, model, products, h, pdl = self.kernels, self.model, self.products, self.residual.h, self.pdl
-        gemv = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl)
+        gemv, rows = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl), len(h)
+        if rows > 1:
+            gemv = partial(self.few_rows.launch_rows, prepared=self.prepared, dtype=model.dtype, pdl=pdl)
         kernels.launch_embed(self.token, model.tok_embeddings.weight, self.residual, self.logits, pdl)
 
         for i, block in enumerate(model.layers):
@@ -171,18 +182,24 @@ class FusedGpuStep:
             attention_norm, ffn_norm = self.norms[2 * i : 2 * i + 2]
             gate_up, bias = products[feed_forward.w13], attention.wqkv.bias
             window = model.config.sliding_window if i in model.config.windowed_layers else None
-            cache, ahead = attention.kv_cache, (self.residual, (ffn_norm, gate_up))
+            cache, ahead, shared = attention.kv_cache, (self.residual, (ffn_norm, gate_up)), self.drafts > 0
 
             gemv("norm", h, products[attention.wqkv], self.qkv, norm=attention_norm, zero=self.gate_up)
-            kernels.launch_attention(
-                self.qkv, bias, cache, self.position, model.inv_freq, self.chunks, y, window, *ahead, pdl
-            )
-            gemv("given", y[None], products[attention.wo], h[None])
+            at = self.position, model.inv_freq
+            if shared:
+                kernels.launch_cache(self.qkv, bias, cache, *at, model.config.n_head, pdl)
+            kernels.launch_attention(self.qkv, bias, cache, *at, self.chunks, y, window, *ahead, pdl, shared)
+            gemv("given", y, products[attention.wo], h)
             gemv("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
             gemv("silu", self.gate_up, products[feed_forward.w2], h)
 
-        scale, state = model.output and model.output.scale, (self.seed, self.position, self.token, self.tokens)
-        kernels.launch_head(h, self.head_norm, model.output_weight, scale, self.logits, self.top, pdl)
+        scale, norm, x = model.output and model.output.scale, self.head_norm, h
+        if rows > 1:
+            x, room, strides = self.x, self.prepared._replace(made=self.x), (model.config.dim, 1)
+            self.few_rows.launch_prepare(h, self.head_operation, None, room, strides, norm=norm, pdl=pdl)
+            norm = None
+        kernels.launch_head(x, norm, model.output_weight, scale, self.logits, self.top, pdl)
+        state = self.seed, self.position, self.token, self.tokens
         kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)
 
 
@@ -203,8 +220,8 @@ class FusedCpuStep:
         self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int]
         self._dtype = cache.dtype
         self._tensors = []  # those that only the structures point to
-        self.logits = torch.zeros(config.vocab_size)
-        self.tokens = torch.zeros(cache.shape[2] + 1, dtype=torch.int64)
+        self.logits = torch.zeros(1, config.vocab_size)
+        self.tokens = torch.zeros(1, cache.shape[2] + 1, dtype=torch.int64)
 
         # the layers
         layers = (cpu.Layer * config.n_layer)()
@@ -253,8 +270,8 @@ class FusedCpuStep:
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
         """Sets the token to feed next, its position, and the seed of the draws."""
-        self.position, self.seed, self._threads = position, seed, torch.get_num_threads()
-        self.tokens[position] = token.item()
+        self.position, self.seed, self._threads = position[0], seed[0], torch.get_num_threads()
+        self.tokens[0, self.position] = token.item()
 
     def replay(self) -> None:
         """One step. Raises MemoryError: too little for it; the position is the same then."""
@@ -457,14 +474,14 @@ class Generator:
         """The new tokens [1, N] by fused steps: the host only launches them, unless `on_token` looks."""
         fused, vocab = self._fused, self.model.config.vocab_size
         look = on_token is not None or self.device.type == "cpu"  # at every step, where the host waits for it anyway
-        fused.start(token, length, self.seed % 2**32)
+        fused.start(token, [length] * len(token), self._seeds[:, 0].tolist())
         end = length + 1
-        while not (on_token and on_token(fused.tokens[None, end - 1 : end])) and end < length + max_new_tokens:
+        while not (on_token and on_token(fused.tokens[:, end - 1 : end])) and end < length + max_new_tokens:
             fused.replay()
             end += 1
             if look or end == length + max_new_tokens:
-                check_finite(fused.logits[:vocab], self.model.dtype)
-        return fused.tokens[None, length:end].clone()
+                check_finite(fused.logits[:, :vocab], self.model.dtype)
+        return fused.tokens[:, length:end].clone()
 
     @property
     def left_grid(self) -> bool:

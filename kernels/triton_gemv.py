@@ -38,6 +38,11 @@ class Operation(NamedTuple):
     groupsize: int = 0  # int4's outputs per scale
 
 
+def operation_of(prologue: str, n_in: int, dtype: torch.dtype) -> Operation:
+    """That of dense inputs in the model's dtype."""
+    return Operation(prologue, False, False, n_in, getattr(tl, str(dtype).removeprefix("torch.")))
+
+
 # ---- what a product multiplies: the prologue's inputs, and their norm's rstd
 
 
@@ -48,21 +53,27 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rstd_of(h_ptr, eps, N: tl.constexpr):
+    """RMSNorm's 1 / sqrt(mean(h^2) + eps) of h [N] float32, by one warp: more would add in another order."""
+    PASS: tl.constexpr = min(4096, triton.next_power_of_2(N))
+    squares = tl.zeros((PASS,), tl.float32)
+    for start in tl.static_range(0, N, PASS):
+        i = start + tl.arange(0, PASS)
+        h = tl.load(h_ptr + i, mask=i < N, other=0.0)
+        squares += h * h
+    rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
+    return tl.where(rstd == 0.0, float("nan"), rstd)  # infinite h: not a number, but no wait without end
+
+
+@triton.jit
 def shared_rstd(slots_ptr, program, h_ptr, eps, N: tl.constexpr):
-    """RMSNorm's 1 / sqrt(mean(h^2) + eps) of h [N] float32: the first program computes it, the others wait for it.
+    """`rstd_of` h: the first program computes it, the others wait for it.
 
     The slots hold 0 until then (an earlier launch has zeroed them). There are many, one per cache line, since thousands
     of programs that poll one address queue for it: 4096 -> 6144 at 50 % took 13.5 us so, 12.7 us with 64 (H100).
     """
     if program == 0:
-        PASS: tl.constexpr = min(4096, triton.next_power_of_2(N))
-        squares = tl.zeros((PASS,), tl.float32)
-        for start in tl.static_range(0, N, PASS):
-            i = start + tl.arange(0, PASS)
-            h = tl.load(h_ptr + i, mask=i < N, other=0.0)
-            squares += h * h
-        rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
-        rstd = tl.where(rstd == 0.0, float("nan"), rstd)  # infinite h: not a number, but not a hang
+        rstd = rstd_of(h_ptr, eps, N)
         tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, rstd + tl.zeros((SLOTS,), tl.float32))
 
     slot = slots_ptr + (program % SLOTS) * STRIDE
@@ -73,7 +84,7 @@ def shared_rstd(slots_ptr, program, h_ptr, eps, N: tl.constexpr):
 
 
 @triton.jit
-def _load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
+def load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
     """Loads the constants of inputs `rows`: the norm's gain, thresholds and shifts, float32."""
     in_range = rows < OP.n_in
     gain = tl.zeros_like(rows).to(tl.float32)
@@ -89,8 +100,8 @@ def _load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
 
 
 @triton.jit
-def _load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
-    """Loads the two float32 operands from which `_inputs` makes x[rows]; the second is zero but for SiLU(gate) * up.
+def load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
+    """Loads the two float32 operands from which `inputs` makes x[rows]; the second is zero but for SiLU(gate) * up.
 
     CACHE ".cg" leaves nothing in L1: what is read before the wait may change.
     """
@@ -103,7 +114,7 @@ def _load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
 
 
 @triton.jit
-def _inputs(rows, operands, constants, rstd, OP: tl.constexpr):
+def inputs(rows, operands, constants, rstd, OP: tl.constexpr):
     """x[rows] - shift, float32, rounded where the unfused model rounds; and which of them are kept."""
     x, up = operands
     gain, threshold, shift = constants
@@ -125,7 +136,7 @@ def _inputs(rows, operands, constants, rstd, OP: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(rows_ptr, wanted, n_bytes):
+def prefetch(rows_ptr, wanted, n_bytes):
     """Asks for n_bytes (a multiple of 16) at each wanted pointer, 16-byte aligned, to be brought into L2."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
@@ -151,9 +162,9 @@ def _prefetch_tile(
         if PLAN.guess:
             ahead_constants = constants
             if block > 0:
-                ahead_constants = _load_constants(ahead, gain_ptr, threshold_ptr, OP)
-            _x, wanted = _inputs(ahead, _load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
+                ahead_constants = load_constants(ahead, gain_ptr, threshold_ptr, OP)
+            _x, wanted = inputs(ahead, load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
+        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
 
 
 @triton.jit
@@ -180,12 +191,12 @@ def prefetch_gate_up(
         wanted = rows < OP.n_in
         if OP.cut:
             threshold_ptr += up * (2 * OP.n_in if OP.shift else OP.n_in)
-            constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
-            h = _load_inputs(rows, h_ptr, OP, ".cg")
-            _x, wanted = _inputs(rows, h, constants, tl.load(last_rstd_ptr), OP)
+            constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
+            h = load_inputs(rows, h_ptr, OP, ".cg")
+            _x, wanted = inputs(rows, h, constants, tl.load(last_rstd_ptr), OP)
 
         rows_ptr = weight_ptr + rows.to(tl.int64) * (2 * half_bytes) + up * half_bytes + start
-        _prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
+        prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
 
 
 # ---- integers: sums of x times integer, taken without converting the integers
@@ -207,7 +218,7 @@ def fraction(word, one, k: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _add_products(acc, x, word, one, BITS: tl.constexpr):
+def add_products(acc, x, word, one, BITS: tl.constexpr):
     """acc[k] + x * the `fraction` of the k-th integer of each word, for all k."""
     out = ()
     for k in tl.static_range(32 // BITS):
@@ -216,7 +227,7 @@ def _add_products(acc, x, word, one, BITS: tl.constexpr):
 
 
 @triton.jit
-def _joined(acc, ones, low, BITS: tl.constexpr):
+def joined(acc, ones, low, BITS: tl.constexpr):
     """The sums of x * integer, plus `low`, in the outputs' order, from those of x * fraction and `ones`, that of x."""
     s = ()
     for k in tl.static_range(32 // BITS):
@@ -230,7 +241,7 @@ def _joined(acc, ones, low, BITS: tl.constexpr):
 
 
 @triton.jit
-def _lowest_bit(bits):
+def lowest_bit(bits):
     """Index of the lowest bit set of an int32; below 0 for 0."""
     low = (bits & -bits).to(tl.uint32).to(tl.float32)
     return (low.to(tl.int32, bitcast=True) >> 23) - 127
@@ -247,7 +258,7 @@ def snap(x, fineness):
 
 
 @triton.jit
-def _outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: tl.constexpr):
+def outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: tl.constexpr):
     """Segment of a tile, its first output, and the end of its segment's outputs."""
     in_1, in_2 = (tile >= tiles_1).to(tl.int32), (tile >= tiles_2).to(tl.int32)
     first = tl.where(in_2 > 0, start_2, tl.where(in_1 > 0, start_1, 0))
@@ -273,7 +284,7 @@ def _add_kept_rows(
     kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
     while kept != 0:
         for _row in tl.static_range(ROWS):
-            i = _lowest_bit(kept)
+            i = lowest_bit(kept)
             x_i = tl.sum(tl.where(lane == i, x.to(tl.int32, bitcast=True), 0), axis=0)
             x_i = x_i.to(tl.float32, bitcast=True)
             mask = words < tl.where(kept != 0, last // PACK, 0)
@@ -284,7 +295,7 @@ def _add_kept_rows(
                 acc = (acc[0] + x_i * word.to(tl.float32),)
             elif OP.bits == 8:  # the sign's bit flipped: 128 too large
                 ones += x_i
-                acc = _add_products(acc, x_i, word ^ -0x7F7F7F80, one, OP.bits)
+                acc = add_products(acc, x_i, word ^ -0x7F7F7F80, one, OP.bits)
             else:  # two bfloat16, a scale and a minimum, for two words
                 pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
                 at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
@@ -292,7 +303,7 @@ def _add_kept_rows(
                 low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
                 x_i *= (pair << 16).to(tl.float32, bitcast=True)
                 ones += x_i
-                acc = _add_products(acc, tl.interleave(x_i, x_i), word, one, OP.bits)
+                acc = add_products(acc, tl.interleave(x_i, x_i), word, one, OP.bits)
             kept = kept & (kept - 1)
     return acc, ones, low
 
@@ -335,7 +346,7 @@ def _gemv_kernel(
     program = tl.program_id(1) * tl.num_programs(0) + tile
     x_ptr += tl.program_id(2) * OP.n_in
     out_ptr += tl.program_id(2) * n_out
-    segment, first, last = _outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
+    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
     threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
@@ -347,7 +358,7 @@ def _gemv_kernel(
     last_rstd = 1.0
     if PLAN.guess and OP.prologue == "norm":
         last_rstd = tl.load(last_rstd_ptr)
-    constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
+    constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
     if PLAN.prefetch > 0:
         if program < PLAN.prefetch:
             _prefetch_tile(
@@ -371,7 +382,7 @@ def _gemv_kernel(
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    operands = _load_inputs(rows, x_ptr, OP, "")
+    operands = load_inputs(rows, x_ptr, OP, "")
     rstd = 1.0
     if OP.prologue == "norm":
         rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
@@ -389,11 +400,11 @@ def _gemv_kernel(
         weight_scale_ptr += row.to(tl.int64) * (n_out // OP.groupsize)
 
     for _block in tl.static_range(BLOCKS):
-        x, keep = _inputs(rows, operands, constants, rstd, OP)
+        x, keep = inputs(rows, operands, constants, rstd, OP)
         if BLOCKS > 1:  # the next block's inputs come while this one's weights do
             rows += BLOCK
-            operands = _load_inputs(rows, x_ptr, OP, "")
-            constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
+            operands = load_inputs(rows, x_ptr, OP, "")
+            constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
 
         if PLAN.rows > 0:
             acc, ones, low = _add_kept_rows(
@@ -409,9 +420,9 @@ def _gemv_kernel(
     # the sums of the outputs in their order, with int8's scale; the first row of programs adds the offsets
     total = acc[0]
     if OP.bits == 4:
-        total = _joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), OP.bits)
+        total = joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), OP.bits)
     elif OP.bits == 8:
-        total = _joined(acc, ones, -128 * ones, OP.bits)
+        total = joined(acc, ones, -128 * ones, OP.bits)
         total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
     if OP.shift:
         total += offset
@@ -450,9 +461,9 @@ class Product(NamedTuple):
 
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
-        cut, shift, bits = self.sparsity > 0, self.offset is not None, self.form.bits
-        triton_dtype, pack = getattr(tl, str(dtype).removeprefix("torch.")), 32 // bits if bits < 16 else 1
-        return Operation(prologue, cut, shift, len(self.weight), triton_dtype, bits, pack, self.form.groupsize)
+        operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
+        cut, shift, pack = self.sparsity > 0, self.offset is not None, 32 // bits if bits < 16 else 1
+        return operation._replace(cut=cut, shift=shift, bits=bits, pack=pack, groupsize=self.form.groupsize)
 
     def check(self) -> None:
         """Asserts what the kernel relies on."""
@@ -478,7 +489,7 @@ class Norm(NamedTuple):
     last_rstd: Tensor | None = None
 
 
-def _starts(widths: list[int]) -> list[int]:
+def starts_of(widths: list[int]) -> list[int]:
     """Where each segment starts and the last one ends, the end repeated up to MAX_SEGMENTS."""
     starts = [0, *accumulate(widths)]
     return starts + starts[-1:] * (MAX_SEGMENTS - len(widths))
@@ -491,9 +502,9 @@ def launch_gemv(
 ) -> None:
     """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue, see `Operation`.
 
-    x: "given" [B, in]; else one row, float32: h [in] or gate|up [2 in]. With `pdl` it is read before the launch before
-        has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
-    out: [B, out], float32; with "norm" [out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
+    x: "given" [B, in]; else one row, float32: h [1, in] or gate|up [1, 2 in]. With `pdl` it is read before the launch
+        before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
+    out: [B, out], float32; with "norm" [1, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
     norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
     dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
     pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
@@ -511,8 +522,8 @@ def launch_gemv(
         weight_scale = weight_scale.view(torch.int32)
 
     # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
-    starts = _starts(product.segments)
-    tiles = _starts([triton.cdiv(width, plan.block_out) for width in product.segments])
+    starts = starts_of(product.segments)
+    tiles = starts_of([triton.cdiv(width, plan.block_out) for width in product.segments])
     grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
