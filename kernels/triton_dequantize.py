@@ -1,0 +1,75 @@
+"""`kernels.quantized.dequantize` on a GPU: one launch, which reads a weight once and writes it once in the run's dtype.
+
+Torch's own operations take two launches of int8 and nine of int4, which write float32 in between.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _dequantize_kernel(
+    weight_ptr,
+    scale_ptr,
+    out_ptr,
+    n_in,
+    n_stored,
+    weight_in,  # strides of an input and of an output, each
+    weight_out,
+    scale_in,
+    scale_out,
+    out_in,
+    out_out,
+    STORED: tl.constexpr,  # bytes of a group of int4, 0 of int8
+    BY_ROW: tl.constexpr,  # outputs of one input lie side by side, else inputs of one output
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    i = (tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)).to(tl.int64)[:, None]
+    j = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
+    mask = (i < n_in) & (j < n_stored)
+    code = tl.load(weight_ptr + i * weight_in + j * weight_out, mask=mask, other=0).to(tl.int32)
+    out_ptr += i * out_in
+
+    if STORED == 0:
+        value = code.to(tl.float32) * tl.load(scale_ptr + j, mask=j < n_stored, other=0.0)
+        tl.store(out_ptr + j * out_out, value.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        # s and m at once: their bits are the upper ones of a float32
+        both = tl.load(scale_ptr + i * scale_in + j // STORED * scale_out, mask=mask, other=0)
+        s, m = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+        even, odd = (code & 15).to(tl.float32) * s + m, (code >> 4).to(tl.float32) * s + m
+        even, odd = even.to(out_ptr.dtype.element_ty), odd.to(out_ptr.dtype.element_ty)
+        if BY_ROW:
+            k = tl.program_id(0) * 2 * BLOCK_OUT + tl.arange(0, 2 * BLOCK_OUT)[None, :]
+            tl.store(out_ptr + k * out_out, tl.interleave(even, odd), mask=(i < n_in) & (k < 2 * n_stored))
+        else:
+            tl.store(out_ptr + 2 * j * out_out, even, mask=mask)
+            tl.store(out_ptr + (2 * j + 1) * out_out, odd, mask=mask)
+
+
+def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an int8 or int4 weight and its scale, `transposed` or not, stand for: [in, out], laid out as the weight is.
+
+    Equal to `dequantize` to the bit: int8's product is rounded to float32 and then to dtype; int4's code (4 bits) times
+    s (8 bits) is exact, so that fused or not the sum with m is rounded once.
+    """
+    (n_in, n_stored), by_row = weight.shape, weight.stride(1) == 1
+    stored, strides = 0, (0, 0)
+    if weight.dtype == torch.uint8:
+        stored, scale = n_stored // scale.shape[1], scale.view(torch.int32).squeeze(2)
+        strides = scale.stride()
+    n_out = n_stored * (2 if stored else 1)
+    out = torch.empty((n_in, n_out) if by_row else (n_out, n_in), device=weight.device, dtype=dtype)
+    out = out if by_row else out.t()
+
+    block_in, block_out = (16, 128) if by_row else (128, 16)
+    grid = triton.cdiv(n_stored, block_out), triton.cdiv(n_in, block_in)
+    with torch.cuda.device_of(weight):
+        _dequantize_kernel[grid](
+            weight, scale, out, n_in, n_stored, *weight.stride(), *strides, *out.stride(),
+            STORED=stored, BY_ROW=by_row, BLOCK_IN=block_in, BLOCK_OUT=block_out,
+        )  # fmt: skip
+    return out
