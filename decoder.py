@@ -480,7 +480,9 @@ class Generator:
         if self.model.layers[0].attention.kv_cache is not self._cache:
             raise ValueError("the model's cache was replaced by a Generator of another size; make this one anew")
         if self.step != "fused" and len(set(lengths)) > 1:
-            raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens need fused steps, not {self.step} ones")
+            raise ValueError(
+                f"prompts of {min(lengths)} to {max(lengths)} tokens need fused steps, not {self.step} ones"
+            )
 
         start = self._now()
         first = torch.cat([self._first_token(row, prompt) for row, prompt in enumerate(prompts)])

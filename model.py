@@ -206,7 +206,7 @@ class RMSNorm(nn.Module):
 
 
 class KVCache(nn.Module):
-    """Keys and values [rows, H, positions, D] of a layer; row [1], int64: the only one that a pass of batch 1 writes."""
+    """Keys and values [rows, H, positions, D] of a layer; row [1], int64: where a pass of batch 1 writes."""
 
     def __init__(self, shape: tuple[int, ...], device=None, dtype=None, row: Tensor | None = None):
         super().__init__()

@@ -11,21 +11,11 @@ from torch import Tensor
 
 @triton.jit
 def _dequantize_kernel(
-    weight_ptr,
-    scale_ptr,
-    out_ptr,
-    n_in,
-    n_stored,
-    weight_in,  # strides of an input and of an output, each
-    weight_out,
-    scale_in,
-    scale_out,
-    out_in,
-    out_out,
-    STORED: tl.constexpr,  # bytes of a group of int4, 0 of int8
-    BY_ROW: tl.constexpr,  # outputs of one input lie side by side, else inputs of one output
-    BLOCK_IN: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
+    weight_ptr, scale_ptr, out_ptr, n_in, n_stored,
+    # strides of an input and of an output; STORED: bytes of a group of int4, 0 of int8
+    weight_in, weight_out, scale_in, scale_out, out_in, out_out, STORED: tl.constexpr,
+    # BY_ROW: the outputs of an input lie side by side, else the inputs of an output
+    BY_ROW: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):
     i = (tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)).to(tl.int64)[:, None]
     j = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
@@ -56,20 +46,20 @@ def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     Equal to `dequantize` to the bit: int8's product is rounded to float32 and then to dtype; int4's code (4 bits) times
     s (8 bits) is exact, so that fused or not the sum with m is rounded once.
     """
-    (n_in, n_stored), by_row = weight.shape, weight.stride(1) == 1
-    stored, strides = 0, (0, 0)
+    shape, by_row = weight.shape, weight.stride(1) == 1
+    stored, scale_strides = 0, (0, 0)
     if weight.dtype == torch.uint8:
-        stored, scale = n_stored // scale.shape[1], scale.view(torch.int32).squeeze(2)
-        strides = scale.stride()
-    n_out = n_stored * (2 if stored else 1)
+        stored, scale = shape[1] // scale.shape[1], scale.view(torch.int32).squeeze(2)
+        scale_strides = scale.stride()
+    n_in, n_out = shape[0], shape[1] * (2 if stored else 1)
     out = torch.empty((n_in, n_out) if by_row else (n_out, n_in), device=weight.device, dtype=dtype)
     out = out if by_row else out.t()
 
-    block_in, block_out = (16, 128) if by_row else (128, 16)
-    grid = triton.cdiv(n_stored, block_out), triton.cdiv(n_in, block_in)
+    block_in, block_out = (32, 128) if by_row else (128, 32)
+    strides = *weight.stride(), *scale_strides, *out.stride()
     with torch.cuda.device_of(weight):
-        _dequantize_kernel[grid](
-            weight, scale, out, n_in, n_stored, *weight.stride(), *strides, *out.stride(),
+        _dequantize_kernel[triton.cdiv(shape[1], block_out), triton.cdiv(n_in, block_in)](
+            weight, scale, out, *shape, *strides,
             STORED=stored, BY_ROW=by_row, BLOCK_IN=block_in, BLOCK_OUT=block_out,
-        )  # fmt: skip
+        )
     return out
