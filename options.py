@@ -190,7 +190,8 @@ def decode(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     add("--checkpoint_path", nargs="+", default=[], help="folders, or files in them (default: the default model)")
     add_sparsities(parser, SWEEP)
     o, flags = parser.parse_known_args(argv)
-    generate(["--compile", *flags, "--sparsity", "0"])  # raises for a flag that it does not know
+    if generate(["--compile", *flags, "--sparsity", "0"]).prompts:  # raises for a flag that it does not know
+        raise ValueError("--prompts says nothing in a sweep, whose rows have prompts of one length; give --batch_size")
     return o, flags
 
 
