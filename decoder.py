@@ -384,7 +384,10 @@ class UnfusedStep:
 
 @dataclass
 class Generation:
-    """Prompts, one [P] per row, and their new tokens [B, N]; wall time of the call and, of that, of the N - 1 steps."""
+    """Prompts, one [P] per row, and their new tokens [B, N].
+
+    total_s, decode_s: wall time of the call and, of that, of the N - 1 steps after the first tokens were on the host.
+    """
 
     prompts: list[Tensor]
     new: Tensor
@@ -395,11 +398,6 @@ class Generation:
     def tokens(self) -> Tensor:
         """Prompts and new tokens [B, P + N], of prompts of one length."""
         return torch.cat((torch.stack(self.prompts), self.new), dim=1)
-
-    @property
-    def first_s(self) -> float:
-        """From the call until the first new token of each row was known on the host."""
-        return self.total_s - self.decode_s
 
 
 @dataclass(eq=False)
@@ -413,8 +411,8 @@ class Generator:
     step: "fused", "compiled" (torch.compile, with CUDA graphs on a GPU) or "eager"; `why_unfused` tells which can run.
     compile_prefill: torch.compile of the prompt's pass.
     dense: a fused step with nothing cut, whatever the model's cuts.
-    static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too. False:
-        a compiled pass takes any length; only a prompt of one token has another.
+    static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too. Else
+        a compiled pass serves every length from 2 on.
     seed: of the draws, modulo 2^32; row r of a batch draws with seed + r.
     """
 
@@ -543,8 +541,7 @@ class Generator:
         return count
 
     def _looks(self, first: Tensor, lengths: list[int], count: int) -> Iterator[tuple]:
-        """Takes a step whenever it is asked for the next tokens: [B, 1], on their way to the host like their logits'
-        peaks [B], and the event of their arrival (None: they are there)."""
+        """Takes a step when the next tokens [B, 1] are asked for; with `_peaks` and, on a GPU, the event of arrival."""
         yield first.cpu(), None, None
         at = torch.tensor(lengths, device=self.device)[:, None]
         for i in range(1, count):

@@ -322,7 +322,7 @@ def summary(o: argparse.Namespace, step: str, generators: list[Generator], runs:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result = {"model": model.config.name, "device": name, "dtype": o.precision, "sparsity": o.sparsity}
     result |= {"achieved_sparsity": model.achieved_sparsity() if o.sparsity else 0.0, "tokens_per_sec": speed}
-    result |= {"ms_per_token": ms, "ttft_ms": 1e3 * stats.median(g.first_s for g in runs[0])}
+    result |= {"ms_per_token": ms, "ttft_ms": 1e3 * stats.median(g.total_s - g.decode_s for g in runs[0])}
     result |= {"bytes_per_token": read, "bandwidth_gbps": read / ms / 1e6 if ms else None}
     lengths = [len(prompt) for prompt in runs[0][-1].prompts]
     result |= {"peak_memory_gb": peak_memory_gb(device), "prompt_tokens": lengths if o.prompts else lengths[0]}
@@ -350,7 +350,8 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
     rows, per_row = "", ""
     if r["batch"] > 1:
         rows, per_row = f" x {r['batch']} rows", f" ({r['tokens_per_sec'] / r['batch']:.1f} per row)"
-    prompt = "+".join(map(str, r["prompt_tokens"])) if o.prompts else r["prompt_tokens"]
+    lengths = r["prompt_tokens"] if o.prompts else [r["prompt_tokens"]]
+    prompt = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
     counts = f"{prompt} prompt tokens, {r['new_tokens']} new{rows}, sampling included"
     print(f"Speed      {r['tokens_per_sec']:.1f} tokens/s{per_row}, median of {o.num_samples} ({counts}); {per_step}")
     print(f"First      {r['ttft_ms']:.1f} ms from the call to the first token{' of every row' * (r['batch'] > 1)}")
@@ -419,9 +420,8 @@ def main(argv: list[str] | None = None) -> dict:
     result = summary(o, step, generators, runs) | {"compile_s": compile_s, "text": None}
     if asked[0].shown is not None:
         asked = asked if o.prompts else asked[:1]
-        texts = [
-            answer_of(new, prompt, tokenizer) for prompt, new in zip(asked, runs[0][-1].new.tolist(), strict=False)
-        ]
+        new = runs[0][-1].new.tolist()
+        texts = [answer_of(tokens, prompt, tokenizer) for tokens, prompt in zip(new, asked, strict=False)]
         result["text"] = texts if o.prompts else texts[0]
         print("\n\n".join(f"{prompt.shown}{text}" for prompt, text in zip(asked, texts, strict=True)))
     report(result, o, step, rule, [ms_per_step(generations) for generations in brief])

@@ -6,8 +6,9 @@ python -m benchmarks.decode --random_init llama-3-8b --prompt 4096   # at a long
 python -m benchmarks.decode --random_init llama-3-8b --batch_size 4  # rows of different prompts at once
 
 Every row is what `generate.py` prints for the command in it: sampling included, prefill included in tokens_per_sec and
-not in ms_per_token; tokens_per_sec is of all rows of the batch, ttft_ms until each has its first token. All other flags go to generate.py; thresholds are uniform unless they say otherwise. Rows go to
-benchmarks/results/decode.csv; `python -m benchmarks.plot` draws them.
+not in ms_per_token; of a batch tokens_per_sec counts all rows, and ttft_ms waits for each. All other flags go to
+generate.py; thresholds are uniform unless they say otherwise. Rows go to benchmarks/results/decode.csv;
+`python -m benchmarks.plot` draws them.
 """
 
 if __name__ == "__main__":

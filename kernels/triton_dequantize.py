@@ -43,8 +43,8 @@ def _dequantize_kernel(
 def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What an int8 or int4 weight and its scale, `transposed` or not, stand for: [in, out], laid out as the weight is.
 
-    Equal to `dequantize` to the bit: int8's product is rounded to float32 and then to dtype; int4's code (4 bits) times
-    s (8 bits) is exact, so that fused or not the sum with m is rounded once.
+    Equal to the bit: int4's code times s (4 and 8 bits) is exact in float32, whether or not m is added in the same
+    instruction.
     """
     shape, by_row = weight.shape, weight.stride(1) == 1
     stored, scale_strides = 0, (0, 0)

@@ -120,7 +120,7 @@ def test_greedy_equals_a_loop_without_a_cache(kind, batch, request):
     generator = Generator(model, batch, 25, temperature=0)
     first = generator(prompt, 20)
     assert first.tokens.shape == (batch, 25) and torch.equal(first.tokens[:, :5], prompt)
-    assert 0 < first.decode_s < first.total_s and first.first_s + first.decode_s == pytest.approx(first.total_s)
+    assert 0 < first.decode_s < first.total_s
     assert torch.equal(first.tokens, generator(prompt, 20).tokens)
     tokens = prompt
     for _ in range(20):
