@@ -11,9 +11,10 @@ Why a fused step on a GPU records its own CUDA graph: README, "How it works".
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -68,15 +69,13 @@ class FusedGpuStep:
     model: with its cache set up, and its cuts set: a later change needs a new step.
     temperature, top_k: of the sampling; temperature 0 is greedy.
     dense: nothing is cut, by the same kernels with the test compiled out; so it is where a model's `sparsity` is 0.
-    drafts: this many rows, which share the cache's only row and stand at consecutive positions of one text; 0: every row
-        of the cache is a text of its own.
+    drafts: this many rows, which share the cache's only row and stand at consecutive positions of one text; 0: every
+        row of the cache is a text of its own.
     tokens: [rows, positions of the cache + 1], int64; those from `start` on are valid.
     logits: [rows, vocab and room for a norm's rstd], float32, of the last step.
     """
 
-    def __init__(
-        self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0
-    ):
+    def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         from kernels import few_rows, fused_step, grids, triton_gemv
 
         self.kernels, self.gemv, self.few_rows, self.grids, self.model = fused_step, triton_gemv, few_rows, grids, model
@@ -104,7 +103,7 @@ class FusedGpuStep:
         arrived = buffer(rows, config.n_local_heads, dtype=torch.int32)
         self.chunks = fused_step.Chunks(buffer(rows, splits, q), buffer(rows, splits, config.n_head), arrived)
         self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size + rstd_buffer)
-        most = max(segments * (rows + rows % 2) * n_in + 64 for segments, n_in in (m.threshold.shape for m in model.sites))
+        most = max((rows + rows % 2) * module.threshold.numel() + 64 for module in model.sites)
         self.prepared = few_rows.Prepared(buffer(most), buffer(most // 32 + 1024, dtype=torch.int32))
 
         # the sampling's room, and what goes from step to step
@@ -348,7 +347,7 @@ def prefill(model: Transformer, prompt: Tensor, seeds: Tensor, temperature: floa
 
 
 class GraphedPrefill:
-    """`prefill`, compiled or not, for prompts of one shape, recorded as a CUDA graph on the first call.
+    """`prefill`, compiled or not, recorded as a CUDA graph for prompts of the first call's length; others run as ever.
 
     For 6 tokens of llama-3-8b's shape the launches alone took an H100's host 30 ms, where the graph takes 9.
     """
@@ -363,18 +362,57 @@ class GraphedPrefill:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.token = self.run(model, self.prompt, *sampling)
+        if prompt.shape != self.prompt.shape:
+            return self.run(model, prompt, *sampling)
         self.prompt.copy_(prompt)
         self.graph.replay()
         return self.token
 
 
+class UnfusedStep:
+    """Decode steps by `decode_one_token`, compiled or not, in the form of `FusedGpuStep`; its rows share a position.
+
+    tokens: [rows, positions of the cache + 1], int64; -1 where a row's logits were not finite.
+    """
+
+    logits = None
+
+    def __init__(self, model: Transformer, run: Callable[..., tuple[Tensor, Tensor]], temperature: float, top_k: int):
+        self.model, self.run, self.sampling = model, run, (temperature, top_k)
+        rows, _, positions, _ = model.layers[0].attention.kv_cache.k_cache.shape
+        self.tokens = torch.zeros(rows, positions + 1, device=model.device, dtype=torch.int64)
+
+    def start(self, tokens: Tensor, positions: list[int], seeds: list[int]) -> None:
+        """Sets the token to feed next, its position, and the seed of the draws, of each row."""
+        self.token, self.at = tokens[:, None], positions[0]
+        self.position = torch.tensor(positions[:1], device=tokens.device)
+        self.seeds = torch.tensor(seeds, device=tokens.device)[:, None]
+        self.tokens[:, self.at] = tokens
+
+    def replay(self) -> None:
+        """One step."""
+        step = self.run(self.model, self.token, self.position, self.seeds, *self.sampling)
+        self.token, self.position = (tensor.clone() for tensor in step)  # a CUDA graph writes the next ones there
+        self.at += 1
+        self.tokens[:, self.at] = self.token[:, 0]
+
+
 @dataclass
 class Generation:
-    """Prompt and new tokens [B, P + N]; wall time of the call and, of that, of the N - 1 steps after prefill."""
+    """Prompts, one [P] per row, and their new tokens [B, N].
 
-    tokens: Tensor
+    total_s, decode_s: wall time of the call and, of that, of the N - 1 steps after the first tokens were on the host.
+    """
+
+    prompts: list[Tensor]
+    new: Tensor
     total_s: float
     decode_s: float
+
+    @property
+    def tokens(self) -> Tensor:
+        """Prompts and new tokens [B, P + N], of prompts of one length."""
+        return torch.cat((torch.stack(self.prompts), self.new), dim=1)
 
 
 @dataclass(eq=False)
@@ -388,7 +426,8 @@ class Generator:
     step: "fused", "compiled" (torch.compile, with CUDA graphs on a GPU) or "eager"; `why_unfused` tells which can run.
     compile_prefill: torch.compile of the prompt's pass.
     dense: a fused step with nothing cut, whatever the model's cuts.
-    static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too.
+    static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too. Else
+        a compiled pass serves every length from 2 on.
     seed: of the draws, modulo 2^32; row r of a batch draws with seed + r.
     """
 
@@ -408,85 +447,130 @@ class Generator:
         self.temperature = self.temperature if self.temperature > LEAST_TEMPERATURE else 0.0
         model.setup_caches(self.batch_size, self.max_length)
         self._cache = model.layers[0].attention.kv_cache
-        self._seeds = torch.arange(self.batch_size, device=self.device)[:, None] + self.seed % 2**32
+        self._seeds = [(self.seed + row) % 2**32 for row in range(self.batch_size)]
 
-        # the prompt's pass
-        self._prefill = prefill
+        # the prompt's pass, and the seed that it draws with
+        self._prefill, self._row_seed = prefill, torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         if self.compile_prefill:
-            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not self.static_prompt)
+            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=False)
         if self.step == "fused" and self.static_prompt and self.device.type == "cuda":
             self._prefill = GraphedPrefill(self._prefill)
 
         # the step, in the form that was asked for
-        self._fused, self._decode = None, decode_one_token
         if self.step == "fused":
             fused_class = FusedCpuStep if self.device.type == "cpu" else FusedGpuStep
-            self._fused = fused_class(model, self.temperature, self.top_k, self.dense)
-        elif self.step == "compiled":
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True)
+            self._step = fused_class(model, self.temperature, self.top_k, self.dense)
+        else:
+            run, mode = decode_one_token, "reduce-overhead" if self.device.type == "cuda" else "default"
+            if self.step == "compiled":
+                run = torch.compile(decode_one_token, mode=mode, fullgraph=True)
+            self._step = UnfusedStep(model, run, self.temperature, self.top_k)
 
     @torch.inference_mode()
     def __call__(
-        self, prompt: Tensor, max_new_tokens: int, on_token: Callable[[Tensor], bool] | None = None
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        max_new_tokens: int,
+        on_token: Callable[[Tensor], bool] | None = None,
+        eos_ids: Collection[int] = (),
     ) -> Generation:
-        """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early.
+        """Generates after the prompts: [B, P], or a [P] of its own for each row, which fused steps alone take.
 
-        Raises ValueError: the tokens do not fit the cache, the model has a cache of another size by now, or its output
-        is not finite (on a GPU that shows at the end: a look at every step would wait for it).
+        on_token: sees the new tokens [B, 1] of every step, on the host, and returns True to stop early. On a GPU the
+            next step runs meanwhile.
+        eos_ids: stops when each row has had one of them; a row goes on until all have.
+        Raises ValueError: the tokens do not fit the cache or the form of the step, the model has a cache of another
+        size by now, or its output is not finite (on a GPU that shows at the end, where nobody looks at every step).
         """
-        rows, _, length, _ = self._cache.k_cache.shape
-        if len(prompt) != rows or prompt.shape[1] + max_new_tokens > length:
+        prompts = list(prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        rows, _, positions, _ = self._cache.k_cache.shape
+        if len(prompts) != rows or max(lengths) + max_new_tokens > positions:
             raise ValueError(
-                f"{len(prompt)} rows of {prompt.shape[1]} tokens and {max_new_tokens} new ones do not fit this "
-                f"Generator's cache of {rows} rows and {length} positions"
+                f"{len(prompts)} rows of {max(lengths)} tokens and {max_new_tokens} new ones do not fit this "
+                f"Generator's cache of {rows} rows and {positions} positions"
             )
         if self.model.layers[0].attention.kv_cache is not self._cache:
             raise ValueError("the model's cache was replaced by a Generator of another size; make this one anew")
+        if self.step != "fused" and len(set(lengths)) > 1:
+            raise ValueError(
+                f"prompts of {min(lengths)} to {max(lengths)} tokens need fused steps, not {self.step} ones"
+            )
 
         start = self._now()
-        token = self._prefill(self.model, prompt, self._seeds, self.temperature, self.top_k)
-        self._check(token)
+        first = torch.cat([self._first_token(row, prompt) for row, prompt in enumerate(prompts)])
+        self._check(first)
         prefilled = self._now()
-        decode = self._replay if self._fused else self._loop
-        new = decode(token, prompt.shape[1], max_new_tokens, on_token)
+        count = self._decode(first, lengths, max_new_tokens, on_token, eos_ids)
         end = self._now()
-        self._check(new)
-        return Generation(torch.cat((prompt, new), dim=1), end - start, end - prefilled)
 
-    def _check(self, tokens: Tensor) -> None:
-        if (tokens < 0).any():
+        new = torch.stack([row[n : n + count] for row, n in zip(self._step.tokens, lengths, strict=True)])
+        self._check(new)
+        return Generation(prompts, new, end - start, end - prefilled)
+
+    def _first_token(self, row: int, prompt: Tensor) -> Tensor:
+        """The first new token [1, 1] after a prompt [P]: a pass of its own, that depends on that prompt alone."""
+        if self._cache.row is not None:
+            self._cache.row.fill_(row)
+        self._row_seed.fill_(self._seeds[row])
+        prompt = prompt[None]
+        if self.compile_prefill and not self.static_prompt and prompt.shape[1] > 1:
+            torch._dynamo.mark_dynamic(prompt, 1)
+        return self._prefill(self.model, prompt, self._row_seed, self.temperature, self.top_k).clone()
+
+    def _check(self, tokens: Tensor, peaks: Tensor | None = None) -> None:
+        """Raises ValueError if a row has no token, or the largest of its logits is not a number."""
+        if (tokens < 0).any() or (peaks is not None and not peaks.isfinite().all()):
             raise not_finite(self.model.dtype)
 
-    def _loop(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
-        """The new tokens [B, N] by eager or compiled steps, from the first one on."""
-        tokens, position = [], torch.tensor([length], device=self.device)
-        while True:
-            tokens.append(token.clone())  # a CUDA graph writes the next token into the same memory
-            if on_token is not None:
-                self._check(token)
-            if (on_token is not None and on_token(token)) or len(tokens) == max_new_tokens:
-                return torch.cat(tokens, dim=1)
-            token, position = self._decode(self.model, tokens[-1], position, self._seeds, self.temperature, self.top_k)
-            position = position.clone()
+    def _decode(
+        self, first: Tensor, lengths: list[int], count: int, on_token: Callable | None, eos_ids: Collection[int]
+    ) -> int:
+        """Takes `count` - 1 steps after the first tokens [B, 1], or fewer; how many tokens a row has then."""
+        step, ended = self._step, set()
+        step.start(first.flatten(), lengths, self._seeds)
 
-    def _replay(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
-        """The new tokens [1, N] by fused steps: the host only launches them, unless `on_token` looks."""
-        fused, vocab = self._fused, self.model.config.vocab_size
-        look = on_token is not None or self.device.type == "cpu"  # at every step, where the host waits for it anyway
-        fused.start(token, [length] * len(token), self._seeds[:, 0].tolist())
-        end = length + 1
-        while not (on_token and on_token(fused.tokens[:, end - 1 : end])) and end < length + max_new_tokens:
-            fused.replay()
-            end += 1
-            if look or end == length + max_new_tokens:
-                check_finite(fused.logits[:, :vocab], self.model.dtype)
-        return fused.tokens[:, length:end].clone()
+        # nobody looks: the host only launches the steps
+        if self.device.type == "cuda" and not on_token and not eos_ids:
+            for _ in range(count - 1):
+                step.replay()
+            if count > 1:
+                self._check(first, self._peaks())
+            return count
+
+        # else each step is looked at, on a GPU when the next one has been launched
+        looks = self._looks(first, lengths, count)
+        if self.device.type == "cuda":
+            looks = (look for look, _ in pairwise(chain(looks, [None])))
+        for seen, (tokens, peaks, arrived) in enumerate(looks, 1):
+            if arrived:
+                arrived.synchronize()
+            self._check(tokens, peaks)
+            ended.update(row for row, token in enumerate(tokens.flatten().tolist()) if token in eos_ids)
+            if (on_token and on_token(tokens)) or len(ended) == len(lengths):
+                return seen
+        return count
+
+    def _looks(self, first: Tensor, lengths: list[int], count: int) -> Iterator[tuple]:
+        """Takes a step when the next tokens [B, 1] are asked for; with `_peaks` and, on a GPU, the event of arrival."""
+        yield first.cpu(), None, None
+        at = torch.tensor(lengths, device=self.device)[:, None]
+        for i in range(1, count):
+            self._step.replay()
+            tokens, peaks = self._step.tokens.gather(1, at + i), self._peaks()
+            tokens, peaks = (t if t is None else t.to("cpu", non_blocking=True) for t in (tokens, peaks))
+            arrived = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+            yield tokens, peaks, arrived
+
+    def _peaks(self) -> Tensor | None:
+        """Each row's largest logit [B] of the last step; None where a token of -1 says that it is not a number."""
+        logits = self._step.logits
+        return None if logits is None else logits[:, : self.model.config.vocab_size].amax(-1)
 
     @property
     def left_grid(self) -> bool:
         """Whether a fused step on a GPU ever had sums that may depend on their order, see `kernels.grids`."""
-        return isinstance(self._fused, FusedGpuStep) and self._fused.left_grid
+        return isinstance(self._step, FusedGpuStep) and self._step.left_grid
 
     def _now(self) -> float:
         if self.device.type == "cuda":

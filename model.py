@@ -206,14 +206,21 @@ class RMSNorm(nn.Module):
 
 
 class KVCache(nn.Module):
-    def __init__(self, shape: tuple[int, ...], device=None, dtype=None):
+    """Keys and values [rows, H, positions, D] of a layer; row [1], int64: where a pass of batch 1 writes."""
+
+    def __init__(self, shape: tuple[int, ...], device=None, dtype=None, row: Tensor | None = None):
         super().__init__()
+        self.row = row
         self.register_buffer("k_cache", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k_cache[:, :, input_pos] = k  # k, v: [B, H, T, D]
-        self.v_cache[:, :, input_pos] = v
+        if len(k) == len(self.k_cache):
+            self.k_cache[:, :, input_pos] = k  # k, v: [B, H, T, D]
+            self.v_cache[:, :, input_pos] = v
+        else:  # the indexed dimensions come first
+            self.k_cache[self.row[:, None], :, input_pos] = k.transpose(1, 2)
+            self.v_cache[self.row[:, None], :, input_pos] = v.transpose(1, 2)
         return self.k_cache, self.v_cache
 
 
@@ -369,14 +376,16 @@ class Transformer(UncastBuffers):
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
         """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], unless it has that.
 
+        All share the tensor `row`, by which a pass from_start of batch 1 can be each row's in turn.
         Raises ValueError if seq_length is beyond the model's context.
         """
         if seq_length > self.config.block_size:
             raise ValueError(f"{seq_length} positions do not fit the model's context of {self.config.block_size}")
         shape = (batch_size, self.config.n_local_heads, seq_length, self.config.head_dim)
+        row = torch.zeros(1, dtype=torch.int64, device=self.device) if batch_size > 1 else None
         for attention in (block.attention for block in self.layers):
             if attention.kv_cache is None or attention.kv_cache.k_cache.shape != shape:
-                attention.kv_cache = KVCache(shape, self.device, self.dtype)
+                attention.kv_cache = KVCache(shape, self.device, self.dtype, row)
 
     def forward(
         self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0, from_start: bool = False

@@ -150,6 +150,7 @@ def test_a_row_is_a_run_of_its_command(tmp_path, monkeypatch):
     assert (row["model"], row["quant"], row["weights"]) == ("stories15M", "int8", "random")
     assert (row["batch"], row["gpus"], row["draft"]) == ("1", "1", "none") and set(decode.KEY.split()) < row.keys()
     assert (dense["sparsity"], row["sparsity"], row["prompt_tokens"]) == ("0.0", "0.5", "9")
+    assert 0 < float(row["ttft_ms"]) < 1e5
     assert float(dense["achieved_sparsity"]) == 0 and float(row["achieved_sparsity"]) == pytest.approx(0.5, abs=0.1)
 
     # the command in the row is the run
@@ -160,6 +161,19 @@ def test_a_row_is_a_run_of_its_command(tmp_path, monkeypatch):
     again = decode.measure(words[2:], ModelArgs.from_name("stories15M-int8"))
     same = ("bytes_per_token", "achieved_sparsity", "prompt_tokens", "new_tokens", "sparsity")
     assert [str(again[k]) for k in same] == [row[k] for k in same] and run[0][-len(words[2:]) :] == words[2:]
+
+
+def test_rows_of_a_batch_are_a_row_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(decode, "why_unfused", lambda *a: "too many rows" if a[2] > 1 else None)
+    sizes = {"max_new_tokens": 2, "num_samples": 1, "device": "cpu", "sparsities": [0.0], "batch_size": 2}
+    monkeypatch.setattr(decode, "generate", lambda flags: generate.main([*flags[1:], "--prompt", "9"]))  # not compiled
+    decode.main(flags(random_init="stories15M", **sizes))
+    assert [(row["batch"], row["step"], row["prompt_tokens"]) for row in read_rows("decode.csv")] == [
+        ("2", "compiled", "9")
+    ]
+    with pytest.raises(ValueError, match="--prompts says nothing in a sweep"):
+        decode.main(["--prompts", "x"])
 
 
 def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):

@@ -266,7 +266,7 @@ def test_greedy_generations_equal_plain_ones(shifted):
     prompt = torch.tensor([[1, 2, 3]])
     plain = Generator(model, 1, 60, temperature=0)(prompt, 57).tokens
     fused = Generator(model, 1, 60, temperature=0, step="fused")
-    assert isinstance(fused._fused, FusedCpuStep)
+    assert isinstance(fused._step, FusedCpuStep)
     assert torch.equal(fused(prompt, 57).tokens, plain)
     seen = []
     fused(prompt, 5, lambda token: seen.append(token.item()))
