@@ -51,7 +51,7 @@ def fusable(config: ModelArgs) -> bool:
 
 def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
     """Why a run's steps are not fused, in a few words; None: they can be."""
-    if batch_size > MAX_ROWS or (batch_size > 1 and device.type == "cpu"):
+    if batch_size > MAX_ROWS:
         return f"it serves at most {MAX_ROWS} rows"
     if device.type == "cpu" and cpu.library() is None:
         return "it needs a C++ compiler"
@@ -203,24 +203,31 @@ class FusedGpuStep:
 
 
 class FusedCpuStep:
-    """Decode steps at batch 1 on a CPU, each one call of the compiled library.
+    """Decode steps of 1 to 8 rows on a CPU, each one call of the compiled library.
 
-    A step takes at most torch's number of threads: fewer while those are quicker, beside other work. In bfloat16 and
-    float16 tokens do not depend on how many. Float32 (and a CPU without fused multiply-adds) adds in another order with
-    another number, so it takes all. It reads the model's tensors where they lie, so they must stay there. Arguments and
-    attributes are those of `FusedGpuStep`; logits are [vocab], rounded to the model's dtype.
+    In bfloat16 and float16 a row's tokens depend neither on other rows nor on the number of threads. A step takes at
+    most torch's: fewer while those are quicker, beside other work. Float32 (and a CPU without fused multiply-adds) adds
+    in another order with other rows or threads, so it takes all. It reads the model's tensors where they lie, so they
+    must stay there. Arguments and attributes are those of `FusedGpuStep`, but for these.
+
+    drafts: rows that share the cache's one row, at positions in ascending order: each sees the new keys of those before
+        it. Its logits are those of a step of one row there, once the tokens before it are in the cache. 0: a row of the
+        model's cache for each.
+    tokens: [rows, positions of the cache + 1], int64. logits: [rows, vocab], float32, rounded to the model's dtype.
     """
 
     adaptive = True  # False, set before one is made: each step takes torch's number of threads
 
-    def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
+    def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
+        rows = drafts or len(cache)
+        assert rows <= MAX_ROWS and (not drafts or len(cache) == 1)
         self._decode = cpu.kernel("decode", cache.dtype, model.layers[0].attention.wo.form)
-        self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_int]
+        self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
         self._dtype = cache.dtype
         self._tensors = []  # those that only the structures point to
-        self.logits = torch.zeros(1, config.vocab_size)
-        self.tokens = torch.zeros(1, cache.shape[2] + 1, dtype=torch.int64)
+        self.logits = torch.zeros(rows, config.vocab_size)
+        self.tokens = torch.zeros(rows, cache.shape[2] + 1, dtype=torch.int64)
 
         # the layers
         layers = (cpu.Layer * config.n_layer)()
@@ -238,7 +245,7 @@ class FusedCpuStep:
         tensors |= {"output_scale": model.output and model.output.scale, "inv_freq": model.inv_freq}
         room = {"h": config.dim, "qkv": q + 2 * kv, "y": q, "act": config.intermediate_size}
         room["tops"] = -(-config.vocab_size // cpu.GROUP)
-        tensors |= {name: torch.zeros(n) for name, n in room.items()}
+        tensors |= {name: torch.zeros(rows, n) for name, n in room.items()}
         tensors |= {"logits": self.logits, "tokens": self.tokens}
         self._model = cpu.Model(
             **shape,
@@ -246,6 +253,7 @@ class FusedCpuStep:
             cache_length=cache.shape[2],
             layers=layers,
             cut=not dense and model.sparsity > 0,
+            shared=drafts > 0,
             eps=config.norm_eps,
             temperature=temperature,
             top_k=min(top_k, config.vocab_size),
@@ -267,18 +275,21 @@ class FusedCpuStep:
         norms = cpu.column_norms(module.weight, module.scale, self._dtype)
         return cpu.Projection(**tensors, log_norms=self._pointer(norms), group=module.form.groupsize)
 
-    def start(self, token: Tensor, position: int, seed: int) -> None:
-        """Sets the token to feed next, its position, and the seed of the draws."""
-        self.position, self.seed, self._threads = position[0], seed[0], torch.get_num_threads()
-        self.tokens[0, self.position] = token.item()
+    def start(self, tokens: Tensor, positions: list[int], seeds: list[int]) -> None:
+        """Sets the token [rows] to feed next of each row, its position and the seed of its draws; rows may be fewer."""
+        self.positions, self.seeds = (ctypes.c_int64 * len(positions))(*positions), (ctypes.c_uint32 * len(seeds))(*seeds)
+        self.tokens[range(len(positions)), positions] = tokens
+        self._threads = torch.get_num_threads()
 
     def replay(self) -> None:
-        """One step. Raises MemoryError: too little for it; the position is the same then."""
+        """One step. Raises MemoryError: too little for it; the positions are the same then."""
         # little happens here: what a step read has swept Python's own data out of the caches
-        assert self.position < self._model.cache_length
-        if self._decode(ctypes.addressof(self._model), self.position, self.seed, self._threads):
-            raise MemoryError(f"no memory for a decode step at position {self.position} on the CPU")
-        self.position += 1
+        positions = self.positions
+        assert max(positions) < self._model.cache_length
+        if self._decode(ctypes.addressof(self._model), len(positions), positions, self.seeds, self._threads):
+            raise MemoryError(f"no memory for a decode step at position {max(positions)} on the CPU")
+        for row in range(len(positions)):
+            positions[row] += 1
 
 
 def not_finite(dtype: torch.dtype, what: str = "the model's output") -> ValueError:

@@ -89,7 +89,7 @@ class Variant:
 
 
 def our_seconds_per_token(decoder: FusedCpuStep, steps: int) -> float:
-    decoder.start(torch.tensor(5), PROMPT, 1)
+    decoder.start(torch.tensor([5]), [PROMPT], [1])
     start = time.perf_counter()
     for _ in range(steps):
         decoder.replay()
@@ -121,7 +121,7 @@ def measure(
 
             # the first round counts the bytes, in an untimed pass over its tokens
             if variant.cuts and turn == 1:
-                tokens = decoder.tokens[PROMPT : PROMPT + steps + 1]
+                tokens = decoder.tokens[0, PROMPT : PROMPT + steps + 1]
                 count_kept(model, torch.cat((prompt, tokens[None]), 1), PROMPT)
                 variant.bytes_per_token = model.bytes_per_step()
                 model.reset_counts()

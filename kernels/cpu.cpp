@@ -1,10 +1,11 @@
-// Batch-1 decoding on a CPU: the product that reads only the weight rows of kept inputs, and a whole decode step made
-// of it. cpu.py builds it and calls the product, decoder.py the step.
+// Decoding on a CPU: the product that reads only the weight rows of kept inputs, and a whole decode step of 1 to 8 texts
+// made of it. cpu.py builds it and calls the product, decoder.py the step.
 //
 // The product alone: a thread takes a range of the outputs, so sums have one order, whatever the number of threads. In
 // a step: a thread takes a part of the kept inputs at full width, so its rows are long streams, and the sums are added
 // when the threads have met. Either way a thread lists the kept inputs, then adds eight kept rows at a time to float32
-// sums that stay in the first-level cache, fetching later ones meanwhile. Values are rounded to the model's dtype where
+// sums that stay in the first-level cache, fetching later ones meanwhile. Several texts share what is read: the list is
+// of inputs that any of them keeps, with a value of 0 for a text that cuts the input, which adds exactly nothing. Values are rounded to the model's dtype where
 // the plain torch path rounds them; only the inside of attention keeps float32.
 #include <algorithm>
 #include <atomic>
@@ -12,7 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <memory>
@@ -79,6 +79,13 @@ float sum(Floats v) {
 
 // ---- weight types: `load` widens LANES of them, `float` one; `from` rounds to the nearest, ties to even
 
+struct BFloat16;
+struct Int4;
+
+// Whether `load` puts even and odd ones of 2 LANES weights apart, as sums lie too while rows are added.
+template <typename T>
+constexpr bool APART = std::is_same_v<T, BFloat16> || std::is_same_v<T, Int4>;
+
 struct BFloat16 {
   uint16_t bits;
   operator float() const {
@@ -99,6 +106,10 @@ struct BFloat16 {
     const Words wide = __builtin_convertvector(read<Halves>(from), Words);
 #endif
     return (Floats)(wide << 16);
+  }
+  static void load(const BFloat16* from, Floats& even, Floats& odd) {  // in half the time of two vectors in order
+    const Words pairs = read<Words>(from);
+    even = (Floats)(pairs << 16), odd = (Floats)(pairs & 0xffff0000);
   }
 };
 
@@ -161,6 +172,14 @@ struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the l
 };
 
 template <typename T>
+void load(const T* from, Floats& first, Floats& second) {
+  if constexpr (APART<T>)
+    T::load(from, first, second);
+  else
+    first = T::load(from), second = T::load(from + LANES);
+}
+
+template <typename T>
 float rounded(float value) {
   return T::from(value);
 }
@@ -214,12 +233,20 @@ inline float start_of_sum(int log_norm, int other_log_norm) {
   return read<float>(&bits);
 }
 
+// A float with its lowest bit set, but of 0.
+inline float with_lowest_bit(float value) {
+  const uint32_t bits = read<uint32_t>(&value) | (value != 0);
+  return read<float>(&bits);
+}
+
 // ---- products
 
 constexpr int64_t ROWS = 8;        // rows added at a time
-constexpr int64_t COLUMNS = 4096;  // outputs summed at a time: 16 KB
+constexpr int64_t BATCH = 8;       // the most texts of a step
+constexpr int64_t COLUMNS = 4096;  // outputs of all texts summed at a time: 16 KB
 constexpr int64_t GROUPS = COLUMNS / 16;  // of int4: the most among them
-constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used
+constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used, in at most
+constexpr int64_t ROWS_AHEAD = 64;
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of a 2-byte W is read twice
 
 // A row from one of its outputs on.
@@ -247,54 +274,91 @@ struct Matrix {
   const int8_t* log_norms = nullptr;  // see `column_norms`; null: sums start at 0
 
   Row<W> row(int64_t input, int64_t output) const {
-    const int64_t at = input * n_out + output;
     if constexpr (std::is_same_v<W, Int4>)
-      return {weight + at / 2, static_cast<const BFloat16*>(scale) + at / group * 2};
+      return {weight + (input * n_out + output) / 2,
+              static_cast<const BFloat16*>(scale) + (input * (n_out / group) + output / group) * 2};
     else
-      return {weight + at};
+      return {weight + input * n_out + output};
   }
 };
 
-// sums[j] += value[k] * row[k][j] over N rows. Meanwhile it fetches next[k] into the second-level cache, since the
-// first has too few misses in flight: a step of SmolLM2-135M at 50 %, bfloat16, takes 7.0 to 7.5 ms on two cores of an
-// EPYC, 8.9 to 9.8 with the first.
-template <int N, typename T>
-void add_rows(const Row<T>* row, const Row<T>* next, const float* value, float* sums, int64_t width, int64_t = 0,
-              const float* = nullptr) {
+// Values or sums of B texts, one text's `apart` behind the other's.
+template <typename F>
+struct Texts {
+  F* of_first;
+  int64_t apart;
+  F* operator[](int64_t text) const { return of_first + text * apart; }
+};
+
+// sums[b][j] += value[b][k] * row[k][j] over N rows, for B texts. Meanwhile it fetches next[k] into the second-level
+// cache, since the first has too few misses in flight: a step of SmolLM2-135M at 50 %, bfloat16, takes 7.0 to 7.5 ms on
+// two cores of an EPYC, 8.9 to 9.8 with the first.
+template <int N, int B, typename T>
+  requires(!std::is_same_v<T, Int4>)
+void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, Texts<float> sums, int64_t width,
+              int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
+  // what stands in registers is copied: else each store of a sum might change it
+  const T *weights[N], *later[N];
+  for (int k = 0; k < N; k++) weights[k] = row[k].weights, later[k] = next[k].weights;
+  constexpr bool COPIED = N * B <= 16;
+  Floats copies[COPIED ? B : 0][N];
+  for (int b = 0; COPIED && b < B; b++)
+    for (int k = 0; k < N; k++) copies[b][k] = value[b][k] - Floats{};
+
   int64_t j = 0;
-  for (; j + LANES <= width; j += LANES) {
-    if (j % LINE<T> == 0)
-      for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j, 0, 2);
-    Floats total = read<Floats>(sums + j);
-    for (int k = 0; k < N; k++) total = fma(value[k], T::load(row[k].weights + j), total);
-    std::memcpy(sums + j, &total, sizeof(total));
+  for (; j + 2 * LANES <= width; j += 2 * LANES) {
+    for (int64_t line = j; line < j + 2 * LANES; line += LINE<T>)
+      for (int k = 0; k < N && line % LINE<T> == 0; k++) __builtin_prefetch(later[k] + line, 0, 2);
+    Floats even[B], odd[B];  // or first and second
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) even[b] = read<Floats>(sums[b] + j), odd[b] = read<Floats>(sums[b] + j + LANES);
+#pragma GCC unroll 8
+    for (int k = 0; k < N; k++) {
+      Floats even_weights, odd_weights;
+      load(weights[k] + j, even_weights, odd_weights);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++) {
+        const Floats v = COPIED ? copies[b][k] : value[b][k] - Floats{};
+        even[b] = fma(v, even_weights, even[b]);
+        odd[b] = fma(v, odd_weights, odd[b]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) {
+      std::memcpy(sums[b] + j, &even[b], sizeof(Floats));
+      std::memcpy(sums[b] + j + LANES, &odd[b], sizeof(Floats));
+    }
   }
   for (; j < width; j++)
-    for (int k = 0; k < N; k++) sums[j] = fma(value[k], float(row[k].weights[j]), sums[j]);
+    for (int b = 0; b < B; b++)
+      for (int k = 0; k < N; k++) sums[b][j] = fma(value[b][k], float(weights[k][j]), sums[b][j]);
 }
 
 // The same of int4's codes, whole groups at a time, whose sums start at `start`. A code is taken less 8, and its group's
 // minimum more by 8 scales, since smaller products have a finer grid. It leaves the sums of even and odd outputs apart;
 // `in_order` puts them in their places.
-template <int N>
-void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, float* sums, int64_t width,
-              int64_t group, const float* start) {
+template <int N, int B>
+void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> value, Texts<float> sums, int64_t width,
+              int64_t group, const float (*start)[GROUPS / B]) {
   // the groups' scales, times their rows' inputs and with the lowest bits set, and sums of their minima times inputs
   const int64_t groups = width / group;
-  float scale[N][GROUPS], minimum[GROUPS];
-  std::copy(start, start + groups, minimum);
+  float scale[B][N][GROUPS / B], minimum[B][GROUPS / B];
+  for (int b = 0; b < B; b++) std::copy_n(start[b], groups, minimum[b]);
   for (int k = 0; k < N; k++) {
     for (int64_t g = 0; g < groups; g += 16) __builtin_prefetch(next[k].pairs + 2 * g, 0, 2);
+    for (int b = 0; b < B; b++) {
+      const float x = value[b][k];
 #pragma omp simd
-    for (int64_t g = 0; g < groups; g++) {
-      const uint32_t pair = read<uint32_t>(row[k].pairs + 2 * g), low = pair << 16, high = pair & 0xffff0000;
-      const float s = read<float>(&low), product = value[k] * s;
-      const uint32_t bits = read<uint32_t>(&product) | 1;
-      scale[k][g] = read<float>(&bits);
-      minimum[g] = fma(value[k], fma(8, s, read<float>(&high)), minimum[g]);
+      for (int64_t g = 0; g < groups; g++) {
+        const uint32_t pair = read<uint32_t>(row[k].pairs + 2 * g), low = pair << 16, high = pair & 0xffff0000;
+        const float s = read<float>(&low);
+        scale[b][k][g] = with_lowest_bit(x * s);
+        minimum[b][g] = fma(x, fma(8, s, read<float>(&high)), minimum[b][g]);
+      }
     }
   }
-  for (int64_t g = 0; g < groups; g++) minimum[g] -= start[g];
+  for (int b = 0; b < B; b++)
+    for (int64_t g = 0; g < groups; g++) minimum[b][g] -= start[b][g];
 
   for (int64_t g = 0, begin = 0; g < groups; begin = ++g * group) {
     // two vectors of outputs at a time, then what is left of the group one by one
@@ -302,47 +366,78 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, const float* value, f
     for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
       if (j % LINE<Int4> < 2 * LANES)
         for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j / 2, 0, 2);
-      Floats even = read<Floats>(sums + j) + minimum[g], odd = read<Floats>(sums + j + LANES) + minimum[g];
+      Floats even[B], odd[B];
+      for (int b = 0; b < B; b++) {
+        even[b] = read<Floats>(sums[b] + j) + minimum[b][g];
+        odd[b] = read<Floats>(sums[b] + j + LANES) + minimum[b][g];
+      }
       for (int k = 0; k < N; k++) {
         Floats even_codes, odd_codes;
         Int4::load(row[k].weights + j / 2, even_codes, odd_codes);
-        even = fma(scale[k][g], even_codes, even);
-        odd = fma(scale[k][g], odd_codes, odd);
+        for (int b = 0; b < B; b++) {
+          even[b] = fma(scale[b][k][g], even_codes, even[b]);
+          odd[b] = fma(scale[b][k][g], odd_codes, odd[b]);
+        }
       }
-      std::memcpy(sums + j, &even, sizeof(even));
-      std::memcpy(sums + j + LANES, &odd, sizeof(odd));
+      for (int b = 0; b < B; b++) {
+        std::memcpy(sums[b] + j, &even[b], sizeof(Floats));
+        std::memcpy(sums[b] + j + LANES, &odd[b], sizeof(Floats));
+      }
     }
-    for (; j < begin + group; j++) {
-      sums[j] += minimum[g];
-      for (int k = 0; k < N; k++) sums[j] = fma(scale[k][g], row[k].weights[j / 2].at(j % 2), sums[j]);
-    }
+    for (; j < begin + group; j++)
+      for (int b = 0; b < B; b++) {
+        sums[b][j] += minimum[b][g];
+        for (int k = 0; k < N; k++) sums[b][j] = fma(scale[b][k][g], row[k].weights[j / 2].at(j % 2), sums[b][j]);
+      }
   }
 }
 
-// The sums in the outputs' order, without their starts.
-inline void in_order(float* sums, int64_t width, int64_t group, const float* start) {
-  for (int64_t begin = 0; begin < width; begin += group) {
-    const float less = start[begin / group];
-    int64_t j = begin;
-    for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
-      const Floats even = read<Floats>(sums + j) - less, odd = read<Floats>(sums + j + LANES) - less;
-      for (int64_t lane = 0; lane < LANES; lane++) sums[j + 2 * lane] = even[lane], sums[j + 2 * lane + 1] = odd[lane];
-    }
-    for (; j < begin + group; j++) sums[j] -= less;
-  }
-}
-
-// A row's product with x. One row after the other is one stream, which the CPU fetches ahead by itself: it reads 28 to
-// 33 GB/s, four rows at a time 10 to 15 (113 MB, two cores of an EPYC).
+// to = the values of `from`, where even and odd ones of each 2 LANES lie apart, in order.
 template <typename T>
-float dot(const T* row, const float* x, int64_t width) {
-  Floats total[4] = {};
+void in_order(const float* from, float* to, int64_t width) {
+  int64_t j = 0;
+  for (; APART<T> && j + 2 * LANES <= width; j += 2 * LANES) {
+    const Floats even = read<Floats>(from + j), odd = read<Floats>(from + j + LANES);
+    for (int64_t lane = 0; lane < LANES; lane++) to[j + 2 * lane] = even[lane], to[j + 2 * lane + 1] = odd[lane];
+  }
+  std::copy(from + j, from + width, to + j);
+}
+
+// The other way.
+template <typename T>
+void apart(float* v, int64_t width) {
+  for (int64_t j = 0; APART<T> && j + 2 * LANES <= width; j += 2 * LANES) {
+    Floats even, odd;
+    for (int64_t lane = 0; lane < LANES; lane++) even[lane] = v[j + 2 * lane], odd[lane] = v[j + 2 * lane + 1];
+    std::memcpy(v + j, &even, sizeof(even));
+    std::memcpy(v + j + LANES, &odd, sizeof(odd));
+  }
+}
+
+// A row's products with the x of B texts. One row after the other is one stream, which the CPU fetches ahead by itself:
+// it reads 28 to 33 GB/s, four rows at a time 10 to 15 (113 MB, two cores of an EPYC).
+template <int B, typename T>
+void dots(const T* row, Texts<const float> x, int64_t width, float* results) {
+  Floats total[B][4] = {};
   int64_t j = 0;
   for (; j + 4 * LANES <= width; j += 4 * LANES)
-    for (int64_t k = 0; k < 4; k++) total[k] = fma(read<Floats>(x + j + k * LANES), T::load(row + j + k * LANES), total[k]);
-  for (; j + LANES <= width; j += LANES) total[0] = fma(read<Floats>(x + j), T::load(row + j), total[0]);
-  float result = sum((total[0] + total[1]) + (total[2] + total[3]));
-  for (; j < width; j++) result = fma(x[j], float(row[j]), result);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+      const Floats weights = T::load(row + j + k * LANES);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; b++) total[b][k] = fma(read<Floats>(x[b] + j + k * LANES), weights, total[b][k]);
+    }
+  for (; j + LANES <= width; j += LANES)
+    for (int b = 0; b < B; b++) total[b][0] = fma(read<Floats>(x[b] + j), T::load(row + j), total[b][0]);
+  for (int b = 0; b < B; b++) {
+    results[b] = sum((total[b][0] + total[b][1]) + (total[b][2] + total[b][3]));
+    for (int64_t i = j; i < width; i++) results[b] = fma(x[b][i], float(row[i]), results[b]);
+  }
+}
+template <typename T>
+float dot(const T* row, const float* x, int64_t width) {
+  float result;
+  dots<1>(row, {x, 0}, width, &result);
   return result;
 }
 
@@ -357,106 +452,147 @@ float sum(const float* v, int64_t n) {
 
 float sum_of_squares(const float* v, int64_t n) { return dot(reinterpret_cast<const Float32*>(v), v, n); }
 
-// The inputs of a product that are kept, with their values.
+// Calls `run` with the least number of texts that code is made for and that is enough.
+template <typename Run>
+void for_batch(int64_t batch, Run run) {
+  if (batch == 1) return run(std::integral_constant<int, 1>());
+  if (batch == 2) return run(std::integral_constant<int, 2>());
+  if (batch <= 4) return run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 8>());
+}
+
+// The inputs of a product that any text keeps, with the values of each text: 0 where it cuts the input.
 struct Kept {
+  const int64_t batch;
   std::vector<int32_t> index;
-  std::vector<float> value;
-  int64_t n = 0;
-  int norm = 0;  // their `log_norm`
+  std::vector<float> value, block;  // block: room for the sums that `outputs` takes at a time
+  int64_t first = 0, n = 0;         // the part of the list that this thread takes
+  int norm[BATCH];                  // each text's `log_norm`, of its own kept inputs
 
-  explicit Kept(int64_t most) : index(most + LANES), value(most + LANES) {}  // room to write behind the last one
+  Kept(int64_t batch, int64_t most, int64_t group)
+      : batch(batch), index(most + LANES + ROWS_AHEAD), value(BATCH * index.size()), block(COLUMNS + BATCH * (group + LANES)) {}
 
-  // Readies the values for sums in any order: their norm, then the lowest bits, but of zeros.
-  void prepare() {
-    norm = log_norm(sum_of_squares(value.data(), n));
-    for (int64_t r = 0; r < n; r++) {
-      const uint32_t bits = read<uint32_t>(&value[r]) | (value[r] != 0);
-      value[r] = read<float>(&bits);
+  Texts<float> values() { return {value.data(), int64_t(index.size())}; }  // with room to write behind the last one
+
+  // Lists the kept inputs of texts [batch, n_in]; threshold null: all. any_order: readies them for sums in any order. A
+  // norm is taken at the inputs' own places, so that it is the same whatever the other texts keep.
+  template <int B>
+  void list(const float* x, const float* threshold, int64_t n_in, bool any_order) {
+    const Texts<const float> from{x, n_in};
+    const Texts<float> to = values();
+    const int64_t texts = std::min<int64_t>(batch, B);  // more are copies of the first
+    float squares[B] = {};
+    first = n = 0;
+    int64_t i = 0;
+#if defined(__AVX512F__)  // 16 at a time: the loop below takes a nanosecond for each
+    const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lowest_bit = _mm512_set1_epi32(any_order);
+    Floats square[B] = {};
+    for (; i + LANES <= n_in; i += LANES) {
+      const __m512 limit = threshold ? _mm512_loadu_ps(threshold + i) : _mm512_set1_ps(-1);
+      __m512 v[B];
+      __mmask16 any = 0;
+      for (int b = 0; b < B; b++) {
+        v[b] = _mm512_loadu_ps(from[b < texts ? b : 0] + i);
+        const __mmask16 keep = _mm512_cmp_ps_mask(_mm512_abs_ps(v[b]), limit, _CMP_NLE_UQ);
+        v[b] = _mm512_maskz_mov_ps(keep, v[b]);
+        square[b] = fma((Floats)v[b], (Floats)v[b], square[b]);
+        const __mmask16 some = _mm512_cmp_ps_mask(v[b], _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        v[b] = (__m512)_mm512_mask_or_epi32((__m512i)v[b], some, (__m512i)v[b], lowest_bit);
+        any |= keep;
+      }
+      const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(i), numbers);
+      _mm512_storeu_si512(index.data() + n, _mm512_maskz_compress_epi32(any, at));
+      for (int b = 0; b < B; b++) _mm512_storeu_ps(to[b] + n, _mm512_maskz_compress_ps(any, v[b]));
+      n += __builtin_popcount(any);
     }
+    for (int b = 0; b < B; b++) squares[b] = sum(square[b]);
+#endif
+    for (; i < n_in; i++) {
+      bool any = false;
+      for (int b = 0; b < B; b++) {
+        const float v = from[b < texts ? b : 0][i];
+        const bool keep = !threshold || !(std::fabs(v) <= threshold[i]);  // NaN is kept
+        const float kept = keep ? v : 0;
+        squares[b] += kept * kept;
+        to[b][n] = any_order ? with_lowest_bit(kept) : kept;
+        any |= keep;
+      }
+      index[n] = i;
+      n += any;
+    }
+    if (any_order)
+      for (int b = 0; b < B; b++) norm[b] = log_norm(squares[b]);
   }
 
   // Keeps only the part of the list that a thread takes.
   void take(int thread, int threads) {
-    const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
-    std::copy(index.begin() + begin, index.begin() + end, index.begin());
-    std::copy(value.begin() + begin, value.begin() + end, value.begin());
-    n = end - begin;
-  }
-  void list(const float* x, const float* threshold, int64_t n_in) {
-    n = 0;
-    int64_t i = 0;
-#if defined(__AVX512F__)  // 16 at a time: the loop below takes a nanosecond for each
-    for (; i + LANES <= n_in; i += LANES) {
-      const __m512 v = _mm512_loadu_ps(x + i);
-      const __mmask16 keep = _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_loadu_ps(threshold + i), _CMP_NLE_UQ);
-      const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(i), lanes);
-      _mm512_storeu_si512(index.data() + n, _mm512_maskz_compress_epi32(keep, at));
-      _mm512_storeu_ps(value.data() + n, _mm512_maskz_compress_ps(keep, v));
-      n += __builtin_popcount(keep);
-    }
-#endif
-    for (; i < n_in; i++) {
-      index[n] = i;
-      value[n] = x[i];
-      n += !(std::fabs(x[i]) <= threshold[i]);  // NaN is kept
-    }
-  }
-  void list_all(const float* x, int64_t n_in) {
-    n = n_in;
-    for (int64_t i = 0; i < n_in; i++) index[i] = i;
-    std::copy(x, x + n_in, value.begin());
+    first = n * thread / threads;
+    n = n * (thread + 1) / threads - first;
   }
 };
 
-// sums[0 .. end - begin) = the product's outputs begin .. end.
-template <typename W>
-void outputs(const Matrix<W>& matrix, const Kept& kept, int64_t begin, int64_t end, float* sums) {
-  const int64_t columns = matrix.group ? std::max(matrix.group, COLUMNS / matrix.group * matrix.group) : COLUMNS;
-  float starts[GROUPS] = {};  // of int4's groups
-  const auto start = [&](int64_t j) {
-    return matrix.log_norms ? start_of_sum(matrix.log_norms[j], kept.norm) : 0.0f;
-  };
-  for (int64_t column = begin; column < end; column += columns, sums += columns) {
+// sums[b][0 .. end - begin) = each text's outputs begin .. end of the product.
+template <int B, typename W>
+void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Texts<float> sums) {
+  constexpr bool groups = std::is_same_v<W, Int4>;
+  constexpr int64_t MOST = COLUMNS / B;
+  const int64_t columns = groups ? std::max(matrix.group, MOST / matrix.group * matrix.group) : MOST;
+  const int64_t n = kept.n;
+  int32_t* const index = kept.index.data() + kept.first;
+  for (int64_t r = 0; r < ROWS_AHEAD; r++) index[n + r] = n ? index[r % n] : 0;  // behind the last row comes the first
+  const Texts<const float> value{kept.value.data() + kept.first, kept.values().apart};
+  float starts[B][GROUPS / B] = {};  // of int4's groups
+  for (int64_t column = begin; column < end; column += columns) {
     const int64_t width = std::min(columns, end - column);
+    const int8_t* log_norms = matrix.log_norms ? matrix.log_norms + column / (groups ? matrix.group : 1) : nullptr;
+    const Texts<float> block{kept.block.data(), width + LANES};  // not 4 KB apart, which CPUs take for the same place
 
     // the sums' starts
-    if constexpr (std::is_same_v<W, Int4>)
-      for (int64_t g = 0; g < width / matrix.group; g++) {
-        starts[g] = start(column / matrix.group + g);
-        std::fill_n(sums + g * matrix.group, matrix.group, starts[g]);
-      }
-    else
-      for (int64_t j = 0; j < width; j++) sums[j] = start(column + j);
-    const int64_t ahead = std::max<int64_t>(1, AHEAD / (ROWS * width * 64 / LINE<W>)) * ROWS;
-
-    // the r-th kept row, and the first ones, whose fetching no earlier rows cover
-    const auto at = [&](int64_t r) {  // behind the last row come the next columns' first ones
-      const bool wraps = r >= kept.n && column + columns < end;
-      r = wraps ? std::min(r - kept.n, kept.n - 1) : std::min(r, kept.n - 1);
-      return matrix.row(kept.index[r], column + (wraps ? columns : 0));
-    };
-    for (int64_t r = 0; column == begin && r < std::min(ahead, kept.n); r++)
-      for (int64_t line = 0; line * LINE<W> < width; line++)
-        __builtin_prefetch(reinterpret_cast<const char*>(at(r).weights) + line * 64, 0, 2);
-
-    // ROWS rows at a time, then the rest one by one
-    int64_t r = 0;
-    for (; r + ROWS <= kept.n; r += ROWS) {
-      Row<W> row[ROWS], next[ROWS];
-      for (int64_t k = 0; k < ROWS; k++) row[k] = at(r + k), next[k] = at(r + ahead + k);
-      add_rows<ROWS>(row, next, kept.value.data() + r, sums, width, matrix.group, starts);
+    for (int b = 0; b < B; b++) {
+      float* const start = groups ? starts[b] : block[b];
+      const int64_t length = groups ? width / matrix.group : width;
+      if (!log_norms)
+        std::fill_n(start, length, 0.0f);
+      else
+#pragma omp simd
+        for (int64_t j = 0; j < length; j++) start[j] = start_of_sum(log_norms[j], kept.norm[b]);
+      for (int64_t g = 0; groups && g < length; g++) std::fill_n(block[b] + g * matrix.group, matrix.group, start[g]);
+      if (!groups) apart<W>(start, length);
     }
-    for (; r < kept.n; r++) {
-      const Row<W> row = at(r), next = at(r + ahead);
-      add_rows<1>(&row, &next, kept.value.data() + r, sums, width, matrix.group, starts);
+
+    // the first rows, whose fetching no earlier ones cover
+    const int64_t bytes = ROWS * width * 64 / LINE<W>, ahead = std::clamp(AHEAD / bytes * ROWS, ROWS, ROWS_AHEAD);
+    for (int64_t r = 0; column == begin && r < std::min(ahead, n); r++)
+      for (int64_t line = 0; line * LINE<W> < width; line++)
+        __builtin_prefetch(reinterpret_cast<const char*>(matrix.row(index[r], column).weights) + line * 64, 0, 2);
+
+    // ROWS rows at a time, then the rest one by one; behind the last come the next columns' first ones
+    const int64_t jump = column + columns < end ? columns : 0;
+    const auto later = [&](int64_t r) { return matrix.row(index[r + ahead], column + (r + ahead < n ? 0 : jump)); };
+    int64_t r = 0;
+    for (; r + ROWS <= n; r += ROWS) {
+      Row<W> row[ROWS], next[ROWS];
+      for (int64_t k = 0; k < ROWS; k++) row[k] = matrix.row(index[r + k], column), next[k] = later(r + k);
+      add_rows<ROWS, B>(row, next, {value[0] + r, value.apart}, block, width, matrix.group, starts);
+    }
+    for (; r < n; r++) {
+      const Row<W> row = matrix.row(index[r], column), next = later(r);
+      add_rows<1, B>(&row, &next, {value[0] + r, value.apart}, block, width, matrix.group, starts);
     }
 
     // what was added to them
-    if constexpr (std::is_same_v<W, Int4>)
-      in_order(sums, width, matrix.group, starts);
-    else
-      for (int64_t j = 0; j < width; j++) sums[j] -= start(column + j);
+    for (int b = 0; b < std::min<int64_t>(B, kept.batch); b++) {
+      float* const to = sums[b] + column - begin;
+      const int64_t length = groups ? matrix.group : width;
+      for (int64_t j = 0; j < width; j += length) {
+        in_order<W>(block[b] + j, to + j, length);
+        for (int64_t i = j; groups && i < j + length; i++) to[i] -= starts[b][j / length];
+      }
+      if (!groups && log_norms)
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) to[j] -= start_of_sum(log_norms[j], kept.norm[b]);
+    }
   }
 }
 
@@ -507,7 +643,7 @@ int product(const T* x, const Matrix<W>& matrix, const float* threshold, T* out,
 #pragma omp parallel num_threads(threads)
   try {
     const Range mine(n_out, omp_get_thread_num(), omp_get_num_threads(), grain);
-    Kept kept(n_in);
+    Kept kept(1, n_in, matrix.group);
     std::vector<float> input(n_in), sums(mine.end - mine.begin);
     int64_t start = 0;
     for (int64_t s = 0; s < n_segments; start += segments[s++]) {
@@ -515,8 +651,8 @@ int product(const T* x, const Matrix<W>& matrix, const float* threshold, T* out,
       if (begin >= end) continue;
       for (int64_t b = 0; b < batch; b++) {
         std::copy(x + b * n_in, x + (b + 1) * n_in, input.begin());
-        kept.list(input.data(), threshold + s * n_in, n_in);
-        outputs(matrix, kept, begin, end, sums.data());
+        kept.list<1>(input.data(), threshold + s * n_in, n_in, false);
+        outputs<1>(matrix, kept, begin, end, {sums.data(), 0});
         if (scale)
           for (int64_t j = begin; j < end; j++) sums[j - begin] *= scale[j];
         for (int64_t j = begin; j < end; j++) out[b * n_out + j] = T::from(sums[j - begin]);
@@ -545,7 +681,7 @@ struct Projection {
 struct Layer {
   const void *attention_norm, *ffn_norm;
   Projection wqkv, wo, w13, w2;
-  void *k_cache, *v_cache;  // [n_local_heads, cache_length, head_dim]
+  void *k_cache, *v_cache;  // [rows, n_local_heads, cache_length, head_dim]; rows: 1 if texts share it, else one a text
   int64_t window;           // keys that a query sees, itself included
 };
 
@@ -555,10 +691,11 @@ struct Model {
   const void *embedding, *norm, *output;
   const float* output_scale;  // [vocab] of an int8 output, else null
   const float* inv_freq;
-  float *h, *qkv, *y, *act, *logits;  // room for the values between the phases of a step
-  float* tops;                        // the largest logit of each GROUP
-  int64_t* tokens;                    // [cache_length + 1]: a step reads its position's and writes the next one
+  float *h, *qkv, *y, *act, *logits;  // room for each text's values between the phases of a step
+  float* tops;                        // the largest logit of each GROUP of each text
+  int64_t* tokens;                    // [texts, cache_length + 1]: a step reads those at its positions, writes the next
   int64_t cut;                        // 0: thresholds, shifts and offsets are left out
+  int64_t shared;                     // 1: texts are the same one at positions in ascending order, in one row of caches
   float eps, temperature;
   int64_t top_k;
   struct Pace* pace;                  // zeros before the first step; null: every step takes all threads
@@ -647,49 +784,115 @@ struct Pace {  // see PACE_DOUBLES of cpu.py
 };
 static_assert(sizeof(Pace) <= 40 * sizeof(double));
 
-// One thread's part of a step. W is the type of the projections' weights, but V of wqkv's and output's; T of all else.
+inline uint32_t mixed(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352d;
+  x = (x ^ x >> 15) * 0x21f0aaad;
+  return x ^ x >> 15;
+}
+
+// The draw of a text's next token from its logits, by the numbers of decoder.py's `sample`: the largest of the top_k
+// logits over the temperature plus noise, a hash of seed, position and token. Those equal to the top_k-th take part.
+int64_t sample(const Model& m, int64_t text, uint32_t seed, int64_t position) {
+  const int64_t groups = (m.vocab + GROUP - 1) / GROUP;
+  const float *logits = m.logits + text * m.vocab, *tops = m.tops + text * groups;
+  if (m.temperature == 0) {
+    const int64_t v = (std::max_element(tops, tops + groups) - tops) * GROUP;
+    return std::max_element(logits + v, logits + std::min(m.vocab, v + GROUP)) - logits;
+  }
+  const auto larger = [](float a, float b) { return a > b || (a == a) < (b == b); };  // NaN is least: an order of all
+  float bound = -std::numeric_limits<float>::infinity();
+  if (m.top_k < groups) {  // the top_k-th largest group has as many logits that are at least its largest
+    std::vector<float> largest(tops, tops + groups);
+    std::nth_element(largest.begin(), largest.begin() + m.top_k - 1, largest.end(), larger);
+    bound = largest[m.top_k - 1] / m.temperature;
+  }
+
+  // the logits that reach it, over the temperature, and their tokens
+  std::vector<float> best;
+  std::vector<int64_t> tokens;
+  size_t n = 0;
+  for (int64_t g = 0; g < groups; g++) {
+    if (tops[g] / m.temperature < bound) continue;
+    best.resize(n + GROUP), tokens.resize(n + GROUP);
+    for (int64_t v = g * GROUP; v < std::min(m.vocab, (g + 1) * GROUP); v++) {  // without branches
+      best[n] = logits[v] / m.temperature, tokens[n] = v;
+      n += !(best[n] < bound);
+    }
+  }
+
+  // the top_k-th largest of them, and the largest with noise of those that are not below it
+  std::vector<float> ordered(best.begin(), best.begin() + n);
+  const int64_t last = std::min<int64_t>(m.top_k, n) - 1;
+  std::nth_element(ordered.begin(), ordered.begin() + last, ordered.end(), larger);
+  const uint32_t hash = mixed(mixed(seed) + uint32_t(position));
+  int64_t drawn = tokens[0];
+  float most = -std::numeric_limits<float>::infinity();
+  for (size_t i = 0; i < n; i++) {
+    if (best[i] < ordered[last]) continue;
+    const uint32_t bits = mixed(hash + uint32_t(tokens[i]));
+    const float noisy = best[i] - std::log(-std::log((float(bits >> 9) + 0.5f) * 0x1p-23f));
+    if (noisy > most) most = noisy, drawn = tokens[i];
+  }
+  return drawn;
+}
+
+// One thread's part of a step of `batch` texts. W is the type of the projections' weights, but V of wqkv's and output's;
+// T of all else.
 template <typename T, typename W, typename V>
 class Worker {
   const Model& m;
-  const int64_t position;
+  const int64_t batch, *const positions;
   const int thread, threads;
   Barrier& barrier;
-  float* const partials;  // [2, threads, most]: of two products in turn, as others may still read the last one's
+  float* const partials;  // [2, threads, batch, most]: of two products in turn, as others may still read the last one's
   const int64_t most;     // outputs of a product
+  const int64_t q = m.n_head * m.head_dim, kv = m.n_local_heads * m.head_dim, width = q + 2 * kv;
   bool second = false;
   Kept kept;
   std::vector<float> x, shifted, sums, scores, cos, sin, head;
 
  public:
-  Worker(const Model& m, int64_t position, int thread, int threads, Barrier& barrier, float* partials, int64_t most)
-      : m(m), position(position), thread(thread), threads(threads), barrier(barrier), partials(partials), most(most),
-        kept(std::max({m.dim, m.hidden, m.n_head * m.head_dim})), x(m.dim), shifted(kept.value.size()),
-        sums(std::max({GROUP, m.dim, 2 * m.hidden})),
-        scores(position + 1), cos(m.head_dim / 2), sin(m.head_dim / 2), head(2 * m.head_dim) {}
+  Worker(const Model& m, int64_t batch, const int64_t* positions, int thread, int threads, Barrier& barrier,
+         float* partials, int64_t most)
+      : m(m), batch(batch), positions(positions), thread(thread), threads(threads), barrier(barrier),
+        partials(partials), most(most), kept(batch, std::max({m.dim, m.hidden, q}), m.layers[0].w2.group),
+        x(BATCH * m.dim), shifted(batch * kept.index.size()), sums(std::max({batch * GROUP, m.dim, 2 * m.hidden})),
+        scores(*std::max_element(positions, positions + batch) + 1), cos(batch * m.head_dim / 2), sin(cos.size()),
+        head(3 * m.head_dim) {}
 
-  void step(int64_t token) {
-    // h = the token's embedding, and the rotation at this position
-    const T* embedding = static_cast<const T*>(m.embedding) + token * m.dim;
+  void step() {
+    // h = the tokens' embeddings, and the rotations at their positions
     const Range mine(m.dim, thread, threads, GRAIN);
-    for (int64_t i = mine.begin; i < mine.end; i++) m.h[i] = embedding[i];
-    for (int64_t i = 0; i < m.head_dim / 2; i++) {
-      const float angle = float(position) * m.inv_freq[i];
-      cos[i] = std::cos(angle);
-      sin[i] = std::sin(angle);
+    for (int64_t b = 0; b < batch; b++) {
+      const T* embedding = static_cast<const T*>(m.embedding) + *token(b, 0) * m.dim;
+      for (int64_t i = mine.begin; i < mine.end; i++) m.h[b * m.dim + i] = embedding[i];
+      for (int64_t i = 0, half = m.head_dim / 2; i < half; i++) {
+        const float angle = float(positions[b]) * m.inv_freq[i];
+        cos[b * half + i] = std::cos(angle);
+        sin[b * half + i] = std::sin(angle);
+      }
     }
     barrier.wait(threads);
 
     for (int64_t l = 0; l < m.n_layer; l++) {
       const Layer& layer = m.layers[l];
       project_qkv(layer);
+      expect(layer.wo, q, m.dim);
       barrier.wait(threads);
-      for (int64_t h = m.n_head * thread / threads; h < m.n_head * (thread + 1) / threads; h++) attend(layer, h);
+      if (m.shared) {
+        share(batch * m.n_local_heads, [&](int64_t i) { cache(layer, i / m.n_local_heads, i % m.n_local_heads); });
+        barrier.wait(threads);
+      }
+      share(batch * m.n_head, [&](int64_t i) { attend(layer, i / m.n_head, i % m.n_head); });
       barrier.wait(threads);
-      add_product(m.y, m.n_head * m.head_dim, layer.wo);
+      add_product(m.y, q, layer.wo);
+      expect(layer.w13, 2 * m.dim, 2 * m.hidden);
       barrier.wait(threads);
       gate_and_up(layer);
+      expect(layer.w2, m.hidden, m.dim);
       barrier.wait(threads);
       add_product(m.act, m.hidden, layer.w2);
+      if (l + 1 < m.n_layer) expect(m.layers[l + 1].wqkv, 3 * m.dim, width);
       barrier.wait(threads);
     }
 
@@ -697,60 +900,95 @@ class Worker {
     normalize(m.norm);
     const Range rows(m.vocab, thread, threads, GROUP);
     for (int64_t v = rows.begin; v < rows.end; v += GROUP) {
-      const int64_t n = std::min(GROUP, rows.end - v);
+      const int64_t n = std::min(GROUP, rows.end - v), groups = (m.vocab + GROUP - 1) / GROUP;
       const V* row = static_cast<const V*>(m.output) + v * m.dim;
-      for (int64_t i = 0; i < n; i++)
-        sums[i] = dot(row + i * m.dim, x.data(), m.dim) * (m.output_scale ? m.output_scale[v + i] : 1.0f);
-      round_all<T>(sums.data(), m.logits + v, n);
-      m.tops[v / GROUP] = *std::max_element(m.logits + v, m.logits + v + n);
+      for_batch(batch, [&](auto B) {
+        constexpr int AT_ONCE = B < 4 ? B : 4;
+        float results[B];
+        for (int64_t i = 0; i < n; i++, row += m.dim) {
+          for (int b = 0; b < B; b += AT_ONCE) dots<AT_ONCE>(row, {x.data() + b * m.dim, m.dim}, m.dim, results + b);
+          const float scale = m.output_scale ? m.output_scale[v + i] : 1.0f;
+          for (int64_t b = 0; b < batch; b++) sums[b * GROUP + i] = results[b] * scale;
+        }
+      });
+      for (int64_t b = 0; b < batch; b++) {
+        float* logits = m.logits + b * m.vocab + v;
+        round_all<T>(sums.data() + b * GROUP, logits, n);
+        m.tops[b * groups + v / GROUP] = *std::max_element(logits, logits + n);
+      }
     }
+    barrier.wait(threads);
+  }
+
+  // The next tokens of this thread's texts. Raises std::bad_alloc.
+  void draw(const uint32_t* seeds) {
+    share(batch, [&](int64_t b) { *token(b, 1) = sample(m, b, seeds[b], positions[b] + 1); });
   }
 
  private:
-  // x = the normalised h, rounded as RMSNorm rounds
-  void normalize(const void* gain) {
-    const T* weight = static_cast<const T*>(gain);
-    const float rstd = 1.0f / std::sqrt(sum_of_squares(m.h, m.dim) / m.dim + m.eps);
-#pragma omp simd
-    for (int64_t i = 0; i < m.dim; i++) x[i] = rounded<T>(rounded<T>(m.h[i] * rstd) * float(weight[i]));
+  int64_t* token(int64_t b, int64_t behind) const { return m.tokens + b * (m.cache_length + 1) + positions[b] + behind; }
+
+  // This thread's part of n calls.
+  template <typename Call>
+  void share(int64_t n, Call call) const {
+    for (int64_t i = n * thread / threads; i < n * (thread + 1) / threads; i++) call(i);
   }
 
-  // The inputs that the thresholds test: x - shift.
+  // x = each text's normalised h, rounded as RMSNorm rounds
+  void normalize(const void* gain) {
+    const T* weight = static_cast<const T*>(gain);
+    for (int64_t b = 0; b < batch; b++) {
+      const float* h = m.h + b * m.dim;
+      float* to = x.data() + b * m.dim;
+      const float rstd = 1.0f / std::sqrt(sum_of_squares(h, m.dim) / m.dim + m.eps);
+#pragma omp simd
+      for (int64_t i = 0; i < m.dim; i++) to[i] = rounded<T>(rounded<T>(h[i] * rstd) * float(weight[i]));
+    }
+  }
+
+  // The inputs [batch, n_in] that the thresholds test: x - shift.
   const float* shift(const float* from, const Projection& projection, int64_t n_in) {
     if (!m.cut || !projection.shift) return from;
+    for (int64_t b = 0; b < batch; b++)
 #pragma omp simd
-    for (int64_t i = 0; i < n_in; i++) shifted[i] = rounded<T>(from[i] - projection.shift[i]);
+      for (int64_t i = 0; i < n_in; i++) shifted[b * n_in + i] = rounded<T>(from[b * n_in + i] - projection.shift[i]);
     return shifted.data();
   }
 
-  // This thread's sums over its share of the kept inputs; then the threads meet. Segments with the same thresholds are
-  // taken as one: at threshold 0 the rows are as long as the dense product's.
+  // Fetches what the next product wants at once: else it waits, as nothing of a step stays in the caches until the next.
+  void expect(const Projection& next, int64_t thresholds, int64_t n_out) const {
+    for (int64_t i = 0; m.cut && i < thresholds; i += 16) __builtin_prefetch(next.threshold + i, 0, 2);
+    const int64_t norms = next.group ? n_out / next.group : n_out;
+    for (int64_t i = 0; next.log_norms && i < norms; i += 64) __builtin_prefetch(next.log_norms + i, 0, 2);
+  }
+
+  // This thread's sums over its share of the kept inputs of from [batch, n_in]; then the threads meet. Segments with the
+  // same thresholds are taken as one: at threshold 0 the rows are as long as the dense product's.
   template <typename M>
   void multiply(const float* from, const Projection& projection, int64_t n_in, std::initializer_list<int64_t> widths) {
     const int64_t n_out = std::accumulate(widths.begin(), widths.end(), int64_t(0));
     const Matrix<M> matrix{static_cast<const M*>(projection.weight), projection.scale, n_out, projection.group,
                            ANY_ORDER<T> ? projection.log_norms : nullptr};
-    const auto add = [&](int64_t begin, int64_t end, float* sums) {
-      if (ANY_ORDER<T>) kept.prepare();
-      kept.take(thread, threads);
-      outputs(matrix, kept, begin, end, sums);
-    };
-    int64_t begin = 0, end = 0;
     second = !second;
-    float* sums = partials + (second * threads + thread) * most;
-
+    float* to = partials + (second * threads + thread) * batch * most;
+    const auto add = [&](const float* threshold, int64_t begin, int64_t end) {
+      for_batch(batch, [&](auto B) {
+        kept.list<B>(from, threshold, n_in, ANY_ORDER<T>);
+        kept.take(thread, threads);
+        outputs<B>(matrix, kept, begin, end, {to + begin, most});
+      });
+    };
     if (!m.cut) {
-      kept.list_all(from, n_in);
-      add(0, n_out, sums);
+      add(nullptr, 0, n_out);
     } else {
+      int64_t begin = 0, end = 0;
       const float* next = projection.threshold;
       for (const int64_t width : widths) {
         const float* threshold = next;
         next += n_in;
         end += width;
         if (end < n_out && !std::memcmp(threshold, next, n_in * sizeof(float))) continue;
-        kept.list(from, threshold, n_in);
-        add(begin, end, sums + begin);
+        add(threshold, begin, end);
         begin = end;
       }
       // else `gather` would wait for the offset: 30 to 45 us of a step of SmolLM2-135M, two cores of an EPYC
@@ -760,12 +998,12 @@ class Worker {
     barrier.wait(threads);
   }
 
-  // to[0 .. end - begin) = the last product's outputs begin .. end, rounded.
-  void gather(const Projection& projection, int64_t begin, int64_t end, float* to) {
-    const float* from = partials + second * threads * most;
+  // to[0 .. end - begin) = a text's outputs begin .. end of the last product, rounded.
+  void gather(int64_t b, const Projection& projection, int64_t begin, int64_t end, float* to) {
+    const float* from = partials + (second * threads * batch + b) * most;
     std::copy(from + begin, from + end, to);
     for (int t = 1; t < threads; t++)
-      for (int64_t j = begin; j < end; j++) to[j - begin] += from[t * most + j];
+      for (int64_t j = begin; j < end; j++) to[j - begin] += from[t * batch * most + j];
 
     // int8's scale, then offset and bias, rounded after each as the plain model rounds
     if (projection.scale && !projection.group)
@@ -779,42 +1017,55 @@ class Worker {
 
   void project_qkv(const Layer& layer) {
     normalize(layer.attention_norm);
-    const int64_t q = m.n_head * m.head_dim, kv = m.n_local_heads * m.head_dim;
     multiply<V>(shift(x.data(), layer.wqkv, m.dim), layer.wqkv, m.dim, {q, kv, kv});
-    const Range mine(q + 2 * kv, thread, threads, GRAIN);
-    gather(layer.wqkv, mine.begin, mine.end, m.qkv + mine.begin);
+    const Range mine(width, thread, threads, GRAIN);
+    for (int64_t b = 0; b < batch; b++)
+      gather(b, layer.wqkv, mine.begin, mine.end, m.qkv + b * width + mine.begin);
   }
 
-  void rotate(const float* from, float* to) {
-    for (int64_t i = 0; i < m.head_dim / 2; i++) {
-      const float even = from[2 * i], odd = from[2 * i + 1];
-      to[2 * i] = rounded<T>(even * cos[i] - odd * sin[i]);
-      to[2 * i + 1] = rounded<T>(odd * cos[i] + even * sin[i]);
+  void rotate(int64_t b, const float* from, float* to) {
+    for (int64_t i = 0, half = m.head_dim / 2; i < half; i++) {
+      const float even = from[2 * i], odd = from[2 * i + 1], c = cos[b * half + i], s = sin[b * half + i];
+      to[2 * i] = rounded<T>(even * c - odd * s);
+      to[2 * i + 1] = rounded<T>(odd * c + even * s);
     }
   }
 
-  // y of one head. Its new key and value are not read from the cache, which another thread may be writing.
-  void attend(const Layer& layer, int64_t h) {
-    const int64_t heads_per_kv = m.n_head / m.n_local_heads, kv = h / heads_per_kv, d = m.head_dim;
-    const int64_t first = std::max<int64_t>(0, position - layer.window + 1), n = position - first;
-    T* keys = static_cast<T*>(layer.k_cache) + kv * m.cache_length * d;
-    T* values = static_cast<T*>(layer.v_cache) + kv * m.cache_length * d;
+  // A text's keys or values of one head.
+  T* cached(void* caches, int64_t b, int64_t kv_head) const {
+    return static_cast<T*>(caches) + ((m.shared ? 0 : b) * m.n_local_heads + kv_head) * m.cache_length * m.head_dim;
+  }
+
+  // Caches a text's new key and value of one head.
+  void cache(const Layer& layer, int64_t b, int64_t kv_head) {
+    const int64_t d = m.head_dim, at = positions[b] * d;
+    const float *qkv = m.qkv + b * width, *v = qkv + q + kv + kv_head * d;
+    float* k = head.data() + d;
+    rotate(b, qkv + q + kv_head * d, k);
+    for (int64_t i = 0; i < d; i++) {
+      cached(layer.k_cache, b, kv_head)[at + i] = T::from(k[i]);
+      cached(layer.v_cache, b, kv_head)[at + i] = T::from(v[i]);
+    }
+  }
+
+  // y of one head of a text. Its new key and value are not read from the cache, which another thread may be writing.
+  void attend(const Layer& layer, int64_t b, int64_t h) {
+    const int64_t heads_per_kv = m.n_head / m.n_local_heads, kv_head = h / heads_per_kv, d = m.head_dim;
+    const int64_t first = std::max<int64_t>(0, positions[b] - layer.window + 1), n = positions[b] - first;
+    const T* keys = cached(layer.k_cache, b, kv_head) + first * d;
+    const T* values = cached(layer.v_cache, b, kv_head) + first * d;
 
     // the new query and key, rotated; the first of a key/value head's queries caches key and value
-    float *q = head.data(), *k = q + d, *y = m.y + h * d;
-    const float* v = m.qkv + (m.n_head + m.n_local_heads + kv) * d;
-    rotate(m.qkv + h * d, q);
-    rotate(m.qkv + (m.n_head + kv) * d, k);
-    if (h % heads_per_kv == 0)
-      for (int64_t i = 0; i < d; i++) {
-        keys[position * d + i] = T::from(k[i]);
-        values[position * d + i] = T::from(v[i]);
-      }
+    if (!m.shared && h % heads_per_kv == 0) cache(layer, b, kv_head);
+    float *rotated = head.data(), *k = rotated + d, *weighted = k + d, *y = m.y + b * q + h * d;
+    const float *qkv = m.qkv + b * width, *v = qkv + q + kv + kv_head * d;
+    rotate(b, qkv + h * d, rotated);
+    rotate(b, qkv + q + kv_head * d, k);
 
     // scores, and their softmax's exponentials and total
-    for (int64_t j = 0; j < n; j++) scores[j] = dot(keys + (first + j) * d, q, d);
+    for (int64_t j = 0; j < n; j++) scores[j] = dot(keys + j * d, rotated, d);
     scores[n] = 0;
-    for (int64_t i = 0; i < d; i++) scores[n] += q[i] * k[i];
+    for (int64_t i = 0; i < d; i++) scores[n] += rotated[i] * k[i];
     const float softmax_scale = 1.0f / std::sqrt(float(d));
     const float top = *std::max_element(scores.begin(), scores.begin() + n + 1);
 #pragma omp simd
@@ -823,26 +1074,31 @@ class Worker {
 
     // y = the values, weighted
     for (int64_t i = 0; i < d; i++) y[i] = scores[n] * v[i];
+    apart<T>(y, d);
     Row<T> row[ROWS];
     int64_t j = 0;
     for (; j + ROWS <= n; j += ROWS) {
-      for (int64_t r = 0; r < ROWS; r++) row[r] = {values + (first + j + r) * d};
-      add_rows<ROWS>(row, row, scores.data() + j, y, d);
+      for (int64_t r = 0; r < ROWS; r++) row[r] = {values + (j + r) * d};
+      add_rows<ROWS, 1>(row, row, {scores.data() + j, 0}, {y, 0}, d);
     }
     for (; j < n; j++) {
-      row[0] = {values + (first + j) * d};
-      add_rows<1>(row, row, scores.data() + j, y, d);
+      row[0] = {values + j * d};
+      add_rows<1, 1>(row, row, {scores.data() + j, 0}, {y, 0}, d);
     }
-    for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(y[i] / total);
+    in_order<T>(y, weighted, d);
+    for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(weighted[i] / total);
   }
 
-  // h += the product
+  // h += the product of from [batch, n_in]
   void add_product(const float* from, int64_t n_in, const Projection& projection) {
     const Range mine(m.dim, thread, threads, GRAIN);
     multiply<W>(shift(from, projection, n_in), projection, n_in, {m.dim});
-    gather(projection, mine.begin, mine.end, sums.data());
+    for (int64_t b = 0; b < batch; b++) {
+      float* h = m.h + b * m.dim;
+      gather(b, projection, mine.begin, mine.end, sums.data());
 #pragma omp simd
-    for (int64_t j = mine.begin; j < mine.end; j++) m.h[j] = rounded<T>(m.h[j] + sums[j - mine.begin]);
+      for (int64_t j = mine.begin; j < mine.end; j++) h[j] = rounded<T>(h[j] + sums[j - mine.begin]);
+    }
   }
 
   // act = silu(gate) * up, of the same columns of both
@@ -851,81 +1107,46 @@ class Worker {
     const Range mine(m.hidden, thread, threads, GRAIN);
     float *gate = sums.data(), *up = gate + m.hidden;
     multiply<W>(shift(x.data(), layer.w13, m.dim), layer.w13, m.dim, {m.hidden, m.hidden});
-    gather(layer.w13, mine.begin, mine.end, gate);
-    gather(layer.w13, m.hidden + mine.begin, m.hidden + mine.end, up);
+    for (int64_t b = 0; b < batch; b++) {
+      float* act = m.act + b * m.hidden + mine.begin;
+      gather(b, layer.w13, mine.begin, mine.end, gate);
+      gather(b, layer.w13, m.hidden + mine.begin, m.hidden + mine.end, up);
 #pragma omp simd
-    for (int64_t j = 0; j < mine.end - mine.begin; j++)
-      m.act[mine.begin + j] = rounded<T>(rounded<T>(gate[j] / (1.0f + exponential(-gate[j]))) * up[j]);
+      for (int64_t j = 0; j < mine.end - mine.begin; j++)
+        act[j] = rounded<T>(rounded<T>(gate[j] / (1.0f + exponential(-gate[j]))) * up[j]);
+    }
   }
 };
 
-// A draw from the softmax of the top_k logits over the temperature; those equal to the last of them take part too.
-int64_t sample(const Model& m, uint64_t seed) {
-  if (m.temperature == 0) return std::max_element(m.logits, m.logits + m.vocab) - m.logits;
-  const int64_t groups = (m.vocab + GROUP - 1) / GROUP;
-  float bound = -std::numeric_limits<float>::infinity();
-  if (m.top_k < groups) {  // the top_k-th largest group has as many logits that are at least its largest
-    std::vector<float> tops(m.tops, m.tops + groups);
-    std::nth_element(tops.begin(), tops.begin() + m.top_k - 1, tops.end(), std::greater<float>());
-    bound = tops[m.top_k - 1];
-  }
-
-  // the logits that reach it, with their tokens
-  std::vector<std::pair<float, int64_t>> best;
-  size_t n = 0;
-  for (int64_t g = 0; g < groups; g++) {
-    if (m.tops[g] < bound) continue;
-    best.resize(n + GROUP);
-    for (int64_t v = g * GROUP; v < std::min(m.vocab, (g + 1) * GROUP); v++) {  // without branches
-      best[n] = {m.logits[v], v};
-      n += !(m.logits[v] < bound);
-    }
-  }
-  best.resize(n);
-
-  // the top_k-th largest of them, and the largest
-  const auto larger = [](const auto& a, const auto& b) { return a.first > b.first; };
-  const int64_t last = std::min<int64_t>(m.top_k, best.size()) - 1;
-  std::nth_element(best.begin(), best.begin() + last, best.end(), larger);
-  const float kth = best[last].first, top = std::max_element(best.begin(), best.end(), [&](auto& a, auto& b) {
-                                              return larger(b, a);
-                                            })->first;
-
-  // running sums of the softmax's terms, and where a hash of the seed falls among them
-  std::vector<double> until;
-  double total = 0;
-  for (const auto& [logit, token] : best)
-    until.push_back(total += logit < kth ? 0.0 : std::exp(double(logit - top) / m.temperature));
-  seed ^= seed >> 30, seed *= 0xbf58476d1ce4e5b9, seed ^= seed >> 27, seed *= 0x94d049bb133111eb, seed ^= seed >> 31;
-  const double draw = total * double(seed >> 11) * 0x1p-53;
-  const int64_t drawn = std::upper_bound(until.begin(), until.end(), draw) - until.begin();
-  return best[std::min<int64_t>(drawn, best.size() - 1)].second;
-}
-
-// Returns 1 where memory is short, else 0. No thread starts before all have their memory: none may miss a meeting.
+// Writes the next tokens of `batch` texts at these positions. Returns 1 where memory is short, else 0. No thread starts
+// before all have their memory: none may miss a meeting.
 template <typename T, typename W, typename V>
-int decode(const Model& m, int64_t position, uint64_t seed, int threads) try {
+int decode(const Model& m, int64_t batch, const int64_t* positions, const uint32_t* seeds, int threads) try {
   const auto start = std::chrono::steady_clock::now();
   Pace* pace = ANY_ORDER<T> ? m.pace : nullptr;  // else the number of threads would change tokens
   if (pace) threads = pace->threads(threads);
   Barrier barrier;
   const int64_t most = std::max({m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim});
-  std::vector<float> partials(2 * threads * most);
+  const auto partials = std::make_unique_for_overwrite<float[]>(2 * threads * batch * most);
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
   {
     std::unique_ptr<Worker<T, W, V>> worker;
     try {
       const int thread = omp_get_thread_num(), team = omp_get_num_threads();  // maybe fewer than were asked for
-      worker = std::make_unique<Worker<T, W, V>>(m, position, thread, team, barrier, partials.data(), most);
+      worker = std::make_unique<Worker<T, W, V>>(m, batch, positions, thread, team, barrier, partials.get(), most);
     } catch (const std::bad_alloc&) {
       failed = 1;
     }
 #pragma omp barrier
-    if (!failed) worker->step(m.tokens[position]);
+    if (!failed) worker->step();
+    try {
+      if (!failed) worker->draw(seeds);
+    } catch (const std::bad_alloc&) {
+      failed = 1;
+    }
   }
   if (failed) return 1;
-  m.tokens[position + 1] = sample(m, seed * 0x9e3779b97f4a7c15 + position * 0xd1b54a32d192ed03);
   if (pace) pace->took(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   return 0;
 } catch (const std::bad_alloc&) {
@@ -946,8 +1167,9 @@ int decode(const Model& m, int64_t position, uint64_t seed, int threads) try {
                                       int64_t group, int8_t* log_norms, int threads) {                               \
     if (ANY_ORDER<T>) column_norms<W>({static_cast<const W*>(weight), scale, n_out, group}, n_in, log_norms, threads); \
   }                                                                                                                  \
-  extern "C" int decode_##name(const Model* model, int64_t position, uint64_t seed, int threads) {                   \
-    return decode<T, W, V>(*model, position, seed, threads);                                                         \
+  extern "C" int decode_##name(const Model* model, int64_t batch, const int64_t* positions, const uint32_t* seeds,    \
+                               int threads) {                                                                        \
+    return decode<T, W, V>(*model, batch, positions, seeds, threads);                                                 \
   }
 EXPORT(bfloat16, BFloat16, BFloat16, BFloat16)
 EXPORT(float16, Float16, Float16, Float16)

@@ -165,5 +165,5 @@ class Model(ctypes.Structure):
     SHAPE = "n_layer n_head n_local_heads head_dim dim intermediate_size vocab_size"
     _fields_ = _fields(INTEGER, f"{SHAPE} cache_length") + _fields(ctypes.POINTER(Layer), "layers")
     _fields_ += _fields(POINTER, "embedding norm output output_scale inv_freq h qkv y act logits tops tokens")
-    _fields_ += _fields(INTEGER, "cut") + _fields(ctypes.c_float, "eps temperature") + _fields(INTEGER, "top_k")
+    _fields_ += _fields(INTEGER, "cut shared") + _fields(ctypes.c_float, "eps temperature") + _fields(INTEGER, "top_k")
     _fields_ += _fields(POINTER, "pace")

@@ -150,9 +150,9 @@ def test_a_step_cuts_each_segment_by_itself(quant, shifted):
     for threads in (1, 2, 5):
         decoder = FusedCpuStep(model, temperature=0.0, top_k=1)
         with threads_of(threads):
-            decoder.start(torch.tensor(3), 0, seed=0)
+            decoder.start(torch.tensor([3]), [0], [0])
             decoder.replay()
-        assert (decoder.logits - logits).norm() <= 1e-5 * logits.norm()
+        assert (decoder.logits[0] - logits).norm() <= 1e-5 * logits.norm()
 
 
 @needs_library
@@ -160,8 +160,8 @@ def test_no_memory_is_an_error_of_one_line(monkeypatch):
     model = build()
     model.setup_caches(1, 8)
     decoder = FusedCpuStep(model, temperature=0.0, top_k=1)
-    decoder.start(torch.tensor(3), 0, seed=0)
-    decoder.position, decoder._model.cache_length = 2**46, 2**47  # more scores than there are addresses
+    decoder.start(torch.tensor([3]), [0], [0])
+    decoder.positions[0], decoder._model.cache_length = 2**46, 2**47  # more scores than there are addresses
     with pytest.raises(MemoryError, match="no memory for a decode step at position 70368744177664"):
         decoder.replay()
     pointers, sizes = [None] * 5, [ctypes.c_int64(n) for n in (1, 2**46, 33, 0, 1)]
@@ -249,11 +249,11 @@ def test_decode_steps_equal_plain_ones(name, dtype, cut):
         results.append([])
         with threads_of(threads):
             for i, token in enumerate(idx):
-                decoder.start(token, prompt + i, seed=0)
+                decoder.start(token[None], [prompt + i], [0])
                 decoder.replay()
                 results[-1].append(decoder.logits.clone())
-                assert (decoder.logits - logits[i]).norm() <= rtol * logits[i].norm()
-                assert decoder.tokens[prompt + i + 1] == decoder.logits.argmax()
+                assert (decoder.logits[0] - logits[i]).norm() <= rtol * logits[i].norm()
+                assert decoder.tokens[0, prompt + i + 1] == decoder.logits.argmax()
         for fused, plain in zip(caches(model), after, strict=True):
             assert (fused.float() - plain.float()).norm() <= rtol * plain.float().norm()
     assert all(map(torch.equal, *results[-2:]))  # the same to the bit with as many threads
@@ -280,9 +280,9 @@ def test_what_is_not_finite_in_a_step_ends_in_not_a_number(value):
     model.setup_caches(1, 8)
     model.tok_embeddings.weight[3] = value
     decoder = FusedCpuStep(model, temperature=0.8, top_k=3)
-    decoder.start(torch.tensor(3), 0, seed=0)
+    decoder.start(torch.tensor([3]), [0], [0])
     decoder.replay()
-    assert decoder.logits.isnan().all() and 0 <= decoder.tokens[1] < 101
+    assert decoder.logits.isnan().all() and 0 <= decoder.tokens[0, 1] < 101
 
 
 def draws(logits, temperature, top_k, n):
@@ -296,10 +296,10 @@ def draws(logits, temperature, top_k, n):
     decoder = FusedCpuStep(model, temperature, top_k)
     drawn = []
     for seed in range(-(-n // 250)):
-        decoder.start(torch.tensor(0), 0, seed)
+        decoder.start(torch.tensor([0]), [0], [seed])
         for _ in range(250):
             decoder.replay()
-        drawn.append(decoder.tokens[1:251].clone())
+        drawn.append(decoder.tokens[0, 1:251].clone())
     assert (decoder.logits - logits).abs().max() < 1e-2
     return torch.cat(drawn)[:n]
 
@@ -352,35 +352,38 @@ Projection projection(int64_t segments, int64_t n_in, int64_t n_out) {
           groups ? 16 : 0};
 }
 template <typename T, typename W, typename V>
-double run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, int64_t vocab, int threads) {
-  const int64_t qkv = (heads + 2 * kv) * d, length = 11;
+void run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, int64_t vocab, int64_t batch, bool shared) {
+  const int64_t qkv = (heads + 2 * kv) * d, length = 14, cached = (shared ? 1 : batch) * kv * length * d;
   Layer layer{values<T>(dim, 1), values<T>(dim, 1), projection<V, T>(3, dim, qkv),
               projection<W, T>(1, heads * d, dim), projection<W, T>(2, dim, 2 * hidden),
-              projection<W, T>(1, hidden, dim), values<T>(kv * length * d, 1), values<T>(kv * length * d, 1), 5};
+              projection<W, T>(1, hidden, dim), values<T>(cached, 1), values<T>(cached, 1), 5};
   Model m{1, heads, kv, d, dim, hidden, vocab, length, &layer, values<T>(vocab * dim, 1), values<T>(dim, 1),
-          values<V>(vocab * dim, 1), floats(vocab), floats(d / 2), floats(dim), floats(qkv), floats(heads * d),
-          floats(hidden), floats(vocab), floats((vocab + GROUP - 1) / GROUP),
-          static_cast<int64_t*>(std::calloc(length + 1, 8)), 1, 1e-5f, 0.8f, 7};
-  double total = 0;
-  for (int64_t i = 0; i < length; i++) {
-    decode<T, W, V>(m, i, 1, threads);
-    const int64_t token = m.tokens[i + 1];
-    if (token < 0 || token >= vocab) std::exit(1);
-    total += m.logits[token];
+          values<V>(vocab * dim, 1), floats(vocab), floats(d / 2), floats(batch * dim), floats(batch * qkv),
+          floats(batch * heads * d), floats(batch * hidden), floats(batch * vocab),
+          floats(batch * ((vocab + GROUP - 1) / GROUP)),
+          static_cast<int64_t*>(std::calloc(batch * (length + 1), 8)), 1, shared, 1e-5f, 0.8f, 7};
+  for (int64_t i = 0; i + batch <= length; i++) {
+    std::vector<int64_t> positions(batch, i);
+    std::vector<uint32_t> seeds(batch, 1);
+    for (int64_t b = 0; b < batch; b++) positions[b] += shared || b % 2 ? b : 0;
+    decode<T, W, V>(m, batch, positions.data(), seeds.data(), batch);
+    for (int64_t b = 0; b < batch; b++) {
+      const int64_t token = m.tokens[b * (length + 1) + positions[b] + 1];
+      if (token < 0 || token >= vocab) std::exit(3);
+    }
   }
-  return total;
 }
 template <typename T, typename W> void all() {
-  for (int threads : {1, 2, 8}) {
-    run<T, W, W>(3, 1, 14, 42, 173, 101, threads);
-    run<T, W, W>(4, 2, 16, 65, 33, 1001, threads);
-    run<T, W, W>(1, 1, 2, 1, 1, 1, threads);
+  for (int64_t batch : {1, 2, 3, 8}) {  // as many threads
+    run<T, W, W>(3, 1, 14, 42, 173, 101, batch, false);
+    run<T, W, W>(4, 2, 16, 65, 33, 1001, batch, true);
+    run<T, W, W>(1, 1, 2, 1, 1, 1, batch, false);
   }
 }
 template <typename T> void all_int4() {
-  for (int threads : {1, 2, 8}) {
-    run<T, Int4, Int8>(3, 1, 14, 48, 176, 101, threads);
-    run<T, Int4, Int8>(4, 2, 16, 64, 16, 1001, threads);
+  for (int64_t batch : {1, 2, 3, 8}) {
+    run<T, Int4, Int8>(3, 1, 14, 48, 176, 101, batch, true);
+    run<T, Int4, Int8>(4, 2, 16, 64, 16, 1001, batch, false);
   }
 }
 int main() {

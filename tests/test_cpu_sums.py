@@ -47,12 +47,12 @@ def run(model, cuts, steps, temperature=0.8):
     """The logits of all steps from an empty cache on, and the tokens drawn."""
     model.setup_caches(1, steps + 1)
     step = FusedCpuStep(model, temperature, top_k=20, dense=cuts == "dense")
-    step.start(torch.tensor(3), 0, seed=7)
+    step.start(torch.tensor([3]), [0], [7])
     logits = []
     for _ in range(steps):
         step.replay()
-        logits.append(step.logits.clone())
-    return torch.stack(logits), step.tokens[: steps + 1].clone()
+        logits.append(step.logits[0].clone())
+    return torch.stack(logits), step.tokens[0, : steps + 1].clone()
 
 
 @pytest.mark.parametrize("cuts", CUTS)
@@ -75,7 +75,7 @@ def test_float32_takes_all_threads_and_other_models_may_take_fewer():
         model = random_model(dtype, "none", "cut")
         model.setup_caches(1, 64)
         step = FusedCpuStep(model, 0.0, top_k=1)
-        step.start(torch.tensor(3), 0, seed=0)
+        step.start(torch.tensor([3]), [0], [0])
         for _ in range(8):
             step.replay()
         assert any((ctypes.c_double * cpu.PACE_DOUBLES).from_address(step._model.pace)) == may_change
@@ -131,7 +131,7 @@ void split(std::vector<W> weight, std::vector<BFloat16> pairs, int64_t group, do
     const float s = random();
     pairs[p] = BFloat16::from(s), pairs[p + 1] = BFloat16::from(s * (-7.5f + random()));
   }
-  Kept kept(N_IN);
+  Kept kept(1, N_IN, group);
   std::vector<float> x(N_IN), whole(N_OUT), part(N_OUT), rest(N_OUT);
   for (auto& v : x) v = BFloat16::from(random() * random());
   std::vector<int8_t> norms(N_OUT);
@@ -140,10 +140,9 @@ void split(std::vector<W> weight, std::vector<BFloat16> pairs, int64_t group, do
   matrix.log_norms = norms.data();
 
   const auto sums = [&](int thread, int threads, float* to) {
-    kept.list_all(x.data(), N_IN);
-    kept.prepare();
+    kept.list<1>(x.data(), nullptr, N_IN, true);
     kept.take(thread, threads);
-    outputs(matrix, kept, 0, N_OUT, to);
+    outputs<1>(matrix, kept, 0, N_OUT, {to, 0});
   };
   double most = 0, error = 0, norm = 0;
   sums(0, 1, whole.data());

@@ -894,7 +894,7 @@ def test_one_step_that_is_not_finite_is_found(copy, step, damaged, monkeypatch):
 
         def poisoned():
             replay()
-            generator._step.logits.view(-1)[7] = float("nan") if next(steps) == damaged else 0.0
+            generator._step.logits[0, 7] = float("nan") if next(steps) == damaged else 0.0
 
         monkeypatch.setattr(generator._step, "replay", poisoned)
     else:
