@@ -277,7 +277,8 @@ class FusedCpuStep:
 
     def start(self, tokens: Tensor, positions: list[int], seeds: list[int]) -> None:
         """Sets the token [rows] to feed next of each row, its position and the seed of its draws; rows may be fewer."""
-        self.positions, self.seeds = (ctypes.c_int64 * len(positions))(*positions), (ctypes.c_uint32 * len(seeds))(*seeds)
+        self.positions = (ctypes.c_int64 * len(positions))(*positions)
+        self.seeds = (ctypes.c_uint32 * len(seeds))(*seeds)
         self.tokens[range(len(positions)), positions] = tokens
         self._threads = torch.get_num_threads()
 

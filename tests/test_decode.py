@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import FUSED, build_cut, caches, random_tokens
 
-from decoder import FUSED_FIELDS, MAX_TOP_K, FusedGpuStep, fusable, why_unfused
+from decoder import FUSED_FIELDS, MAX_ROWS, MAX_TOP_K, FusedGpuStep, fusable, why_unfused
 from kernels import cpu
 from model import ModelArgs
 
@@ -88,11 +88,11 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
 
     model.sparsity = sparsity
     decoder = FusedGpuStep(model, temperature=0.0, top_k=1)
-    decoder.start(torch.tensor([3], device=DEVICE), prompt, seed=0)
+    decoder.start(torch.tensor([3], device=DEVICE), [prompt], [0])
     for expected in logits:
         decoder.step()
-        torch.testing.assert_close(decoder.logits[:101], expected, rtol=1e-4, atol=tolerance)
-    assert decoder.tokens[prompt : prompt + steps + 1].tolist() == [3, *tokens]
+        torch.testing.assert_close(decoder.logits[0, :101], expected, rtol=1e-4, atol=tolerance)
+    assert decoder.tokens[0, prompt : prompt + steps + 1].tolist() == [3, *tokens]
     assert decoder.position.item() == prompt + steps
     assert not decoder.chunks.arrived.any()
     for fused, plain in zip(caches(model), after, strict=True):
@@ -119,7 +119,7 @@ def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(crowded, spar
         at = [address for address, want in zip(rows_ptr.handle.data, wanted.handle.data, strict=True) if want]
         fetched.extend((int(address), int(n_bytes.handle.data[0])) for address in at)
 
-    monkeypatch.setattr("kernels.triton_gemv._prefetch", prefetch)
+    monkeypatch.setattr("kernels.triton_gemv.prefetch", prefetch)
     monkeypatch.setattr(plan, "_prefetch", lambda *product: (0, 0, False))
     monkeypatch.setattr(plan, "LARGE", 1)
     monkeypatch.setattr(plan, "CROWDED", 8 * 140 - crowded)
@@ -153,7 +153,7 @@ def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(crowded, spar
 
     monkeypatch.setattr(fused_step, "launch_attention", launch)
     decoder.last_rstds.copy_(torch.tensor([[0.05], [0.06]]))  # of a step before
-    decoder.start(torch.tensor([3]), 0, seed=0)
+    decoder.start(torch.tensor([3]), [0], [0])
     decoder.step()
     assert sorted(fetched) == sorted(expected) and bool(expected) == (not crowded)
     assert not decoder.logits.isnan().any()
@@ -222,9 +222,9 @@ def test_infinite_inputs_end_in_not_a_number_instead_of_a_hang():
     model.setup_caches(1, 140)  # two chunks to join
     model.tok_embeddings.weight[3] = float("inf")
     decoder = FusedGpuStep(model, temperature=0.0, top_k=1)
-    decoder.start(torch.tensor([3], device=DEVICE), 0, seed=0)
+    decoder.start(torch.tensor([3], device=DEVICE), [0], [0])
     decoder.step()
-    assert decoder.logits[:101].isnan().all()
+    assert decoder.logits[0, :101].isnan().all()
 
 
 @dataclass
@@ -242,9 +242,11 @@ def test_a_model_with_a_switch_that_the_fused_steps_do_not_know_is_not_fused(mon
 
 
 def test_what_else_keeps_a_step_from_being_fused(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: "built")
     gpu, config = torch.device("cuda"), ModelArgs(**FUSED)
-    assert why_unfused(config, gpu, 1, MAX_TOP_K) is None
-    assert "one row" in why_unfused(config, gpu, 2, 1)
+    for device in (gpu, torch.device("cpu")):
+        assert why_unfused(config, device, MAX_ROWS, MAX_TOP_K) is None
+        assert why_unfused(config, device, MAX_ROWS + 1, 1) == "it serves at most 8 rows"
     assert "top_k of at most 1024" in why_unfused(config, gpu, 1, MAX_TOP_K + 1)
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert "C++ compiler" in why_unfused(config, torch.device("cpu"), 1, 1)
@@ -254,16 +256,16 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int, n: int, seed: int
     """n draws of the sampling kernel from the same logits."""
     from kernels.fused_step import HEAD_ROWS, RSTD_BUFFER, launch_sample
 
-    top = torch.stack([group.max() for group in logits.split(HEAD_ROWS)])
-    logits = torch.cat((logits, torch.zeros(RSTD_BUFFER, device=DEVICE)))
-    groups = torch.zeros(1 << (top_k + 31).bit_length(), dtype=torch.int32, device=DEVICE)
+    top = torch.stack([group.max() for group in logits.split(HEAD_ROWS)])[None]
+    logits = torch.cat((logits, torch.zeros(RSTD_BUFFER, device=DEVICE)))[None]
+    groups = torch.zeros(1, 1 << (top_k + 31).bit_length(), dtype=torch.int32, device=DEVICE)
     token, position = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    tokens = torch.full((n + 1,), -1, device=DEVICE)
+    tokens = torch.full((1, n + 1), -1, device=DEVICE)
     seeds = torch.tensor([seed], device=DEVICE)
     for _ in range(n):
         launch_sample(logits, top, groups, seeds, position, token, tokens, temperature, top_k, False)
-    assert position.item() == n and token.item() == tokens[-1].item()
-    return tokens[1:].cpu()
+    assert position.item() == n and token.item() == tokens[0, -1].item()
+    return tokens[0, 1:].cpu()
 
 
 def test_draws_follow_the_softmax_of_the_top_k():

@@ -125,17 +125,17 @@ def test_a_product_is_the_same_in_any_order_of_its_programs(form, on_grid, monke
     product = step.products[module]
     if not on_grid:
         product = product._replace(fineness=None)
-    terms, out = [], torch.zeros(sum(module.widths) + RSTD_BUFFER)
+    terms, out = [], torch.zeros(1, sum(module.widths) + RSTD_BUFFER)
 
     def caught(pointer, value, mask, sem):
-        term = torch.zeros(len(out))
+        term = torch.zeros(out.numel())
         at = (torch.from_numpy(pointer.handle.data.astype("int64")) - out.data_ptr()) // 4
         inside = torch.from_numpy(mask.handle.data)
         term[at[inside]] = torch.from_numpy(value.handle.data)[inside]
         terms.append(term)
 
     monkeypatch.setattr(tl, "atomic_add", caught)
-    h = torch.randn(512, generator=torch.Generator().manual_seed(5))
+    h = torch.randn(1, 512, generator=torch.Generator().manual_seed(5))
     launch_gemv("norm", h, product, out, norm=Norm(norm.weight, norm.eps), dtype=torch.bfloat16)
     assert len(terms) > 15
     sums = [added(torch.stack(terms), seed) for seed in range(6)]
@@ -152,9 +152,9 @@ def test_grids_change_a_step_by_less_than_16_bits_do(form):
         if not with_grids:
             step.residual = fused_step.Residual(step.residual.h)
             step.products = {module: p._replace(fineness=None) for module, p in step.products.items()}
-        step.start(torch.tensor([3]), 0, seed=0)
+        step.start(torch.tensor([3]), [0], [0])
         step.step()
-        logits.append(step.logits[:101].clone())
+        logits.append(step.logits[0, :101].clone())
         assert not step.left_grid
     torch.testing.assert_close(*logits, atol=2e-3 * logits[0].abs().max().item(), rtol=0)
 
@@ -163,17 +163,17 @@ def test_a_step_says_that_the_residual_stream_left_its_grid():
     model = build_cut(dtype=torch.float16, n_layer=1)
     model.setup_caches(1, 70)
     step = FusedGpuStep(model, 0.0, 1)
-    step.start(torch.tensor([3]), 0, seed=0)
+    step.start(torch.tensor([3]), [0], [0])
     step.step()
     assert not step.left_grid
-    step.residual.h[17] = 2.0**23.5 / step.residual.fineness[17]
+    step.residual.h[0, 17] = 2.0**23.5 / step.residual.fineness[17]
     assert step.left_grid and not step.residual.beyond.any()  # after the last step
     step.step()
     assert step.residual.beyond.all() and step.left_grid  # found by the next step's embedding
 
     # between layers: an embedding that has grown since the grids were made, whose residual the layer cancels
     other = FusedGpuStep(model, 0.0, 1)
-    other.start(torch.tensor([3]), 0, seed=0)
+    other.start(torch.tensor([3]), [0], [0])
     model.tok_embeddings.weight[3, 60] = 2.0**23.5 / other.residual.fineness[60]
     other.step()
     other.residual.h.zero_()
@@ -207,8 +207,8 @@ def test_attention_does_not_depend_on_the_caches_length(position, options, dtype
             tensor.fill_(math.nan)
             tensor[:, :, :position] = torch.randn(1, 2, position, 16, generator=generator).to(DEVICE, dtype)
         step = FusedGpuStep(model, 0.0, 1)
-        step.start(torch.tensor([3], device=DEVICE), position, seed=0)
-        qkv = torch.randn(128 + RSTD_BUFFER, generator=generator).to(DEVICE)
+        step.start(torch.tensor([3], device=DEVICE), [position], [0])
+        qkv = torch.randn(1, 128 + RSTD_BUFFER, generator=generator).to(DEVICE)
         module = model.layers[0].attention
         fused_step.launch_attention(
             qkv, None, module.kv_cache, step.position, model.inv_freq, step.chunks, step.y[0],
