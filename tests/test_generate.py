@@ -38,6 +38,7 @@ KEYS = {
 DENSE_KEYS = {"dense_tokens_per_sec", "speedup", "dense_backend"}
 ROOT = Path(generate.__file__).parent
 BRIEF = ("--device", "cpu", "--precision", "float32", "--max_new_tokens", "8", "--num_samples", "1")
+COMPILES = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 
 
 # ---------------------------------------------------------------- sampling
@@ -309,6 +310,19 @@ def test_rows_of_different_lengths_equal_single_runs(kind, temperature, rowwise,
         alone = Generator(model, 1, 40, temperature, 50, seed=seed + r)(prompt[None], 20)
         assert torch.equal(alone.new[0], together.new[r])
     assert len({tuple(new.tolist()) for new in together.new}) == 4
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=COMPILES), pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_fused_rows_equal_single_fused_runs(device, tiny):
+    """To the token, beside any rows; the form that other tests of rows stand in for."""
+    model, seed = SparseTransformer.from_checkpoint(tiny, device, torch.bfloat16), 2**32 - 2
+    model.set_cuts(cuts_of(model))
+    for rows in ([prompt.to(device) for prompt in RAGGED], list(prompts(8).to(device))):
+        together = Generator(model, len(rows), 40, 0.8, 50, "fused", seed=seed)(rows, 20)
+        assert not together.new.equal(together.new[:1].expand_as(together.new))
+        for r, prompt in enumerate(rows):
+            alone = Generator(model, 1, 40, 0.8, 50, "fused", seed=seed + r)(prompt[None], 20)
+            assert torch.equal(alone.new[0], together.new[r])
 
 
 def test_a_row_of_the_cache_depends_on_its_own_prompt_alone(dense):
@@ -600,12 +614,14 @@ def write_prompts(folder: Path, *lines: str) -> Path:
     return path
 
 
+@COMPILES
 @pytest.mark.parametrize("lines", [("Hello", "", "   ", "Hello\r", ""), ("Hello", "my name", "Ann"), ("Hello",)])
-def test_a_file_of_prompts(cli, calibrated, tmp_path, lines, rowwise):
+def test_a_file_of_prompts(cli, calibrated, tmp_path, lines):
     path = write_prompts(tmp_path, *lines)
     asked = [line.rstrip("\r") for line in lines if line.strip()]
-    arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--json", *BRIEF)
-    output = cli(*arguments, "--prompts", path, "--compile", "--seed", 7)
+    arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compile", "--json", *BRIEF)
+    arguments += ("--precision", "bfloat16")  # whose sums do not depend on other rows
+    output = cli(*arguments, "--prompts", path, "--seed", 7)
     result, tokenizer = result_of(output), load_tokenizer(calibrated)
     assert result["prompt_tokens"] == [len(tokenizer.encode(text)) for text in asked]
     assert result["batch"] == len(result["text"]) == len(asked) and 0.2 < result["achieved_sparsity"] < 0.8
@@ -699,9 +715,6 @@ def test_the_default_prompt_is_a_question_where_the_model_chats(cli, copy):
     assert output.startswith(f"> {generate.DEFAULT_QUESTION}\n\n{result['text']}")
 
 
-COMPILES = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-
-
 @COMPILES
 @pytest.mark.parametrize("given", [(), ("--no-compare_dense",), ("--compare_dense",)])
 def test_a_fused_run_is_compared_with_dense_briefly(cli, monkeypatch, calibrated, given):
@@ -729,10 +742,12 @@ def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
     ("given", "form", "line"),
     [
         ((), "eager", "a step runs operation by operation; with --compile it is one C++ call"),
-        (("--batch_size", 2), "eager", ""),
+        (("--batch_size", 8), "eager", "with --compile it is one C++ call"),
+        (("--batch_size", 9), "eager", ""),
         (("--compile",), "fused", ""),
+        (("--compile", "--batch_size", 8), "fused", ""),
         (("--compile", "--unfused"), "compiled", "through torch.compile, not the fused step: --unfused"),
-        (("--compile", "--batch_size", 2), "compiled", "through torch.compile, not the fused step: it serves one row"),
+        (("--compile", "--batch_size", 9), "compiled", "not the fused step: it serves at most 8 rows"),
     ],
 )
 def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
@@ -1121,7 +1136,7 @@ def test_a_cache_that_cannot_be_written_is_called_that(monkeypatch, tmp_path):
         assert generate.cpu.find_compiler() in (["g++"], None)
 
 
-@pytest.mark.parametrize("flags", [["--compile", "--batch_size", "2"], ["--compile_prefill"]])
+@pytest.mark.parametrize("flags", [["--compile", "--batch_size", "9"], ["--compile_prefill"]])
 def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
     monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
     monkeypatch.setattr(torch, "compile", forbidden)
