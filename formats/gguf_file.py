@@ -1,7 +1,7 @@
 """A GGUF file seen as a Hugging Face folder: config.json, tensors and tokenizer, read from its metadata and tensors."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,17 @@ import numpy as np
 import torch
 
 from formats.checkpoint import DTYPES, Source, check_layers, rename_tensors, write_weights
-from formats.config import EXPERTS, MOST, architecture_of, checked, config_fields, known_architecture
+from formats.config import (
+    DEFAULTS,
+    EXPERTS,
+    FAMILIES,
+    MOST,
+    PARTLY_ROTARY,
+    architecture_of,
+    checked,
+    config_fields,
+    known_architecture,
+)
 from formats.files import one_line, regular_file, shown, write_json
 from tokenizer import LLAMA3_SPLIT, load_tokenizer
 
@@ -17,6 +27,16 @@ GGUF_NAMES = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "
 GGUF_NAMES |= {"attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "attn_output": "attention.wo"}
 GGUF_NAMES |= {f"attn_{letter}": f"attention.w{letter}" for letter in "qkv"}
 GGUF_NAMES |= {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
+GGUF_NAMES |= {"attn_q_norm": "attention.q_norm", "attn_k_norm": "attention.k_norm", "attn_qkv": "attention.wqkv"}
+GGUF_NAMES |= {"post_attention_norm": "post_attention_norm", "post_ffw_norm": "post_ffn_norm"}
+INTERLEAVED = ("llama", "granite", "smollm3")  # architectures whose rotary pairs of q and k are adjacent already
+# a number's key in an architecture, and what it is in the others: any other value there is an error
+NEUTRAL = {"attention.clamp_kqv": 0, "attention.max_alibi_bias": 0, "attention.scale": 0, "attn_logit_softcapping": 0}
+NEUTRAL |= {"final_logit_softcapping": 0, "logit_scale": 0, "embedding_scale": 0, "residual_scale": 0}
+GRANITE = {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"}
+GRANITE |= {"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}
+SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # the size whose attention scale is not head_dim^-0.5, as in llama.cpp
 UNQUANTIZED = DTYPES | {"F64": torch.float64}
 GGUF_TYPES = (*UNQUANTIZED, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -35,19 +55,23 @@ GGUF_PRE["falcon"] = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, "[0-9][0-9][0-9]")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; sentencepiece's too
 
 
-def convert_gguf(source: Path, partial: Path, architectures=("LlamaForCausalLM",), expected_shapes=None) -> None:
+def convert_gguf(source: Path, partial: Path, expected_shapes=None) -> None:
     """Writes the checkpoint of a GGUF file to `partial`; see `formats.checkpoint.convert`.
 
     `expected_shapes` gives those of a config's model by name; None is for a file that is known to be whole. Raises
     ValueError for a damaged file, an unknown architecture, tensor type or tokenizer, tensors that do not fit.
     """
     metadata, sources = read_gguf(source)
-    config = gguf_config(metadata, sources, architectures)
-    check_layers(sources, config["num_hidden_layers"])
-    sources.pop("rope_freqs.weight", None)
-    half_split = metadata["general.architecture"] != "llama"  # llama's q and k are interleaved already
+    config, family = gguf_config(metadata, sources), metadata["general.architecture"]
+    fields = config_fields(config)
+    check_layers(sources, fields["n_layer"])
+    sources = {name: tensor for name, tensor in sources.items() if not name.startswith("rope_f")}  # of `gguf_config`
+    if fields.get("norm") == "rms_plus_one":  # the file holds 1 + weight
+        sources |= {n: _minus_one(tensor) for n, tensor in sources.items() if n.endswith("norm.weight")}
+    names = GGUF_NAMES | ({"ffn_up": "feed_forward.w13"} if family == "phi3" else {})
+    rotary_dim = 0 if family in INTERLEAVED else int(fields["head_dim"] * fields["rotary_share"])
     expected = expected_shapes and expected_shapes(config)
-    tensors = rename_tensors(sources, GGUF_NAMES, expected, config_fields(config)["head_dim"], half_split)
+    tensors = rename_tensors(sources, names, expected, fields["head_dim"], rotary_dim)
     write_gguf_tokenizer(metadata, partial)
     write_json(partial / "config.json", config)
     try:
@@ -138,7 +162,11 @@ def _dequantized(path: Path, tensor: Any, shape: tuple[int, ...], dtype: torch.d
     return out
 
 
-def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Collection[str]) -> dict[str, Any]:
+def _minus_one(source: Source) -> Source:
+    return source._replace(load=lambda: source.load() - 1)
+
+
+def gguf_config(meta: Metadata, sources: dict[str, Source]) -> dict[str, Any]:
     """A config.json in Hugging Face's form. Raises ValueError for what is missing or not supported."""
     family = meta.read("general.architecture", str)
 
@@ -151,14 +179,18 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
         return Metadata({f"{family}.{key}": value}).read(f"{family}.{key}", kind, *default, **limits)
 
     config: dict[str, Any] = {"architectures": [architecture_of(family)], "model_type": family}
-    known_architecture(config | {EXPERTS[0]: get("expert_count", int, 0)}, architectures)
+    name = known_architecture(config | {EXPERTS[0]: get("expert_count", int, 0)})
     if "token_embd.weight" not in sources:
         raise ValueError("the GGUF file has no tensor token_embd.weight")
 
     # what follows from other values, and what only has one value here
     heads, dim = get("attention.head_count", int, least=1), get("embedding_length", int, least=1)
     head_dim = get("attention.key_length", int, dim // heads)
-    fixed = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, "rope.scaling.attn_factor": 1}
+    read = {"gemma2": SOFTCAPS, "gemma3": SOFTCAPS, "granite": GRANITE}.get(family, ())
+    fixed = {"attention.value_length": head_dim} | {key: value for key, value in NEUTRAL.items() if key not in read}
+    fixed |= {} if family == "phi3" else {"rope.scaling.attn_factor": 1}
+    fixed |= {} if name in PARTLY_ROTARY else {"rope.dimension_count": head_dim}
+    fixed |= {"attention.sliding_window": 0} if family == "olmo2" else {}  # OLMo 3
     for key, value in (fixed | {"attention.causal": True}).items():
         if (other := get(key, bool if value is True else float, value, least=-MOST, most=MOST)) != value:
             raise ValueError(f"{family}.{key} {other} is not supported in a GGUF file; {value} is")
@@ -169,7 +201,9 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
         raise ValueError(f"the GGUF file has {n_tokens} tokens for an embedding of {vocab_size} rows; it is damaged")
     ends = {meta.token_id(name, n_tokens or vocab_size) for name in ("eos", "eot", "eom")} - {None}
 
-    epsilon = str(np.float32(get("attention.layer_norm_rms_epsilon", float, most=MOST)))  # 1e-05, not 9.99999974e-06
+    # 1e-05, not 9.99999974e-06
+    by_layer_norm = FAMILIES[name].get("norm") == "layer"
+    epsilon = str(np.float32(get(f"attention.layer_norm_{'' if by_layer_norm else 'rms_'}epsilon", float, most=MOST)))
     config |= {"hidden_size": dim, "intermediate_size": get("feed_forward_length", int)}
     config |= {"num_hidden_layers": get("block_count", int), "num_attention_heads": heads}
     config |= {"num_key_value_heads": get("attention.head_count_kv", int, heads)}
@@ -183,19 +217,68 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
     if window := get("attention.sliding_window", int, 0):
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
         config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"} if family == "llama" else {}
+    return config | _own_keys(family, get, config, sources) | _rope_keys(family, get, config, sources)
 
-    # rotary frequencies are divided by a factor (linear if no type is given; also under its older key; 0 is none) and
-    # by those of a tensor
-    if (scaling := get("rope.scaling.type", str, "linear")) not in ("none", "linear"):
-        raise ValueError(f"rope scaling of type {shown(scaling)} in a GGUF file is not supported; none and linear are")
-    factor = get("rope.scaling.factor", float, None) if scaling == "linear" else 1
-    factor = (get("rope.scale_linear", float, 0) if factor is None else factor) or 1
-    if "rope_freqs.weight" in sources:
-        factors = (sources["rope_freqs.weight"].load().float().flatten() * factor).tolist()
-        config["rope_scaling"] = {"rope_type": "factors", "factors": factors}
+
+def _own_keys(family: str, get: Callable, config: dict, sources: dict[str, Source]) -> dict[str, Any]:
+    """What the config.json of one architecture has and that of others has not."""
+    found: dict[str, Any] = {}
+    head_dim = config["head_dim"]
+    if family == "granite":
+        found = {theirs: get(key, float, 0, most=MOST) for key, theirs in GRANITE.items()}
+        found = {key: value or {"attention_multiplier": head_dim**-0.5}.get(key, 1.0) for key, value in found.items()}
+    if family in LAYERS_27B:
+        largest = config["num_hidden_layers"] == LAYERS_27B[family]
+        scalar = config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
+        found = {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
+        caps = DEFAULTS[config["architectures"][0]]
+        found |= {key: get(key, float, caps.get(key, 0), most=MOST) or None for key in SOFTCAPS}
+    if family == "gemma3":
+        found |= {"sliding_window_pattern": get("attention.sliding_window_pattern", int, 6, least=1)}
+        found |= {"sliding_window": config.get("sliding_window")}  # none, unlike a config.json that lacks the key
+        found |= {"rope_local_base_freq": get("rope.freq_base_swa", float, 10000.0, most=MOST)}
+    if family == "gptneox":
+        parallel = get("use_parallel_residual", bool, True)
+        found = {"hidden_act": "gelu", "use_parallel_residual": parallel, "layer_norm_eps": config["rms_norm_eps"]}
+    elif family != "qwen2":  # biases are where their tensors are
+        biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
+        found |= {key: True for key, module in biases.items() if f"blk.0.{module}.bias" in sources}
+    return found
+
+
+def _rope_keys(family: str, get: Callable, config: dict, sources: dict[str, Source]) -> dict[str, Any]:
+    """The rotary embedding: its share, and its scaling of four kinds, of which two are tensors."""
+    dim, found = get("rope.dimension_count", int, config["head_dim"]), {}
+    if dim != config["head_dim"]:
+        found = {"partial_rotary_factor": dim / config["head_dim"]}
+
+    # frequencies are divided by a factor (linear if no type is given; also under its older key; 0 is none) and by those
+    # of a tensor
+    original = get("rope.scaling.original_context_length", int, config["max_position_embeddings"])
+    kinds = ("none", "linear", "yarn", "longrope")
+    if (scaling := get("rope.scaling.type", str, "linear")) not in kinds:
+        raise ValueError(
+            f"rope scaling of type {shown(scaling)} in a GGUF file is not supported; {', '.join(kinds)} are"
+        )
+    factor = get("rope.scaling.factor", float, None) if scaling != "none" else 1
+    factor = (get("rope.scale_linear", float, 0) if factor is None and scaling == "linear" else factor) or 1
+
+    def divisors(name: str) -> list[float]:
+        return sources[name].load().float().flatten().tolist()
+
+    if "rope_factors_long.weight" in sources:
+        keys = {f"{kind}_factor": divisors(f"rope_factors_{kind}.weight") for kind in ("long", "short")}
+        keys |= {"attention_factor": get("rope.scaling.attn_factor", float, 1.0, most=MOST)}
+        at_top = {"original_max_position_embeddings": original}
+        found |= {"rope_scaling": {"rope_type": "longrope"} | keys} | at_top
+    elif scaling == "yarn":
+        found["rope_scaling"] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    elif "rope_freqs.weight" in sources:
+        factors = [each * factor for each in divisors("rope_freqs.weight")]
+        found["rope_scaling"] = {"rope_type": "factors", "factors": factors}
     elif factor != 1:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    return config
+        found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    return found
 
 
 def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:

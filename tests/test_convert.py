@@ -23,7 +23,7 @@ from formats import checkpoint, default_model, gguf_file
 from formats.files import atomic_write
 from formats.gguf_file import GGUF_NAMES
 from formats.huggingface import HF_NAMES
-from model import FAMILIES, Attention, ModelArgs, RMSNorm, Transformer, expected_shapes
+from model import ModelArgs, Transformer, expected_shapes
 from sparse_model import SparseTransformer
 from tokenizer import load_tokenizer
 
@@ -80,7 +80,7 @@ def saved(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3"])
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(tmp_path, name, shard_size):
     model = reference(name)
     model.save_pretrained(tmp_path / "hf", max_shard_size=shard_size)
@@ -249,44 +249,6 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     assert grown * 1024 < 80e6  # bytes; the largest tensor has 17 MB
 
 
-# ---------------------------------------------------------------- a fork's family
-
-
-class NormedAttention(Attention):
-    """Attention with norms on q and k, as a fork would write them into the block."""
-
-    def __init__(self, config, *rest):
-        super().__init__(config, *rest)
-        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps, *rest[1:]) for _ in "qk")
-        self.wqkv.register_forward_hook(self.norm)
-
-    def norm(self, module, args, qkv):
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.n_head, self.n_local_heads, self.n_local_heads], dim=2)
-        return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=2).flatten(2)
-
-
-@pytest.fixture
-def qwen3(monkeypatch):
-    """What a fork adds for Qwen3: the block, a row of the families, names of the new tensors; no other place."""
-    monkeypatch.setattr("model.Attention", NormedAttention)
-    monkeypatch.setitem(FAMILIES, "Qwen3ForCausalLM", {})
-    for letter in "qk":
-        monkeypatch.setitem(HF_NAMES, f"self_attn.{letter}_norm", f"attention.{letter}_norm")
-        monkeypatch.setitem(GGUF_NAMES, f"attn_{letter}_norm", f"attention.{letter}_norm")
-
-
-def test_a_family_with_norms_on_q_and_k(tmp_path, qwen3):
-    model = reference("qwen3", vocab_size=260)
-    model.save_pretrained(tmp_path / "hf")
-    assert_same_logits(convert(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out"), model)
-    path = write_gguf(tmp_path / "m.gguf", model)
-    assert_same_logits(convert(gguf=path, output_dir=tmp_path / "from_gguf"), model)
-    sparse = SparseTransformer.from_checkpoint(tmp_path / "out", dtype=torch.float32)  # nothing cut: the same model
-    idx = random_tokens(1, 20, TINY["vocab_size"])
-    assert (sparse(idx) - model(idx).logits).abs().max() <= 1e-4 * model(idx).logits.abs().max()
-
-
 # ---------------------------------------------------------------- GGUF
 
 
@@ -431,7 +393,7 @@ def test_metadata_of_another_type(tmp_path, small_gguf, key, value):
         value = 5.5
     if key == "general__architecture":
         with pytest.raises(ValueError, match=r"needs a string as 'general.architecture'"):
-            gguf_file.gguf_config(gguf_file.Metadata({"general.architecture": value}), {}, ["LlamaForCausalLM"])
+            gguf_file.gguf_config(gguf_file.Metadata({"general.architecture": value}), {})
         return
     with pytest.raises(
         ValueError, match=r"the GGUF file needs|differs from layer|needs a whole number|attention.head"

@@ -17,9 +17,8 @@ from models import CONFIG, LLAMA3_ROPE, SMALL, change_config, random_tokens, spl
 from safetensors.torch import load_file, save_file
 
 from formats.checkpoint import checkpoint_folder, fingerprint
-from formats.config import NUMBERS
+from formats.config import FAMILIES, NUMBERS
 from model import (
-    FAMILIES,
     ModelArgs,
     Transformer,
     apply_rope,
@@ -171,15 +170,15 @@ def test_windows_of_a_config(config, window, layers):
         ),
         ({"architectures": None}, "unknown architecture None.*LlamaForCausalLM"),
         ({"architectures": [], "model_type": "gemma"}, "'GemmaForCausalLM'.*LlamaForCausalLM"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*linear, llama3"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "'ntk'.*linear, llama3, dynamic, yarn, longrope"),
         ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs a number.*'factor', it has none"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "llama3 rope scaling needs .*'low_freq_factor'",
         ),
-        ({"hidden_act": "gelu"}, "'gelu'.*'silu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "quick_gelu"}, "'quick_gelu'.*'silu', .*'relu'"),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias, which Mistral"),
+        ({"architectures": ["Phi3ForCausalLM"], "mlp_bias": True}, "mlp_bias, which Phi3"),
         ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"rope_theta": "1e4"}, "needs a number from .* as 'rope_theta', not '1e4'"),
