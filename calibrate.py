@@ -256,6 +256,14 @@ def main(argv: list[str] | None = None) -> Statistics:
         model = SparseTransformer.from_checkpoint(folder, *placement(o))
         statistics = calibrate(folder, model, o.data, o.num_tokens, o.seed)
 
+        # the zeros of a ReLU cost nothing to cut: they are what threshold 0 cuts
+        if model.config.activation == "relu":
+            zeros = [
+                (statistics.get(i, "down", "magnitude")[1:] == 0).float().mean() for i in range(statistics.n_layer)
+            ]
+            shares = f"{min(zeros):.1%} to {max(zeros):.1%} by layer, {sum(zeros) / len(zeros):.1%} on average"
+            print(f"inputs of down that are exactly 0: {shares}")
+
     statistics.save(output)
     about = ", ".join(f"{key} {value}" for key, value in statistics.metadata.items())
     print(f"{output}: statistics of {statistics.n_layer} layers ({about})")

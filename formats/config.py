@@ -254,6 +254,8 @@ def _rope(config: dict, family: str, fields: dict) -> dict:
             raise ValueError(f"{odd} head_dim {fields['head_dim']}: {rotary_dim // 2} are due")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("config.json's llama3 rope scaling has a low_freq_factor that is not below high_freq_factor")
+    if kind == "dynamic" and rotary_dim == 2:
+        raise ValueError(f"config.json has dynamic rope scaling for head_dim {rotary_dim}; more is due")
     parts = {"rope_base": float(base), "rotary_share": share, "rope_scaling": None if kind == "default" else scaling}
     parts |= {"local_rope_base": checked(local, "rope_theta", float, 0.0, least=LEAST, most=MOST)} if local else {}
     if kind in ("dynamic", "yarn", "longrope"):

@@ -13,6 +13,7 @@ gguf = pytest.importorskip("gguf")
 TINY = CONFIG | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}
 LLAMA31 = LLAMA3_ROPE | {"rope_theta": 500000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+MSCALED = YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 20.0, "truncate": False}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 LONGROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]}
@@ -34,7 +35,8 @@ MODELS = {
     "linear": ("Llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
     "llama-dynamic": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 32}),
-    "llama-biases": ("Llama", GROUPED | {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-biases": ("Llama", GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    "llama-gelu": ("Llama", {"hidden_act": "gelu_new"}),
     "mistral": ("Mistral", GROUPED | {"sliding_window": 7}),
     "mistral-yarn": (
         "Mistral",
@@ -56,12 +58,15 @@ MODELS = {
     "smollm3": ("SmolLM3", GROUPED | {"num_hidden_layers": 4}),
     "olmo2": ("Olmo2", GROUPED),
     "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma2-scaled": ("Gemma2", GEMMA | {"query_pre_attn_scalar": 50, "attn_logit_softcapping": None}),
     "gemma3": ("Gemma3", GEMMA | {"sliding_window_pattern": 3, "num_hidden_layers": 4, "rope_parameters": GEMMA_ROPE}),
     "gpt-neox": ("GPTNeoX", {}),
     "gpt-neox-sequential": ("GPTNeoX", {"use_parallel_residual": False}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
     "opt-unbiased": ("OPT", {"ffn_dim": 96, "enable_bias": False, "activation_function": "gelu"}),
 }
+# llama.cpp has no such model, or no key for what is in it
+NOT_IN_GGUF = "opt opt-unbiased llama-dynamic llama-gelu mistral-yarn qwen2-window gemma2-scaled".split()
 
 
 def reference(name: str, dtype=torch.float32, **changes):
