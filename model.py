@@ -7,7 +7,6 @@ To add a family: what is new goes into the block and gets a field in ModelArgs, 
 formats/config.py, new tensors get names in HF_NAMES of formats/huggingface.py and GGUF_NAMES of formats/gguf_file.py.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -18,10 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats.checkpoint import FUSED, Shapes, check_layers, checkpoint_folder, is_own_head, load_weights
+from formats import checkpoint
+from formats.checkpoint import Shapes, check_tensors, expected_tensors, fuse_on_load, is_own_head, load_weights
 from formats.config import config_fields
 from formats.files import read_json
-from formats.named_configs import transformer_configs
+from formats.named_configs import named_config
 from kernels.quantized import Form, dequantize, fill_random, transposed
 from rope import Rope, apply_rope, by_length, cosines_and_sines, inverse_frequencies
 
@@ -108,11 +108,7 @@ class ModelArgs:
 
         "-int8" or "-int4" at the end asks for such weights. Raises ValueError if no key fits.
         """
-        matches = [key for key in transformer_configs if key.lower() in name.lower()]
-        if not matches:
-            raise ValueError(f"no config is named like {name!r}; known: {', '.join(sorted(transformer_configs))}")
-        quant = name[-4:].lower() if name.lower().endswith(("-int8", "-int4")) else "none"
-        return cls(**transformer_configs[max(matches, key=len)], quant=quant, name=name)
+        return cls(**named_config(name))
 
 
 class UncastBuffers(nn.Module):
@@ -156,19 +152,6 @@ class Projection(UncastBuffers, nn.Linear):
 
 class Embedding(nn.Embedding):
     reset_parameters = Projection.reset_parameters
-
-
-def _fuse_on_load(fused: str):
-    """A load_state_dict pre-hook that stacks the tensors of a fused projection, where they come apart."""
-
-    def hook(module, state_dict, prefix, *_):
-        for kind in ("weight", "bias", "scale"):
-            parts = FUSED[fused][-len(getattr(module, fused).segments) :]  # without a gate: up alone
-            keys = [f"{prefix}{part}.{kind}" for part in parts]
-            if all(key in state_dict for key in keys):
-                state_dict[f"{prefix}{fused}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
-
-    return hook
 
 
 class RMSNorm(nn.Module):
@@ -236,7 +219,7 @@ class Attention(nn.Module):
             q, k = widths[:2] if self.qk_norm == "whole" else [config.head_dim] * 2
             self.q_norm, self.k_norm = (make_norm(config, width, device, dtype) for width in (q, k))
         self.kv_cache: KVCache | None = None
-        self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv"))
+        self.register_load_state_dict_pre_hook(fuse_on_load("wqkv"))
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
         # project the input to queries, keys and values; queries and keys know their position
@@ -271,7 +254,7 @@ class FeedForward(nn.Module):
         form = (config.mlp_bias, device, dtype, config.quant, config.groupsize)
         self.w13 = projection(config.dim, dict.fromkeys(("gate", "up")[not config.gated :], hidden), *form)
         self.w2 = projection(hidden, {"down": config.dim}, *form)
-        self.register_load_state_dict_pre_hook(_fuse_on_load("w13"))
+        self.register_load_state_dict_pre_hook(fuse_on_load("w13"))
 
     def forward(self, x: Tensor) -> Tensor:
         first, *up = self.w13(x).chunk(len(self.w13.segments), dim=-1)
@@ -397,9 +380,8 @@ class Transformer(UncastBuffers):
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., vocab] of the last norm's output [..., dim]."""
         x = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
-        return softcapped(
-            x if self.config.logits_scaling == 1 else x / self.config.logits_scaling, self.config.logit_softcap
-        )
+        scaling = self.config.logits_scaling
+        return softcapped(x if scaling == 1 else x / scaling, self.config.logit_softcap)
 
     def forward(
         self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0, from_start: bool = False
@@ -501,7 +483,7 @@ class Transformer(UncastBuffers):
         Tensors are memory-mapped, so memory stays near one copy of the model. Raises ValueError for nothing there, a
         missing, truncated or foreign file, or weights that do not fit config.json.
         """
-        folder = checkpoint_folder(path)
+        folder = checkpoint.checkpoint_folder(path)
         state_dict = load_weights(folder)
         if "model.embed_tokens.weight" in state_dict:
             how = f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
@@ -509,11 +491,11 @@ class Transformer(UncastBuffers):
 
         # what does not fit is found before memory is taken
         config = read_config(folder)
-        check_layers(state_dict, config.n_layer)
+        checkpoint.check_layers(state_dict, config.n_layer)
         embedding = state_dict.get("tok_embeddings.weight")
         if config.tie_embeddings and "output.weight" in state_dict:
             config.tie_embeddings = not is_own_head(state_dict["output.weight"], embedding)
-        check_tensors(state_dict, config, folder)
+        check_tensors(state_dict, Transformer(replace(config, n_layer=1, windowed_layers=[]), device="meta"), folder)
 
         model = cls(config, device=device, dtype=dtype)
         if model.output is None:
@@ -537,38 +519,6 @@ def read_config(folder: Path) -> ModelArgs:
     return ModelArgs.from_config(read_json(path), folder.name)
 
 
-def check_tensors(tensors: dict[str, Tensor], config: ModelArgs, folder: Path) -> None:
-    """Raises ValueError for a tensor of another shape or kind than in a model of the config, which takes no memory."""
-    one_layer = replace(config, n_layer=1, windowed_layers=[])
-    expected = expected_tensors(one_layer) | Transformer(one_layer, device="meta").state_dict()
-    for name, tensor in tensors.items():
-        due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name), tensor)  # load_state_dict finds foreign names
-        exact = name.endswith(".scale") or not due.is_floating_point()
-        if tensor.shape != due.shape or not (tensor.dtype == due.dtype or (tensor.is_floating_point() and not exact)):
-            found, asked = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, due))
-            reason = f"{name} is {found}, config.json asks for {asked}"
-            raise ValueError(f"the weights in {folder} do not fit its config: {reason}")
-
-
 def expected_shapes(config: ModelArgs) -> Shapes:
     """Names and shapes of a checkpoint's tensors; see `expected_tensors`."""
-    return {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
-
-
-def expected_tensors(config: ModelArgs) -> dict[str, Tensor]:
-    """A checkpoint's tensors, without memory: those of the model, with fused projections taken apart."""
-    model = Transformer(config, device="meta")
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        path, kind = name.rsplit(".", 1)
-        owner, _, last = path.rpartition(".")
-        if last in FUSED:
-            widths = model.get_submodule(path).segments.values()
-            packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
-            for part, rows in zip(
-                FUSED[last][-len(widths) :], tensor.split([width // packed for width in widths]), strict=True
-            ):
-                tensors[f"{owner}.{part}.{kind}"] = rows
-        else:
-            tensors[name] = tensor
-    return tensors
+    return {name: tuple(tensor.shape) for name, tensor in expected_tensors(Transformer(config, device="meta")).items()}

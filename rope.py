@@ -44,16 +44,14 @@ def inverse_frequencies(base: float, rotary_dim: int, scaling: dict | None = Non
         kept = (turns - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
     else:  # yarn: by the channels that turn beta_fast and beta_slow times there
         log_length = math.log(scaling["original_max_position_embeddings"] / (2 * math.pi))
-        bounds = [rotary_dim * (log_length - math.log(scaling[b])) / (2 * math.log(base)) for b in YARN_BETAS]
+        betas = scaling["beta_fast"], scaling["beta_slow"]
+        bounds = [rotary_dim * (log_length - math.log(beta)) / (2 * math.log(base)) for beta in betas]
         first, last = (math.floor(bounds[0]), math.ceil(bounds[1])) if scaling["truncate"] else bounds
         first, last = max(first, 0), min(last, rotary_dim - 1)
         pairs = torch.arange(rotary_dim // 2, dtype=torch.float32)
         kept = 1 - (pairs - first) / (last - first if last != first else 0.001)
     kept = kept.clamp(0, 1)
     return freqs * (kept + (1 - kept) / scaling["factor"])
-
-
-YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # turns in the original context: the paper's
 
 
 def cosines_and_sines(positions: Tensor, inv_freq: Tensor, scaling: dict | None) -> Rope:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from formats.files import (
@@ -116,6 +116,47 @@ def check_layers(names: Iterable[str], n_layer: int) -> None:
     found = {m[1] for name in names if (m := re.match(r"(?:model\.)?(?:layers|blk)\.(\d+)\.", name))}
     if len(found) != n_layer:
         raise ValueError(f"config.json has num_hidden_layers {n_layer}, but the weights have {len(found)} layers")
+
+
+def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's tensors: those of the model, with fused projections taken apart."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        path, kind = name.rsplit(".", 1)
+        owner, _, last = path.rpartition(".")
+        if last in FUSED:
+            widths = model.get_submodule(path).segments.values()
+            packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
+            rows = tensor.split([width // packed for width in widths])
+            tensors |= {f"{owner}.{part}.{kind}": t for part, t in zip(FUSED[last][-len(rows) :], rows, strict=True)}
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def check_tensors(tensors: dict[str, Tensor], one_layer: nn.Module, folder: Path) -> None:
+    """Raises ValueError for a tensor of another shape or kind than in a model of the config, here of a single layer."""
+    expected = expected_tensors(one_layer) | one_layer.state_dict()
+    for name, tensor in tensors.items():
+        due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name), tensor)  # load_state_dict finds foreign names
+        exact = name.endswith(".scale") or not due.is_floating_point()
+        if tensor.shape != due.shape or not (tensor.dtype == due.dtype or (tensor.is_floating_point() and not exact)):
+            found, asked = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, due))
+            reason = f"{name} is {found}, config.json asks for {asked}"
+            raise ValueError(f"the weights in {folder} do not fit its config: {reason}")
+
+
+def fuse_on_load(fused: str) -> Callable:
+    """A load_state_dict pre-hook that stacks the tensors of a fused projection, where they come apart."""
+
+    def hook(module, state_dict, prefix, *_):
+        parts = FUSED[fused][-len(getattr(module, fused).segments) :]  # without a gate: up alone
+        for kind in ("weight", "bias", "scale"):
+            keys = [f"{prefix}{part}.{kind}" for part in parts]
+            if all(key in state_dict for key in keys):
+                state_dict[f"{prefix}{fused}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
+
+    return hook
 
 
 def is_own_head(head: Tensor, embedding: Tensor | None) -> bool:

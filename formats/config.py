@@ -61,7 +61,6 @@ NUMBERS |= {"vocab_size": ("vocab_size", int, 1, 2**28), "intermediate_size": ("
 NUMBERS |= {"n_local_heads": ("num_key_value_heads", int, 1, 2**16, 0), "head_dim": ("head_dim", int, 1, 2**16, 0)}
 NUMBERS |= {"block_size": ("max_position_embeddings", int, 1, 2**31 - 1, 2048)}
 # the same, of one architecture
-_SOFTCAPS = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
 _MULTIPLIERS = {"embedding_multiplier": "embedding_multiplier", "residual_multiplier": "residual_multiplier"}
 _MULTIPLIERS |= {"logits_scaling": "logits_scaling", "attention_scale": "attention_multiplier"}
 OWN_NUMBERS: dict[str, dict[str, tuple]] = {
@@ -69,17 +68,18 @@ OWN_NUMBERS: dict[str, dict[str, tuple]] = {
     "GPTNeoXForCausalLM": {"norm_eps": ("layer_norm_eps", float, LEAST, 1, 1e-5)},
     "OPTForCausalLM": {"intermediate_size": ("ffn_dim", int, 1, 2**26)},
 }
-OWN_NUMBERS |= {name: {field: (key, float, LEAST, MOST, 0.0) for field, key in _SOFTCAPS.items()} for name in GEMMAS}
+OWN_NUMBERS |= {name: {"logit_softcap": ("final_logit_softcapping", float, LEAST, MOST, 0.0)} for name in GEMMAS}
+OWN_NUMBERS["Gemma2ForCausalLM"]["attention_softcap"] = ("attn_logit_softcapping", float, LEAST, MOST, 0.0)
 
 # switches of an architecture that have one supported value
 FIXED: dict[str, dict[str, bool]] = {name: {"use_bidirectional_attention": False} for name in GEMMAS}
-FIXED["OPTForCausalLM"] = {"do_layer_norm_before": True, "layer_norm_elementwise_affine": True}
-FIXED["OPTForCausalLM"] |= {"_remove_final_layer_norm": False}
+FIXED["OPTForCausalLM"] = {"do_layer_norm_before": True, "_remove_final_layer_norm": False}
+FIXED["OPTForCausalLM"] |= {"layer_norm_elementwise_affine": True}
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}  # theirs -> ours
 ACTIVATIONS |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_tanh")
 ACTIVATION_KEYS = dict.fromkeys(GEMMAS, "hidden_activation") | {"OPTForCausalLM": "activation_function"}
-UNBIASED = ("MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM")  # these read no switch for biases
+UNBIASED = ("MistralForCausalLM", "Phi3ForCausalLM")
 PARTLY_ROTARY = ("Phi3ForCausalLM", "GPTNeoXForCausalLM")
 ROPE_KEYS = {  # what each type of rope scaling needs
     "default": (),
@@ -90,7 +90,6 @@ ROPE_KEYS = {  # what each type of rope scaling needs
     "longrope": ("short_factor", "long_factor"),
     "factors": ("factors",),
 }
-FACTOR_LISTS = ("factors", "short_factor", "long_factor")  # a divisor for each frequency
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -160,8 +159,7 @@ def config_fields(config: dict, name: str = "") -> dict:
 
     # parts with rules of their own
     parts = _switches(config, family, fields) | _quantization(config)
-    if not FAMILIES[family].get("learned_positions"):
-        parts |= _rope(config, family, fields)
+    parts |= {} if "learned_positions" in FAMILIES[family] else _rope(config, family, fields)
     parts |= _windows(config, family, fields["n_layer"], parts.get("unrotated_layers", []))
     name, quant = name or checked(config, "_name_or_path", str, ""), parts["quant"]
     name = name if quant == "none" else f"{name.removesuffix(f'-{quant}')}-{quant}"
@@ -184,11 +182,10 @@ def _switches(config: dict, family: str, fields: dict) -> dict:
 
     # biases: one switch for both sides of attention, one for the MLP; OPT has one for all
     attention, mlp = ("enable_bias",) * 2 if family == "OPTForCausalLM" else ("attention_bias", "mlp_bias")
-    for key, names in ((attention, ("qkv_bias", "o_bias")), (mlp, ("mlp_bias",))):
-        on = checked(config, key, bool, False)
-        if on and family in UNBIASED and "qkv_bias" not in FAMILIES[family]:
+    for field, key in {"qkv_bias": attention, "o_bias": attention, "mlp_bias": mlp}.items():
+        parts[field] = checked(config, key, bool, False) and family != "Qwen2ForCausalLM"  # which has one of its own
+        if parts[field] and family in UNBIASED:
             raise ValueError(f"config.json sets {key}, which {family} does not have")
-        parts |= dict.fromkeys(names, on) if family not in UNBIASED else {}
 
     # what one family has
     if family in GEMMAS:
@@ -222,21 +219,20 @@ def _rope(config: dict, family: str, fields: dict) -> dict:
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     local = {"rope_theta": config.get("rope_local_base_freq")} if family == "Gemma3ForCausalLM" else {}
     if isinstance(found, dict) and "full_attention" in found:  # apart for full and for sliding layers
-        found, local = found["full_attention"], found.get("sliding_attention")
+        found, local = found["full_attention"], found.get("sliding_attention") or local
     if not isinstance(found, dict) or not isinstance(local, dict):
         raise ValueError(f"config.json has rope settings {shown(found)}, not an object")
     if local.get("rope_type", "default") != "default":
         raise ValueError(f"config.json has rope type {shown(local['rope_type'])} in sliding layers; only default is")
-    base, share = 10000.0, 1.0
-    for values in (config, found):
-        for key in ("rope_theta", "rotary_emb_base"):
-            base = checked(values, key, float, base, least=LEAST, most=MOST)
-        for key in ("partial_rotary_factor", "rotary_pct"):
-            share = checked(values, key, float, share, least=LEAST, most=1)
+    neox = family == "GPTNeoXForCausalLM"
+    base = checked(config, "rotary_emb_base" if neox else "rope_theta", float, 10000.0, least=LEAST, most=MOST)
+    share = checked(config, "rotary_pct" if neox else "partial_rotary_factor", float, 1.0, least=LEAST, most=1)
+    base = checked(found, "rope_theta", float, base, least=LEAST, most=MOST)
+    share = checked(found, "partial_rotary_factor", float, share, least=LEAST, most=1)
     rotary_dim = int(fields["head_dim"] * share)
     if (share != 1 and family not in PARTLY_ROTARY) or rotary_dim % 2 or not rotary_dim:
         raise ValueError(
-            f"config.json has partial_rotary_factor {share}; only 1 is supported, or an even part of a head"
+            f"config.json has partial_rotary_factor {share}; only 1 or an even part of a head is supported"
         )
 
     # the type, and the numbers that it needs
@@ -244,14 +240,15 @@ def _rope(config: dict, family: str, fields: dict) -> dict:
     kind = "longrope" if family == "Phi3ForCausalLM" and kind in ("su", "yarn") else kind
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ValueError(f"config.json has rope type {shown(kind)}; supported: {', '.join(ROPE_KEYS)}")
-    where = f"config.json's {kind} rope scaling"
-    other = ("rope_theta", "type", "partial_rotary_factor")
+    where, other = f"config.json's {kind} rope scaling", ("rope_theta", "type", "partial_rotary_factor")
     scaling: dict = {key: value for key, value in found.items() if key not in other} | {"rope_type": kind}
+    if family == "Phi3ForCausalLM":  # which has it at the top
+        scaling["original_max_position_embeddings"] = config["original_max_position_embeddings"]
     for key in ROPE_KEYS[kind]:
-        checked(scaling, key, [float] if key in FACTOR_LISTS else float, least=LEAST, most=MOST, where=where)
-        if key in FACTOR_LISTS and len(scaling[key]) != rotary_dim // 2:
-            odd = f"{len(scaling[key])} rope factors do not fit"
-            raise ValueError(f"{odd} head_dim {fields['head_dim']}: {rotary_dim // 2} are due")
+        divisors = kind in ("factors", "longrope")  # one for each frequency
+        checked(scaling, key, [float] if divisors else float, least=LEAST, most=MOST, where=where)
+        if divisors and len(scaling[key]) != rotary_dim // 2:
+            raise ValueError(f"{len(scaling[key])} rope factors in config.json do not fit: {rotary_dim // 2} are due")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("config.json's llama3 rope scaling has a low_freq_factor that is not below high_freq_factor")
     if kind == "dynamic" and rotary_dim == 2:
@@ -259,23 +256,18 @@ def _rope(config: dict, family: str, fields: dict) -> dict:
     parts = {"rope_base": float(base), "rotary_share": share, "rope_scaling": None if kind == "default" else scaling}
     parts |= {"local_rope_base": checked(local, "rope_theta", float, 0.0, least=LEAST, most=MOST)} if local else {}
     if kind in ("dynamic", "yarn", "longrope"):
-        parts |= _beyond_context(config, kind, scaling, fields["block_size"], family == "Phi3ForCausalLM", where)
+        parts |= _beyond_context(kind, scaling, fields["block_size"], where)
     return parts
 
 
-def _beyond_context(config: dict, kind: str, found: dict, most: int, at_top: bool, where: str) -> dict:
-    """The scaling of a model that reads texts beyond the context it was trained on, and the length of those texts.
-
-    most: the config's max_position_embeddings; at_top: the original context stands beside that, not in `found`.
-    """
+def _beyond_context(kind: str, found: dict, most: int, where: str) -> dict:
+    """The scaling of a model for texts beyond the context it was trained on, and their length; most: the config's."""
 
     def number(key: str, *default: float) -> float:
         return checked(found, key, float, *default, least=LEAST, most=MOST, where=where)
 
-    original = most
-    if kind != "dynamic":
-        holder = config if at_top else found
-        original = checked(holder, "original_max_position_embeddings", int, most, least=2, where=where)
+    original = checked(found, "original_max_position_embeddings", int, most, least=2, where=where)
+    original = most if kind == "dynamic" else original
     factor = number("factor", most / original)
     scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
     if kind == "dynamic":
@@ -289,7 +281,7 @@ def _beyond_context(config: dict, kind: str, found: dict, most: int, at_top: boo
         scales = [number(key, 0.0) for key in ("mscale", "mscale_all_dim")]
         over, under = scales if all(scales) else (1, 0)
         own = (0.1 * over * log + 1) / (0.1 * under * log + 1)
-        scaling |= {"beta_fast": number("beta_fast", 32.0), "beta_slow": number("beta_slow", 1.0)}
+        scaling |= {key: number(key, value) for key, value in {"beta_fast": 32.0, "beta_slow": 1.0}.items()}
         scaling["truncate"] = checked(found, "truncate", bool, True, where=where)
         most = max(most, int(original * factor))
     return {"rope_scaling": scaling | {"attention_factor": number("attention_factor", own)}, "block_size": most}
@@ -297,28 +289,20 @@ def _beyond_context(config: dict, kind: str, found: dict, most: int, at_top: boo
 
 def _windows(config: dict, family: str, n_layer: int, unrotated: list[int]) -> dict:
     """The sliding window and its layers: of the family, or as its config says; {} for none."""
-    switched = checked(config, "use_sliding_window", bool, False)
-    by_family: dict[str, Callable[[int], bool]] = dict.fromkeys(
-        ("MistralForCausalLM", "Phi3ForCausalLM"), lambda i: True
-    )
-    by_family |= {"Gemma2ForCausalLM": lambda i: i % 2 == 0}
-    if family == "Gemma3ForCausalLM":
-        pattern = checked(config, "sliding_window_pattern", int, 6)
-        by_family[family] = lambda i: (i + 1) % pattern != 0
-    if switched and family.startswith("Qwen"):
-        first = checked(config, "max_window_layers", int, n_layer, least=0)
-        by_family[family] = lambda i: i >= first
-    if switched and family == "SmolLM3ForCausalLM":
-        by_family[family] = lambda i: i in unrotated
-    if family not in by_family:
+    slides: dict[str, Callable[[int], bool]] = {"MistralForCausalLM": lambda i: True, "Phi3ForCausalLM": lambda i: True}
+    slides["Gemma2ForCausalLM"] = lambda i: i % 2 == 0
+    slides["Gemma3ForCausalLM"] = lambda i: (i + 1) % checked(config, "sliding_window_pattern", int, 6) != 0
+    if checked(config, "use_sliding_window", bool, False):
+        slides["Qwen2ForCausalLM"] = lambda i: i >= checked(config, "max_window_layers", int, n_layer, least=0)
+        slides |= {"Qwen3ForCausalLM": slides["Qwen2ForCausalLM"], "SmolLM3ForCausalLM": unrotated.__contains__}
+    if family not in slides:
         return {}
 
     window = checked(config, "sliding_window", int, 0, least=0)
     types = checked(config, "layer_types", [str], []) if family != "Phi3ForCausalLM" else []
     if types and (len(types) != n_layer or not {"sliding_attention", "full_attention"}.issuperset(types)):
         raise ValueError(f"config.json needs sliding_attention or full_attention {n_layer} times, not {shown(types)}")
-    slides = (lambda i: types[i] == "sliding_attention") if types else by_family[family]
-    layers = [i for i in range(n_layer) if slides(i)]
+    layers = [i for i in range(n_layer) if (types[i] == "sliding_attention" if types else slides[family](i))]
     return {"sliding_window": window, "windowed_layers": layers} if window and layers else {}
 
 

@@ -30,12 +30,12 @@ GGUF_NAMES |= {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_
 GGUF_NAMES |= {"attn_q_norm": "attention.q_norm", "attn_k_norm": "attention.k_norm", "attn_qkv": "attention.wqkv"}
 GGUF_NAMES |= {"post_attention_norm": "post_attention_norm", "post_ffw_norm": "post_ffn_norm"}
 INTERLEAVED = ("llama", "granite", "smollm3")  # architectures whose rotary pairs of q and k are adjacent already
-# a number's key in an architecture, and what it is in the others: any other value there is an error
-NEUTRAL = {"attention.clamp_kqv": 0, "attention.max_alibi_bias": 0, "attention.scale": 0, "attn_logit_softcapping": 0}
-NEUTRAL |= {"final_logit_softcapping": 0, "logit_scale": 0, "embedding_scale": 0, "residual_scale": 0}
 GRANITE = {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"}
 GRANITE |= {"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# numbers that some architectures have: in the others anything but 0 is an error
+NEUTRAL = dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", *SOFTCAPS, *GRANITE), 0)
+ROPE_KINDS = ("none", "linear", "yarn", "longrope")
 LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # the size whose attention scale is not head_dim^-0.5, as in llama.cpp
 UNQUANTIZED = DTYPES | {"F64": torch.float64}
 GGUF_TYPES = (*UNQUANTIZED, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
@@ -67,7 +67,8 @@ def convert_gguf(source: Path, partial: Path, expected_shapes=None) -> None:
     check_layers(sources, fields["n_layer"])
     sources = {name: tensor for name, tensor in sources.items() if not name.startswith("rope_f")}  # of `gguf_config`
     if fields.get("norm") == "rms_plus_one":  # the file holds 1 + weight
-        sources |= {n: _minus_one(tensor) for n, tensor in sources.items() if n.endswith("norm.weight")}
+        norms = [name for name in sources if name.endswith("norm.weight")]
+        sources |= {n: sources[n]._replace(load=lambda t=sources[n]: t.load() - 1) for n in norms}
     names = GGUF_NAMES | ({"ffn_up": "feed_forward.w13"} if family == "phi3" else {})
     rotary_dim = 0 if family in INTERLEAVED else int(fields["head_dim"] * fields["rotary_share"])
     expected = expected_shapes and expected_shapes(config)
@@ -162,10 +163,6 @@ def _dequantized(path: Path, tensor: Any, shape: tuple[int, ...], dtype: torch.d
     return out
 
 
-def _minus_one(source: Source) -> Source:
-    return source._replace(load=lambda: source.load() - 1)
-
-
 def gguf_config(meta: Metadata, sources: dict[str, Source]) -> dict[str, Any]:
     """A config.json in Hugging Face's form. Raises ValueError for what is missing or not supported."""
     family = meta.read("general.architecture", str)
@@ -217,7 +214,7 @@ def gguf_config(meta: Metadata, sources: dict[str, Source]) -> dict[str, Any]:
     if window := get("attention.sliding_window", int, 0):
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
         config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"} if family == "llama" else {}
-    return config | _own_keys(family, get, config, sources) | _rope_keys(family, get, config, sources)
+    return config | _own_keys(family, get, config, sources) | _rope_keys(get, config, sources)
 
 
 def _own_keys(family: str, get: Callable, config: dict, sources: dict[str, Source]) -> dict[str, Any]:
@@ -225,17 +222,18 @@ def _own_keys(family: str, get: Callable, config: dict, sources: dict[str, Sourc
     found: dict[str, Any] = {}
     head_dim = config["head_dim"]
     if family == "granite":
-        found = {theirs: get(key, float, 0, most=MOST) for key, theirs in GRANITE.items()}
-        found = {key: value or {"attention_multiplier": head_dim**-0.5}.get(key, 1.0) for key, value in found.items()}
+        found = {theirs: get(key, float, 0, most=MOST) or 1.0 for key, theirs in GRANITE.items()}
+        found["attention_multiplier"] = get("attention.scale", float, 0, most=MOST) or head_dim**-0.5
     if family in LAYERS_27B:
         largest = config["num_hidden_layers"] == LAYERS_27B[family]
         scalar = config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
         found = {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
         caps = DEFAULTS[config["architectures"][0]]
         found |= {key: get(key, float, caps.get(key, 0), most=MOST) or None for key in SOFTCAPS}
+        found |= {"sliding_window": config.get("sliding_window", 4096 if family == "gemma2" else None)}
+
     if family == "gemma3":
         found |= {"sliding_window_pattern": get("attention.sliding_window_pattern", int, 6, least=1)}
-        found |= {"sliding_window": config.get("sliding_window")}  # none, unlike a config.json that lacks the key
         found |= {"rope_local_base_freq": get("rope.freq_base_swa", float, 10000.0, most=MOST)}
     if family == "gptneox":
         parallel = get("use_parallel_residual", bool, True)
@@ -246,33 +244,31 @@ def _own_keys(family: str, get: Callable, config: dict, sources: dict[str, Sourc
     return found
 
 
-def _rope_keys(family: str, get: Callable, config: dict, sources: dict[str, Source]) -> dict[str, Any]:
+def _rope_keys(get: Callable, config: dict, sources: dict[str, Source]) -> dict[str, Any]:
     """The rotary embedding: its share, and its scaling of four kinds, of which two are tensors."""
-    dim, found = get("rope.dimension_count", int, config["head_dim"]), {}
-    if dim != config["head_dim"]:
-        found = {"partial_rotary_factor": dim / config["head_dim"]}
+    dim, head_dim = get("rope.dimension_count", int, config["head_dim"]), config["head_dim"]
+    found = {"partial_rotary_factor": dim / head_dim} if dim != head_dim else {}
 
     # frequencies are divided by a factor (linear if no type is given; also under its older key; 0 is none) and by those
     # of a tensor
-    original = get("rope.scaling.original_context_length", int, config["max_position_embeddings"])
-    kinds = ("none", "linear", "yarn", "longrope")
-    if (scaling := get("rope.scaling.type", str, "linear")) not in kinds:
-        raise ValueError(
-            f"rope scaling of type {shown(scaling)} in a GGUF file is not supported; {', '.join(kinds)} are"
-        )
+    if (scaling := get("rope.scaling.type", str, "linear")) not in ROPE_KINDS:
+        raise ValueError(f"rope scaling of type {shown(scaling)} in a GGUF file; supported: {', '.join(ROPE_KINDS)}")
     factor = get("rope.scaling.factor", float, None) if scaling != "none" else 1
     factor = (get("rope.scale_linear", float, 0) if factor is None and scaling == "linear" else factor) or 1
+    original = get("rope.scaling.original_context_length", int, config["max_position_embeddings"])
+    context = {"original_max_position_embeddings": original}
 
     def divisors(name: str) -> list[float]:
+        if name not in sources:
+            raise ValueError(f"the GGUF file has no tensor {name}")
         return sources[name].load().float().flatten().tolist()
 
-    if "rope_factors_long.weight" in sources:
+    if "rope_factors_long.weight" in sources or scaling == "longrope":
         keys = {f"{kind}_factor": divisors(f"rope_factors_{kind}.weight") for kind in ("long", "short")}
-        keys |= {"attention_factor": get("rope.scaling.attn_factor", float, 1.0, most=MOST)}
-        at_top = {"original_max_position_embeddings": original}
-        found |= {"rope_scaling": {"rope_type": "longrope"} | keys} | at_top
-    elif scaling == "yarn":
-        found["rope_scaling"] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        keys |= {"rope_type": "longrope", "attention_factor": get("rope.scaling.attn_factor", float, 1.0, most=MOST)}
+        return found | {"rope_scaling": keys | context} | context  # Phi-3 has it at the top
+    if scaling == "yarn":
+        found["rope_scaling"] = {"rope_type": "yarn", "factor": factor} | context
     elif "rope_freqs.weight" in sources:
         factors = [each * factor for each in divisors("rope_freqs.weight")]
         found["rope_scaling"] = {"rope_type": "factors", "factors": factors}
@@ -288,7 +284,7 @@ def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
         if not pre:
             warnings.warn("without tokenizer.ggml.pre, texts are split as llama.cpp does by default", stacklevel=2)
         merges = meta.read("tokenizer.ggml.merges", [str])
-        tokenizer = _byte_level_tokenizer(tokens, types, merges, pre or "default")
+        tokenizer = byte_level_tokenizer(tokens, types, merges, pre or "default")
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     elif kind == "llama":
         (folder / "tokenizer.model").write_bytes(_sentencepiece_model(meta, tokens, types))
@@ -319,7 +315,7 @@ def _tokens(meta: Metadata) -> tuple[list[str], list[int]]:
     return tokens, types
 
 
-def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str], pre: str):
+def byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str], pre: str):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # the vocabulary and its merges
@@ -329,7 +325,7 @@ def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str]
     try:
         tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in LLAMA3_PRE))
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"the GGUF file's merges do not fit its tokens: {one_line(error)}") from None
+        raise ValueError(f"the merges do not fit the tokens: {one_line(error)}") from None
 
     # how a text is split before the merges, and what undoes it
     steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in GGUF_PRE[pre]]

@@ -10,7 +10,8 @@ import torch
 from formats import checkpoint
 from formats.checkpoint import COPIED_FILES, WEIGHT_SUFFIXES, Shapes, Source
 from formats.config import config_fields, language_config
-from formats.files import one_line, read_json, write_json
+from formats.files import one_line, read_json, regular_file, write_json
+from formats.gguf_file import NORMAL, byte_level_tokenizer
 
 HF_NAMES = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}  # theirs -> ours
 HF_NAMES |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
@@ -48,8 +49,10 @@ def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict]
     sources = canonical(folder_sources(source), fields)
     checkpoint.check_layers(sources, fields["n_layer"])
     if (source / "vocab.json").is_file() and not any(source.glob("tokenizer.[jm]*")):
-        make = "make it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        raise ValueError(f"{source} has vocab.json and merges.txt, but no tokenizer.json; {make}")
+        if "learned_positions" not in fields:
+            make = "make it with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            raise ValueError(f"{source} has vocab.json and merges.txt, but no tokenizer.json; {make}")
+        write_gpt2_tokenizer(source, partial)
 
     # of tied matrices a folder may hold both, or the head alone
     head, untied = sources.get(HEAD), False
@@ -67,16 +70,27 @@ def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict]
     checkpoint.write_weights(partial, tensors)
 
 
+def write_gpt2_tokenizer(source: Path, partial: Path) -> None:
+    """tokenizer.json from vocab.json and merges.txt of a folder of OPT's, whose texts are split as GPT-2's."""
+    ids = {str(i): token for token, i in read_json(source / "vocab.json").items()}
+    tokens = [ids.get(str(i)) for i in range(len(ids))]
+    if None in tokens:
+        raise ValueError(f"{source / 'vocab.json'} has no token of id {tokens.index(None)}; get it again")
+    _, *merges = regular_file(source / "merges.txt").read_text("utf-8", "replace").splitlines() or [""]
+    tokenizer = byte_level_tokenizer(tokens, [NORMAL] * len(tokens), merges, "gpt-2")
+    (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+
+
 def canonical(sources: dict[str, Source], fields: dict) -> dict[str, Source]:
     """The tensors of any family under "model.", without what no model of ours has."""
     found = {}
     for name, source in sources.items():
         if LEFT_OUT.search(name):
             continue
-        if ".query_key_value." in name and source.shape[0] == (rows := 3 * fields["n_head"] * fields["head_dim"]):
+        if ".query_key_value." in name and source.shape[:1] == (rows := 3 * fields["n_head"] * fields["head_dim"],):
             by_head = torch.arange(rows).view(-1, 3, fields["head_dim"])  # q, k and v of a head, then of the next
             source = checkpoint.reordered(source, by_head.transpose(0, 1).flatten())
-        if name.endswith("decoder.embed_positions.weight"):
+        if name.endswith("decoder.embed_positions.weight") and source.shape[:1] > (OPT_OFFSET,):
             source = checkpoint.reordered(source, torch.arange(OPT_OFFSET, source.shape[0]))
         found[GPT_NEOX_ENDS.get(name) or PREFIXES.sub("model.", name).removeprefix("language_model.")] = source
     return found
@@ -119,7 +133,7 @@ def download_snapshot(repo_id: str) -> Path:
     usual = ["model.safetensors", SHARDS[0]], ["pytorch_model.bin", SHARDS[1]]
     try:
         for weights in (*usual, ["*.safetensors", "pytorch_model*.bin"]):
-            patterns = [*weights, "*.index.json", "vocab.json", *COPIED_FILES]
+            patterns = [*weights, "*.index.json", "vocab.json", "merges.txt", *COPIED_FILES]
             folder = Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
             if any(f for pattern in weights for f in folder.glob(pattern)):
                 break

@@ -54,3 +54,12 @@ transformer_configs = {  # layers, heads, key/value heads, width, hidden width; 
     "pythia-6.9b": _named(32, 32, 32, 4096, 16384, **_PYTHIA),
     "opt-6.7b": _named(32, 32, 32, 4096, 16384, **_OPT),
 }
+
+
+def named_config(name: str) -> dict:
+    """See `model.ModelArgs.from_name`."""
+    matches = [key for key in transformer_configs if key.lower() in name.lower()]
+    if not matches:
+        raise ValueError(f"no config is named like {name!r}; known: {', '.join(sorted(transformer_configs))}")
+    quant = name[-4:].lower() if name.lower().endswith(("-int8", "-int4")) else "none"
+    return transformer_configs[max(matches, key=len)] | {"quant": quant, "name": name}

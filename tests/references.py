@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import CONFIG, LLAMA3_ROPE
@@ -188,3 +189,27 @@ def add_tokenizer(writer, pre: str) -> None:
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges(merges)
     writer.add_eos_token_id(0)
+
+
+def edit_gguf(path: Path, **changes) -> Path:
+    """Rewrites a GGUF file with other metadata ("__" is "."; None deletes), its tensors as they are."""
+    reader = gguf.GGUFReader(path)
+    values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    types = {key: (field.types[0], field.types[-1]) for key, field in reader.fields.items()}
+    tensors = [(t.name, np.array(t.data), t.tensor_type) for t in reader.tensors]
+    guess = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.INT64, str: gguf.GGUFValueType.STRING}
+    guess |= {float: gguf.GGUFValueType.FLOAT32, list: gguf.GGUFValueType.ARRAY}
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture"))
+    for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        kind, item = types.get(key, (None, None))
+        if key.replace(".", "__") in changes and value is not None:
+            kind, item = guess[type(value)], guess[type(value[0])] if isinstance(value, list) else None
+        if value is not None:
+            writer.add_key_value(key, value, kind, item if kind == gguf.GGUFValueType.ARRAY else None)
+    for name, data, kind in tensors:
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

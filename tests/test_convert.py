@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 import torch
 from models import change_config, edit_json, flags
-from references import LLAMA31, MODELS, TINY, byte_level_vocabulary, gguf, reference, write_gguf
+from references import (
+    LLAMA31,
+    MODELS,
+    TINY,
+    byte_level_vocabulary,
+    edit_gguf,
+    gguf,
+    reference,
+    write_gguf,
+)
 from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint as converter
@@ -259,30 +268,6 @@ def test_every_quantised_type(tmp_path, kind):
     assert torch.equal(source.load(), torch.from_numpy(expected).half())
 
 
-def edit_gguf(path: Path, **changes) -> Path:
-    """Rewrites a GGUF file with other metadata ("__" is "."; None deletes), its tensors as they are."""
-    reader = gguf.GGUFReader(path)
-    values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    types = {key: (field.types[0], field.types[-1]) for key, field in reader.fields.items()}
-    tensors = [(t.name, np.array(t.data), t.tensor_type) for t in reader.tensors]
-    guess = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.INT64, str: gguf.GGUFValueType.STRING}
-    guess |= {float: gguf.GGUFValueType.FLOAT32, list: gguf.GGUFValueType.ARRAY}
-    writer = gguf.GGUFWriter(path, values.pop("general.architecture"))
-    for key, value in (values | {key.replace("__", "."): value for key, value in changes.items()}).items():
-        kind, item = types.get(key, (None, None))
-        if key.replace(".", "__") in changes and value is not None:
-            kind, item = guess[type(value)], guess[type(value[0])] if isinstance(value, list) else None
-        if value is not None:
-            writer.add_key_value(key, value, kind, item if kind == gguf.GGUFValueType.ARRAY else None)
-    for name, data, kind in tensors:
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture
 def small_gguf(tmp_path) -> Path:
     return write_gguf(tmp_path / "m.gguf", reference("llama2", vocab_size=260))
@@ -363,7 +348,11 @@ def test_empty_and_repeated_pieces_load(tmp_path, small_gguf, kind, change):
         ({"rope__scaling__factor": 2.0, "rope__scaling__type": "none"}, 1),
         ({"rope__scaling__factor": 0.0}, 1),
         ({"rope__scaling__type": "linear"}, 1),
-        ({"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0}, "'yarn' in a GGUF file is not supported"),
+        ({"rope__scaling__type": "x", "rope__scaling__factor": 2.0}, "'x' in a GGUF file; supported: none, linear"),
+        ({"rope__scaling__type": "longrope"}, "the GGUF file has no tensor rope_factors_long.weight"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported in a GGUF file; 0 is"),
+        ({"attention__clamp_kqv": 8.0}, "attention.clamp_kqv 8.0 is not supported"),
+        ({"logit_scale": 2.0}, "logit_scale 2.0 is not supported"),
         ({"rope__scaling__factor": -2.0}, "needs a number"),
         ({"rope__scaling__attn_factor": 0.5}, "attn_factor 0.5 is not supported"),
         ({"rope__dimension_count": 8}, "rope.dimension_count 8 is not supported"),
@@ -452,7 +441,7 @@ def test_a_missing_pre_is_the_default_with_a_line(tmp_path, small_gguf):
 )
 def test_pretokenizer_splits(pre, pieces):
     tokens, merges = byte_level_vocabulary()
-    tokenizer = gguf_file._byte_level_tokenizer(tokens, [3] + [1] * (len(tokens) - 1), merges, pre)
+    tokenizer = gguf_file.byte_level_tokenizer(tokens, [3] + [1] * (len(tokens) - 1), merges, pre)
     text = "it'S a(b 1234\n\n"
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
     assert tokenizer.decode(tokenizer.encode(text + "é<|end|>").ids) == text + "é"

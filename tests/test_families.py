@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import decode, edit_json, flags, random_tokens
-from references import MODELS, NOT_IN_GGUF, reference, write_gguf
+from references import MODELS, NOT_IN_GGUF, byte_level_vocabulary, edit_gguf, reference, write_gguf
 from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
 
 import calibrate
 import eval
@@ -19,9 +20,11 @@ import refine
 from convert_hf_checkpoint import main as convert
 from decoder import fusable, unknown_parts
 from formats.config import FAMILIES, config_fields
+from formats.gguf_file import byte_level_tokenizer
 from model import ModelArgs, Transformer
 from sparse_model import SparseTransformer
 from thresholds import Cuts, load_table
+from tokenizer import load_tokenizer
 
 OLDER = ("Llama", "Mistral", "Qwen2")  # tests/test_convert.py has them in more forms
 NEW = [name for name, (family, _) in MODELS.items() if family not in OLDER or "yarn" in name or "dynamic" in name]
@@ -259,7 +262,7 @@ REFUSED = [
     (
         "phi3-longrope",
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
-        "1 rope factors do not fit",
+        "1 rope factors in config.json do not fit",
     ),
     ("gpt-neox", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "partial_rotary_factor 0.2"),
     ("gpt-neox", {"use_parallel_residual": "yes"}, "as 'use_parallel_residual', not 'yes'"),
@@ -366,8 +369,6 @@ def final_states(model: Transformer) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["qwen3", "gpt-neox", "opt"])
 def test_every_script_takes_the_family(folders, tmp_path, capsys, name):
     """Statistics, both rules, int8, perplexity and text, of blocks with and without a gate."""
-    from tokenizers import ByteLevelBPETokenizer
-
     folder = converted(folders, name)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(["a story of rivers"] * 4, vocab_size=260, show_progress=False)
@@ -405,3 +406,96 @@ def test_the_fused_steps_take_what_they_implement(folders, name):
     plain = MODELS[name][0] in OLDER and name not in ("llama-yarn", "mistral-yarn", "llama-biases", "llama-gelu")
     assert fusable(config) == (plain or name in ("phi3", "phi3-window"))
     assert all(len(part) < 200 for part in unknown_parts(config))
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def test_the_tokenizer_of_opt_is_made_of_its_two_files(tmp_path):
+    """The hub's folders of OPT have vocab.json and merges.txt alone; every text begins with </s>."""
+    tokens, merges = byte_level_vocabulary()
+    vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *tokens])}
+    reference("opt", vocab_size=270, bos_token_id=2, eos_token_id=2).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "hf/merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    named = {f"{name}_token": {"content": "</s>", "__type": "AddedToken"} for name in ("bos", "eos", "unk")}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **named}
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(convert(flags(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "out")), 270)
+    theirs = ByteLevelBPETokenizer(str(tmp_path / "hf/vocab.json"), str(tmp_path / "hf/merges.txt"))
+    text = "the river's naïve 1234 stones\n\n  in  the sea"
+    assert tokenizer.adds_bos and tokenizer.bos_id == 2 and tokenizer.eos_ids == (2,)
+    assert tokenizer.encode(text, bos=tokenizer.adds_bos) == [2, *theirs.encode(text).ids]
+    assert tokenizer.decode(theirs.encode(text).ids) == text
+
+    for change in ({"ab": 300}, {"ab": "x"}, {"ab": [1]}, {"ab": 3}):
+        (tmp_path / "hf/vocab.json").write_text(json.dumps(vocab | change))
+        with pytest.raises(ValueError, match=r"vocab.json has no token of id|do not fit"):
+            convert(flags(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "again"))
+    (tmp_path / "hf/merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"vocab.json has no token|merges.txt does not exist"):
+        convert(flags(checkpoint_dir=tmp_path / "hf", output_dir=tmp_path / "again"))
+
+
+# what the families' own templates do beyond Llama's, in their words
+TEMPLATES = {
+    "gemma3": "{{ bos_token }}{% set first = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages if m['role'] != 'system' %}<start_of_turn>{{ m['role'] }}\n{{ first if loop.first }}"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "qwen3": "{%- set ns = namespace(last=messages|length - 1) %}{%- for m in messages[::-1] %}"
+    "{%- set ns.last = loop.index0 %}{%- endfor %}{%- for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{%- endfor %}{%- if add_generation_prompt %}"
+    "<|im_start|>assistant\n{%- if enable_thinking is defined and enable_thinking is false %}<think>{%- endif %}"
+    "{%- endif %}",
+    "granite": "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}"
+    "{%- set rest = messages[1:] %}{%- else %}{%- set system = 'Today is ' + strftime_now('%Y') %}"
+    "{%- set rest = messages %}{%- endif %}{{ '<|start_of_role|>system<|end_of_role|>' + system + '\n' }}"
+    "{%- for m in rest %}{{ '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + m['content'] }}{%- endfor %}",
+    "smollm3": "{%- for m in messages %}{%- if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{%- else %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ (m.content if m.content is string else '') }}"
+    "{{ '<|im_end|>\n' }}{%- endif %}{%- endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("source", ["hf", "gguf"])
+def test_chat_templates(tmp_path, name, source):
+    model = reference(name, vocab_size=260, num_hidden_layers=2)
+    if source == "gguf":
+        path = {"gguf": write_gguf(tmp_path / "m.gguf", model, tokenizer__chat_template=TEMPLATES[name])}
+    else:
+        model.save_pretrained(tmp_path / "hf")
+        tokens, merges = byte_level_vocabulary()
+        tokenizer = byte_level_tokenizer(tokens, [3] + [1] * (len(tokens) - 1), merges, "smollm")
+        (tmp_path / "hf/tokenizer.json").write_text(tokenizer.to_str())
+        (tmp_path / "hf/chat_template.jinja").write_text(TEMPLATES[name])
+        path = {"checkpoint_dir": tmp_path / "hf"}
+    tokenizer = load_tokenizer(convert(flags(**path, output_dir=tmp_path / "out")), 260)
+    text = tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "the {{ bos_token }} sea"}]))
+    assert "the {{ bos_token }} sea" in text and "user" in text
+
+
+def test_a_sentencepiece_tokenizer_without_a_space_before_the_text(tmp_path):
+    """Gemma's in GGUF: add_space_prefix is false, and pieces are scored."""
+    pieces = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "ab",
+    ]
+    model = reference("gemma2", vocab_size=len(pieces))
+    path = write_gguf(tmp_path / "m.gguf", model)
+    keys = {"tokens": pieces, "model": "llama", "pre": "default", "scores": [-float(i) for i in range(len(pieces))]}
+    keys |= {"token_type": [3, 3, 3, 2, *[6] * 256, *[1] * 5], "bos_token_id": 2, "eos_token_id": 1, "merges": None}
+    keys |= {"add_space_prefix": False, "unknown_token_id": 3}
+    path = edit_gguf(path, **{f"tokenizer__ggml__{key}": value for key, value in keys.items()})
+    tokenizer = load_tokenizer(convert(flags(gguf=path, output_dir=tmp_path / "out")), len(pieces))
+    ids = tokenizer.encode("ab a", bos=tokenizer.adds_bos)
+    assert [pieces[i] for i in ids] == ["<bos>", "ab", "\u2581a"] and tokenizer.decode(ids[1:]) == "ab a"

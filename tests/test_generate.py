@@ -23,8 +23,9 @@ from cli import command_line
 from decoder import Generator, sample
 from formats import default_model
 from formats.checkpoint import fingerprint
+from formats.named_configs import transformer_configs
 from generate import count_kept
-from model import Transformer, read_config, transformer_configs
+from model import Transformer, read_config
 from sparse_model import SparseTransformer
 from thresholds import Cuts, CutTable, Statistics, load_statistics
 from tokenizer import load_tokenizer

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from formats.checkpoint import checkpoint_folder, fingerprint
 from formats.config import FAMILIES, NUMBERS
+from formats.named_configs import transformer_configs
 from model import (
     ModelArgs,
     Transformer,
     apply_rope,
     expected_shapes,
     rope_inverse_frequencies,
-    transformer_configs,
 )
 
 LLAMA = CONFIG | {"num_hidden_layers": 6}
