@@ -325,7 +325,7 @@ def byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str],
     try:
         tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in LLAMA3_PRE))
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"the merges do not fit the tokens: {one_line(error)}") from None
+        raise ValueError(f"the tokenizer's merges do not fit its tokens: {one_line(error)}") from None
 
     # how a text is split before the merges, and what undoes it
     steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in GGUF_PRE[pre]]

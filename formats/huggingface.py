@@ -72,8 +72,9 @@ def convert_folder(source: Path, partial: Path, expected_shapes: Callable[[dict]
 
 def write_gpt2_tokenizer(source: Path, partial: Path) -> None:
     """tokenizer.json from vocab.json and merges.txt of a folder of OPT's, whose texts are split as GPT-2's."""
-    ids = {str(i): token for token, i in read_json(source / "vocab.json").items()}
-    tokens = [ids.get(str(i)) for i in range(len(ids))]
+    vocab = read_json(source / "vocab.json")
+    ids = {str(i): token for token, i in vocab.items()}
+    tokens = [ids.get(str(i)) for i in range(len(vocab))]
     if None in tokens:
         raise ValueError(f"{source / 'vocab.json'} has no token of id {tokens.index(None)}; get it again")
     _, *merges = regular_file(source / "merges.txt").read_text("utf-8", "replace").splitlines() or [""]

@@ -499,3 +499,19 @@ def test_a_sentencepiece_tokenizer_without_a_space_before_the_text(tmp_path):
     tokenizer = load_tokenizer(convert(flags(gguf=path, output_dir=tmp_path / "out")), len(pieces))
     ids = tokenizer.encode("ab a", bos=tokenizer.adds_bos)
     assert [pieces[i] for i in ids] == ["<bos>", "ab", "\u2581a"] and tokenizer.decode(ids[1:]) == "ab a"
+
+
+# ---------------------------------------------------------------- compiled
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_a_step_is_one_graph(folders, name):
+    """torch.compile takes the whole step of every block, the sparse op in it; so a GPU records it as a CUDA graph."""
+    torch._dynamo.reset()
+    model, idx = build(converted(folders, name)), tokens(1)
+    cut_at_random(model)
+    expected = decode(model, idx, prompt=36)
+    step = torch.compile(lambda token, position: model(token, position), fullgraph=True, backend="aot_eager")
+    actual = [step(idx[:, i : i + 1], torch.tensor([i])) for i in range(36, LENGTH)]
+    assert_close(torch.cat(actual, 1), expected[:, 36:])
