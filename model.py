@@ -357,8 +357,7 @@ class Transformer(UncastBuffers):
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
         """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], unless it has that.
 
-        The rotary embedding takes the frequencies of texts of that length, see `rope`. Raises ValueError if seq_length
-        is beyond the model's context.
+        The frequencies become those of texts of that length, see `rope`. Raises ValueError beyond the model's context.
         """
         if seq_length > self.config.block_size:
             raise ValueError(f"{seq_length} positions do not fit the model's context of {self.config.block_size}")

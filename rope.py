@@ -1,8 +1,7 @@
 """The rotary embedding: its frequencies with every kind of scaling, and the rotation.
 
-A frequency depends on the channel pair alone, except where `by_length` says so: dynamic NTK and longrope take other
-frequencies for texts beyond the context that a model was trained on. As in llama.cpp the length that a run is set up
-for decides, so that a key never has to be rotated again.
+Dynamic NTK and longrope take other frequencies for texts beyond the context that a model was trained on. As in
+llama.cpp the length that a run is set up for decides, so that a key never has to be rotated again.
 """
 
 import math
@@ -19,10 +18,7 @@ def by_length(scaling: dict | None) -> bool:
 
 
 def inverse_frequencies(base: float, rotary_dim: int, scaling: dict | None = None, length: int = 0) -> Tensor:
-    """Inverse frequencies [rotary_dim / 2], float32.
-
-    scaling: as `formats.config` reads it; length: positions of the text, or of the cache that holds it.
-    """
+    """Inverse frequencies [rotary_dim / 2], float32. length: positions of the text, or of the cache that holds it."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / max(1, rotary_dim)
     kind = scaling["rope_type"] if scaling else "default"
     beyond = by_length(scaling) and length > scaling["original_max_position_embeddings"]
@@ -40,7 +36,7 @@ def inverse_frequencies(base: float, rotary_dim: int, scaling: dict | None = Non
 
     # long wavelengths are stretched by `factor`, short ones kept, those between blended
     if kind == "llama3":  # by their turns in the original context
-        turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+        turns = float(scaling["original_max_position_embeddings"]) * freqs / (2 * math.pi)
         kept = (turns - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
     else:  # yarn: by the channels that turn beta_fast and beta_slow times there
         log_length = math.log(scaling["original_max_position_embeddings"] / (2 * math.pi))

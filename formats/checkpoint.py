@@ -124,13 +124,13 @@ def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         path, kind = name.rsplit(".", 1)
         owner, _, last = path.rpartition(".")
-        if last in FUSED:
-            widths = model.get_submodule(path).segments.values()
-            packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
-            rows = tensor.split([width // packed for width in widths])
-            tensors |= {f"{owner}.{part}.{kind}": t for part, t in zip(FUSED[last][-len(rows) :], rows, strict=True)}
-        else:
+        if last not in FUSED:
             tensors[name] = tensor
+            continue
+        widths = model.get_submodule(path).segments.values()
+        packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
+        rows = tensor.split([width // packed for width in widths])
+        tensors |= {f"{owner}.{part}.{kind}": t for part, t in zip(FUSED[last][-len(rows) :], rows, strict=True)}
     return tensors
 
 
@@ -288,9 +288,8 @@ def rename_tensors(
 ) -> dict[str, Source]:
     """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent; float64 becomes float32.
 
-    `names`: theirs of a module (without layer) -> ours. `expected` None checks names alone. `rotary_dim`: channels of a
-    head whose rotary pairs are rotary_dim / 2 rows apart; 0: none are. Raises ValueError for unexpected or missing
-    tensors, wrong shapes or dtypes.
+    `names`: theirs of a module (without layer) -> ours. `expected` None checks names alone. `rotary_dim`: rows of a
+    head whose rotary pairs are half of it apart. Raises ValueError for a wrong set of tensors, wrong shapes or dtypes.
     """
     tensors, unexpected = {}, []
     for name, new, source in _apart(sources, names, expected):
@@ -340,8 +339,7 @@ def _apart(sources: dict[str, Source], names: dict[str, str], expected: Shapes |
     for name, source in sources.items():
         new = _our_name(name, names)
         owner, fused, kind = ("." + (new or "..")).rsplit(".", 2)
-        parts = [f"{owner}.{part}.{kind}"[1:] for part in FUSED.get(fused, ())]
-        parts = [part for part in parts if expected is not None and part in expected]
+        parts = [part for p in FUSED.get(fused, ()) if (part := f"{owner}.{p}.{kind}"[1:]) in (expected or ())]
         if not parts:
             yield name, new, source
             continue

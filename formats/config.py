@@ -1,7 +1,4 @@
-"""config.json in Hugging Face's form, as keyword arguments of `model.ModelArgs`; the one place that judges values.
-
-A family of models is a row of FAMILIES, and rows of the tables below it for what its config.json calls otherwise.
-"""
+"""config.json in Hugging Face's form, as keyword arguments of `model.ModelArgs`; the one place that judges values."""
 
 import math
 import re
@@ -13,7 +10,8 @@ from formats.files import one_line, shown
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 LEAST, MOST = 1e-30, 1e30  # of floats, which are positive and stay finite in float32
 
-# architecture of config.json -> the fields of ModelArgs that it switches on, whatever its config.json says
+# Architecture of config.json -> the fields of ModelArgs that it switches on, whatever its config.json says. The tables
+# after it have rows for families whose config.json differs from Llama's.
 FAMILIES: dict[str, dict] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {},
@@ -79,8 +77,7 @@ FIXED["OPTForCausalLM"] |= {"layer_norm_elementwise_affine": True}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}  # theirs -> ours
 ACTIVATIONS |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_tanh")
 ACTIVATION_KEYS = dict.fromkeys(GEMMAS, "hidden_activation") | {"OPTForCausalLM": "activation_function"}
-UNBIASED = ("MistralForCausalLM", "Phi3ForCausalLM")
-PARTLY_ROTARY = ("Phi3ForCausalLM", "GPTNeoXForCausalLM")
+UNBIASED, PARTLY_ROTARY = ("MistralForCausalLM", "Phi3ForCausalLM"), ("Phi3ForCausalLM", "GPTNeoXForCausalLM")
 ROPE_KEYS = {  # what each type of rope scaling needs
     "default": (),
     "linear": ("factor",),
@@ -137,10 +134,9 @@ def known_architecture(config: dict) -> str:
 
 
 def config_fields(config: dict, name: str = "") -> dict:
-    """Keyword arguments of `model.ModelArgs` that a config.json asks for.
+    """Keyword arguments of `model.ModelArgs` for a config.json; ValueError: something in it is unknown, wrong or missing.
 
-    `name`: of the model, where it is known; it comes to end in "-int8" or "-int4" for such weights. Raises ValueError
-    for an unknown architecture, a wrong or missing value, and what no field of ModelArgs stands for.
+    `name`: of the model, where it is known; it comes to end in "-int8" or "-int4" for such weights.
     """
     family = known_architecture(config)
     config = {**DEFAULTS.get(family, {}), **config}
@@ -195,12 +191,12 @@ def _switches(config: dict, family: str, fields: dict) -> dict:
     if family == "GPTNeoXForCausalLM":
         parts["parallel_residual"] = checked(config, "use_parallel_residual", bool, True)
     if family == "SmolLM3ForCausalLM":
-        interval = checked(config, "no_rope_layer_interval", int, 4)
-        rotated = [int((i + 1) % interval != 0) for i in range(fields["n_layer"])]
-        rotated = checked(config, "no_rope_layers", [int], rotated, least=0, most=1)  # 1: rotated, despite its name
-        if len(rotated) < fields["n_layer"]:
-            raise ValueError(f"config.json has {len(rotated)} no_rope_layers for {fields['n_layer']} layers")
-        parts["unrotated_layers"] = [i for i in range(fields["n_layer"]) if not rotated[i]]
+        interval, layers = checked(config, "no_rope_layer_interval", int, 4), range(fields["n_layer"])
+        every = [int((i + 1) % interval != 0) for i in layers]
+        rotated = checked(config, "no_rope_layers", [int], every, least=0, most=1)  # 1: rotated, despite its name
+        if len(rotated) < len(layers):
+            raise ValueError(f"config.json has {len(rotated)} no_rope_layers for {len(layers)} layers")
+        parts["unrotated_layers"] = [i for i in layers if not rotated[i]]
     return parts
 
 
@@ -251,13 +247,12 @@ def _rope(config: dict, family: str, fields: dict) -> dict:
             raise ValueError(f"{len(scaling[key])} rope factors in config.json do not fit: {rotary_dim // 2} are due")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError("config.json's llama3 rope scaling has a low_freq_factor that is not below high_freq_factor")
-    if kind == "dynamic" and rotary_dim == 2:
-        raise ValueError(f"config.json has dynamic rope scaling for head_dim {rotary_dim}; more is due")
+    if (kind == "dynamic" and rotary_dim == 2) or (kind == "yarn" and base == 1):
+        raise ValueError(f"{where} is not defined for head_dim {rotary_dim} and rope_theta {base}")
     parts = {"rope_base": float(base), "rotary_share": share, "rope_scaling": None if kind == "default" else scaling}
-    parts |= {"local_rope_base": checked(local, "rope_theta", float, 0.0, least=LEAST, most=MOST)} if local else {}
-    if kind in ("dynamic", "yarn", "longrope"):
-        parts |= _beyond_context(kind, scaling, fields["block_size"], where)
-    return parts
+    parts["local_rope_base"] = checked(local, "rope_theta", float, 0.0, least=LEAST, most=MOST)
+    beyond = kind in ("dynamic", "yarn", "longrope")
+    return parts | (_beyond_context(kind, scaling, fields["block_size"], where) if beyond else {})
 
 
 def _beyond_context(kind: str, found: dict, most: int, where: str) -> dict:
@@ -267,8 +262,7 @@ def _beyond_context(kind: str, found: dict, most: int, where: str) -> dict:
         return checked(found, key, float, *default, least=LEAST, most=MOST, where=where)
 
     original = checked(found, "original_max_position_embeddings", int, most, least=2, where=where)
-    original = most if kind == "dynamic" else original
-    factor = number("factor", most / original)
+    original, factor = most if kind == "dynamic" else original, number("factor", most / original)
     scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
     if kind == "dynamic":
         return {"rope_scaling": scaling, "block_size": max(most, int(most * factor))}

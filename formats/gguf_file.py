@@ -9,17 +9,7 @@ import numpy as np
 import torch
 
 from formats.checkpoint import DTYPES, Source, check_layers, rename_tensors, write_weights
-from formats.config import (
-    DEFAULTS,
-    EXPERTS,
-    FAMILIES,
-    MOST,
-    PARTLY_ROTARY,
-    architecture_of,
-    checked,
-    config_fields,
-    known_architecture,
-)
+from formats.config import MOST, architecture_of, checked, config_fields, known_architecture
 from formats.files import one_line, regular_file, shown, write_json
 from tokenizer import LLAMA3_SPLIT, load_tokenizer
 
@@ -176,8 +166,8 @@ def gguf_config(meta: Metadata, sources: dict[str, Source]) -> dict[str, Any]:
         return Metadata({f"{family}.{key}": value}).read(f"{family}.{key}", kind, *default, **limits)
 
     config: dict[str, Any] = {"architectures": [architecture_of(family)], "model_type": family}
-    name = known_architecture(config | {EXPERTS[0]: get("expert_count", int, 0)})
-    if "token_embd.weight" not in sources:
+    known_architecture(config | {"num_experts": get("expert_count", int, 0)})
+    if "token_embd.weight" not in sources or not sources["token_embd.weight"].shape:
         raise ValueError("the GGUF file has no tensor token_embd.weight")
 
     # what follows from other values, and what only has one value here
@@ -186,7 +176,7 @@ def gguf_config(meta: Metadata, sources: dict[str, Source]) -> dict[str, Any]:
     read = {"gemma2": SOFTCAPS, "gemma3": SOFTCAPS, "granite": GRANITE}.get(family, ())
     fixed = {"attention.value_length": head_dim} | {key: value for key, value in NEUTRAL.items() if key not in read}
     fixed |= {} if family == "phi3" else {"rope.scaling.attn_factor": 1}
-    fixed |= {} if name in PARTLY_ROTARY else {"rope.dimension_count": head_dim}
+    fixed |= {} if family in ("phi3", "gptneox") else {"rope.dimension_count": head_dim}
     fixed |= {"attention.sliding_window": 0} if family == "olmo2" else {}  # OLMo 3
     for key, value in (fixed | {"attention.causal": True}).items():
         if (other := get(key, bool if value is True else float, value, least=-MOST, most=MOST)) != value:
@@ -199,8 +189,8 @@ def gguf_config(meta: Metadata, sources: dict[str, Source]) -> dict[str, Any]:
     ends = {meta.token_id(name, n_tokens or vocab_size) for name in ("eos", "eot", "eom")} - {None}
 
     # 1e-05, not 9.99999974e-06
-    by_layer_norm = FAMILIES[name].get("norm") == "layer"
-    epsilon = str(np.float32(get(f"attention.layer_norm_{'' if by_layer_norm else 'rms_'}epsilon", float, most=MOST)))
+    kind = "" if family == "gptneox" else "rms_"
+    epsilon = str(np.float32(get(f"attention.layer_norm_{kind}epsilon", float, most=MOST)))
     config |= {"hidden_size": dim, "intermediate_size": get("feed_forward_length", int)}
     config |= {"num_hidden_layers": get("block_count", int), "num_attention_heads": heads}
     config |= {"num_key_value_heads": get("attention.head_count_kv", int, heads)}
@@ -228,11 +218,11 @@ def _own_keys(family: str, get: Callable, config: dict, sources: dict[str, Sourc
         largest = config["num_hidden_layers"] == LAYERS_27B[family]
         scalar = config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
         found = {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
-        caps = DEFAULTS[config["architectures"][0]]
-        found |= {key: get(key, float, caps.get(key, 0), most=MOST) or None for key in SOFTCAPS}
-        found |= {"sliding_window": config.get("sliding_window", 4096 if family == "gemma2" else None)}
+        caps = {key: get(key, float, None, most=MOST) for key in SOFTCAPS}
+        found |= {key: cap or None for key, cap in caps.items() if cap is not None}
 
     if family == "gemma3":
+        found |= {"sliding_window": config.get("sliding_window")}  # none, unlike a config.json that lacks the key
         found |= {"sliding_window_pattern": get("attention.sliding_window_pattern", int, 6, least=1)}
         found |= {"rope_local_base_freq": get("rope.freq_base_swa", float, 10000.0, most=MOST)}
     if family == "gptneox":
@@ -247,7 +237,7 @@ def _own_keys(family: str, get: Callable, config: dict, sources: dict[str, Sourc
 def _rope_keys(get: Callable, config: dict, sources: dict[str, Source]) -> dict[str, Any]:
     """The rotary embedding: its share, and its scaling of four kinds, of which two are tensors."""
     dim, head_dim = get("rope.dimension_count", int, config["head_dim"]), config["head_dim"]
-    found = {"partial_rotary_factor": dim / head_dim} if dim != head_dim else {}
+    found = {"partial_rotary_factor": dim / max(1, head_dim)} if dim != head_dim else {}
 
     # frequencies are divided by a factor (linear if no type is given; also under its older key; 0 is none) and by those
     # of a tensor

@@ -21,12 +21,11 @@ HF_NAMES |= {f"self_attn.{letter}_norm": f"attention.{letter}_norm" for letter i
 HF_NAMES |= {"pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffn_norm"}
 HF_NAMES |= {"self_attn.qkv_proj": "attention.wqkv", "mlp.gate_up_proj": "feed_forward.w13"}  # Phi-3
 # GPT-NeoX, then OPT
-HF_NAMES |= {"model.final_layer_norm": "norm"}
 HF_NAMES |= {"attention.query_key_value": "attention.wqkv", "attention.dense": "attention.wo"}
 HF_NAMES |= {"mlp.dense_h_to_4h": "feed_forward.w3", "mlp.dense_4h_to_h": "feed_forward.w2"}
-HF_NAMES |= {"model.embed_positions": "pos_embeddings", "self_attn.out_proj": "attention.wo"}
-HF_NAMES |= {"self_attn_layer_norm": "attention_norm", "final_layer_norm": "ffn_norm"}
-HF_NAMES |= {"fc1": "feed_forward.w3", "fc2": "feed_forward.w2"}
+HF_NAMES["model.final_layer_norm"] = "norm"
+HF_NAMES |= {"model.embed_positions": "pos_embeddings", "self_attn.out_proj": "attention.wo", "fc1": "feed_forward.w3"}
+HF_NAMES |= {"self_attn_layer_norm": "attention_norm", "final_layer_norm": "ffn_norm", "fc2": "feed_forward.w2"}
 PREFIXES = re.compile(r"^(gpt_neox|(model\.)?decoder|model\.language_model|language_model\.model)\.")  # for "model."
 # buffers that older folders hold, and the images' part of a multimodal model
 LEFT_OUT = re.compile(r"layers\.\d+\.attention\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\.")

@@ -18,9 +18,10 @@ import greedy
 import quantize
 import refine
 from convert_hf_checkpoint import main as convert
-from decoder import fusable, unknown_parts
+from decoder import Generator, fusable, unknown_parts
 from formats.config import FAMILIES, config_fields
 from formats.gguf_file import byte_level_tokenizer
+from kernels import cpu
 from model import ModelArgs, Transformer
 from sparse_model import SparseTransformer
 from thresholds import Cuts, load_table
@@ -264,6 +265,7 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
         "1 rope factors in config.json do not fit",
     ),
+    ("llama-yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "not defined for .* rope_theta 1.0"),
     ("gpt-neox", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "partial_rotary_factor 0.2"),
     ("gpt-neox", {"use_parallel_residual": "yes"}, "as 'use_parallel_residual', not 'yes'"),
 ]
@@ -501,7 +503,7 @@ def test_a_sentencepiece_tokenizer_without_a_space_before_the_text(tmp_path):
     assert [pieces[i] for i in ids] == ["<bos>", "ab", "\u2581a"] and tokenizer.decode(ids[1:]) == "ab a"
 
 
-# ---------------------------------------------------------------- compiled
+# ---------------------------------------------------------------- compiled and fused
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -515,3 +517,12 @@ def test_a_step_is_one_graph(folders, name):
     step = torch.compile(lambda token, position: model(token, position), fullgraph=True, backend="aot_eager")
     actual = [step(idx[:, i : i + 1], torch.tensor([i])) for i in range(36, LENGTH)]
     assert_close(torch.cat(actual, 1), expected[:, 36:])
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["phi3", "phi3-window", "llama-dynamic", "linear"])
+def test_a_fused_step_of_what_it_implements(folders, name):
+    """Among them the frequencies of a cache beyond the original context."""
+    model, idx = build(converted(folders, name)), tokens(1, 8)
+    eager = Generator(model, 1, 64, temperature=0)(idx, 50).tokens
+    assert torch.equal(Generator(model, 1, 64, temperature=0, step="fused")(idx, 50).tokens, eager)

@@ -780,7 +780,7 @@ CHECKPOINTS = {
         "'model-2-of-2.safetensors', which is missing",
     ),
     "shard outside": (lambda f: drop_shard(f, "../model.safetensors"), "'../model.safetensors' outside its folder"),
-    "architecture": (lambda f: change_config(f, architectures=["OPTForCausalLM"]), "LlamaForCausalLM, Mistral"),
+    "architecture": (lambda f: change_config(f, architectures=["BloomForCausalLM"]), "LlamaForCausalLM, Mistral"),
     "weights of another config": (lambda f: change_config(f, hidden_size=40), "do not fit its config"),
     "larger tokenizer": (larger_vocabulary, "has ids up to 309, but the model's vocabulary is 300"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in"),
