@@ -134,7 +134,7 @@ def known_architecture(config: dict) -> str:
 
 
 def config_fields(config: dict, name: str = "") -> dict:
-    """Keyword arguments of `model.ModelArgs` for a config.json; ValueError: something in it is unknown, wrong or missing.
+    """Keyword arguments of `model.ModelArgs` for a config.json; ValueError if it has anything unknown or wrong.
 
     `name`: of the model, where it is known; it comes to end in "-int8" or "-int4" for such weights.
     """

@@ -40,6 +40,9 @@ GGUF_PRE: dict[str, tuple[str, ...]] = dict.fromkeys(SINGLE_DIGITS + GPT2_PRE, (
 GGUF_PRE |= dict.fromkeys([*LLAMA3_PRE, *"dbrx smaug-bpe glm4 chatglm-bpe".split()], (LLAMA3_SPLIT,))
 QWEN2_PRE = "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2".split()
 GGUF_PRE |= dict.fromkeys(QWEN2_PRE, (LLAMA3_SPLIT.replace("{1,3}", ""),))  # digits one by one
+_UPPER, _LOWER = (rf"[{case}\p{{Lm}}\p{{Lo}}\p{{M}}]" for case in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+_WORD = rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER}*{_LOWER}+|{_UPPER}+{_LOWER}*)(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GGUF_PRE["gpt-4o"] = (_WORD + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
 GGUF_PRE["default"] = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]")
 GGUF_PRE["falcon"] = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, "[0-9][0-9][0-9]")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; sentencepiece's too

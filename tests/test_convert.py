@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -445,6 +446,17 @@ def test_pretokenizer_splits(pre, pieces):
     text = "it'S a(b 1234\n\n"
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
     assert tokenizer.decode(tokenizer.encode(text + "é<|end|>").ids) == text + "é"
+
+
+def test_the_split_of_gpt_4o():
+    """Phi-4-mini's; tiktoken's pattern of o200k_base is the reference."""
+    import regex
+    from tiktoken_ext import openai_public
+
+    text = "The HTTPServer's naïveTÉ said: I'LL go/\n\n  12345 x²  Ünder_score 中文abc\t!! \r\n 'S it's"
+    source = inspect.getsource(openai_public.o200k_base)
+    pattern = "|".join(eval(line.strip(" ,\n")) for line in source.splitlines() if line.strip().startswith('r"'))
+    assert regex.findall(gguf_file.GGUF_PRE["gpt-4o"][0], text) == regex.findall(pattern, text)
 
 
 def test_gguf_tokenizer_files(tmp_path):
