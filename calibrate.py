@@ -237,7 +237,7 @@ def plot(statistics: Statistics, path: Path) -> None:
             axis.set_title(f"layer {layer}: std {std:.3g}, kurtosis {kurtosis:.3g}", fontsize=8)
             axis.tick_params(labelsize=7, left=False, labelleft=False)
             axis.locator_params(axis="x", nbins=5)
-        row[0].set_ylabel(f"input of {', '.join(projections)}")
+        row[0].set_ylabel(f"input of {', '.join(p for p in projections if p in statistics.projections)}")
 
     figure.suptitle("Inputs (96 % of them): density, mean (red), what 50 % sparsity cuts (shaded)", fontsize=10)
 
@@ -255,6 +255,13 @@ def main(argv: list[str] | None = None) -> Statistics:
         output = o.output or output_path(folder / STATISTICS_NAME)
         model = SparseTransformer.from_checkpoint(folder, *placement(o))
         statistics = calibrate(folder, model, o.data, o.num_tokens, o.seed)
+
+        # the zeros of a ReLU cost nothing to cut: they are what threshold 0 cuts
+        if model.config.activation == "relu":
+            zeros = [
+                (statistics.get(i, "down", "magnitude")[1:] == 0).float().mean() for i in range(statistics.n_layer)
+            ]
+            print(f"inputs of down that are exactly 0: {min(zeros):.1%} to {max(zeros):.1%}, by layer")
 
     statistics.save(output)
     about = ", ".join(f"{key} {value}" for key, value in statistics.metadata.items())

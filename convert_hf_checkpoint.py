@@ -22,7 +22,7 @@ from formats.checkpoint import CHECKPOINTS, Shapes, check_absent, convert
 from formats.files import lock
 from formats.gguf_file import convert_gguf
 from formats.huggingface import convert_folder, download_snapshot
-from model import FAMILIES, ModelArgs, expected_shapes
+from model import ModelArgs, expected_shapes
 
 
 def shapes_of(config: dict) -> Shapes:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> Path:
         raise ValueError(f"{output} holds the source {local}; give another --output_dir")
     check_absent(output)
 
-    convert_source = partial(convert_gguf, architectures=FAMILIES) if o.gguf else convert_folder
+    convert_source = convert_gguf if o.gguf else convert_folder
     with lock(output):
         source = local or download_snapshot(o.repo_id)
         convert(partial(convert_source, expected_shapes=shapes_of), source, output)

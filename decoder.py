@@ -31,17 +31,20 @@ FUSED_FIELDS = set(
     "name block_size vocab_size n_layer n_head n_local_heads dim head_dim intermediate_size tie_embeddings norm_eps "
     "rope_base rope_scaling qkv_bias sliding_window windowed_layers quant groupsize".split()
 )
+FUSED_ROPE = (None, "linear", "llama3", "factors", "dynamic")  # of rope_scaling's types: no attention factor
 # The weights of a block that they read.
 FUSED_WEIGHTS = {"attention_norm.weight", "attention.wqkv.weight", "attention.wqkv.bias", "attention.wo.weight"}
 FUSED_WEIGHTS |= {"ffn_norm.weight", "feed_forward.w13.weight", "feed_forward.w2.weight"}
 
 
 def unknown_parts(config: ModelArgs) -> list[str]:
-    """What the fused steps do not implement of a model: fields that differ from their default, weights of a block."""
+    """What the fused steps do not implement: fields that differ from their default, else weights of a model's block."""
     default = vars(type(config)())
     fields = [f"{k} = {v!r}" for k, v in vars(config).items() if k not in FUSED_FIELDS and v != default[k]]
+    kind = (config.rope_scaling or {}).get("rope_type")
+    fields += [] if kind in FUSED_ROPE else [f"rope_scaling of type {kind}"]
     block = TransformerBlock(config, Projection, device="meta")
-    return fields + [name for name, _ in block.named_parameters() if name not in FUSED_WEIGHTS]
+    return fields or [name for name, _ in block.named_parameters() if name not in FUSED_WEIGHTS]
 
 
 def fusable(config: ModelArgs) -> bool:

@@ -53,6 +53,12 @@ class Statistics:
     def n_layer(self) -> int:
         return 1 + max(int(name.split(".")[0]) for name in self.tensors)
 
+    @property
+    def projections(self) -> list[str]:
+        """Those of a block, of which not each model has a gate."""
+        own = self.metadata["kind"] == "own"
+        return [p for p in PROJECTIONS if not own or f"0.{p}.column_norms" in self.tensors]
+
     def check(self) -> None:
         """Raises ValueError for tensors that are not what `get` and TEAL's histograms say, or a missing layer."""
         layers = set()
@@ -214,7 +220,7 @@ class CutTable:
 
     levels: [L], the sparsities, rising.
     tensors: "<layer>.<site>.threshold" [L, S, in] or [L, S, 1], and where the rule has shifts "<layer>.<site>.shift"
-        [L, in]; from greedy.py also "<layer>.shares" [L, 7], the sparsity of each projection's input.
+        [L, in]; from greedy.py also "<layer>.shares" [L, 7 or, without a gate, 6], the sparsity of each input.
     metadata: strings: rule, fingerprint of the checkpoint, text, tokens, ...; `quality`, if known, is JSON: "text"
         and "perplexity", pairs of (sparsity, perplexity on that text) that start with the dense model's.
     """
@@ -239,11 +245,13 @@ class CutTable:
         found = set(self.tensors) - {f"{layer}.shares" for layer in range(self.n_layer)}
         if not names or found not in (thresholds, thresholds | shifts):
             raise ValueError("tensors are missing, or it has others")
+        gateless = self.tensors["0.gate_up.threshold"].shape[1:2] == (1,)
         for name, tensor in self.tensors.items():
             _, *site, kind = name.split(".")
-            rest = {"threshold": (site and len(SITES[site[0]].projections), None), "shift": (None,)}
+            segments = site and len(SITES[site[0]].projections) - (gateless and site[0] == "gate_up")
+            rest = {"threshold": (segments, None), "shift": (None,)}
             least = -math.inf if kind == "shift" else 0.0
-            check_tensor(name, tensor, (len(levels), *rest.get(kind, (len(PROJECTIONS),))), least)
+            check_tensor(name, tensor, (len(levels), *rest.get(kind, (len(PROJECTIONS) - gateless,))), least)
         self.perplexity_at(0.0)
 
     @property
@@ -364,13 +372,13 @@ class RuleInputs(NamedTuple):
 def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
     """TEAL's uniform rule (arXiv 2408.14690, section 4.1): every projection's inputs are cut to the same sparsity."""
     statistics = inputs.statistics()
-    return cuts_of_shares(statistics, [dict.fromkeys(PROJECTIONS, sparsity)] * statistics.n_layer, sparsity)
+    return cuts_of_shares(statistics, [dict.fromkeys(statistics.projections, sparsity)] * statistics.n_layer, sparsity)
 
 
 def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], sparsity: float) -> Cuts:
     """Cuts that make the inputs of each layer's projections as sparse as `shares` says. Raises as `threshold` does."""
     thresholds = [
-        torch.tensor([[statistics.threshold(layer, p, share[p])] for p in site.projections])
+        torch.tensor([[statistics.threshold(layer, p, share[p])] for p in site.projections if p in share])
         for layer, share in enumerate(shares)
         for site in SITES.values()
     ]

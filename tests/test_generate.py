@@ -25,8 +25,9 @@ from cli import command_line
 from decoder import Generation, Generator, sample
 from formats import default_model
 from formats.checkpoint import fingerprint
+from formats.named_configs import transformer_configs
 from generate import count_kept
-from model import KVCache, Transformer, read_config, transformer_configs
+from model import KVCache, Transformer, read_config
 from sparse_model import SparseTransformer
 from thresholds import Cuts, CutTable, Statistics, load_statistics
 from tokenizer import load_tokenizer
@@ -1051,7 +1052,7 @@ CHECKPOINTS = {
         "'model-2-of-2.safetensors', which is missing",
     ),
     "shard outside": (lambda f: drop_shard(f, "../model.safetensors"), "'../model.safetensors' outside its folder"),
-    "architecture": (lambda f: change_config(f, architectures=["OPTForCausalLM"]), "LlamaForCausalLM, Mistral"),
+    "architecture": (lambda f: change_config(f, architectures=["BloomForCausalLM"]), "LlamaForCausalLM, Mistral"),
     "weights of another config": (lambda f: change_config(f, hidden_size=40), "do not fit its config"),
     "larger tokenizer": (larger_vocabulary, "has ids up to 309, but the model's vocabulary is 300"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in"),
