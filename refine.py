@@ -293,14 +293,24 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
             table.append(cuts)
             yield
 
-    # round the table, and record the quality of what is kept
+    text = "held-out calibration text" if held_out else "the calibration text"
+    finish(model, table, unseen, text)
+
+
+def finish(model: SparseTransformer, table: CutTable, windows: Tensor, text: str) -> None:
+    """Rounds a table to float16 and records the quality of what is kept: perplexities on windows [N, T] of `text`."""
     table.halve()
-    perplexities = [(0.0, perplexity_of(model, unseen, cut=False))]
+    perplexities = [(0.0, perplexity_of(model, windows, cut=False))]
     for i, level in enumerate(table.levels):
         model.set_cuts(table.level(i))
-        perplexities.append((level, perplexity_of(model, unseen, cut=True)))
-    text = "held-out calibration text" if held_out else "the calibration text"
+        perplexities.append((level, perplexity_of(model, windows, cut=True)))
     table.metadata["quality"] = json.dumps({"text": text, "perplexity": perplexities})
+
+
+def print_quality(table: CutTable) -> None:
+    quality = json.loads(table.metadata["quality"])
+    for sparsity, perplexity in quality["perplexity"]:
+        print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on {quality['text']}")
 
 
 def main(argv: list[str] | None = None) -> CutTable:
@@ -319,7 +329,5 @@ def main(argv: list[str] | None = None) -> CutTable:
     metadata = table_metadata("refined", folder, text, tokens, [tokens], updates=o.updates, dtype=o.precision)
     table = make_table(output, CutTable([], {}, metadata), partial(refine, model, tokens, o.updates))
     print(f"{output}: refined cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
-    quality = json.loads(table.metadata["quality"])
-    for sparsity, perplexity in quality["perplexity"]:
-        print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on {quality['text']}")
+    print_quality(table)
     return table

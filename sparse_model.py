@@ -68,9 +68,9 @@ class SparseProjection(UncastBuffers):
         self.register_load_state_dict_pre_hook(_transpose_on_load)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, in] -> [B, T, out]
-        if self.dense_prefix is not None:
+        if self.dense_prefix is not None and self.dense_prefix < x.shape[1]:
             y = self._cut_after(self.dense_prefix, x)
-        elif x.shape[1] == 1:
+        elif self.dense_prefix is None and x.shape[1] == 1:
             y = self._sparse_product(sparse_gemv, x[:, 0])[:, None]
         else:
             y = x @ self.dequantized(x.dtype)

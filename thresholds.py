@@ -150,13 +150,13 @@ def _quantile(sparsity: float, share: float, cumulative: np.ndarray | Tensor, va
 
 def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
     """Reads what `Statistics.save` wrote. Raises ValueError for no such file, or one of another checkpoint's folder."""
-    statistics = _read(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
+    statistics = read_artifact(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
     if folder:
         check_fingerprint(statistics.metadata.get("fingerprint"), folder, "the statistics are", "calibrate.py")
     return statistics
 
 
-def _read(path: str | Path, make: Callable, form: str, what: str, again: str):
+def read_artifact(path: str | Path, make: Callable, form: str, what: str, again: str):
     """What `make` makes of tensors and metadata of a safetensors file whose metadata name this form; it is checked."""
     if not Path(path).exists():
         raise ValueError(f"no {what} file at {path}; {again}")
@@ -314,7 +314,7 @@ def load_table(path: str | Path, folder: Path | None = None) -> CutTable:
     """Reads what `CutTable.save` wrote. Raises ValueError as `load_statistics` does, and for an old or damaged file."""
     if Path(path).name in OLD_FILES:
         raise ValueError(_of_an_earlier_version(Path(path)))
-    table = _read(path, CutTable.of_file, TABLE_FORMAT, "cut table", "make it with greedy.py or refine.py")
+    table = read_artifact(path, CutTable.of_file, TABLE_FORMAT, "cut table", "make it with greedy.py or refine.py")
     if folder:
         script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
         check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
