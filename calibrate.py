@@ -141,13 +141,13 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
 
 
 def self_written_text(
-    model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0, row: int = OWN_ROW
+    model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0, row: int | None = None
 ) -> Tensor:
     """Text that the dense model writes at temperature 1: rows [N, T], int64, each from the start token on.
 
-    Rows have up to `row` tokens, all rows at least `num_tokens`. Raises as `write_tails`.
+    Rows have up to `row` (128) tokens, all rows at least `num_tokens`. Raises as `write_tails`.
     """
-    length = max(2, min(row, model.config.block_size, num_tokens))
+    length = max(2, min(row or OWN_ROW, model.config.block_size, num_tokens))
     return write_tails(model, torch.full((-(-num_tokens // length), length), start_token), 1, seed)
 
 
@@ -180,7 +180,12 @@ def write_tails(model: SparseTransformer, rows: Tensor, begun: int, seed: int = 
 
 
 def calibration_tokens(
-    folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int, context: int = 0
+    folder: Path,
+    model: SparseTransformer,
+    data: list[str] | None,
+    num_tokens: int,
+    seed: int,
+    context: int | None = None,
 ) -> tuple[Tensor, str]:
     """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
@@ -192,7 +197,7 @@ def calibration_tokens(
         names = " ".join(Path(source).name for source in data)
         return text_windows(data, tokenizer, num_tokens, context or model.config.block_size), names
     start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
-    text = self_written_text(model, start, num_tokens, seed, context or OWN_ROW)
+    text = self_written_text(model, start, num_tokens, seed, context or None)
     return text, f"the model's own, seed {seed}"
 
 
