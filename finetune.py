@@ -37,6 +37,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -54,20 +55,9 @@ from formats.checkpoint import Source, check_absent, convert, copy_files, finger
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, shown, write_json, write_output
 from model import FUSED, read_config
-from refine import dense_prefix, finish, print_quality, scaled_to
-from sparse_model import SITES, SparseProjection, SparseTransformer
-from thresholds import (
-    RULES,
-    STATISTICS_NAME,
-    Cuts,
-    CutTable,
-    cuts_for,
-    find_table,
-    load_table,
-    read_artifact,
-    table_metadata,
-    table_name,
-)
+from refine import rescaled
+from sparse_model import SITES, SparseProjection, SparseTransformer, dense_prefix_of
+from thresholds import STATISTICS_NAME, Cuts, cuts_for, read_artifact, table_metadata, table_name, table_of
 
 STATE_FORMAT = "state of a finetuning run 1"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -137,20 +127,12 @@ def tuned_copy(model: SparseTransformer, rows: list[Cuts], length: int, o: argpa
     for layer, block in enumerate(student.layers):
         for i, site in enumerate(SITES.values(), len(SITES) * layer):
             cuts = [(row.thresholds[i], row.shifts[i]) for row in rows]
-            tuned = TunedProjection(model.sites[i], cuts, dense_prefix(length), o.alpha / o.rank)
+            tuned = TunedProjection(model.sites[i], cuts, dense_prefix_of(length), o.alpha / o.rank)
             for projection in site.projections:
                 if projection in o.targets:
                     tuned.add_lora(projection, o.rank, generator)
             block.set_submodule(site.module, tuned)
     return student
-
-
-def prepare_blocks(student: SparseTransformer, teacher: SparseTransformer, compiled: bool) -> None:
-    """Compiles the blocks, if asked to, and lets those of the student keep their inputs alone for the gradient."""
-    for block in (*student.layers, *teacher.layers):
-        block.forward = torch.compile(block.forward, dynamic=False) if compiled else block.forward
-    for block in student.layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def loss_and_gradient(hidden: Tensor, target: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,8 +157,12 @@ class Training:
     def __init__(self, model: SparseTransformer, rows: list[Cuts], windows: Tensor, o: argparse.Namespace):
         self.o, self.windows, self.head = o, windows.to(model.device), model.output_weight
         self.student, self.teacher = tuned_copy(model, rows, windows.shape[1], o), without_head(model)
-        prepare_blocks(self.student, self.teacher, o.compile)
-        self.loss_and_gradient = torch.compile(loss_and_gradient) if o.compile else loss_and_gradient
+        compiled = partial(torch.compile, dynamic=False) if o.compile else lambda function: function
+        self.loss_and_gradient = compiled(loss_and_gradient)
+        for block in (*self.student.layers, *self.teacher.layers):
+            block.forward = compiled(block.forward)
+        for block in self.student.layers:  # only its input is kept for the gradient
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
         self.parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -244,62 +230,53 @@ class Training:
                 yield
 
 
-class TrainingState:
-    """What a run goes on from: the file's tensors, and the options that it was started with, as metadata."""
+class SavedState(NamedTuple):
+    """What a run goes on from; the metadata are the options that it was started with."""
 
-    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
-        self.tensors, self.metadata = tensors, metadata
-
-    @classmethod
-    def of(cls, training: Training, metadata: dict[str, str]) -> "TrainingState":
-        tensors = {"losses": training.losses}
-        for name, parameter in training.parameters.items():
-            moments = training.optimizer.state[parameter]
-            tensors |= {name: parameter.detach()}
-            tensors |= {f"{name}.{kind}": moments[kind] for kind in MOMENTS}
-        return cls({name: tensor.cpu() for name, tensor in tensors.items()}, metadata)
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
 
     def check(self) -> None:
-        """Raises ValueError where the losses are missing."""
         if "losses" not in self.tensors:
             raise ValueError("losses are missing")
 
-    def check_options(self, path: Path, metadata: dict[str, str]) -> None:
-        """Raises ValueError if a run of these options cannot go on from here."""
-        meaning = {"fingerprint": "checkpoint", "inputs": "text or cut table"}
-        for name, value in metadata.items():
-            if (found := self.metadata.get(name)) != value:
-                kept = f"{path} is of a run with another {meaning.get(name, name)}: {shown(found)}, now {shown(value)}"
-                raise ValueError(f"{kept}; go on with the same, delete the file, or give another --output_dir")
 
-    def restore(self, training: Training) -> None:
-        training.losses = self.tensors["losses"]
-        for name, parameter in training.parameters.items():
-            step = torch.tensor(float(len(training.losses)), device=parameter.device)
-            moments = {kind: self.tensors[f"{name}.{kind}"].to(parameter) for kind in MOMENTS}
-            training.optimizer.state[parameter] = {"step": step, **moments}
-            parameter.data.copy_(self.tensors[name])
-
-    def save(self, path: Path) -> None:
-        write_output(path, serialize(self.tensors, {"format": STATE_FORMAT, **self.metadata}))
+def save_state(training: Training, path: Path, metadata: dict[str, str]) -> None:
+    tensors = {"losses": training.losses}
+    for name, parameter in training.parameters.items():
+        moments = training.optimizer.state[parameter]
+        tensors |= {name: parameter.detach().cpu(), **{f"{name}.{kind}": moments[kind].cpu() for kind in MOMENTS}}
+    write_output(path, serialize(tensors, {"format": STATE_FORMAT, **metadata}))
 
 
-def train(training: Training, path: Path, metadata: dict[str, str]) -> float:
-    """Runs all steps, on from the state in `path` if there is one; returns tokens per second. Raises as `run` does."""
+def resume(training: Training, path: Path, metadata: dict[str, str]) -> None:
+    """Sets what `save_state` kept. Raises ValueError for a damaged file, and if a run of other options made it."""
+    state = read_artifact(path, SavedState, STATE_FORMAT, "state of finetuning", "delete it")
+    meaning = {"fingerprint": "checkpoint", "inputs": "text or cut table"}
+    for name, value in metadata.items():
+        if (found := state.metadata.get(name)) != value:
+            kept = f"{path} is of a run with another {meaning.get(name, name)}: {shown(found)}, now {shown(value)}"
+            raise ValueError(f"{kept}; go on with the same, delete the file, or give another --output_dir")
+
+    training.losses = state.tensors["losses"]
+    for name, parameter in training.parameters.items():
+        moments = {kind: state.tensors[f"{name}.{kind}"].to(parameter) for kind in MOMENTS}
+        moments["step"] = torch.tensor(float(len(training.losses)), device=parameter.device)
+        training.optimizer.state[parameter] = moments
+        parameter.data.copy_(state.tensors[name])
+    done = f"step {len(training.losses)} of {training.steps}"
+    warnings.warn(f"goes on where an earlier run stopped, after {done}, from {path}", stacklevel=3)
+
+
+def train(training: Training, path: Path, metadata: dict[str, str]) -> None:
+    """Runs all steps, on from the state in `path` if there is one. Raises ValueError as `resume` and `run` do."""
     if path.exists():
-        state = read_artifact(path, TrainingState, STATE_FORMAT, "state of finetuning", "delete it")
-        state.check_options(path, metadata)
-        state.restore(training)
-        done = f"step {len(training.losses)} of {training.steps}"
-        warnings.warn(f"goes on where an earlier run stopped, after {done}, from {path}", stacklevel=2)
-
-    begun, saved = len(training.losses), time.monotonic()
-    start = saved
+        resume(training, path, metadata)
+    saved = time.monotonic()
     for _ in training.run():
         if time.monotonic() - saved >= SAVE_SECONDS or len(training.losses) == training.steps:
-            TrainingState.of(training, metadata).save(path)
+            save_state(training, path, metadata)
             saved = time.monotonic()
-    return (training.steps - begun) * training.o.batch_size * training.windows.shape[1] / (time.monotonic() - start)
 
 
 def merged_weights(folder: Path, student: SparseTransformer) -> dict[str, Source]:
@@ -339,12 +316,9 @@ def cuts_of_rows(o: argparse.Namespace, folder: Path, model: SparseTransformer) 
         raise ValueError(f"--batch_size {o.batch_size} has no row for each of {len(levels)} levels of sparsity")
     statistics = partial(statistics_for, folder, None, model)
     rule, last = cuts_for(o.thresholds, levels[-1] or 0.5, folder, statistics)
-    cuts = [cuts_for(rule, level, folder, statistics)[1] if level else never_cut(last) for level in levels]
+    nothing = Cuts(0.0, [torch.full_like(threshold, -1.0) for threshold in last.thresholds], last.shifts)
+    cuts = [cuts_for(rule, level, folder, statistics)[1] if level else nothing for level in levels]
     return rule, [cuts[r % len(cuts)] for r in range(o.batch_size)]
-
-
-def never_cut(cuts: Cuts) -> Cuts:
-    return cuts._replace(sparsity=0.0, thresholds=[torch.full_like(t, -1.0) for t in cuts.thresholds])
 
 
 def training_text(o: argparse.Namespace, folder: Path, model: SparseTransformer) -> tuple[Tensor, Tensor, dict]:
@@ -365,19 +339,6 @@ def training_text(o: argparse.Namespace, folder: Path, model: SparseTransformer)
         own = write_tails(model, begun, max(1, tokens.shape[1] // OWN_PREFIX), o.seed).cpu()
         windows, amounts["the model's own after the beginnings of these"] = torch.cat((windows, own)), own.numel()
     return windows, held_out, amounts
-
-
-def tuned_table(rule: str, folder: Path, model: SparseTransformer, held_out: Tensor) -> CutTable | None:
-    """The table of the rule (or file), scaled for the tuned model, with its quality; None for a rule without one."""
-    table = find_table(rule, folder) if rule in RULES else load_table(rule, folder)
-    if table is None:
-        return None
-    levels = map(table.level, range(len(table.levels)))
-    scaled = CutTable([], {}, {name: value for name, value in table.metadata.items() if name != "quality"})
-    for cuts in tqdm(levels, total=len(table.levels), desc="scaling thresholds", unit="level"):
-        scaled.append(scaled_to(model, held_out, cuts.sparsity, cuts, every=True))
-    finish(model, scaled, held_out, "held-out text of finetuning")
-    return scaled
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -405,14 +366,15 @@ def main(argv: list[str] | None = None) -> Path:
 
         # train
         training, state = Training(model, rows, windows, o), output.with_name(f"{output.name}.state.safetensors")
-        speed = train(training, state, metadata)
-        made = {"options": metadata, "text_tokens": amounts, "steps": training.steps, "tokens_per_second": round(speed)}
+        train(training, state, metadata)
+        made = {"options": metadata, "text_tokens": amounts, "steps": training.steps}
         made |= {"tokens_seen": training.steps * o.batch_size * windows.shape[1], "losses": training.losses.tolist()}
 
-        # the cuts of what became of it
+        # the cuts of what became of it; uniform ones follow from statistics
         weights = merged_weights(folder, training.student)
         merge(model, training.student)
-        table = tuned_table(rule, folder, model, held_out)
+        if table := table_of(rule, folder):
+            table = rescaled(model, table, held_out, "held-out text of finetuning")
 
         def write(folder: Path, part: Path) -> None:
             copy_files(folder, part)
@@ -428,5 +390,5 @@ def main(argv: list[str] | None = None) -> Path:
     seen = f"{made['tokens_seen']:,} tokens in all, of {json.dumps(amounts)}"
     print(f"{output}: tuned on {seen}; use it as --checkpoint_path")
     if table:
-        print_quality(table)
+        print(table.quality_report())
     return output

@@ -303,6 +303,12 @@ class CutTable:
         value = float(np.exp(np.interp(sparsity, sparsities, np.log(perplexities))))
         return perplexities[0], value, record["text"]
 
+    def quality_report(self) -> str:
+        """The record of quality, a line per sparsity."""
+        quality = json.loads(self.metadata["quality"])
+        lines = (f"{sparsity:4.0%} cut: perplexity {value:.2f}" for sparsity, value in quality["perplexity"])
+        return "\n".join(f"{line} on {quality['text']}" for line in lines)
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot, or if `check` does."""
         self.check()
@@ -445,7 +451,12 @@ def cuts_for(
     return rule, load_table(rule, folder).at(sparsity)
 
 
+def table_of(rule: str, folder: Path | None) -> CutTable | None:
+    """The table from which `cuts_for` took the cuts of this rule or file; None for a rule without one."""
+    return find_table(rule, folder) if rule in RULES else load_table(rule, folder)
+
+
 def recorded_perplexity(rule: str, folder: Path | None, sparsity: float) -> tuple[float, float, str] | None:
-    """`CutTable.perplexity_at` of the table that `cuts_for` took for this rule or file; None without a record."""
-    table = find_table(rule, folder) if rule in RULES else load_table(rule)
+    """`CutTable.perplexity_at` of `table_of` this rule or file; None without a record."""
+    table = table_of(rule, folder)
     return table and table.perplexity_at(sparsity)

@@ -19,7 +19,7 @@ from finetune import Training, merge
 from formats.checkpoint import load_weights
 from formats.files import read_json
 from model import Transformer
-from sparse_model import SparseTransformer
+from sparse_model import SparseTransformer, dense_prefix_of
 from thresholds import STATISTICS_NAME, Cuts, load_statistics, load_table
 
 TABLE = "thresholds_refined.safetensors"
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_plain_torch(loss, shifted, monkeypatch):
     training = training_of(model, windows, rows, loss=loss, rank=4, alpha=6.0, targets="q v o up down".split())
     fill_b(training)
     assert len(training.parameters) == 2 * 5 * 2
-    copies = reference(plain, training, rows, refine.dense_prefix(40))
+    copies = reference(plain, training, rows, dense_prefix_of(40))
 
     # of the reference
     batch = windows[training.order]
@@ -118,17 +118,20 @@ def test_merged_weights_run_as_the_model_in_training(dtype):
         tuned = F.linear(training.student(windows), training.head)
     merge(model, training.student)
     model.set_cuts(rows[0])
-    merged = model(windows, dense_prefix=refine.dense_prefix(40))
+    merged = model(windows, dense_prefix=dense_prefix_of(40))
     # in bfloat16 an input near its threshold may be cut in one and kept in the other
     difference, change = (merged - tuned).abs().mean(), (merged - before).abs().mean()
     assert change > 0.3 and difference < (1e-5 if dtype == torch.float32 else 0.1) * change
 
 
-def test_a_level_of_zero_is_dense():
+def test_a_level_of_zero_is_dense(monkeypatch):
     model, windows = build(SparseTransformer), random_tokens(2, 40)
     windows[1] = windows[0]
     cuts = random_cuts(model, 0.5, 1)
-    hidden = training_of(model, windows, [cuts, finetune.never_cut(cuts)]).student(windows)
+    monkeypatch.setattr(finetune, "cuts_for", lambda *_: ("refined", cuts))
+    rule, rows = finetune.cuts_of_rows(options.finetune(flags(sparsity=[0, 0.5], batch_size=5)), None, model)
+    assert rule == "refined" and [row.sparsity for row in rows] == [0, 0.5, 0, 0.5, 0]
+    hidden = training_of(model, windows, rows[1:3]).student(windows)
     dense = finetune.without_head(model)(windows)
     torch.testing.assert_close(hidden[1], dense[0], atol=1e-5, rtol=1e-5)
     assert (hidden[0] - dense[0]).abs().mean() > 0.1
