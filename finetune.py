@@ -223,7 +223,7 @@ class Training:
                 # look at the losses of the last few steps
                 recent = torch.stack(new).cpu()
                 if not recent.isfinite().all():
-                    raise not_finite(self.student.dtype, "the loss")
+                    raise not_finite(self.student.dtype, f"the loss at --learning_rate {self.o.learning_rate:g}")
                 progress.set_postfix_str(f"{self.o.loss} {recent.mean():.4f} nats per token")
                 progress.update(len(new) * tokens)
                 self.losses, new, looked = torch.cat((self.losses, recent)), [], time.monotonic()
