@@ -340,7 +340,7 @@ def test_what_cannot_be_tuned(base, tmp_path):
     table = load_table(copy / TABLE)
     table.metadata.pop("fingerprint")
     table.save(copy / TABLE)
-    with pytest.raises(ValueError, match="the loss at --learning_rate 0.01 in float32 is not finite"):
+    with pytest.raises(ValueError, match=r"the loss at --learning_rate 0\.01 in float32 is not finite"):
         tune(copy, data=base / "text.txt", output_dir=tmp_path / "out")
 
 
