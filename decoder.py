@@ -106,8 +106,9 @@ class FusedGpuStep:
         arrived = buffer(rows, config.n_local_heads, dtype=torch.int32)
         self.chunks = fused_step.Chunks(buffer(rows, splits, q), buffer(rows, splits, config.n_head), arrived)
         self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size + rstd_buffer)
-        most = max((rows + rows % 2) * module.threshold.numel() + 64 for module in model.sites)
-        self.prepared = few_rows.Prepared(buffer(most), buffer(most // 32 + 1024, dtype=torch.int32))
+        most = max(len(m.widths) * (-(-len(m.weight) // 32) * 32) for m in model.sites)  # inputs of all segments
+        made = buffer((rows + 3) // 4 * 4 * most, dtype=model.dtype)
+        self.prepared = few_rows.Prepared(made, buffer(rows * most // 32, dtype=torch.int32))
 
         # the sampling's room, and what goes from step to step
         self.top = buffer(rows, -(-config.vocab_size // fused_step.HEAD_ROWS))
@@ -197,8 +198,8 @@ class FusedGpuStep:
 
         scale, norm, x = model.output and model.output.scale, self.head_norm, h
         if rows > 1:
-            x, room, strides = self.x, self.prepared._replace(made=self.x), (model.config.dim, 1)
-            self.few_rows.launch_prepare(h, self.head_operation, None, room, strides, norm=norm, pdl=pdl)
+            x, prepared = self.x, self.prepared._replace(made=self.x)
+            self.few_rows.launch_prepare(h, self.head_operation, None, prepared, norm=norm, pdl=pdl)
             norm = None
         kernels.launch_head(x, norm, model.output_weight, scale, self.logits, self.top, pdl)
         state = self.seed, self.position, self.token, self.tokens
