@@ -1,27 +1,24 @@
 """Fused steps of several rows, and of several positions of one text: each row as it is alone, to the bit on a GPU."""
 
+import numpy as np
 import pytest
 import torch
-from models import FUSED, build_cut, caches, random_tokens
+from models import FUSED, build_cut, caches
 
 pytest.importorskip("triton")
 
 from decoder import FusedGpuStep
-from kernels.plan import plan_for
-from kernels.few_rows import rows_plan
-from kernels.quantized import Form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [70, 3, 40, 65, 1, 20, 33, 64]  # of the rows' prompts
-WIDE = {"dim": 512, "n_head": 8, "intermediate_size": 5120, "std": 0.05}
-INT4 = {"quant": "int4", "groupsize": 16, "intermediate_size": 176}
 MODELS = {
     "16 bits": {},
     "window, biases": {"sliding_window": 5, "qkv_bias": True},
     "shifted": {"shifted": True},
-    "int8, shifted": {"quant": "int8", "shifted": True},
-    "int4": INT4,
+    "int8, shifted": {"quant": "int8", "shifted": True, "n_layer": 1},
+    "int4": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "n_layer": 1},
 }
+WIDE = {"dim": 512, "n_head": 8, "intermediate_size": 5120, "std": 0.05}
 WIDE_MODELS = {
     "wide": WIDE,
     "wide, shifted": WIDE | {"shifted": True},
@@ -31,49 +28,102 @@ WIDE_MODELS = {
 PLANS = {"strands of 128": {"resident": 80}, "very wide": {"resident": 80, "very_wide": 8192}, "small": {}}
 
 
-def steps_of(model, rows: list[int], sparsity: float, prompts, steps: int):
-    """Logits [steps, rows, vocab] and tokens of these rows in one batch."""
-    model.setup_caches(len(rows), 96)
-    for key, value in zip(caches(model)[::2], caches(model)[1::2], strict=True):
-        key.zero_(), value.zero_()
-    single = type(model)
-    for at, row in enumerate(rows):
-        for cache, saved in zip(caches(model), prompts[row][1], strict=True):
-            cache[at, :, : LENGTHS[row]] = saved
-    model.sparsity = sparsity
-    step = FusedGpuStep(model, 0.8, 20, dense=not sparsity)
-    step.pdl = DEVICE == "cuda" and step.pdl
-    token = torch.tensor([prompts[row][0] for row in rows], device=DEVICE)
-    step.start(token, [LENGTHS[row] for row in rows], [50 + row for row in rows])
+def empty_caches(model, rows: int) -> list[torch.Tensor]:
+    """The model's caches, of these rows and 96 positions, zeroed."""
+    model.setup_caches(rows, 96)
+    return [tensor.zero_() for tensor in caches(model)]
+
+
+def saved_prompt(model, row: int) -> list[torch.Tensor]:
+    """Random keys and values [H, P, D] of the row's prompt, in the order of `caches`."""
+    generator = torch.Generator().manual_seed(row)
+    shapes = [cache[0, :, : LENGTHS[row]].shape for cache in empty_caches(model, 1)]
+    return [torch.randn(shape, generator=generator).to(model.device, model.dtype) for shape in shapes]
+
+
+def run(step: FusedGpuStep, tokens: list[int], positions: list[int], seeds: list[int], steps: int = 1):
+    """Logits [rows, steps, vocab], and tokens [rows, steps], of these rows in one batch."""
+    step.start(torch.tensor(tokens, device=DEVICE), positions, seeds)
     logits = []
     for _ in range(steps):
         step.replay() if DEVICE == "cuda" else step.step()
-        logits.append(step.logits[:, : model.config.vocab_size].clone())
-    tokens = [step.tokens[at, LENGTHS[row] : LENGTHS[row] + steps + 1].clone() for at, row in enumerate(rows)]
-    return torch.stack(logits), torch.stack(tokens)
+        logits.append(step.logits[:, :101].clone())
+    drawn = [row[at + 1 : at + 1 + steps].clone() for row, at in zip(step.tokens, positions, strict=True)]
+    return torch.stack(logits, dim=1), torch.stack(drawn)
 
 
-def prompt_caches(model, row: int):
-    """A first token for the row, and random keys and values of its prompt."""
-    generator = torch.Generator().manual_seed(row)
-    model.setup_caches(1, 96)
-    saved = [torch.randn(c[0, :, : LENGTHS[row]].shape, generator=generator).to(c) for c in caches(model)]
-    return row + 5, saved
+def assert_equal(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """To the bit on a GPU; the interpreter's matrix products round by their shapes."""
+    if DEVICE == "cuda":
+        assert torch.equal(logits, expected)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("rows", [[1, 0], [2, 1, 0, 3, 4, 5, 6, 7]])
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-@pytest.mark.parametrize("name", MODELS)
-def test_rows_equal_their_single_runs(name, sparsity, rows):
-    if DEVICE == "cpu":
-        rows = rows[:5]
-    model = build_cut(FUSED, dtype=torch.bfloat16, device=DEVICE, **MODELS[name])
-    prompts = {row: prompt_caches(model, row) for row in rows}
-    steps = 1 if DEVICE == "cpu" else 8
-    logits, tokens = steps_of(model, rows, sparsity, prompts, steps)
+def steps_of(model, rows: list[int], prompts: dict, dense: bool):
+    """Logits and tokens of some steps of these rows in one batch, each behind its own prompt."""
+    for cache, *saved in zip(empty_caches(model, len(rows)), *(prompts[row] for row in rows), strict=True):
+        for own, tensor in zip(cache, saved, strict=True):
+            own[:, : tensor.shape[1]] = tensor
+    step = FusedGpuStep(model, 0.8, 20, dense=dense)
+    positions = [LENGTHS[row] for row in rows]
+    return run(step, [row + 5 for row in rows], positions, [50 + row for row in rows], 8 if DEVICE == "cuda" else 1)
+
+
+@pytest.fixture(autouse=DEVICE == "cpu")
+def true_splats(monkeypatch):
+    """The interpreter makes a tensor of a scalar truth value one of integers, which it then takes for no mask."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_splat(self, ret_ty, arg):
+        data = np.full(ret_ty.shape, arg.data, dtype=arg.data.dtype)
+        return TensorHandle(data, arg.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_splat", create_splat)
+
+
+FEW, ALL = [1, 0], [2, 1, 0, 3, 4, 5, 6, 7]
+CASES = [(name, sparsity, rows) for name in MODELS for sparsity in (0.0, 0.5) for rows in (FEW, ALL)]
+if DEVICE == "cpu":  # which takes 5 s for a row of 16 bits
+    CASES = [("shifted", 0.5, ALL[:3]), ("window, biases", 0.0, FEW), ("int8, shifted", 0.5, FEW), ("int4", 0.5, FEW)]
+
+
+def check_rows(model, rows: list[int], dense: bool) -> None:
+    """That a batch of these rows gives each the logits and tokens that it has alone."""
+    prompts = {row: saved_prompt(model, row) for row in rows}
+    logits, tokens = steps_of(model, rows, prompts, dense)
     for at, row in enumerate(rows):
-        alone, own = steps_of(model, [row], sparsity, prompts, steps)
-        if DEVICE == "cuda":
-            assert torch.equal(logits[:, at], alone[:, 0])
-        torch.testing.assert_close(logits[:, at], alone[:, 0], rtol=0, atol=2e-3 * alone.abs().max().item())
+        alone, own = steps_of(model, [row], prompts, dense)
+        assert_equal(logits[at], alone[0])
         assert torch.equal(tokens[at], own[0])
+
+
+@pytest.mark.parametrize(("name", "sparsity", "rows"), CASES)
+def test_rows_equal_their_single_runs(name, sparsity, rows):
+    check_rows(build_cut(FUSED, dtype=torch.bfloat16, device=DEVICE, **MODELS[name]), rows, dense=not sparsity)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", WIDE_MODELS)
+def test_rows_of_wide_models(name, plan, monkeypatch):
+    """Widths that tiles divide, so that rows of W are prefetched, and tiles of all kinds."""
+    for constant, value in PLANS[plan].items():
+        monkeypatch.setattr(f"kernels.plan.{constant.upper()}", value)
+    check_rows(build_cut(FUSED, dtype=torch.bfloat16, device=DEVICE, **WIDE_MODELS[name]), ALL, dense=False)
+
+
+@pytest.mark.parametrize("name", MODELS if DEVICE == "cuda" else ["window, biases"])
+def test_drafts_equal_steps_of_one_row(name):
+    """Three positions of a text at once, where one chunk of attention ends, as one after the other: the caches too."""
+    model = build_cut(FUSED, dtype=torch.bfloat16, device=DEVICE, **MODELS[name])
+    saved, tokens, at = saved_prompt(model, 0), [9, 8, 7], [62, 63, 64]
+    results = []
+    for drafts in (0, 3):
+        for cache, tensor in zip(empty_caches(model, 1), saved, strict=True):
+            cache[0, :, : at[0]] = tensor[:, : at[0]]
+        step = FusedGpuStep(model, 0.8, 20, drafts=drafts)
+        size = drafts or 1
+        outputs = [run(step, tokens[i : i + size], at[i : i + size], [4] * size) for i in range(0, 3, size)]
+        results.append([torch.cat(each) for each in zip(*outputs, strict=True)] + [c.clone() for c in caches(model)])
+    for one, many in zip(*results, strict=True):
+        assert_equal(many.float(), one.float())
