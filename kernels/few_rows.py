@@ -69,7 +69,7 @@ def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, 
     if rows > 4:
         groups = triton.cdiv(n_groups, max(1, RESIDENT_8 // tiles))
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
-    at_once = min(8 if bits < 16 and rows > 2 or rows in (3, 4) else 16, BLOCK_IN // strands)
+    at_once = min(16 if rows <= 2 or (bits == 16 and 4 < rows < 8) else 8, BLOCK_IN // strands)
     return RowsPlan(plan.blocks, strands, plan.rows > 0, block_out, groups, at_once, ahead)
 
 
@@ -371,7 +371,7 @@ def launch_rows(
 
 def launch_prepare(
     x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, *,
-    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
+    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False, num_warps: int = 1,
 ) -> None:
     """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
 
