@@ -58,7 +58,9 @@ def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, 
     Triton lays a masked tile of 16 bits over a warp 8 outputs at a time, so that 256 outputs are one strand, 64 are 4.
     A thread keeps 4 or 8 outputs of each row, and what has left for the grid, in registers.
     """
-    strands = 1 if plan.rows else max(1, (256 if bits == 16 else 128) // plan.block_out)
+    strands = 1
+    if not plan.rows and sum(segments) % 16 == 0:  # else the loads of one row are not vectors
+        strands = max(1, (256 if bits == 16 else 128) // plan.block_out)
     by_thread = 16 if bits == 4 and rows <= 2 else 8 if bits < 16 or rows <= 4 else 4
     block_out = 32 * by_thread // strands
     tiles = sum(triton.cdiv(width, block_out) for width in segments)
@@ -67,7 +69,7 @@ def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, 
     if rows > 4:
         groups = triton.cdiv(n_groups, max(1, RESIDENT_8 // tiles))
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
-    at_once = min(16 if rows <= 2 else 8, BLOCK_IN // strands)
+    at_once = min(16 if rows <= 2 or (bits == 16 and 4 < rows < 8) else 8, BLOCK_IN // strands)
     return RowsPlan(plan.blocks, strands, plan.rows > 0, block_out, groups, at_once, ahead)
 
 
@@ -171,7 +173,7 @@ def _x_of_row(word, r: tl.constexpr, OP: tl.constexpr):
 
 @triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs], of integers those of `add_products`; ones, low of integers
+    # sums, a tuple of each row's in turn: [strands, outputs]; of integers those of `add_products`, and their ones, low
     acc, ones, low,
     # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
     # bits of 1.0
@@ -369,11 +371,12 @@ def launch_rows(
 
 def launch_prepare(
     x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, *,
-    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
+    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False, num_warps: int = 1,
 ) -> None:
     """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
 
     room: rows that lie side by side in what is made, [segments, inputs in whole blocks, room]; 0: it is [rows, in].
+    num_warps: as many as the kernel of one row has, whose norm adds in their order.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)
@@ -383,5 +386,6 @@ def launch_prepare(
     made = triton.cdiv(operation.n_in, BLOCK_IN) * BLOCK_IN if room else operation.n_in
     _prepare_kernel[grid](
         x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,
-        ROW=1 if room else made, INPUT=room or 1, MADE=made, OP=operation, PART=PREPARED, ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        ROW=1 if room else made, INPUT=room or 1, MADE=made, OP=operation, PART=PREPARED,
+        ZERO=zero_block, PDL=pdl, num_warps=num_warps, launch_pdl=pdl,
     )
