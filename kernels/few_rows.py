@@ -34,10 +34,10 @@ from kernels.triton_gemv import (
 )
 
 PREPARED = 256  # inputs that a program of the first launch makes
-# Programs of a launch for up to 4 rows, if its sums allow. llama-3-8b's gate|up for 2 rows took 104 us with 4,224 and 81
-# with 16,896 (bfloat16, dense, H100). Programs of more rows have more registers and live longer: their number is what
-# runs at once, 16 on each of an H100's 132 multiprocessors. For 8 rows the step took 1.72 of one row's time with twice as
-# many and 1.52 so.
+# Programs of a launch for up to 4 rows, if its sums allow. llama-3-8b's gate|up for 2 rows took 104 us with 4,224 and
+# 81 with 16,896 (bfloat16, dense, H100). Programs of more rows have more registers and live longer: their number is
+# what runs at once, 16 on each of an H100's 132 multiprocessors. For 8 rows the step took 1.72 of one row's time with
+# twice as many and 1.52 so.
 PROGRAMS, RESIDENT = 16896, 2112
 PREFETCH = 528  # programs that prefetch the rows of their first block
 
@@ -175,7 +175,7 @@ def _x_of_row(word, r: tl.constexpr, OP: tl.constexpr):
 
 @triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs], of integers those of `add_products`; ones, low of integers
+    # sums, a tuple of each row's in turn: [strands, outputs], of integers as `add_products` has them; ones and low too
     acc, ones, low,
     # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
     # bits of 1.0
