@@ -33,10 +33,12 @@ from kernels.triton_gemv import (
     starts_of,
 )
 
-MAX_ROWS = 8
 PREPARED = 256  # inputs that a program of the first launch makes
-PROGRAMS = 16896  # about as many as a launch gets, if its sums allow
-RESIDENT_8 = 2112  # with more than 4 rows: what an H100 runs at once of programs of 128 registers
+# Programs of a launch for up to 4 rows, if its sums allow. llama-3-8b's gate|up for 2 rows took 104 us with 4,224 and
+# 81 with 16,896 (bfloat16, dense, H100). Programs of more rows have more registers and live longer: their number is
+# what runs at once, 16 on each of an H100's 132 multiprocessors. For 8 rows the step took 1.72 of one row's time with
+# twice as many and 1.52 so.
+PROGRAMS, RESIDENT = 16896, 2112
 PREFETCH = 528  # programs that prefetch the rows of their first block
 
 
@@ -67,7 +69,7 @@ def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, 
     n_groups = triton.cdiv(n_in, BLOCK_IN * plan.blocks)
     groups = max(1, tiles * n_groups // PROGRAMS)
     if rows > 4:
-        groups = triton.cdiv(n_groups, max(1, RESIDENT_8 // tiles))
+        groups = triton.cdiv(n_groups, max(1, RESIDENT // tiles))
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
     at_once = min(16 if rows <= 2 or (bits == 16 and 4 < rows < 8) else 8, BLOCK_IN // strands)
     return RowsPlan(plan.blocks, strands, plan.rows > 0, block_out, groups, at_once, ahead)
@@ -173,7 +175,7 @@ def _x_of_row(word, r: tl.constexpr, OP: tl.constexpr):
 
 @triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs]; of integers those of `add_products`, and their ones, low
+    # sums, a tuple of each row's in turn: [strands, outputs], of integers as `add_products` has them; ones and low too
     acc, ones, low,
     # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
     # bits of 1.0
@@ -218,12 +220,14 @@ def _add_rows(
                         some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
                     sums = sums + (acc[r] + _x_of_row(some, r, OP)[:, None] * weight,)  # noqa: RUF005
             else:
+                # integers are widened once for all rows, see `fraction`
                 word = weights[j]
                 if OP.bits == 8:
                     word = word ^ -0x7F7F7F80  # the sign's bit flipped: 128 too large
                 fractions = ()
                 for k in tl.static_range(PACK):
                     fractions = fractions + (fraction(word, one, k, OP.bits),)  # noqa: RUF005
+                # int4's x is multiplied by the scale of its group
                 for r in tl.static_range(ROWS):
                     if r % IN_WORD == 0:
                         some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
@@ -264,6 +268,8 @@ def _rows_kernel(
     in_cols = cols < last
     n_words = n_out // PACK
     block = tl.program_id(1) * PLAN.groups * BLOCKS
+
+    # before the wait: weights, which no launch writes
     if PREFETCH > 0:
         if tl.program_id(1) * tl.num_programs(0) + tile < PREFETCH:
             rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -272,10 +278,10 @@ def _rows_kernel(
     if OP.cut:  # each segment has inputs of its own
         x_ptr += segment * n_blocks * (BLOCK * X_WORDS)
         kept_ptr += segment * ROWS * n_blocks
+
+    # the inputs are made
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-    if PDL:
         _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
     total = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
     kept = _kept_by_any(kept_ptr, block, ROWS, OP)
@@ -289,6 +295,7 @@ def _rows_kernel(
             scale_at = weight_scale_ptr
             if OP.bits == 4:
                 scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
+            # the next block's inputs come while this one's weights do
             next_kept = _kept_by_any(kept_ptr, block + 1, ROWS, OP)
             if PDL:
                 _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
@@ -341,7 +348,7 @@ def launch_rows(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     prepared: Prepared, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
 ) -> None:
-    """`kernels.triton_gemv.launch_gemv` for 2 to MAX_ROWS rows of x, each with the sums that it has alone.
+    """`kernels.triton_gemv.launch_gemv` for 2 to 8 rows of x, each with the sums that it has alone.
 
     x: "given" [rows, in]; else float32: h [rows, in] or gate|up [rows, 2 in and room].
     out: [rows, out and room], float32.
