@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FUSED, build_cut, caches, random_tokens
+from models import FUSED, SWITCHES, build_cut, caches, random_tokens
 
 from decoder import FUSED_FIELDS, MAX_ROWS, MAX_TOP_K, FusedGpuStep, fusable, why_unfused
 from kernels import cpu
@@ -30,6 +30,8 @@ MODELS = {
     "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
     "three heads a group, one chunk": {"n_head": 6, "dim": 48, "head_dim": 8, "prompt": 20, "cache": 30},
     "three blocks of inputs a program": {"dim": 160, "head_dim": 16, "resident": 2},
+    "switches": SWITCHES,
+    "switches, int8, shifted": SWITCHES | {"quant": "int8", "shifted": True, "activation": "gelu_tanh"},
     "whole chunks outside the window": {"sliding_window": 70, "prompt": 200, "cache": 256},
 }
 # widths that tiles divide, so that rows are prefetched on Hopper; gate and up in the widest products' tiles, some of

@@ -211,8 +211,7 @@ def test_attention_does_not_depend_on_the_caches_length(position, options, dtype
         qkv = torch.randn(1, 128 + RSTD_BUFFER, generator=generator).to(DEVICE)
         module = model.layers[0].attention
         fused_step.launch_attention(
-            qkv, None, module.kv_cache, step.position, model.inv_freq, step.chunks, step.y[0],
-            options.get("sliding_window"), step.residual,
+            qkv, step.heads[0], module.kv_cache, step.position, step.chunks, step.y[0], step.residual,
             (step.norms[1], step.products[model.layers[0].feed_forward.w13]), False,
         )  # fmt: skip
         assert not step.chunks.arrived.any()
