@@ -223,7 +223,8 @@ class FusedGpuStep:
         scale, norm, x = model.output and model.output.scale, self.head_norm, h
         if rows > 1:
             x, prepared = self.x, self.prepared._replace(made=self.x)
-            self.few_rows.launch_prepare(h, self.head_operation, None, prepared, norm=norm, pdl=pdl)
+            options = {"norm": norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
+            self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)
             norm = None
         kernels.launch_head(x, norm, model.output_weight, scale, config.logits_scaling, self.logits, self.top, pdl)
         state = self.seed, self.position, self.token, self.tokens

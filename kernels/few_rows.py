@@ -33,10 +33,12 @@ from kernels.triton_gemv import (
     starts_of,
 )
 
-MAX_ROWS = 8
 PREPARED = 256  # inputs that a program of the first launch makes
-PROGRAMS = 16896  # about as many as a launch gets, if its sums allow
-RESIDENT_8 = 2112  # with more than 4 rows: what an H100 runs at once of programs of 128 registers
+# Programs of a launch for up to 4 rows, if its sums allow. llama-3-8b's gate|up for 2 rows took 104 us with 4,224 and
+# 81 with 16,896 (bfloat16, dense, H100). Programs of more rows have more registers and live longer: their number is
+# what runs at once, 16 on each of an H100's 132 multiprocessors. For 8 rows the step took 1.72 of one row's time with
+# twice as many and 1.52 so.
+PROGRAMS, RESIDENT = 16896, 2112
 PREFETCH = 528  # programs that prefetch the rows of their first block
 
 
@@ -58,16 +60,18 @@ def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, 
     Triton lays a masked tile of 16 bits over a warp 8 outputs at a time, so that 256 outputs are one strand, 64 are 4.
     A thread keeps 4 or 8 outputs of each row, and what has left for the grid, in registers.
     """
-    strands = 1 if plan.rows else max(1, (256 if bits == 16 else 128) // plan.block_out)
+    strands = 1
+    if not plan.rows and sum(segments) % 16 == 0:  # else the loads of one row are not vectors
+        strands = max(1, (256 if bits == 16 else 128) // plan.block_out)
     by_thread = 16 if bits == 4 and rows <= 2 else 8 if bits < 16 or rows <= 4 else 4
     block_out = 32 * by_thread // strands
     tiles = sum(triton.cdiv(width, block_out) for width in segments)
     n_groups = triton.cdiv(n_in, BLOCK_IN * plan.blocks)
     groups = max(1, tiles * n_groups // PROGRAMS)
     if rows > 4:
-        groups = triton.cdiv(n_groups, max(1, RESIDENT_8 // tiles))
+        groups = triton.cdiv(n_groups, max(1, RESIDENT // tiles))
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
-    at_once = min(16 if rows <= 2 else 8, BLOCK_IN // strands)
+    at_once = min(16 if rows <= 2 or (bits == 16 and 4 < rows < 8) else 8, BLOCK_IN // strands)
     return RowsPlan(plan.blocks, strands, plan.rows > 0, block_out, groups, at_once, ahead)
 
 
@@ -171,7 +175,7 @@ def _x_of_row(word, r: tl.constexpr, OP: tl.constexpr):
 
 @triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs], of integers those of `add_products`; ones, low of integers
+    # sums, a tuple of each row's in turn: [strands, outputs], of integers as `add_products` has them; ones and low too
     acc, ones, low,
     # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
     # bits of 1.0
@@ -216,12 +220,14 @@ def _add_rows(
                         some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
                     sums = sums + (acc[r] + _x_of_row(some, r, OP)[:, None] * weight,)  # noqa: RUF005
             else:
+                # integers are widened once for all rows, see `fraction`
                 word = weights[j]
                 if OP.bits == 8:
                     word = word ^ -0x7F7F7F80  # the sign's bit flipped: 128 too large
                 fractions = ()
                 for k in tl.static_range(PACK):
                     fractions = fractions + (fraction(word, one, k, OP.bits),)  # noqa: RUF005
+                # int4's x is multiplied by the scale of its group
                 for r in tl.static_range(ROWS):
                     if r % IN_WORD == 0:
                         some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
@@ -262,6 +268,8 @@ def _rows_kernel(
     in_cols = cols < last
     n_words = n_out // PACK
     block = tl.program_id(1) * PLAN.groups * BLOCKS
+
+    # before the wait: weights, which no launch writes
     if PREFETCH > 0:
         if tl.program_id(1) * tl.num_programs(0) + tile < PREFETCH:
             rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -270,10 +278,10 @@ def _rows_kernel(
     if OP.cut:  # each segment has inputs of its own
         x_ptr += segment * n_blocks * (BLOCK * X_WORDS)
         kept_ptr += segment * ROWS * n_blocks
+
+    # the inputs are made
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-    if PDL:
         _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
     total = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
     kept = _kept_by_any(kept_ptr, block, ROWS, OP)
@@ -287,6 +295,7 @@ def _rows_kernel(
             scale_at = weight_scale_ptr
             if OP.bits == 4:
                 scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
+            # the next block's inputs come while this one's weights do
             next_kept = _kept_by_any(kept_ptr, block + 1, ROWS, OP)
             if PDL:
                 _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
@@ -341,7 +350,7 @@ def launch_rows(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     prepared: Prepared, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
 ) -> None:
-    """`kernels.triton_gemv.launch_gemv` for 2 to MAX_ROWS rows of x, each with the sums that it has alone.
+    """`kernels.triton_gemv.launch_gemv` for 2 to 8 rows of x, each with the sums that it has alone.
 
     x: "given" [rows, in]; else float32: h [rows, in] or gate|up [rows, 2 in and room].
     out: [rows, out and room], float32.
@@ -371,11 +380,12 @@ def launch_rows(
 
 def launch_prepare(
     x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, *,
-    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
+    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False, num_warps: int = 1,
 ) -> None:
     """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
 
     room: rows that lie side by side in what is made, [segments, inputs in whole blocks, room]; 0: it is [rows, in].
+    num_warps: as many as the kernel of one row has, whose norm adds in their order.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)
@@ -385,5 +395,6 @@ def launch_prepare(
     made = triton.cdiv(operation.n_in, BLOCK_IN) * BLOCK_IN if room else operation.n_in
     _prepare_kernel[grid](
         x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,
-        ROW=1 if room else made, INPUT=room or 1, MADE=made, OP=operation, PART=PREPARED, ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        ROW=1 if room else made, INPUT=room or 1, MADE=made, OP=operation, PART=PREPARED,
+        ZERO=zero_block, PDL=pdl, num_warps=num_warps, launch_pdl=pdl,
     )

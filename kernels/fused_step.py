@@ -25,7 +25,7 @@ from torch.nn import Module
 from kernels import plan
 from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd, snap
 
-HEAD_ROWS = 8  # tokens per program of the lm_head, and per group of the sampling
+HEAD_ROWS, HEAD_WARPS = 8, 4  # tokens per program of the lm_head, and per group of the sampling; its warps
 JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
 BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
 
@@ -241,7 +241,7 @@ def _attention_kernel(
 
     cos, sin = _cosines_and_sines(position, inv_freq_ptr, d, in_d, FACTOR)
 
-    # this program's chunk of the cache, and its first keys and values: no launch of this step writes them, if not SHARED
+    # this program's chunk of the cache, and its first keys and values: no launch of this step writes them (SHARED: one)
     if SHARED and PDL:
         tl.extra.cuda.gdc_wait()
     first = _chunk_start(split)
@@ -487,7 +487,7 @@ def launch_head(
         _head_kernel[(top.shape[1],)](
             rows, gain, weight, weight_scale, logits[i:], top[i:], n_vocab, logits.stride(0), eps, ONE,
             ROWS=len(rows), DIM=dim, BLOCK_V=max(2, HEAD_ROWS // triton.next_power_of_2(len(rows))), BLOCK_K=1024,
-            GROUP=HEAD_ROWS, SCALING=scaling, PDL=pdl, num_warps=4, launch_pdl=pdl,
+            GROUP=HEAD_ROWS, SCALING=scaling, PDL=pdl, num_warps=HEAD_WARPS, launch_pdl=pdl,
         )
 
 
