@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.heads import heads_of
 from model import ModelArgs, Projection, Transformer, TransformerBlock
-from rope import rotations
 from sparse_model import SITES, SparseProjection, SparseTransformer
 
 MAX_ROWS = 8  # of a fused step
@@ -64,17 +64,6 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
     return None if fusable(config) else f"it does not implement {', '.join(unknown_parts(config))}"
 
 
-def head_gains(block: TransformerBlock) -> list[Tensor | None]:
-    """The gains [head_dim] of the norms of each head of q and of k, if there are any."""
-    norms = [getattr(block.attention, name, None) for name in ("q_norm", "k_norm")]
-    return [norm and norm.weight for norm in norms]
-
-
-def rounded_multiplier(model: Transformer) -> float:
-    """The embedding's multiplier as `Transformer.embed` rounds it."""
-    return torch.tensor(model.config.embedding_multiplier, dtype=model.dtype).item()
-
-
 class FusedGpuStep:
     """Decode steps of 1 to 8 rows on a GPU, through the fused kernels and one CUDA graph.
 
@@ -94,7 +83,7 @@ class FusedGpuStep:
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         from kernels import few_rows, fused_step, grids, triton_gemv
 
-        self.kernels, self.gemv, self.few_rows, self.grids, self.model = fused_step, triton_gemv, few_rows, grids, model
+        self.kernels, self.gemv, self.few_rows, self.model = fused_step, triton_gemv, few_rows, model
         self.sparsity = 0.0 if dense else model.sparsity
         config, device = model.config, model.device
         self.sampling = temperature, min(top_k, config.vocab_size)
@@ -136,30 +125,10 @@ class FusedGpuStep:
         self.head_norm = triton_gemv.Norm(model.norm.weight, model.norm.eps)
         gains = [gain for norm in norms for gain in (norm.weight, None)]
         self.head_operation = triton_gemv.operation_of("norm", config.dim, model.dtype)
-        scale, windowed = config.attention_scale or config.head_dim**-0.5, config.windowed_layers
-        windows = [config.sliding_window if i in windowed else None for i in range(config.n_layer)]
-        layers = zip(model.layers, rotations(model), windows, strict=True)
-        self.heads = [
-            fused_step.Heads(block.attention.wqkv.bias, *head_gains(block), inv_freq, config.norm_eps, factor, scale, window)
-            for block, (inv_freq, factor), window in layers
-        ]
-        self.multiplier = rounded_multiplier(model)
-        self.products = {site: self._product(site, gain) for site, gain in zip(model.sites, gains, strict=True)}
-
-    def _product(self, module: SparseProjection, gain: Tensor | None) -> tuple:
-        """The module's `kernels.triton_gemv.Product`; gain: of the norm before it, None: it adds to the residual."""
-        threshold, shift, offset, fineness = module.threshold, None, None, self.residual.fineness
-        bias = None if "q" in module.segments else module.bias  # attention adds that
-        if self.sparsity and module.shift is not None:
-            shift, offset = module.shift, module.offset
-            threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)  # side by side
-        if bias is not None:
-            offset = bias.float() if offset is None else offset + bias
-        if fineness is not None and gain is not None:
-            fineness = self.grids.fineness(self.grids.bound_after_norm(gain, module.weight, module.scale, shift, bias))
-        stored = module.weight, threshold, module.widths, self.sparsity, module.scale
-        multiplier = self.model.config.residual_multiplier if gain is None else 1.0
-        return self.gemv.Product(*stored, offset, fineness, multiplier)
+        self.heads = heads_of(model)
+        options = self.sparsity, self.residual.fineness, config.residual_multiplier
+        sites = zip(model.sites, gains, strict=True)
+        self.products = {site: fused_step.product_of(site, gain, *options) for site, gain in sites}
 
     @property
     def left_grid(self) -> bool:
@@ -204,7 +173,7 @@ class FusedGpuStep:
         gemv, rows = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl), len(h)
         if rows > 1:
             gemv = partial(self.few_rows.launch_rows, prepared=self.prepared, dtype=model.dtype, pdl=pdl)
-        kernels.launch_embed(self.token, embedding, self.multiplier, self.residual, self.logits, pdl)
+        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, self.logits, pdl)
 
         for i, block in enumerate(model.layers):
             attention, feed_forward, y = block.attention, block.feed_forward, self.y[i]
@@ -255,18 +224,16 @@ class FusedCpuStep:
 
         # the layers
         layers = (cpu.Layer * config.n_layer)()
-        for i, (block, (inv_freq, factor)) in enumerate(zip(model.layers, rotations(model), strict=True)):
-            gains = [block.attention_norm.weight, block.ffn_norm.weight, *head_gains(block)]
+        for i, (block, heads) in enumerate(zip(model.layers, heads_of(model), strict=True)):
+            gains = block.attention_norm.weight, block.ffn_norm.weight, heads.q_gain, heads.k_gain
             projections = [self._projection(module) for module in model.sites[4 * i : 4 * i + 4]]
-            caches = [self._pointer(tensor) for tensor in block.attention.kv_cache.buffers()]
-            window = config.sliding_window if i in config.windowed_layers else cache.shape[2]
-            rotation = window, self._pointer(inv_freq), factor
-            layers[i] = cpu.Layer(*map(self._pointer, gains), *projections, *caches, *rotation)
+            others = map(self._pointer, (*block.attention.kv_cache.buffers(), heads.inv_freq))
+            window = heads.sliding_window or cache.shape[2]
+            layers[i] = cpu.Layer(*map(self._pointer, gains), *projections, *others, heads.factor, window)
 
         # the model: its shape, its other weights, room for values between the phases of a step, and the sampling
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
         numbers = {name: getattr(config, name) for name in f"{cpu.Model.SHAPE} {cpu.Model.FACTORS}".split()}
-        numbers["embedding_multiplier"] = rounded_multiplier(model)
         tensors = {"embedding": model.tok_embeddings.weight, "norm": model.norm.weight, "output": model.output_weight}
         tensors |= {"output_scale": model.output and model.output.scale}
         room = {"h": config.dim, "qkv": q + 2 * kv, "y": q, "act": config.intermediate_size}

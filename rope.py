@@ -7,9 +7,7 @@ llama.cpp the length that a run is set up for decides, so that a key never has t
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines [T, rotary_dim / 2], float32
 
@@ -57,22 +55,6 @@ def cosines_and_sines(positions: Tensor, inv_freq: Tensor, scaling: dict | None)
     angles = positions[:, None] * inv_freq
     factor = scaling.get("attention_factor", 1.0) if scaling else 1.0
     return (angles.cos(), angles.sin()) if factor == 1.0 else (angles.cos() * factor, angles.sin() * factor)
-
-
-def rotations(model: Module) -> list[tuple[Tensor, float]]:
-    """How each layer of a Transformer rotates, as one step of one token takes it.
-
-    Inverse frequencies [head_dim / 2], float32, which are 0 where nothing is rotated, and the attention factor.
-    """
-    config, factor = model.config, (model.config.rope_scaling or {}).get("attention_factor", 1.0)
-
-    def padded(inv_freq: Tensor) -> Tensor:
-        return F.pad(inv_freq, (0, config.head_dim // 2 - len(inv_freq)))
-
-    scaled, unrotated = (padded(model.inv_freq), factor), (padded(model.inv_freq[:0]), 1.0)
-    local = scaled if model.local_inv_freq is None else (padded(model.local_inv_freq), 1.0)
-    layers = [local if i in config.windowed_layers else scaled for i in range(config.n_layer)]
-    return [unrotated if i in config.unrotated_layers else layer for i, layer in enumerate(layers)]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

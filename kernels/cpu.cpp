@@ -675,9 +675,9 @@ struct Layer {
   const void *attention_norm, *ffn_norm, *q_norm, *k_norm;  // the last two [head_dim] or null
   Projection wqkv, wo, w13, w2;
   void *k_cache, *v_cache;  // [rows, n_local_heads, cache_length, head_dim]; rows: 1 if texts share it, else one a text
-  int64_t window;           // keys that a query sees, itself included
   const float* inv_freq;    // [head_dim / 2]; 0 rotates nothing
-  float rope_factor;        // of cosines and sines, where something is rotated
+  float rope_factor;        // of the cosines and sines of what is rotated
+  int64_t window;           // keys that a query sees, itself included
 };
 
 struct Model {
@@ -857,11 +857,12 @@ class Worker {
 
   void step() {
     // h = the tokens' embeddings
+    const float multiplier = rounded<T>(m.embedding_multiplier);
     const Range mine(m.dim, thread, threads, GRAIN);
     for (int64_t b = 0; b < batch; b++) {
       const T* embedding = static_cast<const T*>(m.embedding) + *token(b, 0) * m.dim;
       for (int64_t i = mine.begin; i < mine.end; i++)
-        m.h[b * m.dim + i] = rounded<T>(embedding[i] * m.embedding_multiplier);
+        m.h[b * m.dim + i] = rounded<T>(embedding[i] * multiplier);
     }
     barrier.wait(threads);
 

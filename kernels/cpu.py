@@ -156,12 +156,12 @@ class Layer(ctypes.Structure):
     """`Layer` of cpu.cpp, in its order."""
 
     _fields_ = _fields(POINTER, "attention_norm ffn_norm q_norm k_norm") + _fields(Projection, "wqkv wo w13 w2")
-    _fields_ += _fields(POINTER, "k_cache v_cache") + _fields(INTEGER, "window") + _fields(POINTER, "inv_freq")
-    _fields_ += _fields(FLOAT, "rope_factor")
+    _fields_ += _fields(POINTER, "k_cache v_cache inv_freq") + _fields(FLOAT, "rope_factor")
+    _fields_ += _fields(INTEGER, "window")
 
 
 class Model(ctypes.Structure):
-    """`Model` of cpu.cpp, in its order; SHAPE, FACTORS: names of ModelArgs; ACTIVATIONS: in the order of its numbers."""
+    """`Model` of cpu.cpp, in its order; SHAPE, FACTORS: names of ModelArgs; ACTIVATIONS: their numbers' order."""
 
     SHAPE = "n_layer n_head n_local_heads head_dim dim intermediate_size vocab_size"
     FACTORS = "embedding_multiplier residual_multiplier logits_scaling"

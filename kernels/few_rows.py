@@ -254,7 +254,7 @@ def _rows_kernel(
     n_out, out_stride, tiles_1, tiles_2, start_1, start_2, one,
     OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):
-    """out += m (W^T x + offset) for ROWS rows of prepared x: a program takes PLAN.groups of inputs, one tile of outputs."""
+    """out += m (W^T x + offset) for ROWS rows of prepared x: a program takes PLAN.groups of inputs, one tile."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     PACK: tl.constexpr = OP.pack

@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import Module
 
-from kernels import plan
+from kernels import grids, plan
+from kernels.heads import Heads
 from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd, snap
 
 HEAD_ROWS, HEAD_WARPS = 8, 4  # tokens per program of the lm_head, and per group of the sampling; its warps
@@ -49,6 +50,26 @@ def _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, N: tl.constexpr):
     if tl.max((tl.abs(h) * fineness > BEYOND).to(tl.int32), axis=0) > 0:
         tl.store(beyond_ptr, 1)
     return fineness
+
+
+def product_of(
+    module: Module, gain: Tensor | None, sparsity: float, fineness: Tensor | None, multiplier: float
+) -> Product:
+    """The `Product` of a `sparse_model.SparseProjection` in a step of this sparsity; 0: nothing is cut.
+
+    gain: of the norm before it; None: it adds to the residual, whose fineness and multiplier are given.
+    """
+    threshold, shift, offset = module.threshold, None, None
+    if sparsity and module.shift is not None:
+        shift, offset = module.shift, module.offset
+        threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)  # side by side
+    bias = None if "q" in module.segments else module.bias  # attention adds that
+    if bias is not None:
+        offset = bias.float() if offset is None else offset + bias
+    if fineness is not None and gain is not None:
+        fineness = grids.fineness(grids.bound_after_norm(gain, module.weight, module.scale, shift, bias))
+    stored = module.weight, threshold, module.widths, sparsity, module.scale
+    return Product(*stored, offset, fineness, multiplier if gain is None else 1.0)
 
 
 # ---- the embedding
@@ -81,8 +102,8 @@ def launch_embed(
     """h = multiplier embedding[token] of each row; readies `logits` of one row for `launch_head`."""
     n_vocab, dim = embedding.shape
     _embed_kernel[(triton.cdiv(dim, 1024), len(token))](
-        token, embedding, *residual, logits[0, n_vocab:],
-        DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER, MULTIPLIER=multiplier, PDL=pdl,
+        token, embedding, *residual, logits[0, n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER,
+        MULTIPLIER=torch.tensor(multiplier, dtype=embedding.dtype).item(), PDL=pdl,
     )
 
 
@@ -182,12 +203,13 @@ def _attention_kernel(
     qkv_ptr, bias_ptr, q_gain_ptr, k_gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr,
     # the chunks' results, how many of a head have arrived, and the output
     part_ptr, lse_ptr, arrived_ptr, y_ptr,
-    # sizes: outputs of qkv with its room, positions of the cache, its chunks, and positions of the sliding window; epsilon of the norms of q and k
+    # sizes: outputs of qkv with its room, positions of the cache, its chunks, and positions of the sliding window; the
+    # scores' scale, and epsilon of the norms of q and k
     qkv_stride, seq_length, splits, sliding_window, softmax_scale, eps,
     # what additional programs look at and prefetch, see `_load_residual` and `prefetch_gate_up`
     h_ptr, fineness_ptr, beyond_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, n_pieces,
-    # compiled in: heads; FACTOR: see `Heads`; SHARED: all rows are one text's, in one row of the cache, see `launch_cache`; AHEAD: the
-    # `Operation` of gate|up, or None: nothing is prefetched
+    # compiled in: heads; FACTOR: see `Heads`; SHARED: all rows are one text's, in one row of the cache, see
+    # `launch_cache`; AHEAD: the `Operation` of gate|up, or None: nothing is prefetched
     N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, FACTOR: tl.constexpr,
     SHARED: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):
@@ -330,26 +352,6 @@ def _cache_kernel(
     at = (head.to(tl.int64) * seq_length + position) * HEAD_DIM + d
     tl.store(k_cache_ptr + at, k_new, mask=in_d)
     tl.store(v_cache_ptr + at, v_new.to(DTYPE), mask=in_d)
-
-
-class Heads(NamedTuple):
-    """What makes queries and keys of qkv, and scores of these, in a layer.
-
-    bias: [(n_head + 2 n_kv) head_dim] or None; q_gain, k_gain: [head_dim], of a norm of each head, or None.
-    inv_freq: [head_dim / 2], float32, 0 where nothing is rotated.
-    eps: of the norms; factor: of cosines and sines, where something is rotated.
-    softmax_scale: of the scores.
-    sliding_window: how many keys the query sees, itself included; None: all.
-    """
-
-    bias: Tensor | None
-    q_gain: Tensor | None
-    k_gain: Tensor | None
-    inv_freq: Tensor
-    eps: float
-    factor: float
-    softmax_scale: float
-    sliding_window: int | None
 
 
 def launch_cache(qkv: Tensor, heads: Heads, cache: Module, position: Tensor, n_head: int, pdl: bool) -> None:

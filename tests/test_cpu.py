@@ -361,12 +361,13 @@ void run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, int6
   const int64_t qkv = (heads + 2 * kv) * d, length = 14, cached = (shared ? 1 : batch) * kv * length * d;
   Layer layer{values<T>(dim, 1), values<T>(dim, 1), values<T>(d, 1), values<T>(d, 1), projection<V, T>(3, dim, qkv),
               projection<W, T>(1, heads * d, dim), projection<W, T>(2, dim, 2 * hidden),
-              projection<W, T>(1, hidden, dim), values<T>(cached, 1), values<T>(cached, 1), 5, floats(d / 2), 1.1f};
+              projection<W, T>(1, hidden, dim), values<T>(cached, 1), values<T>(cached, 1), floats(d / 2), 1.1f, 5};
   Model m{1, heads, kv, d, dim, hidden, vocab, length, &layer, values<T>(vocab * dim, 1), values<T>(dim, 1),
           values<V>(vocab * dim, 1), floats(vocab), floats(batch * dim), floats(batch * qkv),
           floats(batch * heads * d), floats(batch * hidden), floats(batch * vocab),
           floats(batch * ((vocab + GROUP - 1) / GROUP)),
-          static_cast<int64_t*>(std::calloc(batch * (length + 1), 8)), 1, shared, activation, 1e-5f, 0.1f, 2, 0.5f, 3, 0.8f, 7};
+          static_cast<int64_t*>(std::calloc(batch * (length + 1), 8)), 1, shared, activation,
+          1e-5f, 0.1f, 2, 0.5f, 3, 0.8f, 7};
   for (int64_t i = 0; i + batch <= length; i++) {
     std::vector<int64_t> positions(batch, i);
     std::vector<uint32_t> seeds(batch, 1);
