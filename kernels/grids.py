@@ -57,7 +57,8 @@ def residual_bound(model: Module) -> Tensor:
         layers = list(model.walk([tokens]))
         states = [*(layer.inputs[0] for layer in layers), layers[-1].outputs[0]]
         peak = torch.stack([state[0, 1:].abs().amax(0).float() for state in states]).amax(0)
-        largest = torch.linalg.vector_norm(model.tok_embeddings.weight, math.inf, dim=0).float()
-        bound = torch.maximum(SPARE * peak, ROUNDING * abs(model.config.embedding_multiplier) * largest)
+        largest = torch.linalg.vector_norm(model.tok_embeddings.weight, math.inf, dim=0)
+        largest = largest * torch.full_like(largest, model.config.embedding_multiplier)  # as it rounds its own
+        bound = torch.maximum(SPARE * peak, largest.float())
         model.register_buffer("residual_bound", bound, persistent=False)
     return model.residual_bound

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import FUSED, SWITCHES, build_cut, caches, random_tokens
 
-from decoder import FUSED_FIELDS, MAX_ROWS, MAX_TOP_K, FusedGpuStep, fusable, why_unfused
+from decoder import FUSED_FIELDS, MAX_ROWS, MAX_TOP_K, FusedGpuStep, fusable, unknown_parts, why_unfused
 from kernels import cpu
 from model import ModelArgs
 
@@ -186,16 +186,20 @@ class AbsentGPU:
 driver.set_active(AbsentGPU())
 run = JITFunction.run
 JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
-for quant in ("none", "int8", "int4"):
+switches = {"qk_norm": "head", "activation": "gelu", "o_bias": True, "mlp_bias": True, "embedding_multiplier": 3.0}
+switches |= {"residual_multiplier": 0.22, "logits_scaling": 7.0, "rotary_share": 0.5}
+switches["rope_scaling"] = {"rope_type": "longrope", "original_max_position_embeddings": 300, "attention_factor": 1.2}
+switches["rope_scaling"] |= {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16}
+for quant, others in (("none", {}), ("int8", {}), ("int4", {}), ("none", switches)):
     config = ModelArgs(
         block_size=256, vocab_size=1000, n_layer=1, n_head=8, n_local_heads=8, dim=512, quant=quant,
-        intermediate_size=4224 if quant == "int4" else 5120, groupsize=64,
+        intermediate_size=4224 if quant == "int4" else 5120, groupsize=64, **others,
     )
     model = SparseTransformer(config, "cpu", torch.bfloat16).requires_grad_(False)
     for module in model.sites:
         module.set_cut(module.threshold, torch.zeros(module.weight.shape[0]))
     model.setup_caches(1, 140)
-    for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if capability == 90 else ((0.5, 80),):
+    for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if capability == 90 and not others else ((0.5, 80),):
         kernels.plan.RESIDENT = resident  # 2112: small tiles
         model.sparsity = sparsity
         for drafts in (0, 3) if (sparsity, resident) == (0.5, 80) else (0,):
@@ -240,6 +244,9 @@ def test_a_model_with_a_switch_that_the_fused_steps_do_not_know_is_not_fused(mon
     known, unknown = WithAnotherField(**FUSED, qkv_bias=True), WithAnotherField(**FUSED, experts=8)
     assert fusable(known) and why_unfused(known, torch.device("cpu"), 1, 1) is None
     assert not fusable(unknown)
+    assert fusable(ModelArgs(**{k: v for k, v in (FUSED | SWITCHES).items() if k != "vector_std"}))
+    for field, value in {"qk_norm": "whole", "norm": "layer", "post_norm": True, "gated": False}.items():
+        assert unknown_parts(ModelArgs(**FUSED, **{field: value})) == [f"{field} = {value!r}"]
     assert why_unfused(unknown, torch.device("cpu"), 1, 1) == "it does not implement experts = 8"
     assert {field.name for field in fields(ModelArgs)} >= FUSED_FIELDS
 
