@@ -1,6 +1,7 @@
 """Fused kernels of one decode step at batch 1, in Triton: five launches a layer, each dependent on the one before.
 
-    norm + qkv | rope + cache + attention | o + residual | norm + gate, up | SiLU x up + down + residual
+    norm + qkv | norms of q and k + rope + cache + attention | o + residual | norm + gate, up
+        | activation x up + down + residual
 
 then norm + lm_head, and the sampling. Products accumulate in float32 by atomics: many programs of one warp keep the
 most loads in flight, and none waits for another but for a norm's rstd. Their sums lie on grids (`kernels.grids`), so

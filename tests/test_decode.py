@@ -50,6 +50,7 @@ WIDE = {
 WIDE_MODELS = {
     "wide": WIDE,
     "wide, shifted": WIDE | {"shifted": True},
+    "wide, switches": WIDE | SWITCHES,
     "small tiles prefetched, shifted": WIDE | {"shifted": True, "resident": 2112},
     "wide, int8": WIDE | {"quant": "int8", "shifted": True},
     "wide, int4": WIDE | {"quant": "int4", "groupsize": 64, "shifted": True},
@@ -99,6 +100,20 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     assert not decoder.chunks.arrived.any()
     for fused, plain in zip(caches(model), after, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{"qkv_bias": True}, SWITCHES], ids=["", "switches"])
+def test_a_step_of_16_bits_rounds_as_the_plain_one(options):
+    """bfloat16 on a GPU, float16 in the interpreter, which knows no other; inputs are cut whatever they are."""
+    dtype, rtol = (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float16, 3e-3)
+    model = build(dtype=dtype, by_channel=True, **options)
+    model.setup_caches(1, 80)
+    model(random_tokens(1, 63, 101).to(DEVICE), torch.arange(63, device=DEVICE))
+    expected = model(torch.tensor([[3]], device=DEVICE), torch.tensor([63], device=DEVICE))[0, -1].float()
+    step = FusedGpuStep(model, temperature=0.0, top_k=1)
+    step.start(torch.tensor([3], device=DEVICE), [63], [0])
+    step.step()
+    assert (step.logits[0, :101] - expected).norm() <= rtol * expected.norm()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="what the interpreter prefetches can be seen")
@@ -199,7 +214,8 @@ for quant, others in (("none", {}), ("int8", {}), ("int4", {}), ("none", switche
     for module in model.sites:
         module.set_cut(module.threshold, torch.zeros(module.weight.shape[0]))
     model.setup_caches(1, 140)
-    for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if capability == 90 and not others else ((0.5, 80),):
+    every = capability == 90 and not others
+    for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if every else ((0.5, 80),):
         kernels.plan.RESIDENT = resident  # 2112: small tiles
         model.sparsity = sparsity
         for drafts in (0, 3) if (sparsity, resident) == (0.5, 80) else (0,):

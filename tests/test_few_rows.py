@@ -23,6 +23,7 @@ WIDE = {"dim": 512, "n_head": 8, "intermediate_size": 5120, "std": 0.05}
 WIDE_MODELS = {
     "wide": WIDE,
     "wide, shifted": WIDE | {"shifted": True},
+    "wide, switches": WIDE | SWITCHES,
     "wide, int8": WIDE | {"quant": "int8"},
     "wide, int4": WIDE | {"quant": "int4", "groupsize": 64},
 }
