@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.heads import heads_of
 from model import ModelArgs, Projection, Transformer, TransformerBlock
-from sparse_model import SparseProjection, SparseTransformer
+from sparse_model import SITES, SparseProjection, SparseTransformer
 
 MAX_ROWS = 8  # of a fused step
 MAX_TOP_K = 1024  # that the fused sampling on a GPU sorts in one program
@@ -29,20 +30,20 @@ LEAST_TEMPERATURE = 1e-20  # below it logits over the temperature leave float32:
 # The fields of ModelArgs that both fused steps implement, whatever their value.
 FUSED_FIELDS = set(
     "name block_size vocab_size n_layer n_head n_local_heads dim head_dim intermediate_size tie_embeddings norm_eps "
-    "rope_base rope_scaling qkv_bias sliding_window windowed_layers quant groupsize".split()
+    "qkv_bias o_bias mlp_bias attention_scale rope_base rope_scaling rotary_share unrotated_layers local_rope_base "
+    "sliding_window windowed_layers embedding_multiplier residual_multiplier logits_scaling quant groupsize".split()
 )
-FUSED_ROPE = (None, "linear", "llama3", "factors", "dynamic")  # of rope_scaling's types: no attention factor
-# The weights of a block that they read.
-FUSED_WEIGHTS = {"attention_norm.weight", "attention.wqkv.weight", "attention.wqkv.bias", "attention.wo.weight"}
-FUSED_WEIGHTS |= {"ffn_norm.weight", "feed_forward.w13.weight", "feed_forward.w2.weight"}
+FUSED_VALUES = {"qk_norm": ("", "head"), "activation": cpu.Model.ACTIVATIONS}  # of other fields
+# The weights of a block that they read, and those that have a bias, too.
+FUSED_WEIGHTS = {f"{name}.weight" for name in ("attention_norm", "ffn_norm", "attention.q_norm", "attention.k_norm")}
+FUSED_WEIGHTS |= {f"{site.module}.{part}" for site in SITES.values() for part in ("weight", "bias")}
 
 
 def unknown_parts(config: ModelArgs) -> list[str]:
     """What the fused steps do not implement: fields that differ from their default, else weights of a model's block."""
     default = vars(type(config)())
-    fields = [f"{k} = {v!r}" for k, v in vars(config).items() if k not in FUSED_FIELDS and v != default[k]]
-    kind = (config.rope_scaling or {}).get("rope_type")
-    fields += [] if kind in FUSED_ROPE else [f"rope_scaling of type {kind}"]
+    others = {k: v for k, v in vars(config).items() if k not in FUSED_FIELDS and v != default[k]}
+    fields = [f"{k} = {v!r}" for k, v in others.items() if v not in FUSED_VALUES.get(k, ())]
     block = TransformerBlock(config, Projection, device="meta")
     return fields or [name for name, _ in block.named_parameters() if name not in FUSED_WEIGHTS]
 
@@ -82,7 +83,7 @@ class FusedGpuStep:
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         from kernels import few_rows, fused_step, grids, triton_gemv
 
-        self.kernels, self.gemv, self.few_rows, self.grids, self.model = fused_step, triton_gemv, few_rows, grids, model
+        self.kernels, self.gemv, self.few_rows, self.model = fused_step, triton_gemv, few_rows, model
         self.sparsity = 0.0 if dense else model.sparsity
         config, device = model.config, model.device
         self.sampling = temperature, min(top_k, config.vocab_size)
@@ -124,18 +125,10 @@ class FusedGpuStep:
         self.head_norm = triton_gemv.Norm(model.norm.weight, model.norm.eps)
         gains = [gain for norm in norms for gain in (norm.weight, None)]
         self.head_operation = triton_gemv.operation_of("norm", config.dim, model.dtype)
-        self.products = {site: self._product(site, gain) for site, gain in zip(model.sites, gains, strict=True)}
-
-    def _product(self, module: SparseProjection, gain: Tensor | None) -> tuple:
-        """The module's `kernels.triton_gemv.Product`; gain: of the norm before it, None: it adds to the residual."""
-        threshold, shift, offset, fineness = module.threshold, None, None, self.residual.fineness
-        if self.sparsity and module.shift is not None:
-            shift, offset = module.shift, module.offset
-            threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)  # side by side
-        if fineness is not None and gain is not None:
-            fineness = self.grids.fineness(self.grids.bound_after_norm(gain, module.weight, module.scale, shift))
-        stored = module.weight, threshold, module.widths, self.sparsity, module.scale
-        return self.gemv.Product(*stored, offset, fineness)
+        self.heads = heads_of(model)
+        options = self.sparsity, self.residual.fineness, config.residual_multiplier
+        sites = zip(model.sites, gains, strict=True)
+        self.products = {site: fused_step.product_of(site, gain, *options) for site, gain in sites}
 
     @property
     def left_grid(self) -> bool:
@@ -176,26 +169,25 @@ class FusedGpuStep:
     def step(self) -> None:
         """Launches the kernels of one step."""
         kernels, model, products, h, pdl = self.kernels, self.model, self.products, self.residual.h, self.pdl
+        config, embedding = model.config, model.tok_embeddings.weight
         gemv, rows = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl), len(h)
         if rows > 1:
             gemv = partial(self.few_rows.launch_rows, prepared=self.prepared, dtype=model.dtype, pdl=pdl)
-        kernels.launch_embed(self.token, model.tok_embeddings.weight, self.residual, self.logits, pdl)
+        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, self.logits, pdl)
 
         for i, block in enumerate(model.layers):
             attention, feed_forward, y = block.attention, block.feed_forward, self.y[i]
             attention_norm, ffn_norm = self.norms[2 * i : 2 * i + 2]
-            gate_up, bias = products[feed_forward.w13], attention.wqkv.bias
-            window = model.config.sliding_window if i in model.config.windowed_layers else None
-            cache, ahead, shared = attention.kv_cache, (self.residual, (ffn_norm, gate_up)), self.drafts > 0
+            gate_up, shared = products[feed_forward.w13], self.drafts > 0
+            read, ahead = (self.qkv, self.heads[i], attention.kv_cache, self.position), (ffn_norm, gate_up)
 
             gemv("norm", h, products[attention.wqkv], self.qkv, norm=attention_norm, zero=self.gate_up)
-            at = self.position, model.inv_freq
             if shared:
-                kernels.launch_cache(self.qkv, bias, cache, *at, model.config.n_head, pdl)
-            kernels.launch_attention(self.qkv, bias, cache, *at, self.chunks, y, window, *ahead, pdl, shared)
+                kernels.launch_cache(*read, config.n_head, pdl)
+            kernels.launch_attention(*read, self.chunks, y, self.residual, ahead, pdl, shared)
             gemv("given", y, products[attention.wo], h)
             gemv("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
-            gemv("silu", self.gate_up, products[feed_forward.w2], h)
+            gemv(config.activation, self.gate_up, products[feed_forward.w2], h)
 
         scale, norm, x = model.output and model.output.scale, self.head_norm, h
         if rows > 1:
@@ -203,7 +195,7 @@ class FusedGpuStep:
             options = {"norm": norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
             self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)
             norm = None
-        kernels.launch_head(x, norm, model.output_weight, scale, self.logits, self.top, pdl)
+        kernels.launch_head(x, norm, model.output_weight, scale, config.logits_scaling, self.logits, self.top, pdl)
         state = self.seed, self.position, self.token, self.tokens
         kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)
 
@@ -232,30 +224,32 @@ class FusedCpuStep:
 
         # the layers
         layers = (cpu.Layer * config.n_layer)()
-        for i, block in enumerate(model.layers):
-            norms = [self._pointer(norm.weight) for norm in (block.attention_norm, block.ffn_norm)]
+        for i, (block, heads) in enumerate(zip(model.layers, heads_of(model), strict=True)):
+            gains = block.attention_norm.weight, block.ffn_norm.weight, heads.q_gain, heads.k_gain
             projections = [self._projection(module) for module in model.sites[4 * i : 4 * i + 4]]
-            caches = [self._pointer(tensor) for tensor in block.attention.kv_cache.buffers()]
-            window = config.sliding_window if i in config.windowed_layers else cache.shape[2]
-            layers[i] = cpu.Layer(*norms, *projections, *caches, window)
+            others = map(self._pointer, (*block.attention.kv_cache.buffers(), heads.inv_freq))
+            window = heads.sliding_window or cache.shape[2]
+            layers[i] = cpu.Layer(*map(self._pointer, gains), *projections, *others, heads.factor, window)
 
         # the model: its shape, its other weights, room for values between the phases of a step, and the sampling
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        shape = {name: getattr(config, name) for name in cpu.Model.SHAPE.split()}
+        numbers = {name: getattr(config, name) for name in f"{cpu.Model.SHAPE} {cpu.Model.FACTORS}".split()}
         tensors = {"embedding": model.tok_embeddings.weight, "norm": model.norm.weight, "output": model.output_weight}
-        tensors |= {"output_scale": model.output and model.output.scale, "inv_freq": model.inv_freq}
+        tensors |= {"output_scale": model.output and model.output.scale}
         room = {"h": config.dim, "qkv": q + 2 * kv, "y": q, "act": config.intermediate_size}
         room["tops"] = -(-config.vocab_size // cpu.GROUP)
         tensors |= {name: torch.zeros(rows, n) for name, n in room.items()}
         tensors |= {"logits": self.logits, "tokens": self.tokens}
         self._model = cpu.Model(
-            **shape,
+            **numbers,
             **{name: self._pointer(tensor) for name, tensor in tensors.items()},
             cache_length=cache.shape[2],
             layers=layers,
             cut=not dense and model.sparsity > 0,
             shared=drafts > 0,
+            activation=cpu.Model.ACTIVATIONS.index(config.activation),
             eps=config.norm_eps,
+            softmax_scale=config.attention_scale or config.head_dim**-0.5,
             temperature=temperature,
             top_k=min(top_k, config.vocab_size),
             pace=self._pointer(torch.zeros(cpu.PACE_DOUBLES, dtype=torch.float64)) if self.adaptive else None,

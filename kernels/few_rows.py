@@ -254,7 +254,7 @@ def _rows_kernel(
     n_out, out_stride, tiles_1, tiles_2, start_1, start_2, one,
     OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):
-    """out += W^T x + offset for ROWS rows of prepared x: a program takes PLAN.groups of inputs, one tile of outputs."""
+    """out += m (W^T x + offset) for ROWS rows of prepared x: a program takes PLAN.groups of inputs, one tile."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     PACK: tl.constexpr = OP.pack
@@ -325,9 +325,11 @@ def _rows_kernel(
                     out *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
                 else:
                     out = tl.sum(acc[r], axis=0)
-            if OP.shift:
+            if offset_ptr is not None:
                 if starts_group == 0:
                     out += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
+            if OP.multiplier != 1.0:
+                out *= OP.multiplier
             if fineness_ptr is not None:
                 out = snap(out, tl.load(fineness_ptr + cols, mask=in_cols, other=1.0))
             sums = sums + (total[r] + out,)  # noqa: RUF005

@@ -1,6 +1,7 @@
 """Fused kernels of one decode step at batch 1, in Triton: five launches a layer, each dependent on the one before.
 
-    norm + qkv | rope + cache + attention | o + residual | norm + gate, up | SiLU x up + down + residual
+    norm + qkv | norms of q and k + rope + cache + attention | o + residual | norm + gate, up
+        | activation x up + down + residual
 
 then norm + lm_head, and the sampling. Products accumulate in float32 by atomics: many programs of one warp keep the
 most loads in flight, and none waits for another but for a norm's rstd. Their sums lie on grids (`kernels.grids`), so
@@ -22,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import Module
 
-from kernels import plan
+from kernels import grids, plan
+from kernels.heads import Heads
 from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd, snap
 
 HEAD_ROWS, HEAD_WARPS = 8, 4  # tokens per program of the lm_head, and per group of the sampling; its warps
@@ -51,13 +53,33 @@ def _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, N: tl.constexpr):
     return fineness
 
 
+def product_of(
+    module: Module, gain: Tensor | None, sparsity: float, fineness: Tensor | None, multiplier: float
+) -> Product:
+    """The `Product` of a `sparse_model.SparseProjection` in a step of this sparsity; 0: nothing is cut.
+
+    gain: of the norm before it; None: it adds to the residual, whose fineness and multiplier are given.
+    """
+    threshold, shift, offset = module.threshold, None, None
+    if sparsity and module.shift is not None:
+        shift, offset = module.shift, module.offset
+        threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)  # side by side
+    bias = None if "q" in module.segments else module.bias  # attention adds that
+    if bias is not None:
+        offset = bias.float() if offset is None else offset + bias
+    if fineness is not None and gain is not None:
+        fineness = grids.fineness(grids.bound_after_norm(gain, module.weight, module.scale, shift, bias))
+    stored = module.weight, threshold, module.widths, sparsity, module.scale
+    return Product(*stored, offset, fineness, multiplier if gain is None else 1.0)
+
+
 # ---- the embedding
 
 
 @triton.jit
 def _embed_kernel(
     token_ptr, embedding_ptr, h_ptr, fineness_ptr, beyond_ptr, slots_ptr,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, RSTD_BUFFER: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, RSTD_BUFFER: tl.constexpr, MULTIPLIER: tl.constexpr, PDL: tl.constexpr,
 ):
     """h = embedding[token], float32, after a look at the step before's; zeroes the slots of the lm_head's norm."""
     if PDL:
@@ -68,16 +90,21 @@ def _embed_kernel(
     tl.store(slots_ptr + tl.arange(0, RSTD_BUFFER), tl.zeros((RSTD_BUFFER,), tl.float32))
     start = tl.load(token_ptr + row) * DIM
     h = tl.load(embedding_ptr + start + i, mask=i < DIM, other=0.0).to(tl.float32)
+    if MULTIPLIER != 1.0:
+        h = rounded(h * MULTIPLIER, embedding_ptr.dtype.element_ty)
     if fineness_ptr is not None:
         h = snap(h, _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, DIM))
     tl.store(h_ptr + i, h, mask=i < DIM)
 
 
-def launch_embed(token: Tensor, embedding: Tensor, residual: Residual, logits: Tensor, pdl: bool) -> None:
-    """h = embedding[token] of each row; readies `logits` of one row for `launch_head`."""
+def launch_embed(
+    token: Tensor, embedding: Tensor, multiplier: float, residual: Residual, logits: Tensor, pdl: bool
+) -> None:
+    """h = multiplier embedding[token] of each row; readies `logits` of one row for `launch_head`."""
     n_vocab, dim = embedding.shape
     _embed_kernel[(triton.cdiv(dim, 1024), len(token))](
-        token, embedding, *residual, logits[0, n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER, PDL=pdl
+        token, embedding, *residual, logits[0, n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER,
+        MULTIPLIER=torch.tensor(multiplier, dtype=embedding.dtype).item(), PDL=pdl,
     )
 
 
@@ -113,6 +140,37 @@ def _of_qkv(x_ptr, bias_ptr, offsets, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _cosines_and_sines(position, inv_freq_ptr, d, in_d, FACTOR: tl.constexpr):
+    """Of the rotation at a position, for adjacent pairs of elements d: the sine of the first one is negative."""
+    inv_freq = tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
+    angle = position.to(tl.float32) * inv_freq
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    if FACTOR != 1.0:
+        factor = tl.where(inv_freq != 0.0, FACTOR, 1.0)
+        cos, sin = cos * factor, sin * factor
+    return cos, tl.where(d % 2 == 0, -sin, sin)
+
+
+@triton.jit
+def _rotated(x_ptr, bias_ptr, gain_ptr, start, d, mask, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Elements d of the heads of qkv that begin at `start`, a query's or key's: normalised if there is a gain, rotated.
+
+    Its squares add up in float64, so that a launch with another layout gets the same sum.
+    """
+    x = _of_qkv(x_ptr, bias_ptr, start + d, mask, DTYPE)
+    partner = _of_qkv(x_ptr, bias_ptr, start + (d ^ 1), mask, DTYPE)
+    if gain_ptr is not None:
+        squares = x.to(tl.float64) * x.to(tl.float64)
+        mean = tl.sum(squares, axis=len(x.shape) - 1, keep_dims=True).to(tl.float32) / HEAD_DIM
+        rstd = tl.rsqrt(mean + eps)
+        gain = tl.load(gain_ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        x = rounded(rounded(x * rstd, DTYPE) * gain, DTYPE)
+        gain = tl.load(gain_ptr + (d ^ 1), mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        partner = rounded(rounded(partner * rstd, DTYPE) * gain, DTYPE)
+    return tl.fma(x, cos + tl.zeros_like(x), partner * sin).to(DTYPE)
+
+
+@triton.jit
 def _join_chunks(
     part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr
 ):
@@ -143,17 +201,18 @@ def _join_chunks(
 @triton.jit(do_not_specialize=["seq_length", "splits", "n_pieces", "qkv_stride"])
 def _attention_kernel(
     # the new position's query, key and value, and the cache
-    qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr,
+    qkv_ptr, bias_ptr, q_gain_ptr, k_gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr,
     # the chunks' results, how many of a head have arrived, and the output
     part_ptr, lse_ptr, arrived_ptr, y_ptr,
-    # sizes: outputs of qkv with its room, positions of the cache, its chunks, and positions of the sliding window
-    qkv_stride, seq_length, splits, sliding_window, softmax_scale,
+    # sizes: outputs of qkv with its room, positions of the cache, its chunks, and positions of the sliding window; the
+    # scores' scale, and epsilon of the norms of q and k
+    qkv_stride, seq_length, splits, sliding_window, softmax_scale, eps,
     # what additional programs look at and prefetch, see `_load_residual` and `prefetch_gate_up`
     h_ptr, fineness_ptr, beyond_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, n_pieces,
-    # compiled in: heads; SHARED: all rows are one text's, in one row of the cache, see `launch_cache`; AHEAD: the
-    # `Operation` of gate|up, or None: nothing is prefetched
-    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SHARED: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    # compiled in: heads; FACTOR: see `Heads`; SHARED: all rows are one text's, in one row of the cache, see
+    # `launch_cache`; AHEAD: the `Operation` of gate|up, or None: nothing is prefetched
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, FACTOR: tl.constexpr,
+    SHARED: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):
     """One query over one chunk of a key/value head's cache. The head's last program to end joins the chunks' results.
 
@@ -203,10 +262,7 @@ def _attention_kernel(
     g = tl.arange(0, BLOCK_G)
     in_d, in_g = d < HEAD_DIM, g < HEADS_PER_KV
 
-    # the rotation at the new position, in adjacent pairs of elements
-    angle = position.to(tl.float32) * tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    sin = tl.where(d % 2 == 0, -sin, sin)
+    cos, sin = _cosines_and_sines(position, inv_freq_ptr, d, in_d, FACTOR)
 
     # this program's chunk of the cache, and its first keys and values: no launch of this step writes them (SHARED: one)
     if SHARED and PDL:
@@ -229,13 +285,11 @@ def _attention_kernel(
     q_start = (heads * HEAD_DIM)[:, None]
     q_offsets = q_start + d[None, :]
     q_mask = in_g[:, None] & in_d[None, :]
-    q = _of_qkv(qkv_ptr, bias_ptr, q_offsets, q_mask, DTYPE)
-    partner = _of_qkv(qkv_ptr, bias_ptr, q_start + (d ^ 1)[None, :], q_mask, DTYPE)
-    q = tl.fma(q, cos[None, :] + tl.zeros_like(q), partner * sin[None, :]).to(DTYPE)
+    q = _rotated(
+        qkv_ptr, bias_ptr, q_gain_ptr, q_start, d[None, :], q_mask, cos[None, :], sin[None, :], eps, HEAD_DIM, DTYPE
+    )
     k_start = (N_HEAD + head) * HEAD_DIM
-    k_new = _of_qkv(qkv_ptr, bias_ptr, k_start + d, in_d, DTYPE)
-    partner = _of_qkv(qkv_ptr, bias_ptr, k_start + (d ^ 1), in_d, DTYPE)
-    k_new = tl.fma(k_new, cos, partner * sin).to(DTYPE)
+    k_new = _rotated(qkv_ptr, bias_ptr, k_gain_ptr, k_start, d, in_d, cos, sin, eps, HEAD_DIM, DTYPE)
     v_new = _of_qkv(qkv_ptr, bias_ptr, (N_HEAD + N_KV + head) * HEAD_DIM + d, in_d, DTYPE).to(DTYPE)
     if owner and not SHARED:
         tl.store(k_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, k_new, mask=in_d)
@@ -279,8 +333,8 @@ def _attention_kernel(
 
 @triton.jit
 def _cache_kernel(
-    qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr, qkv_stride, seq_length,
-    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, PDL: tl.constexpr,
+    qkv_ptr, bias_ptr, gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr, qkv_stride, seq_length, eps,
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, FACTOR: tl.constexpr, PDL: tl.constexpr,
 ):
     """Rotates and caches the new key and value of one row and one key/value head, in the cache's first row."""
     if PDL:
@@ -292,30 +346,25 @@ def _cache_kernel(
     DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
     d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     in_d = d < HEAD_DIM
-    angle = position.to(tl.float32) * tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    sin = tl.where(d % 2 == 0, -sin, sin)
-
+    cos, sin = _cosines_and_sines(position, inv_freq_ptr, d, in_d, FACTOR)
     k_start = (N_HEAD + head) * HEAD_DIM
-    k_new = _of_qkv(qkv_ptr, bias_ptr, k_start + d, in_d, DTYPE)
-    partner = _of_qkv(qkv_ptr, bias_ptr, k_start + (d ^ 1), in_d, DTYPE)
+    k_new = _rotated(qkv_ptr, bias_ptr, gain_ptr, k_start, d, in_d, cos, sin, eps, HEAD_DIM, DTYPE)
     v_new = _of_qkv(qkv_ptr, bias_ptr, (N_HEAD + N_KV + head) * HEAD_DIM + d, in_d, DTYPE)
     at = (head.to(tl.int64) * seq_length + position) * HEAD_DIM + d
-    tl.store(k_cache_ptr + at, tl.fma(k_new, cos, partner * sin).to(DTYPE), mask=in_d)
+    tl.store(k_cache_ptr + at, k_new, mask=in_d)
     tl.store(v_cache_ptr + at, v_new.to(DTYPE), mask=in_d)
 
 
-def launch_cache(
-    qkv: Tensor, bias: Tensor | None, cache: Module, position: Tensor, inv_freq: Tensor, n_head: int, pdl: bool
-) -> None:
+def launch_cache(qkv: Tensor, heads: Heads, cache: Module, position: Tensor, n_head: int, pdl: bool) -> None:
     """Writes the new keys and values of rows that stand at positions of one text, before any of them attends.
 
     Arguments as `launch_attention`'s, but for a cache of one row.
     """
     _, n_kv, seq_length, head_dim = cache.k_cache.shape
     _cache_kernel[(n_kv, len(qkv))](
-        qkv, bias, cache.k_cache, cache.v_cache, position, inv_freq, qkv.stride(0), seq_length,
-        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        qkv, heads.bias, heads.k_gain, heads.inv_freq, cache.k_cache, cache.v_cache, position,
+        qkv.stride(0), seq_length, heads.eps,
+        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, FACTOR=heads.factor, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )
 
 
@@ -331,15 +380,14 @@ class Chunks(NamedTuple):
 
 
 def launch_attention(
-    qkv: Tensor, bias: Tensor | None, cache: Module, position: Tensor, inv_freq: Tensor, chunks: Chunks, y: Tensor,
-    sliding_window: int | None, residual: Residual, ahead: tuple[Norm, Product], pdl: bool, shared: bool = False,
+    qkv: Tensor, heads: Heads, cache: Module, position: Tensor, chunks: Chunks, y: Tensor,
+    residual: Residual, ahead: tuple[Norm, Product], pdl: bool, shared: bool = False,
 ) -> None:
     """Attention of each row's new position, cached on the way, to y [rows, n_head head_dim] in the model's dtype.
 
-    qkv: [rows, (n_head + 2 n_kv) head_dim and room], float32; bias: [(n_head + 2 n_kv) head_dim] or None.
+    qkv: [rows, (n_head + 2 n_kv) head_dim and room], float32.
     cache: with k_cache and v_cache, each [rows, n_kv, seq_length, head_dim].
     position: [rows], int64.
-    sliding_window: how many keys the query sees, itself included; None: all.
     residual: looked at meanwhile; what qkv was made of.
     ahead: ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`, where there is one row.
     shared: the rows stand at positions of one text, whose cache of one row `launch_cache` has written.
@@ -355,13 +403,13 @@ def launch_attention(
     n_pieces *= n_kv * seq_length <= plan.CROWDED  # one kernel for caches of all lengths
     looks = residual.fineness is not None
     _attention_kernel[(n_kv, splits + looks + triton.cdiv(n_pieces, n_kv), rows)](
-        qkv, bias, k_cache, v_cache, position, inv_freq,
+        qkv, heads.bias, heads.q_gain, heads.k_gain, heads.inv_freq, k_cache, v_cache, position,
         *chunks, y,
-        qkv.stride(0), seq_length, splits, sliding_window, head_dim**-0.5,
+        qkv.stride(0), seq_length, splits, heads.sliding_window, heads.softmax_scale, heads.eps,
         *residual, ffn_norm.gain, gate_up.threshold, ffn_norm.last_rstd, weight.view(torch.uint8),
         weight[0].nbytes // 2, n_pieces,
-        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, DIM=residual.h.shape[1], SHARED=shared, AHEAD=operation, PDL=pdl,
-        num_warps=4, launch_pdl=pdl,
+        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, DIM=residual.h.shape[1], FACTOR=heads.factor,
+        SHARED=shared, AHEAD=operation, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )
 
 
@@ -372,9 +420,9 @@ def launch_attention(
 def _head_kernel(
     h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, logits_stride, eps, one,
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PDL: tl.constexpr,
+    SCALING: tl.constexpr, PDL: tl.constexpr,
 ):
-    """Logits of GROUP tokens, W x with W [vocab, DIM], and the largest of them, for the sampling.
+    """Logits of GROUP tokens, W x / SCALING with W [vocab, DIM], and the largest of them, for the sampling.
 
     gain_ptr None: x [ROWS, DIM] is given. Else there is one row, and x is RMSNorm(h).
     """
@@ -415,6 +463,8 @@ def _head_kernel(
             logits = tl.sum(acc[r], axis=1)
             if weight_scale_ptr is not None:
                 logits *= 256 * tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
+            if SCALING != 1.0:
+                logits /= SCALING
             tl.store(logits_ptr + r * logits_stride + v, logits, mask=v < n_vocab)
             top = tl.max(tl.where(v < n_vocab, logits, float("-inf")), axis=0)
             so_far = so_far + (tl.maximum(tops[r], top),)  # noqa: RUF005
@@ -424,9 +474,10 @@ def _head_kernel(
 
 
 def launch_head(
-    x: Tensor, norm: Norm | None, weight: Tensor, weight_scale: Tensor | None, logits: Tensor, top: Tensor, pdl: bool
+    x: Tensor, norm: Norm | None, weight: Tensor, weight_scale: Tensor | None, scaling: float,
+    logits: Tensor, top: Tensor, pdl: bool,
 ) -> None:
-    """logits [rows, vocab and RSTD_BUFFER] float32 = W x; top [rows, groups]: the largest of every HEAD_ROWS.
+    """logits [rows, vocab and RSTD_BUFFER] float32 = W x / scaling; top [rows, groups]: the largest of every HEAD_ROWS.
 
     x: [rows, dim], in the model's dtype; with a norm one row, float32, the norm's input.
     weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, else None.
@@ -439,7 +490,7 @@ def launch_head(
         _head_kernel[(top.shape[1],)](
             rows, gain, weight, weight_scale, logits[i:], top[i:], n_vocab, logits.stride(0), eps, ONE,
             ROWS=len(rows), DIM=dim, BLOCK_V=max(2, HEAD_ROWS // triton.next_power_of_2(len(rows))), BLOCK_K=1024,
-            GROUP=HEAD_ROWS, PDL=pdl, num_warps=HEAD_WARPS, launch_pdl=pdl,
+            GROUP=HEAD_ROWS, SCALING=scaling, PDL=pdl, num_warps=HEAD_WARPS, launch_pdl=pdl,
         )
 
 

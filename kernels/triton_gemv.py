@@ -28,7 +28,7 @@ PIECE_ROWS, PIECE_BYTES = tl.constexpr(AHEAD_ROWS), tl.constexpr(AHEAD_BYTES)
 class Operation(NamedTuple):
     """What a product's kernel computes: compiled in, as its `Plan` is, both as the kernels' uppercase OP and PLAN."""
 
-    prologue: str  # what x is. "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up
+    prologue: str  # what x is. "given"; "norm": RMSNorm of h; the name of an activation: that of gate, times up
     cut: bool  # whether inputs are compared with thresholds
     shift: bool  # whether thresholds come with shifts
     n_in: int
@@ -36,6 +36,7 @@ class Operation(NamedTuple):
     bits: int = 16  # of a weight
     pack: int = 1  # outputs of a word, as it is loaded
     groupsize: int = 0  # int4's outputs per scale
+    multiplier: float = 1.0  # of the sums
 
 
 def operation_of(prologue: str, n_in: int, dtype: torch.dtype) -> Operation:
@@ -101,16 +102,31 @@ def load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
 
 @triton.jit
 def load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
-    """Loads the two float32 operands from which `inputs` makes x[rows]; the second is zero but for SiLU(gate) * up.
+    """Loads the two float32 operands from which `inputs` makes x[rows]; the second is `up`, or zero.
 
     CACHE ".cg" leaves nothing in L1: what is read before the wait may change.
     """
     in_range = rows < OP.n_in
     a = tl.load(x_ptr + rows, mask=in_range, other=0.0, cache_modifier=CACHE).to(tl.float32)
     b = tl.zeros_like(a)
-    if OP.prologue == "silu":
+    if OP.prologue != "given" and OP.prologue != "norm":
         b = tl.load(x_ptr + OP.n_in + rows, mask=in_range, other=0.0, cache_modifier=CACHE)
     return a, b
+
+
+@triton.jit
+def activated(x, OP: tl.constexpr):
+    """The activation that is the prologue, one of `model.ACTIVATIONS`."""
+    if OP.prologue == "silu":
+        y = x * tl.sigmoid(x)
+    elif OP.prologue == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif OP.prologue == "gelu_tanh":  # 0.5 (1 + tanh z) is the sigmoid of 2 z
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(OP.prologue == "relu")
+        y = tl.where(x < 0.0, 0.0, x)
+    return y
 
 
 @triton.jit
@@ -120,9 +136,9 @@ def inputs(rows, operands, constants, rstd, OP: tl.constexpr):
     gain, threshold, shift = constants
     if OP.prologue == "norm":
         x = rounded(rounded(x * rstd, OP.dtype) * gain, OP.dtype)
-    elif OP.prologue == "silu":
-        gate = rounded(x, OP.dtype)
-        x = rounded(rounded(gate * tl.sigmoid(gate), OP.dtype) * rounded(up, OP.dtype), OP.dtype)
+    elif OP.prologue != "given":
+        gate = activated(rounded(x, OP.dtype), OP)
+        x = rounded(rounded(gate, OP.dtype) * rounded(up, OP.dtype), OP.dtype)
     if OP.shift:
         x = rounded(x - shift, OP.dtype)
 
@@ -329,7 +345,7 @@ def _gemv_kernel(
     # compiled in; ZERO: how much of zero_ptr each program fills
     OP: tl.constexpr, PLAN: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
-    """out += W^T cut(x - shift) + offset: a program takes PLAN.blocks of inputs, one tile of outputs, one row of x.
+    """out += m (W^T cut(x - shift) + offset): a program takes PLAN.blocks of inputs, a tile of outputs, a row of x.
 
     What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. Integers
     come as int32 words of four or eight outputs, by row only.
@@ -372,7 +388,7 @@ def _gemv_kernel(
     EARLY: tl.constexpr = BLOCK_OUT <= 64
     if fineness_ptr is not None and EARLY:
         fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
-    if OP.shift:
+    if offset_ptr is not None:
         if tl.program_id(1) == 0:
             offset = tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
 
@@ -424,8 +440,10 @@ def _gemv_kernel(
     elif OP.bits == 8:
         total = joined(acc, ones, -128 * ones, OP.bits)
         total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
-    if OP.shift:
+    if offset_ptr is not None:
         total += offset
+    if OP.multiplier != 1.0:
+        total *= OP.multiplier
     if fineness_ptr is not None:
         if not EARLY:
             fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
@@ -440,11 +458,12 @@ class Product(NamedTuple):
     """What a product multiplies with, the same at every token.
 
     weight: [in, out], contiguous, of a `kernels.quantized.Form`, as its weight_scale.
-    threshold: [S, in], float32; with an offset [S, in, 2]: threshold and shift of each input.
+    threshold: [S, in], float32; with shifts [S, in, 2]: threshold and shift of each input.
     segments: widths of the S output segments, which add up to out.
     sparsity: about the share that the thresholds cut, which chooses the plan; 0 compiles the test out.
-    offset: [out], float32, or None: no shifts.
+    offset: [out], float32, what is added to a product, the shifts' product and a bias; or None.
     fineness: [out], float32, of the outputs' grid, see `kernels.grids`; None: sums depend on the order of the programs.
+    multiplier: of the product, the offset included.
     """
 
     weight: Tensor
@@ -454,6 +473,7 @@ class Product(NamedTuple):
     weight_scale: Tensor | None = None
     offset: Tensor | None = None
     fineness: Tensor | None = None
+    multiplier: float = 1.0
 
     @property
     def form(self) -> Form:
@@ -462,13 +482,14 @@ class Product(NamedTuple):
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
         operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
-        cut, shift, pack = self.sparsity > 0, self.offset is not None, 32 // bits if bits < 16 else 1
-        return operation._replace(cut=cut, shift=shift, bits=bits, pack=pack, groupsize=self.form.groupsize)
+        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 32 // bits if bits < 16 else 1
+        operation = operation._replace(cut=cut, shift=shift, bits=bits, pack=pack)
+        return operation._replace(groupsize=self.form.groupsize, multiplier=self.multiplier)
 
     def check(self) -> None:
         """Asserts what the kernel relies on."""
         n_in, n_out, form = len(self.weight), sum(self.segments), self.form
-        assert self.threshold.shape == (len(self.segments), n_in) + (() if self.offset is None else (2,))
+        assert self.threshold.shape in {(len(self.segments), n_in), (len(self.segments), n_in, 2)}
         assert self.threshold.is_contiguous() and len(self.segments) <= MAX_SEGMENTS
         assert self.weight.is_contiguous() and 8 * self.weight.nbytes == form.bits * n_in * n_out
         if form.name != "none":
@@ -500,7 +521,7 @@ def launch_gemv(
     norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype | None = None, pdl: bool = False,
     plan: Plan | None = None,
 ) -> None:
-    """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue, see `Operation`.
+    """Adds multiplier (W^T cut(x - shift) + offset) to `out`, with x made by the prologue, see `Operation`.
 
     x: "given" [B, in]; else one row, float32: h [1, in] or gate|up [1, 2 in]. With `pdl` it is read before the launch
         before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.

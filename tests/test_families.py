@@ -18,7 +18,7 @@ import greedy
 import quantize
 import refine
 from convert_hf_checkpoint import main as convert
-from decoder import Generator, fusable, unknown_parts
+from decoder import FusedCpuStep, Generator, fusable, unknown_parts
 from formats.config import FAMILIES, config_fields
 from formats.gguf_file import byte_level_tokenizer
 from kernels import cpu
@@ -32,6 +32,8 @@ NEW = [name for name, (family, _) in MODELS.items() if family not in OLDER or "y
 NEW += ["llama-biases", "llama-gelu"]
 # one of each family, which differ in their blocks
 BLOCKS = "qwen3 phi3-longrope granite-biases smollm3 olmo2 gemma2 gemma3 gpt-neox gpt-neox-sequential opt".split()
+UNFUSED = ("Olmo2", "Gemma2", "Gemma3", "GPTNeoX", "OPT")
+FUSED = [name for name, (family, _) in MODELS.items() if family not in UNFUSED]
 LENGTH = 40  # beyond every window and original context of MODELS
 
 
@@ -405,9 +407,25 @@ def test_every_script_takes_the_family(folders, tmp_path, capsys, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fused_steps_take_what_they_implement(folders, name):
     config = ModelArgs.from_config(reference(name).config.to_dict())
-    plain = MODELS[name][0] in OLDER and name not in ("llama-yarn", "mistral-yarn", "llama-biases", "llama-gelu")
-    assert fusable(config) == (plain or name in ("phi3", "phi3-window"))
+    assert fusable(config) == (name in FUSED)
     assert all(len(part) < 200 for part in unknown_parts(config))
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", [name for name in FUSED if name in NEW])
+@torch.inference_mode()
+def test_fused_steps_equal_plain_ones(folders, name):
+    """Behind a prompt, beyond every window and original context."""
+    model, idx = build(converted(folders, name)), tokens(1)
+    cut_at_random(model)
+    model.sparsity = 0.5
+    logits = decode(model, idx, prompt=LENGTH - 4)
+    decode(model, idx, prompt=LENGTH)
+    step = FusedCpuStep(model, temperature=0.0, top_k=1)
+    for position in range(LENGTH - 4, LENGTH):
+        step.start(idx[:, position], [position], [0])
+        step.replay()
+        assert_close(step.logits, logits[:, position])
 
 
 # ---------------------------------------------------------------- tokenizers

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import FUSED, build_cut, caches
+from models import FUSED, SWITCHES, build_cut, caches
 
 pytest.importorskip("triton")
 
@@ -14,6 +14,7 @@ LENGTHS = [70, 3, 40, 65, 1, 20, 33, 64]  # of the rows' prompts
 MODELS = {
     "16 bits": {},
     "window, biases": {"sliding_window": 5, "qkv_bias": True},
+    "switches": SWITCHES | {"shifted": True},
     "shifted": {"shifted": True},
     "int8, shifted": {"quant": "int8", "shifted": True, "n_layer": 1},
     "int4": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "n_layer": 1},
@@ -22,6 +23,7 @@ WIDE = {"dim": 512, "n_head": 8, "intermediate_size": 5120, "std": 0.05}
 WIDE_MODELS = {
     "wide": WIDE,
     "wide, shifted": WIDE | {"shifted": True},
+    "wide, switches": WIDE | SWITCHES,
     "wide, int8": WIDE | {"quant": "int8"},
     "wide, int4": WIDE | {"quant": "int4", "groupsize": 64},
 }
@@ -84,7 +86,7 @@ def true_splats(monkeypatch):
 FEW, ALL = [1, 0], [2, 1, 0, 3, 4, 5, 6, 7]
 CASES = [(name, sparsity, rows) for name in MODELS for sparsity in (0.0, 0.5) for rows in (FEW, ALL)]
 if DEVICE == "cpu":  # which takes 5 s for a row of 16 bits
-    CASES = [("shifted", 0.5, ALL[:5]), ("window, biases", 0.0, FEW), ("int8, shifted", 0.5, FEW), ("int4", 0.5, FEW)]
+    CASES = [("shifted", 0.5, ALL[:5]), ("switches", 0.0, FEW), ("int8, shifted", 0.5, FEW), ("int4", 0.5, FEW)]
 
 
 def check_rows(model, rows: list[int], dense: bool) -> None:
@@ -112,7 +114,7 @@ def test_rows_of_wide_models(name, plan, monkeypatch):
     check_rows(build_cut(FUSED, dtype=torch.bfloat16, device=DEVICE, **WIDE_MODELS[name]), ALL, dense=False)
 
 
-@pytest.mark.parametrize("name", MODELS if DEVICE == "cuda" else ["window, biases"])
+@pytest.mark.parametrize("name", MODELS if DEVICE == "cuda" else ["switches"])
 def test_drafts_equal_steps_of_one_row(name):
     """Three positions of a text at once, where one chunk of attention ends, as one after the other: the caches too."""
     model = build_cut(FUSED, dtype=torch.bfloat16, device=DEVICE, **MODELS[name])
