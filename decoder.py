@@ -11,35 +11,41 @@ Why a fused step on a GPU records its own CUDA graph: README, "How it works".
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.heads import heads_of
 from model import ModelArgs, Projection, Transformer, TransformerBlock
-from sparse_model import SparseProjection, SparseTransformer
+from sparse_model import SITES, SparseProjection, SparseTransformer
 
+MAX_ROWS = 8  # of a fused step
 MAX_TOP_K = 1024  # that the fused sampling on a GPU sorts in one program
 LEAST_TEMPERATURE = 1e-20  # below it logits over the temperature leave float32: it is greedy
 # The fields of ModelArgs that both fused steps implement, whatever their value.
 FUSED_FIELDS = set(
     "name block_size vocab_size n_layer n_head n_local_heads dim head_dim intermediate_size tie_embeddings norm_eps "
-    "rope_base rope_scaling qkv_bias sliding_window windowed_layers quant groupsize".split()
+    "qkv_bias o_bias mlp_bias attention_scale rope_base rope_scaling rotary_share unrotated_layers local_rope_base "
+    "sliding_window windowed_layers embedding_multiplier residual_multiplier logits_scaling quant groupsize".split()
 )
-# The weights of a block that they read.
-FUSED_WEIGHTS = {"attention_norm.weight", "attention.wqkv.weight", "attention.wqkv.bias", "attention.wo.weight"}
-FUSED_WEIGHTS |= {"ffn_norm.weight", "feed_forward.w13.weight", "feed_forward.w2.weight"}
+FUSED_VALUES = {"qk_norm": ("", "head"), "activation": cpu.Model.ACTIVATIONS}  # of other fields
+# The weights of a block that they read, and those that have a bias, too.
+FUSED_WEIGHTS = {f"{name}.weight" for name in ("attention_norm", "ffn_norm", "attention.q_norm", "attention.k_norm")}
+FUSED_WEIGHTS |= {f"{site.module}.{part}" for site in SITES.values() for part in ("weight", "bias")}
 
 
 def unknown_parts(config: ModelArgs) -> list[str]:
-    """What the fused steps do not implement of a model: fields that differ from their default, weights of a block."""
+    """What the fused steps do not implement: fields that differ from their default, else weights of a model's block."""
     default = vars(type(config)())
-    fields = [f"{k} = {v!r}" for k, v in vars(config).items() if k not in FUSED_FIELDS and v != default[k]]
+    others = {k: v for k, v in vars(config).items() if k not in FUSED_FIELDS and v != default[k]}
+    fields = [f"{k} = {v!r}" for k, v in others.items() if v not in FUSED_VALUES.get(k, ())]
     block = TransformerBlock(config, Projection, device="meta")
-    return fields + [name for name, _ in block.named_parameters() if name not in FUSED_WEIGHTS]
+    return fields or [name for name, _ in block.named_parameters() if name not in FUSED_WEIGHTS]
 
 
 def fusable(config: ModelArgs) -> bool:
@@ -49,8 +55,8 @@ def fusable(config: ModelArgs) -> bool:
 
 def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
     """Why a run's steps are not fused, in a few words; None: they can be."""
-    if batch_size > (most := cpu.ROWS if device.type == "cpu" else 1):
-        return "it serves one row" if most == 1 else f"it serves at most {most} rows"
+    if batch_size > MAX_ROWS:
+        return f"it serves at most {MAX_ROWS} rows"
     if device.type == "cpu" and cpu.library() is None:
         return "it needs a C++ compiler"
     if device.type == "cuda" and top_k > MAX_TOP_K:
@@ -59,22 +65,25 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
 
 
 class FusedGpuStep:
-    """Decode steps at batch 1 on a GPU, through the fused kernels and one CUDA graph.
+    """Decode steps of 1 to 8 rows on a GPU, through the fused kernels and one CUDA graph.
 
     `replay` a step as often as wanted, then read `tokens`: it leaves nothing for the host to do. Models of 16 bits give
-    the same tokens every time, in a cache of any length, while `left_grid` is False.
+    a row the same tokens every time, in a cache of any length, beside any rows, while `left_grid` is False.
 
-    model: with its cache set up for one row, and its cuts set: a later change needs a new step.
+    model: with its cache set up, and its cuts set: a later change needs a new step.
     temperature, top_k: of the sampling; temperature 0 is greedy.
     dense: nothing is cut, by the same kernels with the test compiled out; so it is where a model's `sparsity` is 0.
-    tokens: [positions of the cache + 1], int64; those from `start` on are valid.
-    logits: [vocab and room for a norm's rstd], float32, of the last step.
+    drafts: this many rows, which share the cache's only row and stand at positions of one text, in ascending order.
+        Each sees the keys of those before it: its logits are those of a step of one row there. 0: every row of the
+        cache is a text of its own.
+    tokens: [rows, positions of the cache + 1], int64; those from `start` on are valid.
+    logits: [rows, vocab and room for a norm's rstd], float32, of the last step.
     """
 
-    def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False):
-        from kernels import fused_step, grids, triton_gemv
+    def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
+        from kernels import few_rows, fused_step, grids, triton_gemv
 
-        self.kernels, self.gemv, self.grids, self.model = fused_step, triton_gemv, grids, model
+        self.kernels, self.gemv, self.few_rows, self.model = fused_step, triton_gemv, few_rows, model
         self.sparsity = 0.0 if dense else model.sparsity
         config, device = model.config, model.device
         self.sampling = temperature, min(top_k, config.vocab_size)
@@ -85,25 +94,29 @@ class FusedGpuStep:
             return torch.zeros(shape, device=device, dtype=dtype)
 
         # what one launch of a step leaves to the next; y is kept per layer: o guesses by its last input
-        cache_length, rstd_buffer = model.layers[0].attention.kv_cache.k_cache.shape[2], triton_gemv.RSTD_BUFFER
+        cache_rows, _, cache_length, _ = model.layers[0].attention.kv_cache.k_cache.shape
+        self.drafts, rows, rstd_buffer = drafts, drafts or cache_rows, triton_gemv.RSTD_BUFFER
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
         splits = fused_step.chunks_in(cache_length)
-        self.residual = fused_step.Residual(buffer(config.dim))
+        self.residual = fused_step.Residual(buffer(rows, config.dim))
         if model.dtype != torch.float32:
             fineness = grids.fineness(grids.residual_bound(model))
             self.residual = self.residual._replace(fineness=fineness, beyond=buffer(1, dtype=torch.int32))
-        self.qkv = buffer(q + 2 * kv + rstd_buffer)
-        self.gate_up = buffer(2 * config.intermediate_size + rstd_buffer)
-        self.y = buffer(config.n_layer, q, dtype=model.dtype)
-        arrived = buffer(config.n_local_heads, dtype=torch.int32)
-        self.chunks = fused_step.Chunks(buffer(splits, q), buffer(splits, config.n_head), arrived)
-        self.logits = buffer(config.vocab_size + rstd_buffer)
+        self.qkv = buffer(rows, q + 2 * kv + rstd_buffer)
+        self.gate_up = buffer(rows, 2 * config.intermediate_size + rstd_buffer)
+        self.y = buffer(config.n_layer, rows, q, dtype=model.dtype)
+        arrived = buffer(rows, config.n_local_heads, dtype=torch.int32)
+        self.chunks = fused_step.Chunks(buffer(rows, splits, q), buffer(rows, splits, config.n_head), arrived)
+        self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size + rstd_buffer)
+        most = max(len(m.widths) * (-(-len(m.weight) // 32) * 32) for m in model.sites)  # inputs of all segments
+        made = buffer((rows + 3) // 4 * 4 * most, dtype=model.dtype)
+        self.prepared = few_rows.Prepared(made, buffer(rows * most // 32, dtype=torch.int32))
 
         # the sampling's room, and what goes from step to step
-        self.top = buffer(-(-config.vocab_size // fused_step.HEAD_ROWS))
-        self.groups = buffer(1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
-        self.seed, self.position, self.token = (buffer(1, dtype=torch.int64) for _ in range(3))
-        self.tokens = buffer(cache_length + 1, dtype=torch.int64)
+        self.top = buffer(rows, -(-config.vocab_size // fused_step.HEAD_ROWS))
+        self.groups = buffer(rows, 1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
+        self.seed, self.position, self.token = (buffer(rows, dtype=torch.int64) for _ in range(3))
+        self.tokens = buffer(rows, cache_length + 1, dtype=torch.int64)
 
         # what the launches multiply and normalise with
         self.last_rstds = buffer(2 * config.n_layer, 1)
@@ -111,18 +124,11 @@ class FusedGpuStep:
         self.norms = [triton_gemv.Norm(norms[i].weight, norms[i].eps, rstd) for i, rstd in enumerate(self.last_rstds)]
         self.head_norm = triton_gemv.Norm(model.norm.weight, model.norm.eps)
         gains = [gain for norm in norms for gain in (norm.weight, None)]
-        self.products = {site: self._product(site, gain) for site, gain in zip(model.sites, gains, strict=True)}
-
-    def _product(self, module: SparseProjection, gain: Tensor | None) -> tuple:
-        """The module's `kernels.triton_gemv.Product`; gain: of the norm before it, None: it adds to the residual."""
-        threshold, shift, offset, fineness = module.threshold, None, None, self.residual.fineness
-        if self.sparsity and module.shift is not None:
-            shift, offset = module.shift, module.offset
-            threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)  # side by side
-        if fineness is not None and gain is not None:
-            fineness = self.grids.fineness(self.grids.bound_after_norm(gain, module.weight, module.scale, shift))
-        stored = module.weight, threshold, module.widths, self.sparsity, module.scale
-        return self.gemv.Product(*stored, offset, fineness)
+        self.head_operation = triton_gemv.operation_of("norm", config.dim, model.dtype)
+        self.heads = heads_of(model)
+        options = self.sparsity, self.residual.fineness, config.residual_multiplier
+        sites = zip(model.sites, gains, strict=True)
+        self.products = {site: fused_step.product_of(site, gain, *options) for site, gain in sites}
 
     @property
     def left_grid(self) -> bool:
@@ -130,12 +136,12 @@ class FusedGpuStep:
         h, fineness, beyond = self.residual
         return beyond is not None and bool(beyond.item() or (h.abs() * fineness > self.kernels.BEYOND.value).any())
 
-    def start(self, token: Tensor, position: int, seed: int) -> None:
-        """Sets the token to feed next, its position, and the seed of the draws."""
-        self.token.copy_(token.view(1))
-        self.tokens[position] = token.view(())
-        self.position.fill_(position)
-        self.seed.fill_(seed)
+    def start(self, tokens: Tensor, positions: list[int], seeds: list[int]) -> None:
+        """Sets each row's token to feed next, its position, and the seed of its draws."""
+        self.token.copy_(tokens.view(-1))
+        self.position.copy_(torch.tensor(positions))
+        self.seed.copy_(torch.tensor(seeds))
+        self.tokens.scatter_(1, self.position[:, None], self.token[:, None])
 
     def replay(self) -> None:
         """One step; the first call records it."""
@@ -163,26 +169,34 @@ class FusedGpuStep:
     def step(self) -> None:
         """Launches the kernels of one step."""
         kernels, model, products, h, pdl = self.kernels, self.model, self.products, self.residual.h, self.pdl
-        gemv = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl)
-        kernels.launch_embed(self.token, model.tok_embeddings.weight, self.residual, self.logits, pdl)
+        config, embedding = model.config, model.tok_embeddings.weight
+        gemv, rows = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl), len(h)
+        if rows > 1:
+            gemv = partial(self.few_rows.launch_rows, prepared=self.prepared, dtype=model.dtype, pdl=pdl)
+        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, self.logits, pdl)
 
         for i, block in enumerate(model.layers):
             attention, feed_forward, y = block.attention, block.feed_forward, self.y[i]
             attention_norm, ffn_norm = self.norms[2 * i : 2 * i + 2]
-            gate_up, bias = products[feed_forward.w13], attention.wqkv.bias
-            window = model.config.sliding_window if i in model.config.windowed_layers else None
-            cache, ahead = attention.kv_cache, (self.residual, (ffn_norm, gate_up))
+            gate_up, shared = products[feed_forward.w13], self.drafts > 0
+            read, ahead = (self.qkv, self.heads[i], attention.kv_cache, self.position), (ffn_norm, gate_up)
 
             gemv("norm", h, products[attention.wqkv], self.qkv, norm=attention_norm, zero=self.gate_up)
-            kernels.launch_attention(
-                self.qkv, bias, cache, self.position, model.inv_freq, self.chunks, y, window, *ahead, pdl
-            )
-            gemv("given", y[None], products[attention.wo], h[None])
+            if shared:
+                kernels.launch_cache(*read, config.n_head, pdl)
+            kernels.launch_attention(*read, self.chunks, y, self.residual, ahead, pdl, shared)
+            gemv("given", y, products[attention.wo], h)
             gemv("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
-            gemv("silu", self.gate_up, products[feed_forward.w2], h)
+            gemv(config.activation, self.gate_up, products[feed_forward.w2], h)
 
-        scale, state = model.output and model.output.scale, (self.seed, self.position, self.token, self.tokens)
-        kernels.launch_head(h, self.head_norm, model.output_weight, scale, self.logits, self.top, pdl)
+        scale, norm, x = model.output and model.output.scale, self.head_norm, h
+        if rows > 1:
+            x, prepared = self.x, self.prepared._replace(made=self.x)
+            options = {"norm": norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
+            self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)
+            norm = None
+        kernels.launch_head(x, norm, model.output_weight, scale, config.logits_scaling, self.logits, self.top, pdl)
+        state = self.seed, self.position, self.token, self.tokens
         kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)
 
 
@@ -192,12 +206,7 @@ class FusedCpuStep:
     In bfloat16 and float16 a row's tokens depend neither on other rows nor on the number of threads. A step takes at
     most torch's: fewer while those are quicker, beside other work. Float32 (and a CPU without fused multiply-adds) adds
     in another order with other rows or threads, so it takes all. It reads the model's tensors where they lie, so they
-    must stay there. Arguments and attributes are those of `FusedGpuStep`, but for these.
-
-    drafts: rows that share the cache's one row, at positions in ascending order: each sees the new keys of those before
-        it. Its logits are those of a step of one row there, once the tokens before it are in the cache. 0: a row of the
-        model's cache for each.
-    tokens: [rows, positions of the cache + 1], int64. logits: [rows, vocab], float32, rounded to the model's dtype.
+    must stay there. Arguments and attributes are those of `FusedGpuStep`; logits are rounded to the model's dtype.
     """
 
     adaptive = True  # False, set before one is made: each step takes torch's number of threads
@@ -205,7 +214,7 @@ class FusedCpuStep:
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
         rows = drafts or len(cache)
-        assert rows <= cpu.ROWS and (not drafts or len(cache) == 1)
+        assert rows <= MAX_ROWS and (not drafts or len(cache) == 1)
         self._decode = cpu.kernel("decode", cache.dtype, model.layers[0].attention.wo.form)
         self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
         self._dtype = cache.dtype
@@ -215,30 +224,32 @@ class FusedCpuStep:
 
         # the layers
         layers = (cpu.Layer * config.n_layer)()
-        for i, block in enumerate(model.layers):
-            norms = [self._pointer(norm.weight) for norm in (block.attention_norm, block.ffn_norm)]
+        for i, (block, heads) in enumerate(zip(model.layers, heads_of(model), strict=True)):
+            gains = block.attention_norm.weight, block.ffn_norm.weight, heads.q_gain, heads.k_gain
             projections = [self._projection(module) for module in model.sites[4 * i : 4 * i + 4]]
-            caches = [self._pointer(tensor) for tensor in block.attention.kv_cache.buffers()]
-            window = config.sliding_window if i in config.windowed_layers else cache.shape[2]
-            layers[i] = cpu.Layer(*norms, *projections, *caches, window)
+            others = map(self._pointer, (*block.attention.kv_cache.buffers(), heads.inv_freq))
+            window = heads.sliding_window or cache.shape[2]
+            layers[i] = cpu.Layer(*map(self._pointer, gains), *projections, *others, heads.factor, window)
 
         # the model: its shape, its other weights, room for values between the phases of a step, and the sampling
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        shape = {name: getattr(config, name) for name in cpu.Model.SHAPE.split()}
+        numbers = {name: getattr(config, name) for name in f"{cpu.Model.SHAPE} {cpu.Model.FACTORS}".split()}
         tensors = {"embedding": model.tok_embeddings.weight, "norm": model.norm.weight, "output": model.output_weight}
-        tensors |= {"output_scale": model.output and model.output.scale, "inv_freq": model.inv_freq}
+        tensors |= {"output_scale": model.output and model.output.scale}
         room = {"h": config.dim, "qkv": q + 2 * kv, "y": q, "act": config.intermediate_size}
         room["tops"] = -(-config.vocab_size // cpu.GROUP)
         tensors |= {name: torch.zeros(rows, n) for name, n in room.items()}
         tensors |= {"logits": self.logits, "tokens": self.tokens}
         self._model = cpu.Model(
-            **shape,
+            **numbers,
             **{name: self._pointer(tensor) for name, tensor in tensors.items()},
             cache_length=cache.shape[2],
             layers=layers,
             cut=not dense and model.sparsity > 0,
             shared=drafts > 0,
+            activation=cpu.Model.ACTIVATIONS.index(config.activation),
             eps=config.norm_eps,
+            softmax_scale=config.attention_scale or config.head_dim**-0.5,
             temperature=temperature,
             top_k=min(top_k, config.vocab_size),
             pace=self._pointer(torch.zeros(cpu.PACE_DOUBLES, dtype=torch.float64)) if self.adaptive else None,
@@ -343,7 +354,7 @@ def prefill(model: Transformer, prompt: Tensor, seeds: Tensor, temperature: floa
 
 
 class GraphedPrefill:
-    """`prefill`, compiled or not, for prompts of one shape, recorded as a CUDA graph on the first call.
+    """`prefill`, compiled or not, recorded as a CUDA graph for prompts of the first call's length; others run as ever.
 
     For 6 tokens of llama-3-8b's shape the launches alone took an H100's host 30 ms, where the graph takes 9.
     """
@@ -358,18 +369,57 @@ class GraphedPrefill:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.token = self.run(model, self.prompt, *sampling)
+        if prompt.shape != self.prompt.shape:
+            return self.run(model, prompt, *sampling)
         self.prompt.copy_(prompt)
         self.graph.replay()
         return self.token
 
 
+class UnfusedStep:
+    """Decode steps by `decode_one_token`, compiled or not, in the form of `FusedGpuStep`; its rows share a position.
+
+    tokens: [rows, positions of the cache + 1], int64; -1 where a row's logits were not finite.
+    """
+
+    logits = None
+
+    def __init__(self, model: Transformer, run: Callable[..., tuple[Tensor, Tensor]], temperature: float, top_k: int):
+        self.model, self.run, self.sampling = model, run, (temperature, top_k)
+        rows, _, positions, _ = model.layers[0].attention.kv_cache.k_cache.shape
+        self.tokens = torch.zeros(rows, positions + 1, device=model.device, dtype=torch.int64)
+
+    def start(self, tokens: Tensor, positions: list[int], seeds: list[int]) -> None:
+        """Sets the token to feed next, its position, and the seed of the draws, of each row."""
+        self.token, self.at = tokens[:, None], positions[0]
+        self.position = torch.tensor(positions[:1], device=tokens.device)
+        self.seeds = torch.tensor(seeds, device=tokens.device)[:, None]
+        self.tokens[:, self.at] = tokens
+
+    def replay(self) -> None:
+        """One step."""
+        step = self.run(self.model, self.token, self.position, self.seeds, *self.sampling)
+        self.token, self.position = (tensor.clone() for tensor in step)  # a CUDA graph writes the next ones there
+        self.at += 1
+        self.tokens[:, self.at] = self.token[:, 0]
+
+
 @dataclass
 class Generation:
-    """Prompt and new tokens [B, P + N]; wall time of the call and, of that, of the N - 1 steps after prefill."""
+    """Prompts, one [P] per row, and their new tokens [B, N].
 
-    tokens: Tensor
+    total_s, decode_s: wall time of the call and, of that, of the N - 1 steps after the first tokens were on the host.
+    """
+
+    prompts: list[Tensor]
+    new: Tensor
     total_s: float
     decode_s: float
+
+    @property
+    def tokens(self) -> Tensor:
+        """Prompts and new tokens [B, P + N], of prompts of one length."""
+        return torch.cat((torch.stack(self.prompts), self.new), dim=1)
 
 
 @dataclass(eq=False)
@@ -383,7 +433,8 @@ class Generator:
     step: "fused", "compiled" (torch.compile, with CUDA graphs on a GPU) or "eager"; `why_unfused` tells which can run.
     compile_prefill: torch.compile of the prompt's pass.
     dense: a fused step with nothing cut, whatever the model's cuts.
-    static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too.
+    static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too. Else
+        a compiled pass serves every length from 2 on.
     seed: of the draws, modulo 2^32; row r of a batch draws with seed + r.
     """
 
@@ -403,89 +454,125 @@ class Generator:
         self.temperature = self.temperature if self.temperature > LEAST_TEMPERATURE else 0.0
         model.setup_caches(self.batch_size, self.max_length)
         self._cache = model.layers[0].attention.kv_cache
-        self._seeds = torch.arange(self.batch_size, device=self.device)[:, None] + self.seed % 2**32
+        self._seeds = [(self.seed + row) % 2**32 for row in range(self.batch_size)]
 
-        # the prompt's pass
-        self._prefill = prefill
+        # the prompt's pass, and the seed that it draws with
+        self._prefill, self._row_seed = prefill, torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         if self.compile_prefill:
-            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=not self.static_prompt)
+            self._prefill = torch.compile(prefill, fullgraph=True, dynamic=False)
         if self.step == "fused" and self.static_prompt and self.device.type == "cuda":
             self._prefill = GraphedPrefill(self._prefill)
 
         # the step, in the form that was asked for
-        self._fused, self._decode = None, decode_one_token
         if self.step == "fused":
             fused_class = FusedCpuStep if self.device.type == "cpu" else FusedGpuStep
-            self._fused = fused_class(model, self.temperature, self.top_k, self.dense)
-        elif self.step == "compiled":
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self._decode = torch.compile(decode_one_token, mode=mode, fullgraph=True)
+            self._step = fused_class(model, self.temperature, self.top_k, self.dense)
+        else:
+            run, mode = decode_one_token, "reduce-overhead" if self.device.type == "cuda" else "default"
+            if self.step == "compiled":
+                run = torch.compile(decode_one_token, mode=mode, fullgraph=True)
+            self._step = UnfusedStep(model, run, self.temperature, self.top_k)
 
     @torch.inference_mode()
     def __call__(
-        self, prompt: Tensor, max_new_tokens: int, on_token: Callable[[Tensor], bool] | None = None
+        self, prompts: Iterable[Tensor], max_new_tokens: int, on_token: Callable | None = None, eos_ids: Collection = ()
     ) -> Generation:
-        """Generates after prompt [B, P]; `on_token` sees every new token [B, 1] and returns True to stop early.
+        """Generates after the prompts: [B, P], or a [P] of its own for each row, which fused steps alone take.
 
-        Raises ValueError: the tokens do not fit the cache, the model has a cache of another size by now, or its output
-        is not finite (on a GPU that shows at the end: a look at every step would wait for it).
+        on_token: sees the new tokens [B, 1] of every step, on the host, and returns True to stop early. On a GPU the
+            next step runs meanwhile.
+        eos_ids: stops when each row has had one of them; a row goes on until all have.
+        Raises ValueError: the tokens do not fit the cache or the form of the step, the model has a cache of another
+        size by now, or its output is not finite (on a GPU that shows at the end, where nobody looks at every step).
         """
-        rows, _, length, _ = self._cache.k_cache.shape
-        if len(prompt) != rows or prompt.shape[1] + max_new_tokens > length:
+        prompts = list(prompts)
+        lengths = [len(prompt) for prompt in prompts]
+        rows, _, positions, _ = self._cache.k_cache.shape
+        if len(prompts) != rows or max(lengths) + max_new_tokens > positions:
             raise ValueError(
-                f"{len(prompt)} rows of {prompt.shape[1]} tokens and {max_new_tokens} new ones do not fit this "
-                f"Generator's cache of {rows} rows and {length} positions"
+                f"{len(prompts)} rows of {max(lengths)} tokens and {max_new_tokens} new ones do not fit this "
+                f"Generator's cache of {rows} rows and {positions} positions"
             )
         if self.model.layers[0].attention.kv_cache is not self._cache:
             raise ValueError("the model's cache was replaced by a Generator of another size; make this one anew")
+        if self.step != "fused" and len(set(lengths)) > 1:
+            various = f"{min(lengths)} to {max(lengths)} tokens"
+            raise ValueError(f"prompts of {various} need fused steps, not {self.step} ones")
 
         start = self._now()
-        token = self._prefill(self.model, prompt, self._seeds, self.temperature, self.top_k)
-        self._check(token)
+        first = torch.cat([self._first_token(row, prompt) for row, prompt in enumerate(prompts)])
+        self._check(first)
         prefilled = self._now()
-        decode = self._replay if self._fused else self._loop
-        new = decode(token, prompt.shape[1], max_new_tokens, on_token)
+        count = self._decode(first, lengths, max_new_tokens, on_token, eos_ids)
         end = self._now()
-        self._check(new)
-        return Generation(torch.cat((prompt, new), dim=1), end - start, end - prefilled)
 
-    def _check(self, tokens: Tensor) -> None:
-        if (tokens < 0).any():
+        new = torch.stack([row[n : n + count] for row, n in zip(self._step.tokens, lengths, strict=True)])
+        self._check(new)
+        return Generation(prompts, new, end - start, end - prefilled)
+
+    def _first_token(self, row: int, prompt: Tensor) -> Tensor:
+        """The first new token [1, 1] after a prompt [P]: a pass of its own, that depends on that prompt alone."""
+        if self._cache.row is not None:
+            self._cache.row.fill_(row)
+        self._row_seed.fill_(self._seeds[row])
+        prompt = prompt[None]
+        if self.compile_prefill and not self.static_prompt and prompt.shape[1] > 1:
+            torch._dynamo.mark_dynamic(prompt, 1)
+        return self._prefill(self.model, prompt, self._row_seed, self.temperature, self.top_k).clone()
+
+    def _check(self, tokens: Tensor, peaks: Tensor | None = None) -> None:
+        """Raises ValueError if a row has no token, or the largest of its logits is not a number."""
+        if (tokens < 0).any() or (peaks is not None and not peaks.isfinite().all()):
             raise not_finite(self.model.dtype)
 
-    def _loop(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
-        """The new tokens [B, N] by eager or compiled steps, from the first one on."""
-        tokens, position = [], torch.tensor([length], device=self.device)
-        while True:
-            tokens.append(token.clone())  # a CUDA graph writes the next token into the same memory
-            if on_token is not None:
-                self._check(token)
-            if (on_token is not None and on_token(token)) or len(tokens) == max_new_tokens:
-                return torch.cat(tokens, dim=1)
-            token, position = self._decode(self.model, tokens[-1], position, self._seeds, self.temperature, self.top_k)
-            position = position.clone()
+    def _decode(
+        self, first: Tensor, lengths: list[int], count: int, on_token: Callable | None, eos_ids: Collection[int]
+    ) -> int:
+        """Takes `count` - 1 steps after the first tokens [B, 1], or fewer; how many tokens a row has then."""
+        step, ended = self._step, set()
+        step.start(first.flatten(), lengths, self._seeds)
 
-    def _replay(self, token: Tensor, length: int, max_new_tokens: int, on_token: Callable | None) -> Tensor:
-        """The new tokens [B, N] by fused steps: the host only launches them, unless `on_token` looks."""
-        fused, rows, vocab = self._fused, len(token), self.model.config.vocab_size
-        look = on_token is not None or self.device.type == "cpu"  # at every step, where the host waits for it anyway
-        if self.device.type == "cpu":
-            fused.start(token.view(-1), [length] * rows, self._seeds.view(-1).tolist())
-        else:
-            fused.start(token, length, self.seed % 2**32)
-        tokens, logits = fused.tokens.view(rows, -1), fused.logits.view(rows, -1)[:, :vocab]
-        end = length + 1
-        while not (on_token and on_token(tokens[:, end - 1 : end])) and end < length + max_new_tokens:
-            fused.replay()
-            end += 1
-            if look or end == length + max_new_tokens:
-                check_finite(logits, self.model.dtype)
-        return tokens[:, length:end].clone()
+        # nobody looks: the host only launches the steps
+        if self.device.type == "cuda" and not on_token and not eos_ids:
+            for _ in range(count - 1):
+                step.replay()
+            if count > 1:
+                self._check(first, self._peaks())
+            return count
+
+        # else each step is looked at, on a GPU when the next one has been launched
+        looks = self._looks(first, lengths, count)
+        if self.device.type == "cuda":
+            looks = (look for look, _ in pairwise(chain(looks, [None])))
+        for seen, (tokens, peaks, arrived) in enumerate(looks, 1):
+            if arrived:
+                arrived.synchronize()
+            self._check(tokens, peaks)
+            ended.update(row for row, token in enumerate(tokens.flatten().tolist()) if token in eos_ids)
+            if (on_token and on_token(tokens)) or len(ended) == len(lengths):
+                return seen
+        return count
+
+    def _looks(self, first: Tensor, lengths: list[int], count: int) -> Iterator[tuple]:
+        """Takes a step when the next tokens [B, 1] are asked for; with `_peaks` and, on a GPU, the event of arrival."""
+        yield first.cpu(), None, None
+        at = torch.tensor(lengths, device=self.device)[:, None]
+        for i in range(1, count):
+            self._step.replay()
+            tokens, peaks = self._step.tokens.gather(1, at + i), self._peaks()
+            tokens, peaks = (t if t is None else t.to("cpu", non_blocking=True) for t in (tokens, peaks))
+            arrived = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+            yield tokens, peaks, arrived
+
+    def _peaks(self) -> Tensor | None:
+        """Each row's largest logit [B] of the last step; None where a token of -1 says that it is not a number."""
+        logits = self._step.logits
+        return None if logits is None else logits[:, : self.model.config.vocab_size].amax(-1)
 
     @property
     def left_grid(self) -> bool:
         """Whether a fused step on a GPU ever had sums that may depend on their order, see `kernels.grids`."""
-        return isinstance(self._fused, FusedGpuStep) and self._fused.left_grid
+        return isinstance(self._step, FusedGpuStep) and self._step.left_grid
 
     def _now(self) -> float:
         if self.device.type == "cuda":

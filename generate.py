@@ -1,9 +1,13 @@
-"""Generates text at batch 1 and says what it cost: tokens/s, achieved sparsity, bytes read per token, bandwidth.
+"""Generates text at batch 1 to 8 and says what it cost: tokens/s, achieved sparsity, bytes read per token, bandwidth.
 
 python generate.py --sparsity 0.5 --compile                          # the default model, fetched on first use
 python generate.py --sparsity 0.5 --compile --checkpoint_path checkpoints/ORG/NAME --compare_dense
 python generate.py --sparsity 0.5 --compile --random_init llama-3-8b # latency alone, random weights
+python generate.py --sparsity 0.5 --compile --prompts FILE           # a prompt per line, each a row of one batch
 python generate.py --sparsity 0.4 --compile --interactive            # a chat
+
+Samples of a run repeat the same draws, so that only their time differs; row r of a batch draws with --seed + r. The
+JSON's `text` is the last sample's first row, `prompt_tokens` its prompt's; of --prompts both are lists, by row.
 """
 
 if __name__ == "__main__":
@@ -20,10 +24,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import options
 from calibrate import calibrate_random, statistics_for
@@ -31,6 +37,7 @@ from cli import placement
 from decoder import FusedCpuStep, Generation, Generator, why_unfused
 from formats.default_model import resolve_checkpoint
 from formats.files import atomic_write, shown
+from formats.text import read_text
 from kernels import cpu
 from model import ModelArgs, Transformer, read_config
 from sparse_model import SparseTransformer
@@ -112,32 +119,56 @@ def read_prompt(prompt: str | None, tokenizer: Tokenizer | None, config: ModelAr
         generator = torch.Generator().manual_seed(seed)
         return Prompt(torch.randint(config.vocab_size, (count,), generator=generator).tolist())
 
-    # a text
+    return text_prompt(prompt, tokenizer)
+
+
+def text_prompt(text: str, tokenizer: Tokenizer | None) -> Prompt:
     if tokenizer is None:
-        raise ValueError(f"--random_init has no tokenizer for the prompt {shown(prompt)}; give a number of tokens")
-    ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+        raise ValueError(f"--random_init has no tokenizer for the prompt {shown(text)}; give a number of tokens")
+    ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
     if not ids:
         raise ValueError("the prompt is empty; give --prompt some text")
-    return Prompt(ids, prompt)
+    return Prompt(ids, text)
 
 
-def cache_length(prompt: Prompt, o: argparse.Namespace, config: ModelArgs) -> int:
+def read_prompts(o: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelArgs) -> list[Prompt]:
+    """The prompt of each row; synthetic ones differ, as their seeds do. Raises ValueError as `read_prompt` does."""
+    if o.interactive:
+        return [Prompt([0] * SYNTHETIC_PROMPT)]
+    if o.prompts is None:
+        return [read_prompt(o.prompt, tokenizer, config, o.seed + row) for row in range(o.batch_size)]
+    lines = (line.rstrip("\n") for line in read_text(o.prompts, lines=True) if line.strip())
+    lines = list(islice(lines, options.MAX_BATCH + 1))
+    if not 1 <= len(lines) <= options.MAX_BATCH:
+        count = "no prompt" if not lines else f"over {options.MAX_BATCH} prompts"
+        raise ValueError(f"{shown(o.prompts)} has {count}; each of its lines that is not blank is one")
+    return [text_prompt(line, tokenizer) for line in lines]
+
+
+def cache_length(prompts: list[Prompt], o: argparse.Namespace, config: ModelArgs) -> int:
     """Positions of the cache. Raises ValueError if they exceed the model's context."""
     if o.interactive:
         return min(config.block_size, CHAT_CONTEXT)
-    length = len(prompt.ids) + o.max_new_tokens
+    longest = max(len(prompt.ids) for prompt in prompts)
+    length = longest + o.max_new_tokens
     if length > config.block_size:
-        both = f"a prompt of {len(prompt.ids)} tokens and {o.max_new_tokens} new ones"
+        both = f"a prompt of {longest} tokens and {o.max_new_tokens} new ones"
         advice = "shorten the prompt or lower --max_new_tokens"
         raise ValueError(f"{both} do not fit {config.name}'s context of {config.block_size}: {advice}")
     return length
 
 
-def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device) -> str:
-    """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused."""
+def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, one_length: bool = True) -> str:
+    """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused.
+
+    Raises ValueError if it is not, though prompts are not of `one_length`.
+    """
     if device.type == "cpu" and cpu.find_compiler() and not any(cpu.cache_folder().glob("*.so")):
         print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
     reason = why_unfused(config, device, o.batch_size, o.top_k)
+    if not one_length and (reason or o.unfused or not o.compile):
+        why = f"not fused here: {reason}" if reason else "fused with --compile, without --unfused"
+        raise ValueError(f"--prompts of different lengths (in tokens) need fused steps; a step is {why}")
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
         print("--compile is left out: it needs a C++ compiler that works (g++, or CXX)", file=sys.stderr)
         o.compile = o.compile_prefill = False
@@ -151,7 +182,9 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device) 
     return "fused" if o.compile else "eager"
 
 
-def load_generators(o: argparse.Namespace, source: ModelSource, length: int, step: str) -> tuple[list[Generator], str]:
+def load_generators(
+    o: argparse.Namespace, source: ModelSource, length: int, step: str, static_prompt: bool
+) -> tuple[list[Generator], str]:
     """The model's Generator and, where a run compares, one of the dense model; and the name of the cuts' rule.
 
     Where our kernels run, the dense model runs them too: a speed-up then comes from sparsity alone.
@@ -159,7 +192,7 @@ def load_generators(o: argparse.Namespace, source: ModelSource, length: int, ste
     ours = step == "fused" or (source.device.type == "cpu" and o.batch_size == 1 and cpu.library() is not None)
     dense_class = SparseTransformer if ours else Transformer
     model, rule = source.cut_model(o) if o.sparsity else (source.load(dense_class), "no")
-    options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": not o.interactive, "seed": o.seed}
+    options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": static_prompt, "seed": o.seed}
     sizes = o.batch_size, length, o.temperature, o.top_k
     generators = [Generator(model, *sizes, **options)]
     wanted = step == "fused" if o.compare_dense is None else o.compare_dense
@@ -207,15 +240,14 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
         # the answer, token by token
         pieces: list[str] = []
 
-        def show(token: Tensor, stream=stream, pieces=pieces) -> bool:
-            ended = token.item() in tokenizer.eos_ids
-            pieces.append("" if ended else stream.push(token.item()))
+        def show(token: Tensor, stream=stream, pieces=pieces) -> None:
+            pieces.append("" if token.item() in tokenizer.eos_ids else stream.push(token.item()))
             print(pieces[-1], end="", flush=True)
-            return ended
 
         start = time.perf_counter()
+        prompt = torch.tensor([ids], device=generator.device)
         with suppress(KeyboardInterrupt):  # Ctrl-C ends the answer, not the chat
-            generator(torch.tensor([ids], device=generator.device), min(max_new_tokens, room), show)
+            generator(prompt, min(max_new_tokens, room), show, tokenizer.eos_ids)
         new, seconds = len(pieces), time.perf_counter() - start
         pieces.append(stream.flush())
         print(pieces[-1])
@@ -223,50 +255,54 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def measure(generators: list[Generator], prompt: Tensor, new_tokens: int, num_samples: int) -> list[list[Generation]]:
+def measure(
+    generators: list[Generator], prompts: list[Tensor], new_tokens: int, num_samples: int
+) -> list[list[Generation]]:
     """`num_samples` generations of each generator, alternated so that a drift of the machine meets all alike."""
-    rounds = [[generator(prompt, new_tokens) for generator in generators] for _ in range(num_samples)]
+    rounds = [[generator(prompts, new_tokens) for generator in generators] for _ in range(num_samples)]
     return [list(generations) for generations in zip(*rounds, strict=True)]
 
 
-def warm_up(generators: list[Generator], prompt: Tensor, o: argparse.Namespace, step: str) -> float | None:
+def warm_up(generators: list[Generator], prompts: list[Tensor], o: argparse.Namespace, step: str) -> float | None:
     """Compiles and records the graphs; the seconds that it took, None where steps run operation by operation."""
     start = time.perf_counter()
-    if o.compile_prefill or step == "compiled" or (step == "fused" and prompt.is_cuda):
+    if o.compile_prefill or step == "compiled" or (step == "fused" and prompts[0].is_cuda):
         print("compiling (a minute or two the first time, cached after)", file=sys.stderr)
-    measure(generators, prompt, min(o.max_new_tokens, WARM_UP_TOKENS), 1)
+    measure(generators, prompts, min(o.max_new_tokens, WARM_UP_TOKENS), 1)
     return None if step == "eager" else time.perf_counter() - start
 
 
-def tokens_per_sec(generations: list[Generation], prompt: Tensor) -> float:
+def tokens_per_sec(generations: list[Generation]) -> float:
     """Median over the generations of new tokens (of all rows) / wall time, prefill included."""
-    return stats.median((g.tokens.numel() - prompt.numel()) / g.total_s for g in generations)
+    return stats.median(g.new.numel() / g.total_s for g in generations)
 
 
-def ms_per_step(generations: list[Generation], prompt: Tensor) -> float | None:
+def ms_per_step(generations: list[Generation]) -> float | None:
     """Median milliseconds per decode step; None where the first token was the last."""
-    steps = generations[0].tokens.shape[1] - prompt.shape[1] - 1
+    steps = generations[0].new.shape[1] - 1
     return 1e3 * stats.median(g.decode_s for g in generations) / steps if steps else None
 
 
 @torch.inference_mode()
-def count_kept(model: SparseTransformer, tokens: Tensor, prompt_length: int) -> None:
-    """Counts the kept inputs of a generation [B, P + N] in one untimed pass over its tokens, the prompt's dense."""
+def count_kept(model: SparseTransformer, generation: Generation) -> None:
+    """Counts the kept inputs of a generation's steps in one untimed pass over its tokens, the prompts' dense."""
     model.reset_counts()
-    model(tokens[:, :-1], num_logits=1, dense_prefix=prompt_length)
+    rows = [torch.cat((prompt, new[:-1])) for prompt, new in zip(generation.prompts, generation.new, strict=True)]
+    prefixes = [len(prompt) for prompt in generation.prompts]
+    prefix = prefixes if len(set(prefixes)) > 1 else prefixes[0]
+    model(pad_sequence(rows, batch_first=True), num_logits=1, dense_prefix=prefix)
 
 
-def write_trace(path: Path, generator: Generator, tokens: Tensor, max_new_tokens: int) -> None:
+def write_trace(path: Path, generator: Generator, prompts: list[Tensor], max_new_tokens: int) -> None:
     """A Chrome trace of one generation, written to `path` with .json at its end."""
     with torch.profiler.profile() as profiler:
-        generator(tokens, max_new_tokens)
+        generator(prompts, max_new_tokens)
     with atomic_write(path if path.suffix == ".json" else f"{path}.json") as temporary:
         profiler.export_chrome_trace(str(temporary))
 
 
-def answer_of(tokens: Tensor, prompt: Prompt, tokenizer: Tokenizer) -> str:
+def answer_of(new: list[int], prompt: Prompt, tokenizer: Tokenizer) -> str:
     """The text of a row's new tokens, up to the first that ends it."""
-    new = tokens[len(prompt.ids) :].tolist()
     end = next((i for i, token in enumerate(new) if token in tokenizer.eos_ids), len(new))
     return tokenizer.decode(new[:end], after=prompt.ids)
 
@@ -277,22 +313,22 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def summary(
-    o: argparse.Namespace, step: str, generators: list[Generator], prompt: Tensor, runs: list[list[Generation]]
-) -> dict:
+def summary(o: argparse.Namespace, step: str, generators: list[Generator], runs: list[list[Generation]]) -> dict:
     """The keys of the JSON line, but for compile_s and text; runs are those of the model and of the dense one."""
     model, device = generators[0].model, generators[0].device
     if o.sparsity:
-        count_kept(model, runs[0][-1].tokens, prompt.shape[1])
-    speed, ms, read = tokens_per_sec(runs[0], prompt), ms_per_step(runs[0], prompt), model.bytes_per_step()
+        count_kept(model, runs[0][-1])
+    speed, ms, read = tokens_per_sec(runs[0]), ms_per_step(runs[0]), model.bytes_per_step()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result = {"model": model.config.name, "device": name, "dtype": o.precision, "sparsity": o.sparsity}
     result |= {"achieved_sparsity": model.achieved_sparsity() if o.sparsity else 0.0, "tokens_per_sec": speed}
-    result |= {"ms_per_token": ms, "bytes_per_token": read, "bandwidth_gbps": read / ms / 1e6 if ms else None}
-    result |= {"peak_memory_gb": peak_memory_gb(device), "prompt_tokens": prompt.shape[1]}
-    result |= {"new_tokens": o.max_new_tokens}
+    result |= {"ms_per_token": ms, "ttft_ms": 1e3 * stats.median(g.total_s - g.decode_s for g in runs[0])}
+    result |= {"bytes_per_token": read, "bandwidth_gbps": read / ms / 1e6 if ms else None}
+    lengths = [len(prompt) for prompt in runs[0][-1].prompts]
+    result |= {"peak_memory_gb": peak_memory_gb(device), "prompt_tokens": lengths if o.prompts else lengths[0]}
+    result |= {"new_tokens": o.max_new_tokens, "batch": o.batch_size}
     if o.compare_dense:
-        dense, backend = tokens_per_sec(runs[-1], prompt), dense_backend(step, generators[-1].model)
+        dense, backend = tokens_per_sec(runs[-1]), dense_backend(step, generators[-1].model)
         result |= {"dense_tokens_per_sec": dense, "speedup": speed / dense, "dense_backend": backend}
     return result
 
@@ -311,9 +347,14 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
     per_step, rate = "no decode step", ""
     if r["ms_per_token"] is not None:
         per_step, rate = f"{r['ms_per_token']:.2f} ms per decode step", f" = {r['bandwidth_gbps']:,.1f} GB/s"
-    new = f"{r['new_tokens']} new" + (f" x {o.batch_size} rows" if o.batch_size > 1 else "")
-    counts = f"{r['prompt_tokens']} prompt tokens, {new}, sampling included"
-    print(f"Speed      {r['tokens_per_sec']:.1f} tokens/s, median of {o.num_samples} ({counts}); {per_step}")
+    rows, per_row = "", ""
+    if r["batch"] > 1:
+        rows, per_row = f" x {r['batch']} rows", f" ({r['tokens_per_sec'] / r['batch']:.1f} per row)"
+    lengths = r["prompt_tokens"] if o.prompts else [r["prompt_tokens"]]
+    prompt = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
+    counts = f"{prompt} prompt tokens, {r['new_tokens']} new{rows}, sampling included"
+    print(f"Speed      {r['tokens_per_sec']:.1f} tokens/s{per_row}, median of {o.num_samples} ({counts}); {per_step}")
+    print(f"First      {r['ttft_ms']:.1f} ms from the call to the first token{' of every row' * (r['batch'] > 1)}")
     if "speedup" in r:
         dense = f"{r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']})"
         print(f"Dense      {dense}: speed-up {r['speedup']:.2f}x")
@@ -354,32 +395,36 @@ def main(argv: list[str] | None = None) -> dict:
 
     # the prompt, the form of a step, the models
     tokenizer = load_tokenizer(folder, source.config.vocab_size) if folder else None
-    asked = Prompt([0] * SYNTHETIC_PROMPT) if o.interactive else read_prompt(o.prompt, tokenizer, source.config, o.seed)
-    length = cache_length(asked, o, source.config)
-    step = choose_step(o, source.config, source.device)
-    generators, rule = load_generators(o, source, length, step)
+    asked = read_prompts(o, tokenizer, source.config)
+    o.batch_size, length = len(asked), cache_length(asked, o, source.config)
+    one_length = len({len(prompt.ids) for prompt in asked}) == 1
+    step = choose_step(o, source.config, source.device, one_length)
+    generators, rule = load_generators(o, source, length, step, static_prompt=one_length and not o.interactive)
 
     # compile, then chat or measure
-    tokens = torch.tensor(asked.ids, device=source.device).repeat(o.batch_size, 1)
-    compile_s = warm_up(generators, tokens, o, step)
+    prompts = [torch.tensor(prompt.ids, device=source.device) for prompt in asked]
+    compile_s = warm_up(generators, prompts, o, step)
     if o.interactive:
         chat(generators[0], tokenizer, o.max_new_tokens, length)
         return {}
     print(f"generating {o.num_samples} x {o.max_new_tokens} tokens", file=sys.stderr)
     brief_tokens = min(BRIEF_TOKENS, o.max_new_tokens)
-    runs = measure(generators if o.compare_dense else generators[:1], tokens, o.max_new_tokens, o.num_samples)
-    brief = [] if len(runs) == len(generators) else measure(generators, tokens, brief_tokens, BRIEF_RUNS)
+    runs = measure(generators if o.compare_dense else generators[:1], prompts, o.max_new_tokens, o.num_samples)
+    brief = [] if len(runs) == len(generators) else measure(generators, prompts, brief_tokens, BRIEF_RUNS)
     if o.profile:
-        write_trace(o.profile, generators[0], tokens, o.max_new_tokens)
+        write_trace(o.profile, generators[0], prompts, o.max_new_tokens)
 
     # say what came out and what it cost
     if any(generator.left_grid for generator in generators):
         print("a sum grew beyond its grid: another run may give other tokens", file=sys.stderr)
-    result = summary(o, step, generators, tokens, runs) | {"compile_s": compile_s, "text": None}
-    if asked.shown is not None:
-        result["text"] = answer_of(runs[0][-1].tokens[0], asked, tokenizer)
-        print(f"{asked.shown}{result['text']}")
-    report(result, o, step, rule, [ms_per_step(generations, tokens) for generations in brief])
+    result = summary(o, step, generators, runs) | {"compile_s": compile_s, "text": None}
+    if asked[0].shown is not None:
+        asked = asked if o.prompts else asked[:1]
+        new = runs[0][-1].new.tolist()
+        texts = [answer_of(tokens, prompt, tokenizer) for tokens, prompt in zip(new, asked, strict=False)]
+        result["text"] = texts if o.prompts else texts[0]
+        print("\n\n".join(f"{prompt.shown}{text}" for prompt, text in zip(asked, texts, strict=True)))
+    report(result, o, step, rule, [ms_per_step(generations) for generations in brief])
     if o.sparsity and folder:
         report_quality(rule, folder, o.sparsity)
     if o.json:

@@ -57,18 +57,18 @@ def greedy_path(
     Returns a list per name, an item per round: "level", the share of the block's weights that is cut; "error"; and
     under the name of each projection the sparsity of its input.
     """
-    modules = {p: model.sites[layer * len(SITES) + list(SITES).index(site)] for p, site in PROJECTIONS.items()}
     sizes = model.projection_sizes()
+    modules = {p: model.sites[layer * len(SITES) + list(SITES).index(PROJECTIONS[p])] for p in sizes}
     steps = {projection: step * sizes["q"] / size for projection, size in sizes.items()}
-    path: dict[str, list] = {name: [] for name in ("level", "error", *PROJECTIONS)}
-    shares = dict.fromkeys(PROJECTIONS, 0.0)
+    path: dict[str, list] = {name: [] for name in ("level", "error", *sizes)}
+    shares = dict.fromkeys(sizes, 0.0)
 
     def cut(projection: str, share: float) -> None:
         row = list(modules[projection].segments).index(projection)
         modules[projection].threshold[row] = statistics.threshold(layer, projection, share)
 
     def record(error: Tensor) -> None:
-        level = sum(sizes[p] * shares[p] for p in PROJECTIONS) / sum(sizes.values())
+        level = sum(size * shares[p] for p, size in sizes.items()) / sum(sizes.values())
         for name, value in {"level": level, "error": error.item(), **shares}.items():
             path[name].append(round(value, 8))
 
@@ -79,7 +79,7 @@ def greedy_path(
 
     while min(shares.values()) < MOST:
         # try each projection one step sparser
-        tried = {p: min(MOST, round(shares[p] + steps[p], 8)) for p in PROJECTIONS if shares[p] < MOST}
+        tried = {p: min(MOST, round(shares[p] + steps[p], 8)) for p in sizes if shares[p] < MOST}
         errors = []
         for projection, share in tried.items():
             cut(projection, share)
@@ -128,18 +128,20 @@ def greedy_paths(
 
 def add_layer(table: CutTable, path: dict[str, list[float]], statistics: Statistics) -> None:
     """Adds a layer's thresholds at all levels to a table of the layers before it; linear between rounds of `path`."""
-    layer = table.n_layer
-    shares = [{p: float(np.interp(level, path["level"], path[p])) for p in PROJECTIONS} for level in table.levels]
+    layer, projections = table.n_layer, [p for p in PROJECTIONS if p in path]
+    shares = [{p: float(np.interp(level, path["level"], path[p])) for p in projections} for level in table.levels]
     for name, site in SITES.items():
-        thresholds = [[statistics.threshold(layer, p, share[p]) for p in site.projections] for share in shares]
+        own = [p for p in site.projections if p in projections]
+        thresholds = [[statistics.threshold(layer, p, share[p]) for p in own] for share in shares]
         table.tensors[f"{layer}.{name}.threshold"] = torch.tensor(thresholds)[:, :, None]  # [L, S, 1]
     table.tensors[f"{layer}.shares"] = torch.tensor([list(share.values()) for share in shares])
 
 
 def print_shares(table: CutTable) -> None:
     """Prints the mean sparsity of each projection over the layers, at a few levels."""
-    print("sparsity" + "".join(f"{projection:>7}" for projection in PROJECTIONS))
     mean = torch.stack([table.tensors[f"{layer}.shares"] for layer in range(table.n_layer)]).mean(0)
+    names = [p for p in PROJECTIONS if p != "gate" or mean.shape[1] == len(PROJECTIONS)]
+    print("sparsity" + "".join(f"{projection:>7}" for projection in names))
     for level in PRINTED:
         print(f"{level:8.0%}" + "".join(f"{share:7.1%}" for share in mean[table.levels.index(level)].tolist()))
 

@@ -1,17 +1,15 @@
-"""The dense Transformer of the Llama family: Llama 1/2/3/3.1/3.2, Mistral, Qwen2/2.5, SmolLM2.
+"""The dense Transformer: one block, whose switches make it Llama's, Qwen's, Phi's, Gemma's, OLMo's, Pythia's or OPT's.
 
 One class, static shapes, GPT-Fast's parameter names. Projections that share an input are fused when a checkpoint is
 loaded (q|k|v into `wqkv`, gate|up into `w13`). Subclasses choose what a projection is through `projection_class`.
 
-To add a family: what is new goes into the block and gets a field in ModelArgs, the family gets a row of FAMILIES, and
-new tensors get their names in HF_NAMES of formats/huggingface.py and GGUF_NAMES of formats/gguf_file.py.
+To add a family: what is new goes into the block and gets a field in ModelArgs, the family gets a row of FAMILIES in
+formats/config.py, new tensors get names in HF_NAMES of formats/huggingface.py and GGUF_NAMES of formats/gguf_file.py.
 """
 
-import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,19 +17,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats.checkpoint import Shapes, check_layers, checkpoint_folder, is_own_head, load_weights
-from formats.config import checked, config_fields, known_architecture
-from formats.files import read_json, shown
+from formats import checkpoint
+from formats.checkpoint import check_tensors, fuse_on_load, is_own_head, load_weights
+from formats.config import config_fields
+from formats.files import read_json
+from formats.named_configs import named_config
 from kernels.quantized import Form, dequantize, fill_random, transposed
+from rope import Rope, apply_rope, by_length, cosines_and_sines, inverse_frequencies
 
-# architecture of config.json -> the fields of ModelArgs that it switches on
-FAMILIES: dict[str, dict] = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-}
-Rope = tuple[Tensor, Tensor]  # cosines and sines [T, head_dim / 2], float32
-FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}  # projections that a checkpoint may hold apart, in order
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 @dataclass
@@ -46,15 +40,38 @@ class ModelArgs:
     intermediate_size: int = 0
     n_local_heads: int = 0  # key/value heads
     head_dim: int = 0
-    rope_base: float = 10000.0
+    # norms, attention and feed-forward
+    norm: str = "rms"  # its gain is the weight; "rms_plus_one": 1 + the weight; "layer": LayerNorm, with bias
     norm_eps: float = 1e-5
-    # {"rope_type": "linear" | "llama3" | "factors", ...} with the keys of Hugging Face's config.json. "factors" is a
-    # list of head_dim / 2 divisors of the inverse frequencies, as GGUF stores them.
-    rope_scaling: dict | None = None
-    tie_embeddings: bool = False
+    pre_norm: bool = True  # of what each branch reads
+    post_norm: bool = False  # of what each branch adds
+    qk_norm: str = ""  # norms of q and k before they are rotated: of each "head", or of the "whole" projection
     qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"  # or another of ACTIVATIONS
+    gated: bool = True  # down(activation(gate x) * up x), else down(activation(up x))
+    parallel_residual: bool = False  # the feed-forward reads what attention reads, not what it left
+    attention_scale: float = 0.0  # of the scores; 0: head_dim^-0.5
+    attention_softcap: float = 0.0  # c: scores become c tanh(scores / c), if it is not 0
+    # positions
+    rope_base: float = 10000.0
+    # {"rope_type": "linear" | "llama3" | "dynamic" | "yarn" | "longrope" | "factors", ...} with the keys of Hugging
+    # Face's config.json, all filled in. "factors" is a list of rotary_dim / 2 divisors of the inverse frequencies, as
+    # GGUF stores them.
+    rope_scaling: dict | None = None
+    rotary_share: float = 1.0  # of each head's channels, the first ones
+    unrotated_layers: list[int] = field(default_factory=list)
+    local_rope_base: float = 0.0  # of the windowed layers, unscaled; 0: they rotate as the others
+    learned_positions: bool = False  # a vector per position is added to the embedding
     sliding_window: int | None = None  # w: query i sees keys j with i - w < j <= i, in the layers of windowed_layers
     windowed_layers: list[int] = field(default_factory=list)  # empty: all, if there is a window
+    # ends of the model
+    tie_embeddings: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what each branch adds
+    logits_scaling: float = 1.0  # logits are divided by it
+    logit_softcap: float = 0.0  # as attention_softcap
     # "none", "int8" (projections and lm_head) or "int4" (o, gate, up and down; the rest is int8), see
     # kernels.quantized.Form. A quantised lm_head is a tensor of its own, never tied.
     quant: str = "none"
@@ -71,71 +88,24 @@ class ModelArgs:
             self.windowed_layers = list(range(self.n_layer))
 
     @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_dim * self.rotary_share)
+
+    @property
     def sensitive_quant(self) -> str:
         """`quant` of wqkv and lm_head, where 4 bits would cost the most quality: int4 has int8 there."""
         return "int8" if self.quant == "int4" else self.quant
 
     @classmethod
     def from_config(cls, config: dict, name: str = "") -> "ModelArgs":
-        """Reads a Hugging Face config.json; `name` is that of a model whose config has none.
-
-        Raises ValueError for an architecture or a feature that this model does not have, and as `config_fields` does.
-        """
-        found = known_architecture(config, FAMILIES)
-        for key in ("mlp_bias", "attention_bias"):
-            if checked(config, key, bool, False) and not FAMILIES[found].get("qkv_bias"):
-                raise ValueError(f"config.json sets {key}, which this model does not have")
-        if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ValueError(f"config.json has hidden_act {shown(config['hidden_act'])}; only 'silu' is supported")
-        return cls(**config_fields(config, name) | FAMILIES[found])
+        """Reads a Hugging Face config.json; `name` is that of a model whose config has none. Raises as that does."""
+        return cls(**config_fields(config, name))
 
     @classmethod
     def from_name(cls, name: str) -> "ModelArgs":
-        """The named config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
-
-        "-int8" or "-int4" at the end asks for such weights. Raises ValueError if no key fits.
-        """
-        matches = [key for key in transformer_configs if key.lower() in name.lower()]
-        if not matches:
-            raise ValueError(f"no config is named like {name!r}; known: {', '.join(sorted(transformer_configs))}")
-        quant = name[-4:].lower() if name.lower().endswith(("-int8", "-int4")) else "none"
-        return cls(**transformer_configs[max(matches, key=len)], quant=quant, name=name)
-
-
-_LLAMA31_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA31_ROPE |= {"original_max_position_embeddings": 8192}
-_LLAMA2 = {"block_size": 4096}
-_LLAMA3 = {"block_size": 8192, "vocab_size": 128256, "rope_base": 500000.0}
-_LLAMA31 = _LLAMA3 | {"block_size": 131072, "rope_scaling": _LLAMA31_ROPE}
-_LLAMA32 = _LLAMA31 | {"rope_scaling": _LLAMA31_ROPE | {"factor": 32.0}, "tie_embeddings": True}
-_QWEN25 = {"block_size": 32768, "rope_base": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
-_SMOLLM2 = {"block_size": 8192, "vocab_size": 49152, "rope_base": 1e5, "tie_embeddings": True}
-
-
-def _named(n_layer: int, n_head: int, n_local_heads: int, dim: int, intermediate_size: int = 0, **others) -> dict:
-    shape = {"n_layer": n_layer, "n_head": n_head, "n_local_heads": n_local_heads, "dim": dim}
-    return shape | {"intermediate_size": intermediate_size} | others
-
-
-transformer_configs = {  # layers, heads, key/value heads, width, hidden width; keyword arguments of ModelArgs
-    "7B": _named(32, 32, 32, 4096),
-    "13B": _named(40, 40, 40, 5120),
-    "stories15M": _named(6, 6, 6, 288),
-    "stories110M": _named(12, 12, 12, 768),
-    "CodeLlama-7b-Python-hf": _named(32, 32, 32, 4096, block_size=16384, rope_base=1e6),
-    "llama-2-7b": _named(32, 32, 32, 4096, **_LLAMA2),
-    "llama-2-13b": _named(40, 40, 40, 5120, **_LLAMA2),
-    "llama-2-70b": _named(80, 64, 8, 8192, 28672, **_LLAMA2),
-    "llama-3-8b": _named(32, 32, 8, 4096, 14336, **_LLAMA3),
-    "llama-3-70b": _named(80, 64, 8, 8192, 28672, **_LLAMA3),
-    "llama-3.1-8b": _named(32, 32, 8, 4096, 14336, **_LLAMA31),
-    "llama-3.2-1b": _named(16, 32, 8, 2048, 8192, **_LLAMA32),
-    "llama-3.2-3b": _named(28, 24, 8, 3072, 8192, **_LLAMA32),
-    "Mistral-7B": _named(32, 32, 8, 4096, 14336, block_size=32768, sliding_window=4096),
-    "qwen2.5-0.5b": _named(24, 14, 2, 896, 4864, vocab_size=151936, tie_embeddings=True, **_QWEN25),
-    "qwen2.5-7b": _named(28, 28, 4, 3584, 18944, vocab_size=152064, **_QWEN25),
-    "smollm2-135m": _named(30, 9, 3, 576, 1536, **_SMOLLM2),
-}
+        """See `formats.named_configs.named_config`."""
+        return cls(**named_config(name))
 
 
 class UncastBuffers(nn.Module):
@@ -181,66 +151,59 @@ class Embedding(nn.Embedding):
     reset_parameters = Projection.reset_parameters
 
 
-def _fuse_on_load(fused: str):
-    """A load_state_dict pre-hook that stacks the tensors of a fused projection, where they come apart."""
-
-    def hook(module, state_dict, prefix, *_):
-        for kind in ("weight", "bias", "scale"):
-            keys = [f"{prefix}{part}.{kind}" for part in FUSED[fused]]
-            if all(key in state_dict for key in keys):
-                state_dict[f"{prefix}{fused}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
-
-    return hook
-
-
 class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float, device=None, dtype=None):
+    def __init__(self, dim: int, eps: float, device=None, dtype=None, plus_one=False):
         super().__init__()
-        self.eps = eps
+        self.eps, self.plus_one = eps, plus_one
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.plus_one:  # Gemma's: in float32 up to the product, as 1 + weight is not exact in 16 bits
+            return (normed * (1 + self.weight.float())).type_as(x)
         return normed.type_as(x) * self.weight
 
 
+def make_norm(config: ModelArgs, dim: int, device=None, dtype=None) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(dim, config.norm_eps, device=device, dtype=dtype)
+    return RMSNorm(dim, config.norm_eps, device, dtype, plus_one=config.norm == "rms_plus_one")
+
+
+def softcapped(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap) if cap else x
+
+
 class KVCache(nn.Module):
-    def __init__(self, shape: tuple[int, ...], device=None, dtype=None):
+    """Keys and values [rows, H, positions, D] of a layer; row [1], int64: where a pass of batch 1 writes."""
+
+    def __init__(self, shape: tuple[int, ...], device=None, dtype=None, row: Tensor | None = None):
         super().__init__()
+        self.row = row
         self.register_buffer("k_cache", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
 
     def update(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k_cache[:, :, input_pos] = k  # k, v: [B, H, T, D]
-        self.v_cache[:, :, input_pos] = v
+        if len(k) == len(self.k_cache):
+            self.k_cache[:, :, input_pos] = k  # k, v: [B, H, T, D]
+            self.v_cache[:, :, input_pos] = v
+        else:  # the indexed dimensions come first
+            self.k_cache[self.row[:, None], :, input_pos] = k.transpose(1, 2)
+            self.v_cache[self.row[:, None], :, input_pos] = v.transpose(1, 2)
         return self.k_cache, self.v_cache
 
 
-def rope_inverse_frequencies(config: ModelArgs) -> Tensor:
-    """Inverse frequencies [head_dim / 2], float32, with the config's linear, llama3 or per-frequency scaling."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
-    freqs = 1.0 / config.rope_base ** (half / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return freqs
-    if scaling["rope_type"] == "linear":
-        return freqs / scaling["factor"]
-    if scaling["rope_type"] == "factors":
-        return freqs / torch.tensor(scaling["factors"])
-
-    # llama3: long wavelengths are stretched by `factor`, short ones kept, those between blended
-    turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return freqs * (kept + (1 - kept) / scaling["factor"])
+def rope_inverse_frequencies(config: ModelArgs, length: int = 0) -> Tensor:
+    """`rope.inverse_frequencies` of a model's scaled rotary embedding, [rotary_dim / 2]."""
+    return inverse_frequencies(config.rope_base, config.rotary_dim, config.rope_scaling, length)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates adjacent pairs. x: [B, T, H, D]; cos, sin: [T, D / 2], float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).type_as(x)
+def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """Attention with soft-capped scores. q: [B, H, T, D]; k, v: [B, kv heads, keys, D]; mask [T, keys]."""
+    grouped = q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2)
+    scores = softcapped(grouped * scale, cap).masked_fill(~mask, -float("inf"))
+    return (scores.softmax(-1, dtype=torch.float32).type_as(v) @ v[:, :, None]).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -248,19 +211,28 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
-        self.n_head, self.n_local_heads, self.head_dim = config.n_head, config.n_local_heads, config.head_dim
-        q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
-        segments = {"q": q, "k": kv, "v": kv}
+        self.heads, self.head_dim = [config.n_head, config.n_local_heads, config.n_local_heads], config.head_dim
+        self.scale, self.softcap = config.attention_scale or None, config.attention_softcap
+        widths = [heads * config.head_dim for heads in self.heads]
+        segments = dict(zip("qkv", widths, strict=True))
         self.wqkv = projection(config.dim, segments, config.qkv_bias, device, dtype, config.sensitive_quant)
-        self.wo = projection(q, {"o": config.dim}, False, device, dtype, config.quant, config.groupsize)
+        self.wo = projection(widths[0], {"o": config.dim}, config.o_bias, device, dtype, config.quant, config.groupsize)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            q, k = widths[:2] if self.qk_norm == "whole" else [config.head_dim] * 2
+            self.q_norm, self.k_norm = (make_norm(config, width, device, dtype) for width in (q, k))
         self.kv_cache: KVCache | None = None
-        self.register_load_state_dict_pre_hook(_fuse_on_load("wqkv"))
+        self.register_load_state_dict_pre_hook(fuse_on_load("wqkv"))
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
         # project the input to queries, keys and values; queries and keys know their position
-        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, D]
-        qk, v = qkv.split([self.n_head + self.n_local_heads, self.n_local_heads], dim=2)
-        q, k = apply_rope(qk, *rope).split([self.n_head, self.n_local_heads], dim=2)
+        q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)  # [B, T, heads, D]
+        if self.qk_norm == "whole":
+            q, k = (norm(t.flatten(2)).view_as(t) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+        elif self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, T, D]
 
         # attend: to the cache, or inside x alone
@@ -268,38 +240,52 @@ class Attention(nn.Module):
             cached = self.kv_cache.update(input_pos, k, v)
             if mask is not None and mask.shape[1] > x.shape[1]:
                 k, v = cached
-        grouped = self.n_head != self.n_local_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        if self.softcap:
+            y = softcapped_attention(q, k, v, mask, self.scale or self.head_dim**-0.5, self.softcap)
+        else:
+            grouped, causal = self.heads[0] != self.heads[1], mask is None
+            y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=self.scale, enable_gqa=grouped)
         return self.wo(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """The gated MLP: down(silu(gate x) * up x)."""
+    """The MLP: down(silu(gate x) * up x), or with another activation, or without a gate."""
 
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
-        hidden = config.intermediate_size
-        form = (device, dtype, config.quant, config.groupsize)
-        self.w13 = projection(config.dim, {"gate": hidden, "up": hidden}, False, *form)
-        self.w2 = projection(hidden, {"down": config.dim}, False, *form)
-        self.register_load_state_dict_pre_hook(_fuse_on_load("w13"))
+        hidden, self.activation = config.intermediate_size, ACTIVATIONS[config.activation]
+        form = (config.mlp_bias, device, dtype, config.quant, config.groupsize)
+        self.w13 = projection(config.dim, dict.fromkeys(("gate", "up")[not config.gated :], hidden), *form)
+        self.w2 = projection(hidden, {"down": config.dim}, *form)
+        self.register_load_state_dict_pre_hook(fuse_on_load("w13"))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        first, *up = self.w13(x).chunk(len(self.w13.segments), dim=-1)
+        hidden = self.activation(first)
+        return self.w2(hidden * up[0] if up else hidden)
 
 
 class TransformerBlock(nn.Module):
+    """Attention and the MLP, each a branch that adds to the residual stream."""
+
     def __init__(self, config: ModelArgs, projection: type, device=None, dtype=None):
         super().__init__()
         self.attention = Attention(config, projection, device, dtype)
         self.feed_forward = FeedForward(config, projection, device, dtype)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
+        norms = {"attention_norm": config.pre_norm, "ffn_norm": config.pre_norm}
+        norms |= {"post_attention_norm": config.post_norm, "post_ffn_norm": config.post_norm}
+        for name, there in norms.items():
+            setattr(self, name, make_norm(config, config.dim, device, dtype) if there else nn.Identity())
+        self.parallel, self.multiplier = config.parallel_residual, config.residual_multiplier
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), rope, mask, input_pos)
-        return h + self.feed_forward(self.ffn_norm(h))
+    def forward(self, x: Tensor, rope: Rope | None, mask: Tensor | None, input_pos: Tensor | None) -> Tensor:
+        attended = self.post_attention_norm(self.attention(self.attention_norm(x), rope, mask, input_pos))
+        h = self._added(x, attended)
+        read = x if self.parallel else h
+        return self._added(h, self.post_ffn_norm(self.feed_forward(self.ffn_norm(read))))
+
+    def _added(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + (branch if self.multiplier == 1 else branch * self.multiplier)
 
 
 @dataclass
@@ -309,21 +295,21 @@ class LayerPass:
     index: int
     block: TransformerBlock
     inputs: list[Tensor]  # [B, T, dim] of each batch
-    arguments: tuple[Rope, Tensor | None, Tensor | None]  # rope, mask [T, T] or None, positions [T] or None
+    arguments: tuple[Rope | None, Tensor | None, Tensor | None]  # rope, mask [T, T] or None, positions [T] or None
 
     @cached_property
     def outputs(self) -> list[Tensor]:
         """[B, T, dim] of each batch. The block runs when they are first asked for, and only then."""
         return [self.block(x, *self.arguments) for x in self.inputs]
 
-    def arguments_at(self, part: slice) -> tuple[Rope, Tensor, Tensor]:
+    def arguments_at(self, part: slice) -> tuple[Rope | None, Tensor, Tensor]:
         """`arguments` for the positions of `part` alone; of a cached walk, whose mask and positions are tensors."""
-        (cos, sin), mask, positions = self.arguments
-        return (cos[part], sin[part]), mask[part], positions[part]
+        rope, mask, positions = self.arguments
+        return rope and (rope[0][part], rope[1][part]), mask[part], positions[part]
 
 
 class Transformer(UncastBuffers):
-    """A Llama-family decoder. Parameters are left unset: use `from_checkpoint` or `random_init`."""
+    """A decoder. Parameters are left unset: use `from_checkpoint` or `random_init`."""
 
     projection_class: type = Projection
 
@@ -331,14 +317,19 @@ class Transformer(UncastBuffers):
         super().__init__()
         self.config = config
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
+        self.pos_embeddings = None
+        if config.learned_positions:
+            self.pos_embeddings = Embedding(config.block_size, config.dim, device=device, dtype=dtype)
         blocks = [TransformerBlock(config, self.projection_class, device, dtype) for _ in range(config.n_layer)]
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(config.dim, config.norm_eps, device, dtype)
+        self.norm = make_norm(config, config.dim, device, dtype)
         self.output = None
         if not config.tie_embeddings:
             segments = {"output": config.vocab_size}
             self.output = Projection(config.dim, segments, False, device, dtype, config.sensitive_quant)
         self.register_buffer("inv_freq", rope_inverse_frequencies(config).to(device), persistent=False)
+        local = inverse_frequencies(config.local_rope_base, config.rotary_dim) if config.local_rope_base else None
+        self.register_buffer("local_inv_freq", local if local is None else local.to(device), persistent=False)
 
     @property
     def output_weight(self) -> Tensor:
@@ -369,14 +360,32 @@ class Transformer(UncastBuffers):
     def setup_caches(self, batch_size: int, seq_length: int) -> None:
         """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], unless it has that.
 
-        Raises ValueError if seq_length is beyond the model's context.
+        All share the tensor `row`, by which a pass from_start of batch 1 can be each row's in turn. The frequencies
+        become those of texts of that length, see `rope`. Raises ValueError beyond the model's context.
         """
         if seq_length > self.config.block_size:
             raise ValueError(f"{seq_length} positions do not fit the model's context of {self.config.block_size}")
         shape = (batch_size, self.config.n_local_heads, seq_length, self.config.head_dim)
+        row = torch.zeros(1, dtype=torch.int64, device=self.device) if batch_size > 1 else None
         for attention in (block.attention for block in self.layers):
             if attention.kv_cache is None or attention.kv_cache.k_cache.shape != shape:
-                attention.kv_cache = KVCache(shape, self.device, self.dtype)
+                attention.kv_cache = KVCache(shape, self.device, self.dtype, row)
+        if by_length(self.config.rope_scaling):
+            self.inv_freq.copy_(rope_inverse_frequencies(self.config, seq_length))
+
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """What the first block reads, [B, T, dim], of tokens [B, T] at positions [T]."""
+        x = self.tok_embeddings(idx)
+        if self.pos_embeddings is not None:
+            x = x + self.pos_embeddings(positions)
+        multiplier = self.config.embedding_multiplier  # Gemma rounds its own to the model's dtype
+        return x if multiplier == 1 else x * torch.full((), multiplier, dtype=x.dtype, device=x.device)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., vocab] of the last norm's output [..., dim]."""
+        x = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        scaling = self.config.logits_scaling
+        return softcapped(x if scaling == 1 else x / scaling, self.config.logit_softcap)
 
     def forward(
         self, idx: Tensor, input_pos: Tensor | None = None, num_logits: int = 0, from_start: bool = False
@@ -392,31 +401,40 @@ class Transformer(UncastBuffers):
                 does not depend on the cache's length.
         """
         positions = torch.arange(idx.shape[1], device=idx.device) if input_pos is None else input_pos
-        inside = input_pos is None or from_start
-        keys = None if inside else self.layers[0].attention.kv_cache.k_cache.shape[2]
-        rope, masks = self.rope_and_masks(positions, keys)
+        keys = None if input_pos is None or from_start else self.layers[0].attention.kv_cache.k_cache.shape[2]
+        ropes, masks = self.rope_and_masks(positions, keys, idx.shape[1] if input_pos is None else None)
 
-        x = self.tok_embeddings(idx)
-        for i, block in enumerate(self.layers):
-            x = block(x, rope, masks[i], input_pos)
-        x = self.norm(x[:, -num_logits:])
-        return F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        x = self.embed(idx, positions)
+        for block, rope, mask in zip(self.layers, ropes, masks, strict=True):
+            x = block(x, rope, mask, input_pos)
+        return self.head(self.norm(x[:, -num_logits:]))
 
-    def rope_and_masks(self, positions: Tensor, cache_length: int | None = None) -> tuple[Rope, list[Tensor | None]]:
-        """What the blocks need besides their input at `positions` [T], int64.
+    def rope_and_masks(
+        self, positions: Tensor, cache_length: int | None = None, length: int | None = None
+    ) -> tuple[list[Rope | None], list[Tensor | None]]:
+        """What each block needs besides its input at `positions` [T], int64.
 
         Queries attend to a KV cache of `cache_length` positions, or for None to each other, where `positions` are from
-        0 on. A layer's mask [T, keys] is True where a query may look; None is plain causal attention.
+        0 on. A layer's mask [T, keys] is True where a query may look; None is plain causal attention. A rope of None
+        rotates nothing. `length`: of a text that goes through no cache; None: the cache's decides on frequencies.
         """
-        angles = positions[:, None] * self.inv_freq
+        config, inv_freq = self.config, self.inv_freq
+        if length is not None and by_length(config.rope_scaling):
+            inv_freq = rope_inverse_frequencies(config, length).to(positions.device)
+        rope = local = cosines_and_sines(positions, inv_freq, config.rope_scaling) if config.rotary_dim else None
+        if self.local_inv_freq is not None:
+            local = cosines_and_sines(positions, self.local_inv_freq, None)
+        layers = range(config.n_layer)
+        ropes = [local if i in config.windowed_layers else rope for i in layers]
+        ropes = [None if i in config.unrotated_layers else ropes[i] for i in layers]
+
         keys = positions if cache_length is None else torch.arange(cache_length, device=positions.device)
         causal = keys[None, :] <= positions[:, None]
 
-        window = self.config.sliding_window
+        window = config.sliding_window
         windowed = causal & (keys[None, :] > positions[:, None] - window) if window else None
-        full = None if cache_length is None else causal
-        masks = [windowed if i in self.config.windowed_layers else full for i in range(self.config.n_layer)]
-        return (angles.cos(), angles.sin()), masks
+        full = None if cache_length is None and not config.attention_softcap else causal
+        return ropes, [windowed if i in config.windowed_layers else full for i in layers]
 
     def walk(self, batches: Sequence[Tensor], cached: bool = False) -> Iterator[LayerPass]:
         """Goes layer by layer through the model with batches of token ids [B, T] (int64, one T for all).
@@ -429,12 +447,12 @@ class Transformer(UncastBuffers):
         assert not cached or len(batches) == 1
         rows, length = batches[0].shape if len(batches) else (0, 0)
         positions = torch.arange(length, device=self.device)
-        rope, masks = self.rope_and_masks(positions, length if cached else None)
+        ropes, masks = self.rope_and_masks(positions, length if cached else None, length)
         shape = (rows, self.config.n_local_heads, length, self.config.head_dim)
         cache = KVCache(shape, self.device, self.dtype) if cached else None
-        states = [self.tok_embeddings(batch.to(self.device)) for batch in batches]
+        states = [self.embed(batch.to(self.device), positions) for batch in batches]
 
-        for i, (block, mask) in enumerate(zip(self.layers, masks, strict=True)):
+        for i, (block, rope, mask) in enumerate(zip(self.layers, ropes, masks, strict=True)):
             if cached:
                 block.attention.kv_cache = cache
             layer = LayerPass(i, block, states, (rope, mask, positions if cached else None))
@@ -445,14 +463,14 @@ class Transformer(UncastBuffers):
 
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
-        """Fills every matrix from a normal distribution (quantised ones likewise); norms are 1, biases 0."""
+        """Fills every matrix from a normal distribution (quantised ones likewise); gains are 1, biases 0."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 2:
                     fill_random(parameter, getattr(module, "scale", None), std, generator)
                 else:
-                    parameter.fill_(0.0 if name == "bias" else 1.0)
+                    parameter.fill_(0.0 if name == "bias" or getattr(module, "plus_one", False) else 1.0)
 
     @classmethod
     def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":
@@ -468,7 +486,7 @@ class Transformer(UncastBuffers):
         Tensors are memory-mapped, so memory stays near one copy of the model. Raises ValueError for nothing there, a
         missing, truncated or foreign file, or weights that do not fit config.json.
         """
-        folder = checkpoint_folder(path)
+        folder = checkpoint.checkpoint_folder(path)
         state_dict = load_weights(folder)
         if "model.embed_tokens.weight" in state_dict:
             how = f"python convert_hf_checkpoint.py --checkpoint_dir {folder} --output_dir DIR"
@@ -476,11 +494,11 @@ class Transformer(UncastBuffers):
 
         # what does not fit is found before memory is taken
         config = read_config(folder)
-        check_layers(state_dict, config.n_layer)
+        checkpoint.check_layers(state_dict, config.n_layer)
         embedding = state_dict.get("tok_embeddings.weight")
         if config.tie_embeddings and "output.weight" in state_dict:
             config.tie_embeddings = not is_own_head(state_dict["output.weight"], embedding)
-        check_tensors(state_dict, config, folder)
+        check_tensors(state_dict, Transformer(replace(config, n_layer=1, windowed_layers=[]), device="meta"), folder)
 
         model = cls(config, device=device, dtype=dtype)
         if model.output is None:
@@ -502,38 +520,3 @@ def read_config(folder: Path) -> ModelArgs:
     if not path.exists():
         return ModelArgs.from_name(folder.name)
     return ModelArgs.from_config(read_json(path), folder.name)
-
-
-def check_tensors(tensors: dict[str, Tensor], config: ModelArgs, folder: Path) -> None:
-    """Raises ValueError for a tensor of another shape or kind than in a model of the config, which takes no memory."""
-    one_layer = replace(config, n_layer=1, windowed_layers=[])
-    expected = expected_tensors(one_layer) | Transformer(one_layer, device="meta").state_dict()
-    for name, tensor in tensors.items():
-        due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name), tensor)  # load_state_dict finds foreign names
-        exact = name.endswith(".scale") or not due.is_floating_point()
-        if tensor.shape != due.shape or not (tensor.dtype == due.dtype or (tensor.is_floating_point() and not exact)):
-            found, asked = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, due))
-            reason = f"{name} is {found}, config.json asks for {asked}"
-            raise ValueError(f"the weights in {folder} do not fit its config: {reason}")
-
-
-def expected_shapes(config: ModelArgs) -> Shapes:
-    """Names and shapes of a checkpoint's tensors; see `expected_tensors`."""
-    return {name: tuple(tensor.shape) for name, tensor in expected_tensors(config).items()}
-
-
-def expected_tensors(config: ModelArgs) -> dict[str, Tensor]:
-    """A checkpoint's tensors, without memory: those of the model, with fused projections taken apart."""
-    model = Transformer(config, device="meta")
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        path, kind = name.rsplit(".", 1)
-        owner, _, last = path.rpartition(".")
-        if last in FUSED:
-            widths = model.get_submodule(path).segments.values()
-            packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
-            for part, rows in zip(FUSED[last], tensor.split([width // packed for width in widths]), strict=True):
-                tensors[f"{owner}.{part}.{kind}"] = rows
-        else:
-            tensors[name] = tensor
-    return tensors

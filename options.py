@@ -18,6 +18,8 @@ TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.3
 TASKS = ("perplexity", "wikitext")  # of eval.py itself; all others are lm-eval's
 QUALITY_RULES = ("dense", "uniform", "greedy", "refined", "norms", "cats", "relu", "up-input", "up-output")
 GATED = ("cats", "up-output")  # of them, those with thresholds of gates, which are calibrated on a text
+MAX_BATCH = 1024  # rows
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # that finetune.py tunes
 CACHE, PROMPT = 512, 5  # positions of benchmarks.cpu_decode's cache, and its prompt
 SWEEP = (0.0, 0.25, 0.4, 0.5, 0.65)
 
@@ -49,10 +51,12 @@ def generate(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("generate")
     # what is generated
     add("--prompt", help="a text; digits alone: that many random tokens (write ' 2024') (default: a question)")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt per line, each a row of the batch (default: one prompt)")
     add("--interactive", action="store_true", help="chat")
-    add("--num_samples", action=at_least(1), default=5, help="how often it is generated and timed")
+    add("--num_samples", action=at_least(1), default=5, help="how often it is generated and timed, with equal draws")
     add("--max_new_tokens", action=at_least(1), default=200, help="new tokens of a sample, or of an answer")
-    add("--batch_size", action=at_least(1), default=1, help="rows; each cuts its own inputs")
+    batch = number(int, lambda n: 1 <= n <= MAX_BATCH, f"is outside 1 to {MAX_BATCH}")
+    add("--batch_size", action=batch, default=1, help="rows, fused up to 8; each cuts its own inputs")
     add("--top_k", action=at_least(1), default=200, help="how many of the likeliest tokens may be drawn")
     temperature = number(float, lambda t: t >= 0, "must be at least 0")
     add("--temperature", action=temperature, help=f"0 is greedy (default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE})")
@@ -79,6 +83,7 @@ def generate(argv: list[str] | None = None) -> Namespace:
         o.temperature = CHAT_TEMPERATURE if o.interactive else TEMPERATURE
     if o.random_init and (o.checkpoint_path or o.interactive):
         raise ValueError("--random_init has no text to load or to talk: leave out --checkpoint_path and --interactive")
+    parser.refuse(o.prompts is not None, "prompt batch_size interactive", "beside --prompts")
     parser.refuse(o.interactive, "prompt num_samples batch_size compare_dense profile json", "beside --interactive")
     parser.refuse(o.random_init is not None, "statistics", "beside --random_init")
     parser.refuse("sparsity" not in parser.given, "thresholds statistics", "without --sparsity")
@@ -135,6 +140,26 @@ def quantize(argv: list[str] | None = None) -> Namespace:
     return o
 
 
+def finetune(argv: list[str] | None = None) -> Namespace:
+    parser, add = _parser("finetune")
+    cli.add_text_arguments(parser, 1 << 20)
+    add("--own_tokens", action=at_least(0), default=0, help="so many more, with which the model goes on from the text")
+    add("--sparsity", action=SPARSITY, nargs="+", default=[0.5], help="levels; each row of a batch is cut at one")
+    add("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
+    add("--targets", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS), help="projections that are tuned")
+    add("--loss", choices=("kl", "next_token"), default="kl", help="to the dense model, or of the text")
+    add("--rank", action=at_least(1), default=32, help="of A B")
+    positive = number(float, lambda f: 0 < f < float("inf"), "must be above 0")
+    add("--alpha", action=positive, default=64.0, help="A B is scaled by alpha / rank")
+    add("--learning_rate", action=positive, default=2e-4, help="at its peak")
+    add("--epochs", action=positive, default=1.0, help="how often each window is seen")
+    add("--batch_size", action=at_least(1), default=16, help="windows per step")
+    add("--context", action=at_least(2), default=1024, help="tokens of a window")
+    add("--compile", action="store_true", help="torch.compile the blocks and the loss")
+    add("--output_dir", type=output_folder, metavar="DIR", help="(default: the checkpoint's with -tuned)")
+    return parser.parse_args(argv)
+
+
 def convert_hf_checkpoint(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("convert_hf_checkpoint")
     source = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -186,7 +211,8 @@ def decode(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     add("--checkpoint_path", nargs="+", default=[], help="folders, or files in them (default: the default model)")
     add_sparsities(parser, SWEEP)
     o, flags = parser.parse_known_args(argv)
-    generate(["--compile", *flags, "--sparsity", "0"])  # raises for a flag that it does not know
+    if generate(["--compile", *flags, "--sparsity", "0"]).prompts:  # raises for a flag that it does not know
+        raise ValueError("--prompts says nothing in a sweep, whose rows have prompts of one length; give --batch_size")
     return o, flags
 
 

@@ -64,13 +64,14 @@ class SparseProjection(UncastBuffers):
         for name in ("kept", "read"):
             self.register_buffer(name, torch.zeros_like(threshold[:, 0], dtype=torch.int64), persistent=False)
         self.seen = self.steps = 0
-        self.dense_prefix: int | None = None
+        self.dense_prefix: int | list[int] | None = None
         self.register_load_state_dict_pre_hook(_transpose_on_load)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, in] -> [B, T, out]
-        if self.dense_prefix is not None:
-            y = self._cut_after(self.dense_prefix, x)
-        elif x.shape[1] == 1:
+        prefix, length = self.dense_prefix, x.shape[1]
+        if isinstance(prefix, list) or (prefix is not None and prefix < length):
+            y = self._cut_after(prefix, x)
+        elif prefix is None and length == 1:
             y = self._sparse_product(sparse_gemv, x[:, 0])[:, None]
         else:
             y = x @ self.dequantized(x.dtype)
@@ -84,8 +85,14 @@ class SparseProjection(UncastBuffers):
         """x - shift: what is compared with the thresholds."""
         return x if self.shift is None else (x - self.shift).to(x.dtype)
 
-    def _cut_after(self, prefix: int, x: Tensor) -> Tensor:
+    def _cut_after(self, prefix: int | list[int], x: Tensor) -> Tensor:
         """The product of x [B, T, in], whose positions [prefix:] are cut and whose kept inputs are counted there."""
+        if isinstance(prefix, list):  # what lies behind the last position that is cut goes before the first
+            longest = max(prefix)
+            x = torch.stack([row.roll(longest - own, 0) for row, own in zip(x, prefix, strict=True)])
+            y = self._cut_after(longest, x)
+            return torch.stack([row.roll(own - longest, 0) for row, own in zip(y, prefix, strict=True)])
+
         head, tail = x[:, :prefix] @ self.dequantized(x.dtype), x[:, prefix:]
 
         # count what the kernels would read
@@ -129,13 +136,18 @@ def _transpose_on_load(module, state_dict, prefix, *_):
     state_dict.setdefault(prefix + "threshold", module.threshold)
 
 
+def dense_prefix_of(length: int) -> int:
+    """Positions of a window that stay dense, 1 % and at least one: the first token's inputs are like no other's."""
+    return max(1, round(length * (1 - 0.99)))
+
+
 class SparseTransformer(Transformer):
     """A Transformer that cuts small inputs of all seven projections. New thresholds are 0: all but exact zeros kept."""
 
     projection_class = SparseProjection
     sparsity = 0.0  # of the cuts that were set last: about the share that they cut
 
-    def forward(self, *inputs, dense_prefix: int | None = None, **options) -> Tensor:
+    def forward(self, *inputs, dense_prefix: int | list[int] | None = None, **options) -> Tensor:
         """Logits of the next token; see `Transformer.forward`.
 
         dense_prefix: None: a single token is cut (by the kernels), several are dense. n: see `cut_after`.
@@ -146,8 +158,11 @@ class SparseTransformer(Transformer):
             return super().forward(*inputs, **options)
 
     @contextmanager
-    def cut_after(self, dense_prefix: int) -> Iterator[None]:
-        """Inside it every projection cuts positions [dense_prefix:] of its input by plain masking and counts them."""
+    def cut_after(self, dense_prefix: int | list[int]) -> Iterator[None]:
+        """Inside it every projection cuts positions [dense_prefix:] of its input by plain masking and counts them.
+
+        A list: of each row, and as many of them as the longest prefix leaves.
+        """
         for module in self.sites:
             module.dense_prefix = dense_prefix
         try:

@@ -53,6 +53,12 @@ class Statistics:
     def n_layer(self) -> int:
         return 1 + max(int(name.split(".")[0]) for name in self.tensors)
 
+    @property
+    def projections(self) -> list[str]:
+        """Those of a block, of which not each model has a gate."""
+        own = self.metadata["kind"] == "own"
+        return [p for p in PROJECTIONS if not own or f"0.{p}.column_norms" in self.tensors]
+
     def check(self) -> None:
         """Raises ValueError for tensors that are not what `get` and TEAL's histograms say, or a missing layer."""
         layers = set()
@@ -150,13 +156,13 @@ def _quantile(sparsity: float, share: float, cumulative: np.ndarray | Tensor, va
 
 def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
     """Reads what `Statistics.save` wrote. Raises ValueError for no such file, or one of another checkpoint's folder."""
-    statistics = _read(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
+    statistics = read_artifact(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
     if folder:
         check_fingerprint(statistics.metadata.get("fingerprint"), folder, "the statistics are", "calibrate.py")
     return statistics
 
 
-def _read(path: str | Path, make: Callable, form: str, what: str, again: str):
+def read_artifact(path: str | Path, make: Callable, form: str, what: str, again: str):
     """What `make` makes of tensors and metadata of a safetensors file whose metadata name this form; it is checked."""
     if not Path(path).exists():
         raise ValueError(f"no {what} file at {path}; {again}")
@@ -214,7 +220,7 @@ class CutTable:
 
     levels: [L], the sparsities, rising.
     tensors: "<layer>.<site>.threshold" [L, S, in] or [L, S, 1], and where the rule has shifts "<layer>.<site>.shift"
-        [L, in]; from greedy.py also "<layer>.shares" [L, 7], the sparsity of each projection's input.
+        [L, in]; from greedy.py also "<layer>.shares" [L, 7 or, without a gate, 6], the sparsity of each input.
     metadata: strings: rule, fingerprint of the checkpoint, text, tokens, ...; `quality`, if known, is JSON: "text"
         and "perplexity", pairs of (sparsity, perplexity on that text) that start with the dense model's.
     """
@@ -239,11 +245,13 @@ class CutTable:
         found = set(self.tensors) - {f"{layer}.shares" for layer in range(self.n_layer)}
         if not names or found not in (thresholds, thresholds | shifts):
             raise ValueError("tensors are missing, or it has others")
+        gateless = self.tensors["0.gate_up.threshold"].shape[1:2] == (1,)
         for name, tensor in self.tensors.items():
             _, *site, kind = name.split(".")
-            rest = {"threshold": (site and len(SITES[site[0]].projections), None), "shift": (None,)}
+            segments = site and len(SITES[site[0]].projections) - (gateless and site[0] == "gate_up")
+            rest = {"threshold": (segments, None), "shift": (None,)}
             least = -math.inf if kind == "shift" else 0.0
-            check_tensor(name, tensor, (len(levels), *rest.get(kind, (len(PROJECTIONS),))), least)
+            check_tensor(name, tensor, (len(levels), *rest.get(kind, (len(PROJECTIONS) - gateless,))), least)
         self.perplexity_at(0.0)
 
     @property
@@ -303,6 +311,12 @@ class CutTable:
         value = float(np.exp(np.interp(sparsity, sparsities, np.log(perplexities))))
         return perplexities[0], value, record["text"]
 
+    def quality_report(self) -> str:
+        """The record of quality, a line per sparsity."""
+        quality = json.loads(self.metadata["quality"])
+        lines = (f"{sparsity:4.0%} cut: perplexity {value:.2f}" for sparsity, value in quality["perplexity"])
+        return "\n".join(f"{line} on {quality['text']}" for line in lines)
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot, or if `check` does."""
         self.check()
@@ -314,7 +328,7 @@ def load_table(path: str | Path, folder: Path | None = None) -> CutTable:
     """Reads what `CutTable.save` wrote. Raises ValueError as `load_statistics` does, and for an old or damaged file."""
     if Path(path).name in OLD_FILES:
         raise ValueError(_of_an_earlier_version(Path(path)))
-    table = _read(path, CutTable.of_file, TABLE_FORMAT, "cut table", "make it with greedy.py or refine.py")
+    table = read_artifact(path, CutTable.of_file, TABLE_FORMAT, "cut table", "make it with greedy.py or refine.py")
     if folder:
         script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
         check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
@@ -364,13 +378,13 @@ class RuleInputs(NamedTuple):
 def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
     """TEAL's uniform rule (arXiv 2408.14690, section 4.1): every projection's inputs are cut to the same sparsity."""
     statistics = inputs.statistics()
-    return cuts_of_shares(statistics, [dict.fromkeys(PROJECTIONS, sparsity)] * statistics.n_layer, sparsity)
+    return cuts_of_shares(statistics, [dict.fromkeys(statistics.projections, sparsity)] * statistics.n_layer, sparsity)
 
 
 def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], sparsity: float) -> Cuts:
     """Cuts that make the inputs of each layer's projections as sparse as `shares` says. Raises as `threshold` does."""
     thresholds = [
-        torch.tensor([[statistics.threshold(layer, p, share[p])] for p in site.projections])
+        torch.tensor([[statistics.threshold(layer, p, share[p])] for p in site.projections if p in share])
         for layer, share in enumerate(shares)
         for site in SITES.values()
     ]
@@ -445,7 +459,12 @@ def cuts_for(
     return rule, load_table(rule, folder).at(sparsity)
 
 
+def table_of(rule: str, folder: Path | None) -> CutTable | None:
+    """The table from which `cuts_for` took the cuts of this rule or file; None for a rule without one."""
+    return find_table(rule, folder) if rule in RULES else load_table(rule, folder)
+
+
 def recorded_perplexity(rule: str, folder: Path | None, sparsity: float) -> tuple[float, float, str] | None:
-    """`CutTable.perplexity_at` of the table that `cuts_for` took for this rule or file; None without a record."""
-    table = find_table(rule, folder) if rule in RULES else load_table(rule)
+    """`CutTable.perplexity_at` of `table_of` this rule or file; None without a record."""
+    table = table_of(rule, folder)
     return table and table.perplexity_at(sparsity)

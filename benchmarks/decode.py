@@ -3,10 +3,12 @@
 python -m benchmarks.decode                                          # the default model
 python -m benchmarks.decode --random_init llama-3-8b llama-3-8b-int8 # latency of a shape, random weights
 python -m benchmarks.decode --random_init llama-3-8b --prompt 4096   # at a longer context
+python -m benchmarks.decode --random_init llama-3-8b --batch_size 4  # rows of different prompts at once
 
 Every row is what `generate.py` prints for the command in it: sampling included, prefill included in tokens_per_sec and
-not in ms_per_token. All other flags go to generate.py; thresholds are uniform unless they say otherwise. Rows go to
-benchmarks/results/decode.csv; `python -m benchmarks.plot` draws them.
+not in ms_per_token; of a batch tokens_per_sec counts all rows, and ttft_ms waits for each. All other flags go to
+generate.py; thresholds are uniform unless they say otherwise. Rows go to benchmarks/results/decode.csv;
+`python -m benchmarks.plot` draws them.
 """
 
 if __name__ == "__main__":
@@ -22,6 +24,8 @@ import torch
 
 import options
 from benchmarks.results import form, model_columns, provenance, short, write_rows
+from cli import resolve_device
+from decoder import why_unfused
 from formats.default_model import resolve_checkpoint
 from generate import main as generate
 from model import ModelArgs, read_config
@@ -32,14 +36,15 @@ KEY = "device model quant weights dtype batch gpus draft step sparsity prompt_to
 def measure(flags: list[str], config: ModelArgs) -> dict:
     """One row: the run of generate.py with these flags, compiled."""
     flags = ["--compile", "--no-compare_dense", "--thresholds", "uniform", *flags]
-    result = generate(flags)
+    o, result = options.generate(flags), generate(flags)
+    unfused = o.unfused or why_unfused(config, resolve_device(o.device), result["batch"], o.top_k)
     row = provenance(result["device"]) | model_columns(config)
     row |= {"weights": "random" if "--random_init" in flags else "trained", "dtype": result["dtype"]}
-    row |= {"batch": 1, "gpus": 1, "draft": result.get("draft", "none")}
-    row |= {"step": "compiled" if "--unfused" in flags else "fused", "sparsity": result["sparsity"]}
+    row |= {"batch": result["batch"], "gpus": 1, "draft": result.get("draft", "none")}
+    row |= {"step": "compiled" if unfused else "fused", "sparsity": result["sparsity"]}
     row |= {"achieved_sparsity": f"{result['achieved_sparsity']:.4f}", "prompt_tokens": result["prompt_tokens"]}
     row |= {"new_tokens": result["new_tokens"], "tokens_per_sec": f"{result['tokens_per_sec']:.2f}"}
-    row |= {"ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}", "ttft_ms": result.get("ttft_ms", "")}
+    row |= {"ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}", "ttft_ms": f"{result['ttft_ms']:.2f}"}
     row |= {"bytes_per_token": result["bytes_per_token"]}
     row |= {"bandwidth_gbps": f"{result['bandwidth_gbps'] or math.nan:.1f}"}
     return row | {"command": shlex.join(["python", "generate.py", *map(short, flags)])}

@@ -12,13 +12,14 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from formats.files import (
@@ -33,6 +34,7 @@ from formats.files import (
 )
 
 Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
+FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}  # projections that a checkpoint may hold apart, in order
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
@@ -114,6 +116,47 @@ def check_layers(names: Iterable[str], n_layer: int) -> None:
     found = {m[1] for name in names if (m := re.match(r"(?:model\.)?(?:layers|blk)\.(\d+)\.", name))}
     if len(found) != n_layer:
         raise ValueError(f"config.json has num_hidden_layers {n_layer}, but the weights have {len(found)} layers")
+
+
+def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's tensors: those of the model, with fused projections taken apart."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        path, kind = name.rsplit(".", 1)
+        owner, _, last = path.rpartition(".")
+        if last not in FUSED:
+            tensors[name] = tensor
+            continue
+        widths = model.get_submodule(path).segments.values()
+        packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
+        rows = tensor.split([width // packed for width in widths])
+        tensors |= {f"{owner}.{part}.{kind}": t for part, t in zip(FUSED[last][-len(rows) :], rows, strict=True)}
+    return tensors
+
+
+def check_tensors(tensors: dict[str, Tensor], one_layer: nn.Module, folder: Path) -> None:
+    """Raises ValueError for a tensor of another shape or kind than in a model of the config, here of a single layer."""
+    expected = expected_tensors(one_layer) | one_layer.state_dict()
+    for name, tensor in tensors.items():
+        due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name), tensor)  # load_state_dict finds foreign names
+        exact = name.endswith(".scale") or not due.is_floating_point()
+        if tensor.shape != due.shape or not (tensor.dtype == due.dtype or (tensor.is_floating_point() and not exact)):
+            found, asked = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, due))
+            reason = f"{name} is {found}, config.json asks for {asked}"
+            raise ValueError(f"the weights in {folder} do not fit its config: {reason}")
+
+
+def fuse_on_load(fused: str) -> Callable:
+    """A load_state_dict pre-hook that stacks the tensors of a fused projection, where they come apart."""
+
+    def hook(module, state_dict, prefix, *_):
+        parts = FUSED[fused][-len(getattr(module, fused).segments) :]  # without a gate: up alone
+        for kind in ("weight", "bias", "scale"):
+            keys = [f"{prefix}{part}.{kind}" for part in parts]
+            if all(key in state_dict for key in keys):
+                state_dict[f"{prefix}{fused}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
+
+    return hook
 
 
 def is_own_head(head: Tensor, embedding: Tensor | None) -> bool:
@@ -241,16 +284,15 @@ def convert(convert_source: Callable[[Path, Path], None], source: Path, output: 
 
 
 def rename_tensors(
-    sources: dict[str, Source], names: dict[str, str], expected: Shapes | None, head_dim: int, half_split: bool
+    sources: dict[str, Source], names: dict[str, str], expected: Shapes | None, head_dim: int, rotary_dim: int
 ) -> dict[str, Source]:
     """The tensors of a foreign checkpoint under our names, with rotary pairs adjacent; float64 becomes float32.
 
-    `names`: theirs of a module (without layer) -> ours. `expected` None checks names alone. `half_split`: rotary pairs
-    are head_dim / 2 rows apart. Raises ValueError for unexpected or missing tensors, wrong shapes or dtypes.
+    `names`: theirs of a module (without layer) -> ours. `expected` None checks names alone. `rotary_dim`: rows of a
+    head whose rotary pairs are half of it apart. Raises ValueError for a wrong set of tensors, wrong shapes or dtypes.
     """
     tensors, unexpected = {}, []
-    for name, source in sources.items():
-        new = _our_name(name, names)
+    for name, new, source in _apart(sources, names, expected):
         if new is None or (expected is not None and new not in expected):
             if new != "output.weight" and not name.endswith("rotary_emb.inv_freq"):  # the first: a tied head
                 unexpected.append(name)
@@ -262,9 +304,9 @@ def rename_tensors(
         if source.dtype not in DTYPES.values():
             raise ValueError(f"tensor {name} has dtype {source.dtype}; supported: {', '.join(DTYPES)}, F64")
 
-        # of q and k: projections and their biases, and norms over a head
-        half = half_split and re.search(r"attention\.(w[qk]|[qk]_norm)\.", new)
-        tensors[new] = interleave(source, head_dim) if half else source
+        # of q and k: projections and their biases, and norms
+        half = rotary_dim and re.search(r"attention\.(w[qk]|[qk]_norm)\.", new)
+        tensors[new] = interleave(source, head_dim, rotary_dim) if half else source
 
     missing = [_their_name(name, names, sources) for name in expected or () if name not in tensors]
     why = "the config is of another model" if unexpected else "the file is incomplete, or the config of another"
@@ -292,8 +334,29 @@ def _their_name(name: str, names: dict[str, str], sources: Iterable[str]) -> str
     return (f"{prefix}.{layer}." if layer else "") + f"{stem}.{kind}"
 
 
-def interleave(source: Source, head_dim: int) -> Source:
-    """Puts the rows of each head in the order 0, d/2, 1, d/2 + 1, ...: rotary pairs become adjacent."""
+def _apart(sources: dict[str, Source], names: dict[str, str], expected: Shapes | None) -> Iterator[tuple]:
+    """Name, our name (None for an unknown one) and source of each tensor; those of fused projections part by part."""
+    for name, source in sources.items():
+        new = _our_name(name, names)
+        owner, fused, kind = ("." + (new or "..")).rsplit(".", 2)
+        parts = [part for p in FUSED.get(fused, ()) if (part := f"{owner}.{p}.{kind}"[1:]) in (expected or ())]
+        if not parts:
+            yield name, new, source
+            continue
+        ends = list(accumulate(expected[part][0] for part in parts))
+        if source.shape != (due := (ends[-1], *expected[parts[0]][1:])):
+            raise ValueError(f"tensor {name} has shape {source.shape}; the config asks for {due}")
+        for part, first, end in zip(parts, [0, *ends], ends, strict=False):
+            yield name, part, reordered(source, torch.arange(first, end))
 
-    split, shape = (-1, 2, head_dim // 2, *source.shape[1:]), source.shape
-    return source._replace(load=lambda: source.load().view(split).transpose(1, 2).reshape(shape))
+
+def reordered(source: Source, rows: Tensor) -> Source:
+    """The tensor of these rows, int64, of a source."""
+    return source._replace(shape=(len(rows), *source.shape[1:]), load=lambda: source.load()[rows])
+
+
+def interleave(source: Source, head_dim: int, rotary_dim: int) -> Source:
+    """Puts the first rotary_dim = r rows of each head in the order 0, r/2, 1, r/2 + 1, ...: pairs become adjacent."""
+    rows = torch.arange(source.shape[0]).view(-1, head_dim)
+    rotated = rows[:, :rotary_dim].unflatten(1, (2, -1)).transpose(1, 2).flatten(1)
+    return reordered(source, torch.cat((rotated, rows[:, rotary_dim:]), 1).flatten())

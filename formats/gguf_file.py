@@ -1,7 +1,7 @@
 """A GGUF file seen as a Hugging Face folder: config.json, tensors and tokenizer, read from its metadata and tensors."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from formats.checkpoint import DTYPES, Source, check_layers, rename_tensors, write_weights
-from formats.config import EXPERTS, MOST, architecture_of, checked, config_fields, known_architecture
+from formats.config import MOST, architecture_of, checked, config_fields, known_architecture
 from formats.files import one_line, regular_file, shown, write_json
 from tokenizer import LLAMA3_SPLIT, load_tokenizer
 
@@ -17,6 +17,16 @@ GGUF_NAMES = {"token_embd": "tok_embeddings", "output_norm": "norm", "output": "
 GGUF_NAMES |= {"attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "attn_output": "attention.wo"}
 GGUF_NAMES |= {f"attn_{letter}": f"attention.w{letter}" for letter in "qkv"}
 GGUF_NAMES |= {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
+GGUF_NAMES |= {"attn_q_norm": "attention.q_norm", "attn_k_norm": "attention.k_norm", "attn_qkv": "attention.wqkv"}
+GGUF_NAMES |= {"post_attention_norm": "post_attention_norm", "post_ffw_norm": "post_ffn_norm"}
+INTERLEAVED = ("llama", "granite", "smollm3")  # architectures whose rotary pairs of q and k are adjacent already
+GRANITE = {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"}
+GRANITE |= {"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}
+SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# numbers that some architectures have: in the others anything but 0 is an error
+NEUTRAL = dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", *SOFTCAPS, *GRANITE), 0)
+ROPE_KINDS = ("none", "linear", "yarn", "longrope")
+LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # the size whose attention scale is not head_dim^-0.5, as in llama.cpp
 UNQUANTIZED = DTYPES | {"F64": torch.float64}
 GGUF_TYPES = (*UNQUANTIZED, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -30,24 +40,32 @@ GGUF_PRE: dict[str, tuple[str, ...]] = dict.fromkeys(SINGLE_DIGITS + GPT2_PRE, (
 GGUF_PRE |= dict.fromkeys([*LLAMA3_PRE, *"dbrx smaug-bpe glm4 chatglm-bpe".split()], (LLAMA3_SPLIT,))
 QWEN2_PRE = "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2".split()
 GGUF_PRE |= dict.fromkeys(QWEN2_PRE, (LLAMA3_SPLIT.replace("{1,3}", ""),))  # digits one by one
+_UPPER, _LOWER = (rf"[{case}\p{{Lm}}\p{{Lo}}\p{{M}}]" for case in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+_WORD = rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER}*{_LOWER}+|{_UPPER}+{_LOWER}*)(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GGUF_PRE["gpt-4o"] = (_WORD + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
 GGUF_PRE["default"] = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]")
 GGUF_PRE["falcon"] = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_SPLIT, "[0-9][0-9][0-9]")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type; sentencepiece's too
 
 
-def convert_gguf(source: Path, partial: Path, architectures=("LlamaForCausalLM",), expected_shapes=None) -> None:
+def convert_gguf(source: Path, partial: Path, expected_shapes=None) -> None:
     """Writes the checkpoint of a GGUF file to `partial`; see `formats.checkpoint.convert`.
 
     `expected_shapes` gives those of a config's model by name; None is for a file that is known to be whole. Raises
     ValueError for a damaged file, an unknown architecture, tensor type or tokenizer, tensors that do not fit.
     """
     metadata, sources = read_gguf(source)
-    config = gguf_config(metadata, sources, architectures)
-    check_layers(sources, config["num_hidden_layers"])
-    sources.pop("rope_freqs.weight", None)
-    half_split = metadata["general.architecture"] != "llama"  # llama's q and k are interleaved already
+    config, family = gguf_config(metadata, sources), metadata["general.architecture"]
+    fields = config_fields(config)
+    check_layers(sources, fields["n_layer"])
+    sources = {name: tensor for name, tensor in sources.items() if not name.startswith("rope_f")}  # of `gguf_config`
+    if fields.get("norm") == "rms_plus_one":  # the file holds 1 + weight
+        norms = [name for name in sources if name.endswith("norm.weight")]
+        sources |= {n: sources[n]._replace(load=lambda t=sources[n]: t.load() - 1) for n in norms}
+    names = GGUF_NAMES | ({"ffn_up": "feed_forward.w13"} if family == "phi3" else {})
+    rotary_dim = 0 if family in INTERLEAVED else int(fields["head_dim"] * fields["rotary_share"])
     expected = expected_shapes and expected_shapes(config)
-    tensors = rename_tensors(sources, GGUF_NAMES, expected, config_fields(config)["head_dim"], half_split)
+    tensors = rename_tensors(sources, names, expected, fields["head_dim"], rotary_dim)
     write_gguf_tokenizer(metadata, partial)
     write_json(partial / "config.json", config)
     try:
@@ -138,7 +156,7 @@ def _dequantized(path: Path, tensor: Any, shape: tuple[int, ...], dtype: torch.d
     return out
 
 
-def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Collection[str]) -> dict[str, Any]:
+def gguf_config(meta: Metadata, sources: dict[str, Source]) -> dict[str, Any]:
     """A config.json in Hugging Face's form. Raises ValueError for what is missing or not supported."""
     family = meta.read("general.architecture", str)
 
@@ -151,14 +169,18 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
         return Metadata({f"{family}.{key}": value}).read(f"{family}.{key}", kind, *default, **limits)
 
     config: dict[str, Any] = {"architectures": [architecture_of(family)], "model_type": family}
-    known_architecture(config | {EXPERTS[0]: get("expert_count", int, 0)}, architectures)
-    if "token_embd.weight" not in sources:
+    known_architecture(config | {"num_experts": get("expert_count", int, 0)})
+    if "token_embd.weight" not in sources or not sources["token_embd.weight"].shape:
         raise ValueError("the GGUF file has no tensor token_embd.weight")
 
     # what follows from other values, and what only has one value here
     heads, dim = get("attention.head_count", int, least=1), get("embedding_length", int, least=1)
     head_dim = get("attention.key_length", int, dim // heads)
-    fixed = {"rope.dimension_count": head_dim, "attention.value_length": head_dim, "rope.scaling.attn_factor": 1}
+    read = {"gemma2": SOFTCAPS, "gemma3": SOFTCAPS, "granite": GRANITE}.get(family, ())
+    fixed = {"attention.value_length": head_dim} | {key: value for key, value in NEUTRAL.items() if key not in read}
+    fixed |= {} if family == "phi3" else {"rope.scaling.attn_factor": 1}
+    fixed |= {} if family in ("phi3", "gptneox") else {"rope.dimension_count": head_dim}
+    fixed |= {"attention.sliding_window": 0} if family == "olmo2" else {}  # OLMo 3
     for key, value in (fixed | {"attention.causal": True}).items():
         if (other := get(key, bool if value is True else float, value, least=-MOST, most=MOST)) != value:
             raise ValueError(f"{family}.{key} {other} is not supported in a GGUF file; {value} is")
@@ -169,7 +191,9 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
         raise ValueError(f"the GGUF file has {n_tokens} tokens for an embedding of {vocab_size} rows; it is damaged")
     ends = {meta.token_id(name, n_tokens or vocab_size) for name in ("eos", "eot", "eom")} - {None}
 
-    epsilon = str(np.float32(get("attention.layer_norm_rms_epsilon", float, most=MOST)))  # 1e-05, not 9.99999974e-06
+    # 1e-05, not 9.99999974e-06
+    kind = "" if family == "gptneox" else "rms_"
+    epsilon = str(np.float32(get(f"attention.layer_norm_{kind}epsilon", float, most=MOST)))
     config |= {"hidden_size": dim, "intermediate_size": get("feed_forward_length", int)}
     config |= {"num_hidden_layers": get("block_count", int), "num_attention_heads": heads}
     config |= {"num_key_value_heads": get("attention.head_count_kv", int, heads)}
@@ -183,19 +207,67 @@ def gguf_config(meta: Metadata, sources: dict[str, Source], architectures: Colle
     if window := get("attention.sliding_window", int, 0):
         config |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
         config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"} if family == "llama" else {}
+    return config | _own_keys(family, get, config, sources) | _rope_keys(get, config, sources)
 
-    # rotary frequencies are divided by a factor (linear if no type is given; also under its older key; 0 is none) and
-    # by those of a tensor
-    if (scaling := get("rope.scaling.type", str, "linear")) not in ("none", "linear"):
-        raise ValueError(f"rope scaling of type {shown(scaling)} in a GGUF file is not supported; none and linear are")
-    factor = get("rope.scaling.factor", float, None) if scaling == "linear" else 1
-    factor = (get("rope.scale_linear", float, 0) if factor is None else factor) or 1
-    if "rope_freqs.weight" in sources:
-        factors = (sources["rope_freqs.weight"].load().float().flatten() * factor).tolist()
-        config["rope_scaling"] = {"rope_type": "factors", "factors": factors}
+
+def _own_keys(family: str, get: Callable, config: dict, sources: dict[str, Source]) -> dict[str, Any]:
+    """What the config.json of one architecture has and that of others has not."""
+    found: dict[str, Any] = {}
+    head_dim = config["head_dim"]
+    if family == "granite":
+        found = {theirs: get(key, float, 0, most=MOST) or 1.0 for key, theirs in GRANITE.items()}
+        found["attention_multiplier"] = get("attention.scale", float, 0, most=MOST) or head_dim**-0.5
+    if family in LAYERS_27B:
+        largest = config["num_hidden_layers"] == LAYERS_27B[family]
+        scalar = config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
+        found = {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
+        caps = {key: get(key, float, None, most=MOST) for key in SOFTCAPS}
+        found |= {key: cap or None for key, cap in caps.items() if cap is not None}
+
+    if family == "gemma3":
+        found |= {"sliding_window": config.get("sliding_window")}  # none, unlike a config.json that lacks the key
+        found |= {"sliding_window_pattern": get("attention.sliding_window_pattern", int, 6, least=1)}
+        found |= {"rope_local_base_freq": get("rope.freq_base_swa", float, 10000.0, most=MOST)}
+    if family == "gptneox":
+        parallel = get("use_parallel_residual", bool, True)
+        found = {"hidden_act": "gelu", "use_parallel_residual": parallel, "layer_norm_eps": config["rms_norm_eps"]}
+    elif family != "qwen2":  # biases are where their tensors are
+        biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
+        found |= {key: True for key, module in biases.items() if f"blk.0.{module}.bias" in sources}
+    return found
+
+
+def _rope_keys(get: Callable, config: dict, sources: dict[str, Source]) -> dict[str, Any]:
+    """The rotary embedding: its share, and its scaling of four kinds, of which two are tensors."""
+    dim, head_dim = get("rope.dimension_count", int, config["head_dim"]), config["head_dim"]
+    found = {"partial_rotary_factor": dim / max(1, head_dim)} if dim != head_dim else {}
+
+    # frequencies are divided by a factor (linear if no type is given; also under its older key; 0 is none) and by those
+    # of a tensor
+    if (scaling := get("rope.scaling.type", str, "linear")) not in ROPE_KINDS:
+        raise ValueError(f"rope scaling of type {shown(scaling)} in a GGUF file; supported: {', '.join(ROPE_KINDS)}")
+    factor = get("rope.scaling.factor", float, None) if scaling != "none" else 1
+    factor = (get("rope.scale_linear", float, 0) if factor is None and scaling == "linear" else factor) or 1
+    original = get("rope.scaling.original_context_length", int, config["max_position_embeddings"])
+    context = {"original_max_position_embeddings": original}
+
+    def divisors(name: str) -> list[float]:
+        if name not in sources:
+            raise ValueError(f"the GGUF file has no tensor {name}")
+        return sources[name].load().float().flatten().tolist()
+
+    if "rope_factors_long.weight" in sources or scaling == "longrope":
+        keys = {f"{kind}_factor": divisors(f"rope_factors_{kind}.weight") for kind in ("long", "short")}
+        keys |= {"rope_type": "longrope", "attention_factor": get("rope.scaling.attn_factor", float, 1.0, most=MOST)}
+        return found | {"rope_scaling": keys | context} | context  # Phi-3 has it at the top
+    if scaling == "yarn":
+        found["rope_scaling"] = {"rope_type": "yarn", "factor": factor} | context
+    elif "rope_freqs.weight" in sources:
+        factors = [each * factor for each in divisors("rope_freqs.weight")]
+        found["rope_scaling"] = {"rope_type": "factors", "factors": factors}
     elif factor != 1:
-        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    return config
+        found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    return found
 
 
 def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
@@ -205,7 +277,7 @@ def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
         if not pre:
             warnings.warn("without tokenizer.ggml.pre, texts are split as llama.cpp does by default", stacklevel=2)
         merges = meta.read("tokenizer.ggml.merges", [str])
-        tokenizer = _byte_level_tokenizer(tokens, types, merges, pre or "default")
+        tokenizer = byte_level_tokenizer(tokens, types, merges, pre or "default")
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     elif kind == "llama":
         (folder / "tokenizer.model").write_bytes(_sentencepiece_model(meta, tokens, types))
@@ -236,7 +308,7 @@ def _tokens(meta: Metadata) -> tuple[list[str], list[int]]:
     return tokens, types
 
 
-def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str], pre: str):
+def byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str], pre: str):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # the vocabulary and its merges
@@ -246,7 +318,7 @@ def _byte_level_tokenizer(tokens: list[str], types: list[int], merges: list[str]
     try:
         tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in LLAMA3_PRE))
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ValueError(f"the GGUF file's merges do not fit its tokens: {one_line(error)}") from None
+        raise ValueError(f"the tokenizer's merges do not fit its tokens: {one_line(error)}") from None
 
     # how a text is split before the merges, and what undoes it
     steps = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in GGUF_PRE[pre]]

@@ -677,9 +677,11 @@ struct Projection {
 };
 
 struct Layer {
-  const void *attention_norm, *ffn_norm;
+  const void *attention_norm, *ffn_norm, *q_norm, *k_norm;  // the last two [head_dim] or null
   Projection wqkv, wo, w13, w2;
   void *k_cache, *v_cache;  // [rows, n_local_heads, cache_length, head_dim]; rows: 1 if texts share it, else one a text
+  const float* inv_freq;    // [head_dim / 2]; 0 rotates nothing
+  float rope_factor;        // of the cosines and sines of what is rotated
   int64_t window;           // keys that a query sees, itself included
 };
 
@@ -688,13 +690,13 @@ struct Model {
   const Layer* layers;
   const void *embedding, *norm, *output;
   const float* output_scale;  // [vocab] of an int8 output, else null
-  const float* inv_freq;
   float *h, *qkv, *y, *act, *logits;  // room for each text's values between the phases of a step
   float* tops;                        // the largest logit of each GROUP of each text
   int64_t* tokens;                    // [texts, cache_length + 1]: a step reads those at its positions, writes the next
   int64_t cut;                        // 0: thresholds, shifts and offsets are left out
   int64_t shared;                     // 1: texts are the same one at positions in ascending order, in one row of caches
-  float eps, temperature;
+  int64_t activation;                 // 0: SiLU, 1: GELU, 2: GELU by tanh, 3: ReLU
+  float eps, softmax_scale, embedding_multiplier, residual_multiplier, logits_scaling, temperature;
   int64_t top_k;
   struct Pace* pace;                  // zeros before the first step; null: every step takes all threads
 };
@@ -859,21 +861,19 @@ class Worker {
         head(3 * m.head_dim) {}
 
   void step() {
-    // h = the tokens' embeddings, and the rotations at their positions
+    // h = the tokens' embeddings
+    const float multiplier = rounded<T>(m.embedding_multiplier);
     const Range mine(m.dim, thread, threads, GRAIN);
     for (int64_t b = 0; b < batch; b++) {
       const T* embedding = static_cast<const T*>(m.embedding) + *token(b, 0) * m.dim;
-      for (int64_t i = mine.begin; i < mine.end; i++) m.h[b * m.dim + i] = embedding[i];
-      for (int64_t i = 0, half = m.head_dim / 2; i < half; i++) {
-        const float angle = float(positions[b]) * m.inv_freq[i];
-        cos[b * half + i] = std::cos(angle);
-        sin[b * half + i] = std::sin(angle);
-      }
+      for (int64_t i = mine.begin; i < mine.end; i++)
+        m.h[b * m.dim + i] = rounded<T>(embedding[i] * multiplier);
     }
     barrier.wait(threads);
 
     for (int64_t l = 0; l < m.n_layer; l++) {
       const Layer& layer = m.layers[l];
+      if (l == 0 || layer.inv_freq != m.layers[l - 1].inv_freq) prepare_rotations(layer);
       project_qkv(layer);
       expect(layer.wo, q, m.dim);
       barrier.wait(threads);
@@ -912,6 +912,7 @@ class Worker {
       for (int64_t b = 0; b < batch; b++) {
         float* logits = m.logits + b * m.vocab + v;
         round_all<T>(sums.data() + b * GROUP, logits, n);
+        for (int64_t i = 0; i < n; i++) logits[i] = rounded<T>(logits[i] / m.logits_scaling);
         m.tops[b * groups + v / GROUP] = *std::max_element(logits, logits + n);
       }
     }
@@ -932,16 +933,9 @@ class Worker {
     for (int64_t i = n * thread / threads; i < n * (thread + 1) / threads; i++) call(i);
   }
 
-  // x = each text's normalised h, rounded as RMSNorm rounds
+  // x = each text's normalised h
   void normalize(const void* gain) {
-    const T* weight = static_cast<const T*>(gain);
-    for (int64_t b = 0; b < batch; b++) {
-      const float* h = m.h + b * m.dim;
-      float* to = x.data() + b * m.dim;
-      const float rstd = 1.0f / std::sqrt(sum_of_squares(h, m.dim) / m.dim + m.eps);
-#pragma omp simd
-      for (int64_t i = 0; i < m.dim; i++) to[i] = rounded<T>(rounded<T>(h[i] * rstd) * float(weight[i]));
-    }
+    for (int64_t b = 0; b < batch; b++) normalize(m.h + b * m.dim, gain, m.dim, x.data() + b * m.dim);
   }
 
   // The inputs [batch, n_in] that the thresholds test: x - shift.
@@ -1021,7 +1015,27 @@ class Worker {
       gather(b, layer.wqkv, mine.begin, mine.end, m.qkv + b * width + mine.begin);
   }
 
-  void rotate(int64_t b, const float* from, float* to) {
+  void prepare_rotations(const Layer& layer) {
+    for (int64_t b = 0, half = m.head_dim / 2; b < batch; b++)
+      for (int64_t i = 0; i < half; i++) {
+        const float angle = float(positions[b]) * layer.inv_freq[i];
+        const float factor = layer.inv_freq[i] != 0 ? layer.rope_factor : 1.0f;
+        cos[b * half + i] = std::cos(angle) * factor;
+        sin[b * half + i] = std::sin(angle) * factor;
+      }
+  }
+
+  // to = RMSNorm(from) of n values, rounded as that rounds.
+  void normalize(const float* from, const void* gain, int64_t n, float* to) const {
+    const T* weight = static_cast<const T*>(gain);
+    const float rstd = 1.0f / std::sqrt(sum_of_squares(from, n) / n + m.eps);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = rounded<T>(rounded<T>(from[i] * rstd) * float(weight[i]));
+  }
+
+  // to = a text's query or key, normalised if it has a gain, and rotated.
+  void rotate(int64_t b, const float* from, const void* gain, float* to) {
+    if (gain) normalize(std::exchange(from, to), gain, m.head_dim, to);
     for (int64_t i = 0, half = m.head_dim / 2; i < half; i++) {
       const float even = from[2 * i], odd = from[2 * i + 1], c = cos[b * half + i], s = sin[b * half + i];
       to[2 * i] = rounded<T>(even * c - odd * s);
@@ -1039,7 +1053,7 @@ class Worker {
     const int64_t d = m.head_dim, at = positions[b] * d;
     const float *qkv = m.qkv + b * width, *v = qkv + q + kv + kv_head * d;
     float* k = head.data() + d;
-    rotate(b, qkv + q + kv_head * d, k);
+    rotate(b, qkv + q + kv_head * d, layer.k_norm, k);
     for (int64_t i = 0; i < d; i++) {
       cached(layer.k_cache, b, kv_head)[at + i] = T::from(k[i]);
       cached(layer.v_cache, b, kv_head)[at + i] = T::from(v[i]);
@@ -1057,17 +1071,16 @@ class Worker {
     if (!m.shared && h % heads_per_kv == 0) cache(layer, b, kv_head);
     float *rotated = head.data(), *k = rotated + d, *weighted = k + d, *y = m.y + b * q + h * d;
     const float *qkv = m.qkv + b * width, *v = qkv + q + kv + kv_head * d;
-    rotate(b, qkv + h * d, rotated);
-    rotate(b, qkv + q + kv_head * d, k);
+    rotate(b, qkv + h * d, layer.q_norm, rotated);
+    rotate(b, qkv + q + kv_head * d, layer.k_norm, k);
 
     // scores, and their softmax's exponentials and total
     for (int64_t j = 0; j < n; j++) scores[j] = dot(keys + j * d, rotated, d);
     scores[n] = 0;
     for (int64_t i = 0; i < d; i++) scores[n] += rotated[i] * k[i];
-    const float softmax_scale = 1.0f / std::sqrt(float(d));
     const float top = *std::max_element(scores.begin(), scores.begin() + n + 1);
 #pragma omp simd
-    for (int64_t j = 0; j <= n; j++) scores[j] = exponential((scores[j] - top) * softmax_scale);
+    for (int64_t j = 0; j <= n; j++) scores[j] = exponential((scores[j] - top) * m.softmax_scale);
     const float total = sum(scores.data(), n + 1);
 
     // y = the values, weighted
@@ -1087,7 +1100,7 @@ class Worker {
     for (int64_t i = 0; i < d; i++) y[i] = rounded<T>(weighted[i] / total);
   }
 
-  // h += the product of from [batch, n_in]
+  // h += the residual multiplier times the product of from [batch, n_in]
   void add_product(const float* from, int64_t n_in, const Projection& projection) {
     const Range mine(m.dim, thread, threads, GRAIN);
     multiply<W>(shift(from, projection, n_in), projection, n_in, {m.dim});
@@ -1095,11 +1108,12 @@ class Worker {
       float* h = m.h + b * m.dim;
       gather(b, projection, mine.begin, mine.end, sums.data());
 #pragma omp simd
-      for (int64_t j = mine.begin; j < mine.end; j++) h[j] = rounded<T>(h[j] + sums[j - mine.begin]);
+      for (int64_t j = mine.begin; j < mine.end; j++)
+        h[j] = rounded<T>(h[j] + rounded<T>(sums[j - mine.begin] * m.residual_multiplier));
     }
   }
 
-  // act = silu(gate) * up, of the same columns of both
+  // act = activation(gate) * up, of the same columns of both
   void gate_and_up(const Layer& layer) {
     normalize(layer.ffn_norm);
     const Range mine(m.hidden, thread, threads, GRAIN);
@@ -1109,9 +1123,15 @@ class Worker {
       float* act = m.act + b * m.hidden + mine.begin;
       gather(b, layer.w13, mine.begin, mine.end, gate);
       gather(b, layer.w13, m.hidden + mine.begin, m.hidden + mine.end, up);
+      const auto times_up = [&](auto activation) {
 #pragma omp simd
-      for (int64_t j = 0; j < mine.end - mine.begin; j++)
-        act[j] = rounded<T>(rounded<T>(gate[j] / (1.0f + exponential(-gate[j]))) * up[j]);
+        for (int64_t j = 0; j < mine.end - mine.begin; j++) act[j] = rounded<T>(rounded<T>(activation(gate[j])) * up[j]);
+      };
+      const auto swish = [](float x, float y) { return x / (1.0f + exponential(-y)); };
+      if (m.activation == 0) times_up([&](float x) { return swish(x, x); });
+      if (m.activation == 1) times_up([](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.707106781f)); });
+      if (m.activation == 2) times_up([&](float x) { return swish(x, 1.59576912f * (x + 0.044715f * x * x * x)); });
+      if (m.activation == 3) times_up([](float x) { return x < 0 ? 0.0f : x; });
     }
   }
 };

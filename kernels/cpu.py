@@ -25,7 +25,6 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
 PACE_DOUBLES = 40  # room for cpu.cpp's `Pace`, which is zeros at first
 GROUP = 64  # logits of which cpu.cpp keeps the largest
-ROWS = 8  # the most that a step serves
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -139,7 +138,7 @@ def column_norms(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
     return norms
 
 
-POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+POINTER, INTEGER, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -156,15 +155,18 @@ class Projection(ctypes.Structure):
 class Layer(ctypes.Structure):
     """`Layer` of cpu.cpp, in its order."""
 
-    _fields_ = _fields(POINTER, "attention_norm ffn_norm") + _fields(Projection, "wqkv wo w13 w2")
-    _fields_ += _fields(POINTER, "k_cache v_cache") + _fields(INTEGER, "window")
+    _fields_ = _fields(POINTER, "attention_norm ffn_norm q_norm k_norm") + _fields(Projection, "wqkv wo w13 w2")
+    _fields_ += _fields(POINTER, "k_cache v_cache inv_freq") + _fields(FLOAT, "rope_factor")
+    _fields_ += _fields(INTEGER, "window")
 
 
 class Model(ctypes.Structure):
-    """`Model` of cpu.cpp, in its order; SHAPE: names of ModelArgs."""
+    """`Model` of cpu.cpp, in its order; SHAPE, FACTORS: names of ModelArgs; ACTIVATIONS: their numbers' order."""
 
     SHAPE = "n_layer n_head n_local_heads head_dim dim intermediate_size vocab_size"
+    FACTORS = "embedding_multiplier residual_multiplier logits_scaling"
+    ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
     _fields_ = _fields(INTEGER, f"{SHAPE} cache_length") + _fields(ctypes.POINTER(Layer), "layers")
-    _fields_ += _fields(POINTER, "embedding norm output output_scale inv_freq h qkv y act logits tops tokens")
-    _fields_ += _fields(INTEGER, "cut shared") + _fields(ctypes.c_float, "eps temperature") + _fields(INTEGER, "top_k")
-    _fields_ += _fields(POINTER, "pace")
+    _fields_ += _fields(POINTER, "embedding norm output output_scale h qkv y act logits tops tokens")
+    _fields_ += _fields(INTEGER, "cut shared activation") + _fields(FLOAT, f"eps softmax_scale {FACTORS} temperature")
+    _fields_ += _fields(INTEGER, "top_k") + _fields(POINTER, "pace")

@@ -1,6 +1,7 @@
 """Fused kernels of one decode step at batch 1, in Triton: five launches a layer, each dependent on the one before.
 
-    norm + qkv | rope + cache + attention | o + residual | norm + gate, up | SiLU x up + down + residual
+    norm + qkv | norms of q and k + rope + cache + attention | o + residual | norm + gate, up
+        | activation x up + down + residual
 
 then norm + lm_head, and the sampling. Products accumulate in float32 by atomics: many programs of one warp keep the
 most loads in flight, and none waits for another but for a norm's rstd. Their sums lie on grids (`kernels.grids`), so
@@ -22,16 +23,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import Module
 
-from kernels import plan
+from kernels import grids, plan
+from kernels.heads import Heads
 from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd, snap
 
-HEAD_ROWS = 8  # tokens per program of the lm_head, and per group of the sampling
+HEAD_ROWS, HEAD_WARPS = 8, 4  # tokens per program of the lm_head, and per group of the sampling; its warps
 JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
 BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
 
 
 class Residual(NamedTuple):
-    """The residual stream: h [dim], float32, its grid's fineness [dim], and beyond [1], int32; None: no grid.
+    """The residual stream: h [rows, dim], float32, its grid's fineness [dim], and beyond [1], int32; None: no grid.
 
     beyond becomes 1 when h is found near where additions round. It is looked at after each layer.
     """
@@ -51,31 +53,58 @@ def _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, N: tl.constexpr):
     return fineness
 
 
+def product_of(
+    module: Module, gain: Tensor | None, sparsity: float, fineness: Tensor | None, multiplier: float
+) -> Product:
+    """The `Product` of a `sparse_model.SparseProjection` in a step of this sparsity; 0: nothing is cut.
+
+    gain: of the norm before it; None: it adds to the residual, whose fineness and multiplier are given.
+    """
+    threshold, shift, offset = module.threshold, None, None
+    if sparsity and module.shift is not None:
+        shift, offset = module.shift, module.offset
+        threshold = torch.stack((threshold, shift.expand_as(threshold)), dim=2)  # side by side
+    bias = None if "q" in module.segments else module.bias  # attention adds that
+    if bias is not None:
+        offset = bias.float() if offset is None else offset + bias
+    if fineness is not None and gain is not None:
+        fineness = grids.fineness(grids.bound_after_norm(gain, module.weight, module.scale, shift, bias))
+    stored = module.weight, threshold, module.widths, sparsity, module.scale
+    return Product(*stored, offset, fineness, multiplier if gain is None else 1.0)
+
+
 # ---- the embedding
 
 
 @triton.jit
 def _embed_kernel(
     token_ptr, embedding_ptr, h_ptr, fineness_ptr, beyond_ptr, slots_ptr,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, RSTD_BUFFER: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, RSTD_BUFFER: tl.constexpr, MULTIPLIER: tl.constexpr, PDL: tl.constexpr,
 ):
     """h = embedding[token], float32, after a look at the step before's; zeroes the slots of the lm_head's norm."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(1)
+    h_ptr += row * DIM
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(slots_ptr + tl.arange(0, RSTD_BUFFER), tl.zeros((RSTD_BUFFER,), tl.float32))
-    row = tl.load(token_ptr) * DIM
-    h = tl.load(embedding_ptr + row + i, mask=i < DIM, other=0.0).to(tl.float32)
+    start = tl.load(token_ptr + row) * DIM
+    h = tl.load(embedding_ptr + start + i, mask=i < DIM, other=0.0).to(tl.float32)
+    if MULTIPLIER != 1.0:
+        h = rounded(h * MULTIPLIER, embedding_ptr.dtype.element_ty)
     if fineness_ptr is not None:
         h = snap(h, _load_residual(h_ptr, fineness_ptr, beyond_ptr, i, DIM))
     tl.store(h_ptr + i, h, mask=i < DIM)
 
 
-def launch_embed(token: Tensor, embedding: Tensor, residual: Residual, logits: Tensor, pdl: bool) -> None:
-    """h = embedding[token]; readies `logits` for `launch_head`."""
+def launch_embed(
+    token: Tensor, embedding: Tensor, multiplier: float, residual: Residual, logits: Tensor, pdl: bool
+) -> None:
+    """h = multiplier embedding[token] of each row; readies `logits` of one row for `launch_head`."""
     n_vocab, dim = embedding.shape
-    _embed_kernel[(triton.cdiv(dim, 1024),)](
-        token, embedding, *residual, logits[n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER, PDL=pdl
+    _embed_kernel[(triton.cdiv(dim, 1024), len(token))](
+        token, embedding, *residual, logits[0, n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER,
+        MULTIPLIER=torch.tensor(multiplier, dtype=embedding.dtype).item(), PDL=pdl,
     )
 
 
@@ -111,6 +140,37 @@ def _of_qkv(x_ptr, bias_ptr, offsets, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _cosines_and_sines(position, inv_freq_ptr, d, in_d, FACTOR: tl.constexpr):
+    """Of the rotation at a position, for adjacent pairs of elements d: the sine of the first one is negative."""
+    inv_freq = tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
+    angle = position.to(tl.float32) * inv_freq
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    if FACTOR != 1.0:
+        factor = tl.where(inv_freq != 0.0, FACTOR, 1.0)
+        cos, sin = cos * factor, sin * factor
+    return cos, tl.where(d % 2 == 0, -sin, sin)
+
+
+@triton.jit
+def _rotated(x_ptr, bias_ptr, gain_ptr, start, d, mask, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Elements d of the heads of qkv that begin at `start`, a query's or key's: normalised if there is a gain, rotated.
+
+    Its squares add up in float64, so that a launch with another layout gets the same sum.
+    """
+    x = _of_qkv(x_ptr, bias_ptr, start + d, mask, DTYPE)
+    partner = _of_qkv(x_ptr, bias_ptr, start + (d ^ 1), mask, DTYPE)
+    if gain_ptr is not None:
+        squares = x.to(tl.float64) * x.to(tl.float64)
+        mean = tl.sum(squares, axis=len(x.shape) - 1, keep_dims=True).to(tl.float32) / HEAD_DIM
+        rstd = tl.rsqrt(mean + eps)
+        gain = tl.load(gain_ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        x = rounded(rounded(x * rstd, DTYPE) * gain, DTYPE)
+        gain = tl.load(gain_ptr + (d ^ 1), mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+        partner = rounded(rounded(partner * rstd, DTYPE) * gain, DTYPE)
+    return tl.fma(x, cos + tl.zeros_like(x), partner * sin).to(DTYPE)
+
+
+@triton.jit
 def _join_chunks(
     part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr
 ):
@@ -138,19 +198,21 @@ def _join_chunks(
     return acc / total[:, None]
 
 
-@triton.jit(do_not_specialize=["seq_length", "splits", "n_pieces"])
+@triton.jit(do_not_specialize=["seq_length", "splits", "n_pieces", "qkv_stride"])
 def _attention_kernel(
     # the new position's query, key and value, and the cache
-    qkv_ptr, bias_ptr, k_cache_ptr, v_cache_ptr, position_ptr, inv_freq_ptr,
+    qkv_ptr, bias_ptr, q_gain_ptr, k_gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr,
     # the chunks' results, how many of a head have arrived, and the output
     part_ptr, lse_ptr, arrived_ptr, y_ptr,
-    # sizes: positions of the cache, its chunks, and positions of the sliding window
-    seq_length, splits, sliding_window, softmax_scale,
+    # sizes: outputs of qkv with its room, positions of the cache, its chunks, and positions of the sliding window; the
+    # scores' scale, and epsilon of the norms of q and k
+    qkv_stride, seq_length, splits, sliding_window, softmax_scale, eps,
     # what additional programs look at and prefetch, see `_load_residual` and `prefetch_gate_up`
     h_ptr, fineness_ptr, beyond_ptr, gain_ptr, threshold_ptr, last_rstd_ptr, weight_ptr, half_bytes, n_pieces,
-    # compiled in: heads; AHEAD: the `Operation` of gate|up, or None: nothing is prefetched
-    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    # compiled in: heads; FACTOR: see `Heads`; SHARED: all rows are one text's, in one row of the cache, see
+    # `launch_cache`; AHEAD: the `Operation` of gate|up, or None: nothing is prefetched
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, FACTOR: tl.constexpr,
+    SHARED: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):
     """One query over one chunk of a key/value head's cache. The head's last program to end joins the chunks' results.
 
@@ -159,7 +221,13 @@ def _attention_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    head, split = tl.program_id(0), tl.program_id(1)
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    h_ptr += row * DIM
+    qkv_ptr += row * qkv_stride
+    part_ptr += row * splits * (N_HEAD * HEAD_DIM)
+    lse_ptr += row * splits * N_HEAD
+    arrived_ptr += row * N_KV
+    y_ptr += row * (N_HEAD * HEAD_DIM)
     # programs beyond the chunks: first some that look at h, then those that prefetch rows of gate|up, since attention
     # leaves the memory idle
     if split >= splits:
@@ -178,7 +246,7 @@ def _attention_kernel(
                 )
         return
 
-    position = tl.load(position_ptr).to(tl.int32)
+    position = tl.load(position_ptr + row).to(tl.int32)
     n_chunks = chunk_of(position) + 1
     if split >= n_chunks:
         return
@@ -194,18 +262,17 @@ def _attention_kernel(
     g = tl.arange(0, BLOCK_G)
     in_d, in_g = d < HEAD_DIM, g < HEADS_PER_KV
 
-    # the rotation at the new position, in adjacent pairs of elements
-    angle = position.to(tl.float32) * tl.load(inv_freq_ptr + d // 2, mask=in_d, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    sin = tl.where(d % 2 == 0, -sin, sin)
+    cos, sin = _cosines_and_sines(position, inv_freq_ptr, d, in_d, FACTOR)
 
-    # this program's chunk of the cache, and its first keys and values: no launch of this step writes them
+    # this program's chunk of the cache, and its first keys and values: no launch of this step writes them (SHARED: one)
+    if SHARED and PDL:
+        tl.extra.cuda.gdc_wait()
     first = _chunk_start(split)
     last = tl.minimum(_chunk_start(split + 1), position)
     owner = split == n_chunks - 1
     if sliding_window is not None:
         first = tl.maximum(first, position - sliding_window + 1)
-    cache = head.to(tl.int64) * seq_length * HEAD_DIM
+    cache = (head if SHARED else row * N_KV + head).to(tl.int64) * seq_length * HEAD_DIM
     offsets = cache + (first + n)[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
     mask = (first + n < last)[:, None] & in_d[None, :]
     k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
@@ -218,15 +285,13 @@ def _attention_kernel(
     q_start = (heads * HEAD_DIM)[:, None]
     q_offsets = q_start + d[None, :]
     q_mask = in_g[:, None] & in_d[None, :]
-    q = _of_qkv(qkv_ptr, bias_ptr, q_offsets, q_mask, DTYPE)
-    partner = _of_qkv(qkv_ptr, bias_ptr, q_start + (d ^ 1)[None, :], q_mask, DTYPE)
-    q = (q * cos[None, :] + partner * sin[None, :]).to(DTYPE)
+    q = _rotated(
+        qkv_ptr, bias_ptr, q_gain_ptr, q_start, d[None, :], q_mask, cos[None, :], sin[None, :], eps, HEAD_DIM, DTYPE
+    )
     k_start = (N_HEAD + head) * HEAD_DIM
-    k_new = _of_qkv(qkv_ptr, bias_ptr, k_start + d, in_d, DTYPE)
-    partner = _of_qkv(qkv_ptr, bias_ptr, k_start + (d ^ 1), in_d, DTYPE)
-    k_new = (k_new * cos + partner * sin).to(DTYPE)
+    k_new = _rotated(qkv_ptr, bias_ptr, k_gain_ptr, k_start, d, in_d, cos, sin, eps, HEAD_DIM, DTYPE)
     v_new = _of_qkv(qkv_ptr, bias_ptr, (N_HEAD + N_KV + head) * HEAD_DIM + d, in_d, DTYPE).to(DTYPE)
-    if owner:
+    if owner and not SHARED:
         tl.store(k_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, k_new, mask=in_d)
         tl.store(v_cache_ptr + cache + position.to(tl.int64) * HEAD_DIM + d, v_new, mask=in_d)
 
@@ -266,10 +331,47 @@ def _attention_kernel(
         tl.store(y_ptr + q_offsets, y.to(DTYPE), mask=q_mask)
 
 
-class Chunks(NamedTuple):
-    """Room for attention's chunks: results [splits, n_head head_dim] and log-sum-exps [splits, n_head], float32.
+@triton.jit
+def _cache_kernel(
+    qkv_ptr, bias_ptr, gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr, qkv_stride, seq_length, eps,
+    N_HEAD: tl.constexpr, N_KV: tl.constexpr, HEAD_DIM: tl.constexpr, FACTOR: tl.constexpr, PDL: tl.constexpr,
+):
+    """Rotates and caches the new key and value of one row and one key/value head, in the cache's first row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    head, row = tl.program_id(0), tl.program_id(1)
+    qkv_ptr += row * qkv_stride
+    position = tl.load(position_ptr + row).to(tl.int32)
+    DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
+    d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    in_d = d < HEAD_DIM
+    cos, sin = _cosines_and_sines(position, inv_freq_ptr, d, in_d, FACTOR)
+    k_start = (N_HEAD + head) * HEAD_DIM
+    k_new = _rotated(qkv_ptr, bias_ptr, gain_ptr, k_start, d, in_d, cos, sin, eps, HEAD_DIM, DTYPE)
+    v_new = _of_qkv(qkv_ptr, bias_ptr, (N_HEAD + N_KV + head) * HEAD_DIM + d, in_d, DTYPE)
+    at = (head.to(tl.int64) * seq_length + position) * HEAD_DIM + d
+    tl.store(k_cache_ptr + at, k_new, mask=in_d)
+    tl.store(v_cache_ptr + at, v_new.to(DTYPE), mask=in_d)
 
-    arrived: [n_kv] int32, how many of a key/value head's chunks have ended, 0 before and after a launch.
+
+def launch_cache(qkv: Tensor, heads: Heads, cache: Module, position: Tensor, n_head: int, pdl: bool) -> None:
+    """Writes the new keys and values of rows that stand at positions of one text, before any of them attends.
+
+    Arguments as `launch_attention`'s, but for a cache of one row.
+    """
+    _, n_kv, seq_length, head_dim = cache.k_cache.shape
+    _cache_kernel[(n_kv, len(qkv))](
+        qkv, heads.bias, heads.k_gain, heads.inv_freq, cache.k_cache, cache.v_cache, position,
+        qkv.stride(0), seq_length, heads.eps,
+        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, FACTOR=heads.factor, PDL=pdl, num_warps=1, launch_pdl=pdl,
+    )
+
+
+class Chunks(NamedTuple):
+    """Room for attention's chunks: results [rows, splits, n_head head_dim] and log-sum-exps [rows, splits, n_head].
+
+    Both float32. arrived: [rows, n_kv] int32, how many of a key/value head's chunks have ended, 0 between launches.
     """
 
     parts: Tensor
@@ -278,35 +380,36 @@ class Chunks(NamedTuple):
 
 
 def launch_attention(
-    qkv: Tensor, bias: Tensor | None, cache: Module, position: Tensor, inv_freq: Tensor, chunks: Chunks, y: Tensor,
-    sliding_window: int | None, residual: Residual, ahead: tuple[Norm, Product], pdl: bool,
+    qkv: Tensor, heads: Heads, cache: Module, position: Tensor, chunks: Chunks, y: Tensor,
+    residual: Residual, ahead: tuple[Norm, Product], pdl: bool, shared: bool = False,
 ) -> None:
-    """Attention of the new position, cached on the way, to y [n_head head_dim] in the model's dtype.
+    """Attention of each row's new position, cached on the way, to y [rows, n_head head_dim] in the model's dtype.
 
-    qkv: [(n_head + 2 n_kv) head_dim], float32; bias: the same or None.
-    cache: with k_cache and v_cache, each [1, n_kv, seq_length, head_dim].
-    sliding_window: how many keys the query sees, itself included; None: all.
+    qkv: [rows, (n_head + 2 n_kv) head_dim and room], float32.
+    cache: with k_cache and v_cache, each [rows, n_kv, seq_length, head_dim].
+    position: [rows], int64.
     residual: looked at meanwhile; what qkv was made of.
-    ahead: ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`.
+    ahead: ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`, where there is one row.
+    shared: the rows stand at positions of one text, whose cache of one row `launch_cache` has written.
     """
     k_cache, v_cache = cache.k_cache, cache.v_cache
     ffn_norm, gate_up = ahead
     weight = gate_up.weight
     _, n_kv, seq_length, head_dim = k_cache.shape
-    splits, n_head = chunks.lse.shape
+    rows, splits, n_head = chunks.lse.shape
     shape = len(weight), sum(gate_up.segments)
-    n_pieces = plan.attention_prefetch(*shape, gate_up.sparsity, gate_up.form) if pdl else 0
+    n_pieces = plan.attention_prefetch(*shape, gate_up.sparsity, gate_up.form) if pdl and rows == 1 else 0
     operation = gate_up.operation("norm", k_cache.dtype) if n_pieces else None
     n_pieces *= n_kv * seq_length <= plan.CROWDED  # one kernel for caches of all lengths
     looks = residual.fineness is not None
-    _attention_kernel[(n_kv, splits + looks + triton.cdiv(n_pieces, n_kv))](
-        qkv, bias, k_cache, v_cache, position, inv_freq,
+    _attention_kernel[(n_kv, splits + looks + triton.cdiv(n_pieces, n_kv), rows)](
+        qkv, heads.bias, heads.q_gain, heads.k_gain, heads.inv_freq, k_cache, v_cache, position,
         *chunks, y,
-        seq_length, splits, sliding_window, head_dim**-0.5,
+        qkv.stride(0), seq_length, splits, heads.sliding_window, heads.softmax_scale, heads.eps,
         *residual, ffn_norm.gain, gate_up.threshold, ffn_norm.last_rstd, weight.view(torch.uint8),
         weight[0].nbytes // 2, n_pieces,
-        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, DIM=len(residual.h), AHEAD=operation, PDL=pdl,
-        num_warps=4, launch_pdl=pdl,
+        N_HEAD=n_head, N_KV=n_kv, HEAD_DIM=head_dim, DIM=residual.h.shape[1], FACTOR=heads.factor,
+        SHARED=shared, AHEAD=operation, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )
 
 
@@ -315,51 +418,80 @@ def launch_attention(
 
 @triton.jit
 def _head_kernel(
-    h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, eps, one,
-    DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, logits_stride, eps, one,
+    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    SCALING: tl.constexpr, PDL: tl.constexpr,
 ):
-    """Logits of BLOCK_V tokens, W RMSNorm(h) with W [vocab, DIM], and the largest of them, for the sampling."""
+    """Logits of GROUP tokens, W x / SCALING with W [vocab, DIM], and the largest of them, for the sampling.
+
+    gain_ptr None: x [ROWS, DIM] is given. Else there is one row, and x is RMSNorm(h).
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    DTYPE: tl.constexpr = gain_ptr.dtype.element_ty
-    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    if PDL:
         tl.extra.cuda.gdc_wait()
-    rstd = shared_rstd(logits_ptr + n_vocab, tl.program_id(0), h_ptr, eps, DIM)
+    group = tl.program_id(0)
+    rstd = 1.0
+    if gain_ptr is not None:
+        rstd = shared_rstd(logits_ptr + n_vocab, group, h_ptr, eps, DIM)
 
-    # the sums, BLOCK_K inputs at a time
-    acc = tl.zeros((BLOCK_V, BLOCK_K), tl.float32)
-    for start in tl.static_range(0, DIM, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        offsets = v[:, None].to(tl.int64) * DIM + k[None, :]
-        mask = (v < n_vocab)[:, None] & (k < DIM)[None, :]
-        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-        h = tl.load(h_ptr + k, mask=k < DIM, other=0.0)
-        gain = tl.load(gain_ptr + k, mask=k < DIM, other=0.0).to(tl.float32)
-        x = rounded(rounded(h * rstd, DTYPE) * gain, DTYPE)
-        if weight_scale_ptr is not None:
-            weight = fraction(weight.to(tl.int32) ^ 0x80, one, 0, 8) - 1.5  # a 256th of it
-        acc += weight.to(tl.float32) * x[None, :]
+    tops = (float("-inf"),) * ROWS
+    for part in tl.static_range(GROUP // BLOCK_V):
+        v = group * GROUP + part * BLOCK_V + tl.arange(0, BLOCK_V)
 
-    logits = tl.sum(acc, axis=1)
-    if weight_scale_ptr is not None:
-        logits *= 256 * tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
-    tl.store(logits_ptr + v, logits, mask=v < n_vocab)
-    tl.store(top_ptr + tl.program_id(0), tl.max(tl.where(v < n_vocab, logits, float("-inf")), axis=0))
+        # the sums, BLOCK_K inputs at a time
+        acc = (tl.zeros((BLOCK_V, BLOCK_K), tl.float32),) * ROWS
+        for start in tl.static_range(0, DIM, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            offsets = v[:, None].to(tl.int64) * DIM + k[None, :]
+            mask = (v < n_vocab)[:, None] & (k < DIM)[None, :]
+            weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+            if weight_scale_ptr is not None:
+                weight = fraction(weight.to(tl.int32) ^ 0x80, one, 0, 8) - 1.5  # a 256th of it
+            weight = weight.to(tl.float32)
+            sums = ()
+            for r in tl.static_range(ROWS):
+                x = tl.load(h_ptr + r * DIM + k, mask=k < DIM, other=0.0).to(tl.float32)
+                if gain_ptr is not None:
+                    gain = tl.load(gain_ptr + k, mask=k < DIM, other=0.0)
+                    x = rounded(rounded(x * rstd, gain.dtype) * gain.to(tl.float32), gain.dtype)
+                sums = sums + (acc[r] + weight * x[None, :],)  # noqa: RUF005 (Triton knows no stars)
+            acc = sums
+
+        # the logits, and the largest so far
+        so_far = ()
+        for r in tl.static_range(ROWS):
+            logits = tl.sum(acc[r], axis=1)
+            if weight_scale_ptr is not None:
+                logits *= 256 * tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
+            if SCALING != 1.0:
+                logits /= SCALING
+            tl.store(logits_ptr + r * logits_stride + v, logits, mask=v < n_vocab)
+            top = tl.max(tl.where(v < n_vocab, logits, float("-inf")), axis=0)
+            so_far = so_far + (tl.maximum(tops[r], top),)  # noqa: RUF005
+        tops = so_far
+    for r in tl.static_range(ROWS):
+        tl.store(top_ptr + r * tl.num_programs(0) + group, tops[r])
 
 
 def launch_head(
-    h: Tensor, norm: Norm, weight: Tensor, weight_scale: Tensor | None, logits: Tensor, top: Tensor, pdl: bool
+    x: Tensor, norm: Norm | None, weight: Tensor, weight_scale: Tensor | None, scaling: float,
+    logits: Tensor, top: Tensor, pdl: bool,
 ) -> None:
-    """logits [vocab] float32 = W RMSNorm(h), with RSTD_BUFFER behind them; top: the largest of every HEAD_ROWS.
+    """logits [rows, vocab and RSTD_BUFFER] float32 = W x / scaling; top [rows, groups]: the largest of every HEAD_ROWS.
 
+    x: [rows, dim], in the model's dtype; with a norm one row, float32, the norm's input.
     weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, else None.
     """
     n_vocab, dim = weight.shape
-    _head_kernel[(top.numel(),)](
-        h, norm.gain, weight, weight_scale, logits, top, n_vocab, norm.eps, ONE,
-        DIM=dim, BLOCK_V=HEAD_ROWS, BLOCK_K=1024, PDL=pdl, num_warps=4, launch_pdl=pdl,
-    )
+    gain, eps = (norm.gain, norm.eps) if norm else (None, 0.0)
+    at_once = len(x) if weight_scale is None else 2  # int8, llama-3-8b: 4 rows take 810 us at once, 2 take 254
+    for i in range(0, len(x), at_once):
+        rows = x[i : i + at_once]
+        _head_kernel[(top.shape[1],)](
+            rows, gain, weight, weight_scale, logits[i:], top[i:], n_vocab, logits.stride(0), eps, ONE,
+            ROWS=len(rows), DIM=dim, BLOCK_V=max(2, HEAD_ROWS // triton.next_power_of_2(len(rows))), BLOCK_K=1024,
+            GROUP=HEAD_ROWS, SCALING=scaling, PDL=pdl, num_warps=HEAD_WARPS, launch_pdl=pdl,
+        )
 
 
 # ---- the sampling
@@ -416,11 +548,11 @@ def _sample_kernel(
     logits_ptr, top_ptr, groups_ptr,
     # read and moved on
     seed_ptr, position_ptr, token_ptr, tokens_ptr,
-    n_vocab, n_groups, temperature, top_k,
+    n_vocab, n_groups, logits_stride, tokens_stride, temperature, top_k,
     # compiled in; CAPACITY: groups that are looked at, of GROUP tokens
     GREEDY: tl.constexpr, BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr,
 ):
-    """Draws a token among the top_k and moves on: one program.
+    """Draws a token among the top_k of a row and moves on: one program.
 
     The top_k largest logits lie in groups (of GROUP neighbouring tokens) whose largest is at least the top_k-th
     largest group maximum. A bound that top_k to CAPACITY groups reach is found faster than that maximum and keeps them
@@ -428,6 +560,11 @@ def _sample_kernel(
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    logits_ptr += row * logits_stride
+    top_ptr += row * n_groups
+    groups_ptr += row * CAPACITY
+    tokens_ptr += row * tokens_stride
     i = tl.arange(0, BLOCK_GROUPS)
     key = _ordered(tl.load(top_ptr + i, mask=i < n_groups, other=float("-inf")))
     bound = _kth_largest(key, tl.min(key, axis=0), top_k, CAPACITY)
@@ -445,7 +582,7 @@ def _sample_kernel(
     token = listed * GROUP + j % GROUP
     valid = (j // GROUP < n_listed) & (token < n_vocab)
     logits = tl.load(logits_ptr + token, mask=valid, other=float("-inf"))
-    position = tl.load(position_ptr)
+    position = tl.load(position_ptr + row)
 
     # the draw
     if GREEDY:
@@ -453,27 +590,30 @@ def _sample_kernel(
     else:
         key = _ordered(logits)
         kept = key >= _kth_largest(key, bound, top_k, top_k)
-        bits = random_bits(tl.load(seed_ptr), position + 1, token)
+        bits = random_bits(tl.load(seed_ptr + row), position + 1, token)
         noise = -tl.log(-tl.log(((bits >> 9).to(tl.float32) + 0.5) * 2.0**-23))
         score = tl.where(kept & valid, logits / temperature + noise, float("-inf"))
     best = tl.max(score, axis=0)
     token = tl.min(tl.where(valid & (score == best), token, n_vocab - 1), axis=0)
 
-    tl.store(token_ptr, token.to(tl.int64))
+    tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(tokens_ptr + position + 1, token.to(tl.int64))
-    tl.store(position_ptr, position + 1)
+    tl.store(position_ptr + row, position + 1)
 
 
 def launch_sample(
     logits: Tensor, top: Tensor, groups: Tensor, seed: Tensor, position: Tensor, token: Tensor, tokens: Tensor,
     temperature: float, top_k: int, pdl: bool,
 ) -> None:
-    """The next token from what `launch_head` left; writes token [1], tokens[position + 1] and position + 1."""
-    greedy, n_vocab = temperature == 0, logits.numel() - RSTD_BUFFER
-    _sample_kernel[(1,)](
+    """The next token of each row from what `launch_head` left; writes token, tokens[:, position + 1] and position + 1.
+
+    seed, position, token: [rows], int64; tokens: [rows, positions]; groups: [rows, room], int32.
+    """
+    greedy, n_vocab = temperature == 0, logits.shape[1] - RSTD_BUFFER
+    _sample_kernel[(len(token),)](
         logits, top, groups,
         seed, position, token, tokens,
-        n_vocab, top.numel(), float(temperature or 1.0), 1 if greedy else top_k,
-        GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.numel()), GROUP=HEAD_ROWS, CAPACITY=groups.numel(),
+        n_vocab, top.shape[1], logits.stride(0), tokens.stride(0), float(temperature or 1.0), 1 if greedy else top_k,
+        GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.shape[1]), GROUP=HEAD_ROWS, CAPACITY=groups.shape[1],
         PDL=pdl, num_warps=16, launch_pdl=pdl,
     )

@@ -27,11 +27,13 @@ def fineness(bound: Tensor) -> Tensor:
     return LEVELS / above
 
 
-def bound_after_norm(gain: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def bound_after_norm(
+    gain: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     """What no part of an RMSNorm's product with a weight exceeds, [out], float32, whatever the norm's input.
 
     By Cauchy-Schwarz: before the gain [in] a norm's output has a 2-norm of at most sqrt(in). Shifts [in] count twice,
-    in the inputs and in the offset.
+    in the inputs and in the offset, of which a bias [out] is another part.
     """
     squares, shifted = 0.0, 0.0
     for i in range(0, len(weight), BLOCK):
@@ -40,7 +42,7 @@ def bound_after_norm(gain: Tensor, weight: Tensor, scale: Tensor | None, shift: 
         squares += (part * gain[rows, None].float()).square().sum(0)
         if shift is not None:
             shifted += shift[rows].abs() @ part.abs()
-    return ROUNDING * (math.sqrt(len(weight)) * squares.sqrt() + 2 * shifted)
+    return ROUNDING * (math.sqrt(len(weight)) * squares.sqrt() + 2 * shifted + (0 if bias is None else bias.abs()))
 
 
 @torch.no_grad()
@@ -55,7 +57,8 @@ def residual_bound(model: Module) -> Tensor:
         layers = list(model.walk([tokens]))
         states = [*(layer.inputs[0] for layer in layers), layers[-1].outputs[0]]
         peak = torch.stack([state[0, 1:].abs().amax(0).float() for state in states]).amax(0)
-        largest = torch.linalg.vector_norm(model.tok_embeddings.weight, math.inf, dim=0).float()
-        bound = torch.maximum(SPARE * peak, largest)
+        largest = torch.linalg.vector_norm(model.tok_embeddings.weight, math.inf, dim=0)
+        largest = largest * torch.full_like(largest, model.config.embedding_multiplier)  # as it rounds its own
+        bound = torch.maximum(SPARE * peak, largest.float())
         model.register_buffer("residual_bound", bound, persistent=False)
     return model.residual_bound

@@ -58,7 +58,7 @@ def plan_for(
 ) -> Plan:
     """How to launch a product.
 
-    prologue: what makes its input: "given", "norm" or "silu", see `kernels.triton_gemv`.
+    prologue: what makes its input: "given", "norm" or an activation, see `kernels.triton_gemv`.
     n_in, segments: inputs, and widths of the output segments.
     sparsity, form: about the share of inputs that the thresholds cut; the weight's form.
     dependent: a dependent launch, which starts before the one before has ended.
@@ -114,7 +114,7 @@ def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> t
 
     # Narrow: more programs and fewer atomics. Three blocks where that lets all programs run at once, see RESIDENT.
     three = tiles * -(-blocks // 2) > RESIDENT >= tiles * -(-blocks // 3)
-    return 3 if three and sparsity and prologue != "silu" else 2, 128, 0
+    return 3 if three and sparsity and prologue in ("given", "norm") else 2, 128, 0
 
 
 def _registers(prologue: str, sparsity: float, bits: int, blocks: int, block_out: int, rows: int) -> int | None:
@@ -163,7 +163,7 @@ def _prefetch(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int
         return 1320, max(1, blocks - 1), True
 
     # down: 3.038 -> 3.016 ms from 528 to 2,112 programs; gate|up by row at 65 % 2.451 -> 2.428.
-    if prologue == "silu" or (n_out > VERY_WIDE and sparsity > MOSTLY_CUT):
+    if prologue != "norm" or (n_out > VERY_WIDE and sparsity > MOSTLY_CUT):
         return 2112, 1, True
 
     # qkv, gate|up. The second blocks of qkv's 528 programs: 3.005 -> 2.988 ms. int8's gate|up with two blocks of 1,056

@@ -99,6 +99,11 @@ def pack_int4(codes: Tensor) -> Tensor:
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`."""
     form = form_of(weight, scale)
+    if scale is not None and weight.is_cuda and not torch.compiler.is_compiling():  # Inductor fuses what follows
+        from kernels.triton_dequantize import launch_dequantize
+
+        return launch_dequantize(weight, scale, dtype)
+
     if form.name == "int4":
         codes = torch.stack((weight & 15, weight >> 4), dim=-1)
         s, m = scale.float().unsqueeze(-2).unbind(-1)

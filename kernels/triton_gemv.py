@@ -28,7 +28,7 @@ PIECE_ROWS, PIECE_BYTES = tl.constexpr(AHEAD_ROWS), tl.constexpr(AHEAD_BYTES)
 class Operation(NamedTuple):
     """What a product's kernel computes: compiled in, as its `Plan` is, both as the kernels' uppercase OP and PLAN."""
 
-    prologue: str  # what x is. "given"; "norm": RMSNorm of h; "silu": SiLU(gate) * up
+    prologue: str  # what x is. "given"; "norm": RMSNorm of h; the name of an activation: that of gate, times up
     cut: bool  # whether inputs are compared with thresholds
     shift: bool  # whether thresholds come with shifts
     n_in: int
@@ -36,6 +36,12 @@ class Operation(NamedTuple):
     bits: int = 16  # of a weight
     pack: int = 1  # outputs of a word, as it is loaded
     groupsize: int = 0  # int4's outputs per scale
+    multiplier: float = 1.0  # of the sums
+
+
+def operation_of(prologue: str, n_in: int, dtype: torch.dtype) -> Operation:
+    """That of dense inputs in the model's dtype."""
+    return Operation(prologue, False, False, n_in, getattr(tl, str(dtype).removeprefix("torch.")))
 
 
 # ---- what a product multiplies: the prologue's inputs, and their norm's rstd
@@ -48,21 +54,27 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rstd_of(h_ptr, eps, N: tl.constexpr):
+    """RMSNorm's 1 / sqrt(mean(h^2) + eps) of h [N] float32, by one warp: more would add in another order."""
+    PASS: tl.constexpr = min(4096, triton.next_power_of_2(N))
+    squares = tl.zeros((PASS,), tl.float32)
+    for start in tl.static_range(0, N, PASS):
+        i = start + tl.arange(0, PASS)
+        h = tl.load(h_ptr + i, mask=i < N, other=0.0)
+        squares += h * h
+    rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
+    return tl.where(rstd == 0.0, float("nan"), rstd)  # infinite h: not a number, but no wait without end
+
+
+@triton.jit
 def shared_rstd(slots_ptr, program, h_ptr, eps, N: tl.constexpr):
-    """RMSNorm's 1 / sqrt(mean(h^2) + eps) of h [N] float32: the first program computes it, the others wait for it.
+    """`rstd_of` h: the first program computes it, the others wait for it.
 
     The slots hold 0 until then (an earlier launch has zeroed them). There are many, one per cache line, since thousands
     of programs that poll one address queue for it: 4096 -> 6144 at 50 % took 13.5 us so, 12.7 us with 64 (H100).
     """
     if program == 0:
-        PASS: tl.constexpr = min(4096, triton.next_power_of_2(N))
-        squares = tl.zeros((PASS,), tl.float32)
-        for start in tl.static_range(0, N, PASS):
-            i = start + tl.arange(0, PASS)
-            h = tl.load(h_ptr + i, mask=i < N, other=0.0)
-            squares += h * h
-        rstd = tl.rsqrt(tl.sum(squares, axis=0) / N + eps)
-        rstd = tl.where(rstd == 0.0, float("nan"), rstd)  # infinite h: not a number, but not a hang
+        rstd = rstd_of(h_ptr, eps, N)
         tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, rstd + tl.zeros((SLOTS,), tl.float32))
 
     slot = slots_ptr + (program % SLOTS) * STRIDE
@@ -73,7 +85,7 @@ def shared_rstd(slots_ptr, program, h_ptr, eps, N: tl.constexpr):
 
 
 @triton.jit
-def _load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
+def load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
     """Loads the constants of inputs `rows`: the norm's gain, thresholds and shifts, float32."""
     in_range = rows < OP.n_in
     gain = tl.zeros_like(rows).to(tl.float32)
@@ -89,29 +101,44 @@ def _load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
 
 
 @triton.jit
-def _load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
-    """Loads the two float32 operands from which `_inputs` makes x[rows]; the second is zero but for SiLU(gate) * up.
+def load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
+    """Loads the two float32 operands from which `inputs` makes x[rows]; the second is `up`, or zero.
 
     CACHE ".cg" leaves nothing in L1: what is read before the wait may change.
     """
     in_range = rows < OP.n_in
     a = tl.load(x_ptr + rows, mask=in_range, other=0.0, cache_modifier=CACHE).to(tl.float32)
     b = tl.zeros_like(a)
-    if OP.prologue == "silu":
+    if OP.prologue != "given" and OP.prologue != "norm":
         b = tl.load(x_ptr + OP.n_in + rows, mask=in_range, other=0.0, cache_modifier=CACHE)
     return a, b
 
 
 @triton.jit
-def _inputs(rows, operands, constants, rstd, OP: tl.constexpr):
+def activated(x, OP: tl.constexpr):
+    """The activation that is the prologue, one of `model.ACTIVATIONS`."""
+    if OP.prologue == "silu":
+        y = x * tl.sigmoid(x)
+    elif OP.prologue == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif OP.prologue == "gelu_tanh":  # 0.5 (1 + tanh z) is the sigmoid of 2 z
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(OP.prologue == "relu")
+        y = tl.where(x < 0.0, 0.0, x)
+    return y
+
+
+@triton.jit
+def inputs(rows, operands, constants, rstd, OP: tl.constexpr):
     """x[rows] - shift, float32, rounded where the unfused model rounds; and which of them are kept."""
     x, up = operands
     gain, threshold, shift = constants
     if OP.prologue == "norm":
         x = rounded(rounded(x * rstd, OP.dtype) * gain, OP.dtype)
-    elif OP.prologue == "silu":
-        gate = rounded(x, OP.dtype)
-        x = rounded(rounded(gate * tl.sigmoid(gate), OP.dtype) * rounded(up, OP.dtype), OP.dtype)
+    elif OP.prologue != "given":
+        gate = activated(rounded(x, OP.dtype), OP)
+        x = rounded(rounded(gate, OP.dtype) * rounded(up, OP.dtype), OP.dtype)
     if OP.shift:
         x = rounded(x - shift, OP.dtype)
 
@@ -125,7 +152,7 @@ def _inputs(rows, operands, constants, rstd, OP: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(rows_ptr, wanted, n_bytes):
+def prefetch(rows_ptr, wanted, n_bytes):
     """Asks for n_bytes (a multiple of 16) at each wanted pointer, 16-byte aligned, to be brought into L2."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
@@ -151,9 +178,9 @@ def _prefetch_tile(
         if PLAN.guess:
             ahead_constants = constants
             if block > 0:
-                ahead_constants = _load_constants(ahead, gain_ptr, threshold_ptr, OP)
-            _x, wanted = _inputs(ahead, _load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        _prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
+                ahead_constants = load_constants(ahead, gain_ptr, threshold_ptr, OP)
+            _x, wanted = inputs(ahead, load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
+        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
 
 
 @triton.jit
@@ -180,12 +207,12 @@ def prefetch_gate_up(
         wanted = rows < OP.n_in
         if OP.cut:
             threshold_ptr += up * (2 * OP.n_in if OP.shift else OP.n_in)
-            constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
-            h = _load_inputs(rows, h_ptr, OP, ".cg")
-            _x, wanted = _inputs(rows, h, constants, tl.load(last_rstd_ptr), OP)
+            constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
+            h = load_inputs(rows, h_ptr, OP, ".cg")
+            _x, wanted = inputs(rows, h, constants, tl.load(last_rstd_ptr), OP)
 
         rows_ptr = weight_ptr + rows.to(tl.int64) * (2 * half_bytes) + up * half_bytes + start
-        _prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
+        prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
 
 
 # ---- integers: sums of x times integer, taken without converting the integers
@@ -207,7 +234,7 @@ def fraction(word, one, k: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _add_products(acc, x, word, one, BITS: tl.constexpr):
+def add_products(acc, x, word, one, BITS: tl.constexpr):
     """acc[k] + x * the `fraction` of the k-th integer of each word, for all k."""
     out = ()
     for k in tl.static_range(32 // BITS):
@@ -216,7 +243,7 @@ def _add_products(acc, x, word, one, BITS: tl.constexpr):
 
 
 @triton.jit
-def _joined(acc, ones, low, BITS: tl.constexpr):
+def joined(acc, ones, low, BITS: tl.constexpr):
     """The sums of x * integer, plus `low`, in the outputs' order, from those of x * fraction and `ones`, that of x."""
     s = ()
     for k in tl.static_range(32 // BITS):
@@ -230,7 +257,7 @@ def _joined(acc, ones, low, BITS: tl.constexpr):
 
 
 @triton.jit
-def _lowest_bit(bits):
+def lowest_bit(bits):
     """Index of the lowest bit set of an int32; below 0 for 0."""
     low = (bits & -bits).to(tl.uint32).to(tl.float32)
     return (low.to(tl.int32, bitcast=True) >> 23) - 127
@@ -247,7 +274,7 @@ def snap(x, fineness):
 
 
 @triton.jit
-def _outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: tl.constexpr):
+def outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: tl.constexpr):
     """Segment of a tile, its first output, and the end of its segment's outputs."""
     in_1, in_2 = (tile >= tiles_1).to(tl.int32), (tile >= tiles_2).to(tl.int32)
     first = tl.where(in_2 > 0, start_2, tl.where(in_1 > 0, start_1, 0))
@@ -273,7 +300,7 @@ def _add_kept_rows(
     kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
     while kept != 0:
         for _row in tl.static_range(ROWS):
-            i = _lowest_bit(kept)
+            i = lowest_bit(kept)
             x_i = tl.sum(tl.where(lane == i, x.to(tl.int32, bitcast=True), 0), axis=0)
             x_i = x_i.to(tl.float32, bitcast=True)
             mask = words < tl.where(kept != 0, last // PACK, 0)
@@ -284,7 +311,7 @@ def _add_kept_rows(
                 acc = (acc[0] + x_i * word.to(tl.float32),)
             elif OP.bits == 8:  # the sign's bit flipped: 128 too large
                 ones += x_i
-                acc = _add_products(acc, x_i, word ^ -0x7F7F7F80, one, OP.bits)
+                acc = add_products(acc, x_i, word ^ -0x7F7F7F80, one, OP.bits)
             else:  # two bfloat16, a scale and a minimum, for two words
                 pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
                 at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
@@ -292,7 +319,7 @@ def _add_kept_rows(
                 low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
                 x_i *= (pair << 16).to(tl.float32, bitcast=True)
                 ones += x_i
-                acc = _add_products(acc, tl.interleave(x_i, x_i), word, one, OP.bits)
+                acc = add_products(acc, tl.interleave(x_i, x_i), word, one, OP.bits)
             kept = kept & (kept - 1)
     return acc, ones, low
 
@@ -318,7 +345,7 @@ def _gemv_kernel(
     # compiled in; ZERO: how much of zero_ptr each program fills
     OP: tl.constexpr, PLAN: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
-    """out += W^T cut(x - shift) + offset: a program takes PLAN.blocks of inputs, one tile of outputs, one row of x.
+    """out += m (W^T cut(x - shift) + offset): a program takes PLAN.blocks of inputs, a tile of outputs, a row of x.
 
     What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. Integers
     come as int32 words of four or eight outputs, by row only.
@@ -335,7 +362,7 @@ def _gemv_kernel(
     program = tl.program_id(1) * tl.num_programs(0) + tile
     x_ptr += tl.program_id(2) * OP.n_in
     out_ptr += tl.program_id(2) * n_out
-    segment, first, last = _outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
+    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
     threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
@@ -347,7 +374,7 @@ def _gemv_kernel(
     last_rstd = 1.0
     if PLAN.guess and OP.prologue == "norm":
         last_rstd = tl.load(last_rstd_ptr)
-    constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
+    constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
     if PLAN.prefetch > 0:
         if program < PLAN.prefetch:
             _prefetch_tile(
@@ -361,7 +388,7 @@ def _gemv_kernel(
     EARLY: tl.constexpr = BLOCK_OUT <= 64
     if fineness_ptr is not None and EARLY:
         fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
-    if OP.shift:
+    if offset_ptr is not None:
         if tl.program_id(1) == 0:
             offset = tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
 
@@ -371,7 +398,7 @@ def _gemv_kernel(
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    operands = _load_inputs(rows, x_ptr, OP, "")
+    operands = load_inputs(rows, x_ptr, OP, "")
     rstd = 1.0
     if OP.prologue == "norm":
         rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
@@ -389,11 +416,11 @@ def _gemv_kernel(
         weight_scale_ptr += row.to(tl.int64) * (n_out // OP.groupsize)
 
     for _block in tl.static_range(BLOCKS):
-        x, keep = _inputs(rows, operands, constants, rstd, OP)
+        x, keep = inputs(rows, operands, constants, rstd, OP)
         if BLOCKS > 1:  # the next block's inputs come while this one's weights do
             rows += BLOCK
-            operands = _load_inputs(rows, x_ptr, OP, "")
-            constants = _load_constants(rows, gain_ptr, threshold_ptr, OP)
+            operands = load_inputs(rows, x_ptr, OP, "")
+            constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
 
         if PLAN.rows > 0:
             acc, ones, low = _add_kept_rows(
@@ -409,12 +436,14 @@ def _gemv_kernel(
     # the sums of the outputs in their order, with int8's scale; the first row of programs adds the offsets
     total = acc[0]
     if OP.bits == 4:
-        total = _joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), OP.bits)
+        total = joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), OP.bits)
     elif OP.bits == 8:
-        total = _joined(acc, ones, -128 * ones, OP.bits)
+        total = joined(acc, ones, -128 * ones, OP.bits)
         total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
-    if OP.shift:
+    if offset_ptr is not None:
         total += offset
+    if OP.multiplier != 1.0:
+        total *= OP.multiplier
     if fineness_ptr is not None:
         if not EARLY:
             fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
@@ -429,11 +458,12 @@ class Product(NamedTuple):
     """What a product multiplies with, the same at every token.
 
     weight: [in, out], contiguous, of a `kernels.quantized.Form`, as its weight_scale.
-    threshold: [S, in], float32; with an offset [S, in, 2]: threshold and shift of each input.
+    threshold: [S, in], float32; with shifts [S, in, 2]: threshold and shift of each input.
     segments: widths of the S output segments, which add up to out.
     sparsity: about the share that the thresholds cut, which chooses the plan; 0 compiles the test out.
-    offset: [out], float32, or None: no shifts.
+    offset: [out], float32, what is added to a product, the shifts' product and a bias; or None.
     fineness: [out], float32, of the outputs' grid, see `kernels.grids`; None: sums depend on the order of the programs.
+    multiplier: of the product, the offset included.
     """
 
     weight: Tensor
@@ -443,6 +473,7 @@ class Product(NamedTuple):
     weight_scale: Tensor | None = None
     offset: Tensor | None = None
     fineness: Tensor | None = None
+    multiplier: float = 1.0
 
     @property
     def form(self) -> Form:
@@ -450,14 +481,15 @@ class Product(NamedTuple):
 
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
-        cut, shift, bits = self.sparsity > 0, self.offset is not None, self.form.bits
-        triton_dtype, pack = getattr(tl, str(dtype).removeprefix("torch.")), 32 // bits if bits < 16 else 1
-        return Operation(prologue, cut, shift, len(self.weight), triton_dtype, bits, pack, self.form.groupsize)
+        operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
+        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 32 // bits if bits < 16 else 1
+        operation = operation._replace(cut=cut, shift=shift, bits=bits, pack=pack)
+        return operation._replace(groupsize=self.form.groupsize, multiplier=self.multiplier)
 
     def check(self) -> None:
         """Asserts what the kernel relies on."""
         n_in, n_out, form = len(self.weight), sum(self.segments), self.form
-        assert self.threshold.shape == (len(self.segments), n_in) + (() if self.offset is None else (2,))
+        assert self.threshold.shape in {(len(self.segments), n_in), (len(self.segments), n_in, 2)}
         assert self.threshold.is_contiguous() and len(self.segments) <= MAX_SEGMENTS
         assert self.weight.is_contiguous() and 8 * self.weight.nbytes == form.bits * n_in * n_out
         if form.name != "none":
@@ -478,7 +510,7 @@ class Norm(NamedTuple):
     last_rstd: Tensor | None = None
 
 
-def _starts(widths: list[int]) -> list[int]:
+def starts_of(widths: list[int]) -> list[int]:
     """Where each segment starts and the last one ends, the end repeated up to MAX_SEGMENTS."""
     starts = [0, *accumulate(widths)]
     return starts + starts[-1:] * (MAX_SEGMENTS - len(widths))
@@ -489,11 +521,11 @@ def launch_gemv(
     norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype | None = None, pdl: bool = False,
     plan: Plan | None = None,
 ) -> None:
-    """Adds W^T cut(x - shift) + offset to `out`, with x made by the prologue, see `Operation`.
+    """Adds multiplier (W^T cut(x - shift) + offset) to `out`, with x made by the prologue, see `Operation`.
 
-    x: "given" [B, in]; else one row, float32: h [in] or gate|up [2 in]. With `pdl` it is read before the launch before
-        has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
-    out: [B, out], float32; with "norm" [out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
+    x: "given" [B, in]; else one row, float32: h [1, in] or gate|up [1, 2 in]. With `pdl` it is read before the launch
+        before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
+    out: [B, out], float32; with "norm" [1, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
     norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
     dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
     pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
@@ -511,8 +543,8 @@ def launch_gemv(
         weight_scale = weight_scale.view(torch.int32)
 
     # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
-    starts = _starts(product.segments)
-    tiles = _starts([triton.cdiv(width, plan.block_out) for width in product.segments])
+    starts = starts_of(product.segments)
+    tiles = starts_of([triton.cdiv(width, plan.block_out) for width in product.segments])
     grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0

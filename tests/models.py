@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import ModelArgs, Transformer, expected_shapes
+from convert_hf_checkpoint import shapes_of
+from model import ModelArgs, Transformer
 from sparse_model import SparseTransformer
 
 # As ModelArgs; of the fused steps: widths that no tile divides.
@@ -14,6 +15,13 @@ SMALL = {"block_size": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "dim": 3
 FUSED = SMALL | {"block_size": 256, "vocab_size": 101, "n_local_heads": 2, "dim": 64, "intermediate_size": 172}
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0}
+YARN |= {"beta_slow": 1.0, "truncate": True, "attention_factor": 1.25}
+# of the fused steps: all that a model may have besides what Llama has
+SWITCHES = {"qk_norm": "head", "vector_std": 0.3, "attention_scale": 0.1, "activation": "relu", "n_layer": 3}
+SWITCHES |= {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "rotary_share": 0.75, "rope_scaling": YARN}
+SWITCHES |= {"unrotated_layers": [1], "sliding_window": 5, "windowed_layers": [2], "local_rope_base": 30.0}
+SWITCHES |= {"embedding_multiplier": 3.3, "residual_multiplier": 0.22, "logits_scaling": 7.0}
 
 # As config.json; TINY is that of the checkpoint `tiny`.
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -86,10 +94,9 @@ def write_checkpoint(folder: Path, config: dict, text: str | None = None, std: f
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
-    shapes = expected_shapes(ModelArgs.from_config(config))
     tensors = {
         name: torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * std
-        for name, shape in shapes.items()
+        for name, shape in shapes_of(config).items()
     }
     save_file(tensors, folder / "model.safetensors")
     if text is not None:

@@ -3,14 +3,17 @@ import shlex
 
 import pytest
 import torch
-from models import flags
+from models import FUSED, build_cut, flags
 
 import benchmarks.results as results
 import generate
+import options
 from benchmarks import cpu_decode, decode, gemv, plot, quality
 from benchmarks.results import provenance, read_rows, write_rows
+from kernels import cpu
 from model import ModelArgs
 from options import QUALITY_RULES
+from thresholds import Cuts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -150,6 +153,7 @@ def test_a_row_is_a_run_of_its_command(tmp_path, monkeypatch):
     assert (row["model"], row["quant"], row["weights"]) == ("stories15M", "int8", "random")
     assert (row["batch"], row["gpus"], row["draft"]) == ("1", "1", "none") and set(decode.KEY.split()) < row.keys()
     assert (dense["sparsity"], row["sparsity"], row["prompt_tokens"]) == ("0.0", "0.5", "9")
+    assert 0 < float(row["ttft_ms"]) < 1e5
     assert float(dense["achieved_sparsity"]) == 0 and float(row["achieved_sparsity"]) == pytest.approx(0.5, abs=0.1)
 
     # the command in the row is the run
@@ -160,6 +164,19 @@ def test_a_row_is_a_run_of_its_command(tmp_path, monkeypatch):
     again = decode.measure(words[2:], ModelArgs.from_name("stories15M-int8"))
     same = ("bytes_per_token", "achieved_sparsity", "prompt_tokens", "new_tokens", "sparsity")
     assert [str(again[k]) for k in same] == [row[k] for k in same] and run[0][-len(words[2:]) :] == words[2:]
+
+
+def test_rows_of_a_batch_are_a_row_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(decode, "why_unfused", lambda *a: "too many rows" if a[2] > 1 else None)
+    sizes = {"max_new_tokens": 2, "num_samples": 1, "device": "cpu", "sparsities": [0.0], "batch_size": 2}
+    monkeypatch.setattr(decode, "generate", lambda flags: generate.main([*flags[1:], "--prompt", "9"]))  # not compiled
+    decode.main(flags(random_init="stories15M", **sizes))
+    assert [(row["batch"], row["step"], row["prompt_tokens"]) for row in read_rows("decode.csv")] == [
+        ("2", "compiled", "9")
+    ]
+    with pytest.raises(ValueError, match="--prompts says nothing in a sweep"):
+        decode.main(["--prompts", "x"])
 
 
 def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
@@ -188,3 +205,15 @@ def test_bytes_between_two_rows(tmp_path, monkeypatch):
     write_rows("decode.csv", rows, "achieved_sparsity")
     assert plot.bytes_line("m", "int8")(25.0) == pytest.approx(80)
     assert plot.bytes_line("m", "none") is None
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+def test_a_cpus_variants_take_turns_and_count_the_bytes_that_they_read():
+    model = build_cut(FUSED | {"block_size": options.CACHE}, dtype=torch.bfloat16)
+    cuts = Cuts(0.5, [m.threshold.clone() for m in model.sites], [None] * len(model.sites))
+    model.setup_caches(1, options.CACHE)
+    all_bytes = model.bytes_per_step()
+    dense, cut = variants = [cpu_decode.Variant("dense", 0.0, 0), cpu_decode.Variant("sparse", 0.5, 0, cuts)]
+    assert cpu_decode.measure(model, variants, None, steps=4, rounds=2) > 0
+    assert [len(variant.seconds) for variant in variants] == [3, 3]
+    assert dense.bytes_per_token == 0 and 0.3 * all_bytes < cut.bytes_per_token < 0.95 * all_bytes

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import FUSED, LLAMA3_ROPE, build_cut, caches, random_tokens
+from models import FUSED, LLAMA3_ROPE, SWITCHES, YARN, build_cut, caches, random_tokens
 
 from decoder import FusedCpuStep, Generator
 from kernels import cpu
@@ -217,6 +217,10 @@ MODELS = {
         "qkv_bias": True,
         "shifted": True,
     },
+    "switches": SWITCHES,
+    "switches, int8, shifts": SWITCHES | {"quant": "int8", "shifted": True},
+    "partly rotated, yarn, gelu": {"rotary_share": 0.5, "rope_scaling": YARN, "activation": "gelu"},
+    "gelu by tanh": {"activation": "gelu_tanh"},
     "odd widths, tied": {"dim": 42, "head_dim": 14, "n_head": 3, "n_local_heads": 1, "tie_embeddings": True},
 }
 
@@ -266,7 +270,7 @@ def test_greedy_generations_equal_plain_ones(shifted):
     prompt = torch.tensor([[1, 2, 3]])
     plain = Generator(model, 1, 60, temperature=0)(prompt, 57).tokens
     fused = Generator(model, 1, 60, temperature=0, step="fused")
-    assert isinstance(fused._fused, FusedCpuStep)
+    assert isinstance(fused._step, FusedCpuStep)
     assert torch.equal(fused(prompt, 57).tokens, plain)
     seen = []
     fused(prompt, 5, lambda token: seen.append(token.item()))
@@ -352,16 +356,18 @@ Projection projection(int64_t segments, int64_t n_in, int64_t n_out) {
           groups ? 16 : 0};
 }
 template <typename T, typename W, typename V>
-void run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, int64_t vocab, int64_t batch, bool shared) {
+void run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, int64_t vocab, int64_t batch, bool shared,
+         int64_t activation) {
   const int64_t qkv = (heads + 2 * kv) * d, length = 14, cached = (shared ? 1 : batch) * kv * length * d;
-  Layer layer{values<T>(dim, 1), values<T>(dim, 1), projection<V, T>(3, dim, qkv),
+  Layer layer{values<T>(dim, 1), values<T>(dim, 1), values<T>(d, 1), values<T>(d, 1), projection<V, T>(3, dim, qkv),
               projection<W, T>(1, heads * d, dim), projection<W, T>(2, dim, 2 * hidden),
-              projection<W, T>(1, hidden, dim), values<T>(cached, 1), values<T>(cached, 1), 5};
+              projection<W, T>(1, hidden, dim), values<T>(cached, 1), values<T>(cached, 1), floats(d / 2), 1.1f, 5};
   Model m{1, heads, kv, d, dim, hidden, vocab, length, &layer, values<T>(vocab * dim, 1), values<T>(dim, 1),
-          values<V>(vocab * dim, 1), floats(vocab), floats(d / 2), floats(batch * dim), floats(batch * qkv),
+          values<V>(vocab * dim, 1), floats(vocab), floats(batch * dim), floats(batch * qkv),
           floats(batch * heads * d), floats(batch * hidden), floats(batch * vocab),
           floats(batch * ((vocab + GROUP - 1) / GROUP)),
-          static_cast<int64_t*>(std::calloc(batch * (length + 1), 8)), 1, shared, 1e-5f, 0.8f, 7};
+          static_cast<int64_t*>(std::calloc(batch * (length + 1), 8)), 1, shared, activation,
+          1e-5f, 0.1f, 2, 0.5f, 3, 0.8f, 7};
   for (int64_t i = 0; i + batch <= length; i++) {
     std::vector<int64_t> positions(batch, i);
     std::vector<uint32_t> seeds(batch, 1);
@@ -375,15 +381,15 @@ void run(int64_t heads, int64_t kv, int64_t d, int64_t dim, int64_t hidden, int6
 }
 template <typename T, typename W> void all() {
   for (int64_t batch : {1, 2, 3, 8}) {  // as many threads
-    run<T, W, W>(3, 1, 14, 42, 173, 101, batch, false);
-    run<T, W, W>(4, 2, 16, 65, 33, 1001, batch, true);
-    run<T, W, W>(1, 1, 2, 1, 1, 1, batch, false);
+    run<T, W, W>(3, 1, 14, 42, 173, 101, batch, false, 0);
+    run<T, W, W>(4, 2, 16, 65, 33, 1001, batch, true, 1);
+    run<T, W, W>(1, 1, 2, 1, 1, 1, batch, false, 2);
   }
 }
 template <typename T> void all_int4() {
   for (int64_t batch : {1, 2, 3, 8}) {
-    run<T, Int4, Int8>(3, 1, 14, 48, 176, 101, batch, true);
-    run<T, Int4, Int8>(4, 2, 16, 64, 16, 1001, batch, false);
+    run<T, Int4, Int8>(3, 1, 14, 48, 176, 101, batch, true, 3);
+    run<T, Int4, Int8>(4, 2, 16, 64, 16, 1001, batch, false, 0);
   }
 }
 int main() {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import caches, random_tokens
+from models import SWITCHES, caches, random_tokens
 from test_cpu_sums import CUTS, fixed_threads, random_model  # noqa: F401
 
 from decoder import FusedCpuStep, sample, why_unfused
@@ -64,8 +64,9 @@ def test_rows_equal_their_single_runs(two_threads, quant, cuts, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_rows_of_other_dtypes(two_threads, dtype):
-    model = random_model(dtype, "none", "cut")
+@pytest.mark.parametrize("options", [{}, SWITCHES], ids=["", "switches"])
+def test_rows_of_other_dtypes(two_threads, dtype, options):
+    model = random_model(dtype, "none", "cut", **options)
     two_threads(1)  # with one thread, float32's order is that of the inputs
     logits, tokens = run(model, [4, 1, 2])
     for i, r in enumerate([4, 1, 2]):
@@ -73,7 +74,7 @@ def test_rows_of_other_dtypes(two_threads, dtype):
         assert torch.equal(logits[i], alone[0]) and torch.equal(tokens[i], drawn[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}], ids=["full", "window"])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, SWITCHES], ids=["full", "window", "switches"])
 @pytest.mark.parametrize("quant, cuts", [("none", "dense"), ("none", "shifted"), ("int8", "cut"), ("int4", "cut")])
 def test_drafts_equal_steps_of_one_row(two_threads, quant, cuts, options):
     """Up to 8 tokens at once give the logits, draws and caches that they give one after the other."""

@@ -27,8 +27,8 @@ def fixed_threads(monkeypatch):
 
 def random_model(dtype, quant, cuts, seed=0, **changes):
     """A model of random weights whose inputs straddle their thresholds; each segment has its own."""
-    changes = {"quant": quant, "groupsize": 16, "intermediate_size": 176, **changes}
-    model = build(SparseTransformer, FUSED, dtype=dtype, seed=seed, vector_std=0.3, qkv_bias=True, **changes)
+    changes = {"quant": quant, "groupsize": 16, "intermediate_size": 176, "vector_std": 0.3, "qkv_bias": True} | changes
+    model = build(SparseTransformer, FUSED, dtype=dtype, seed=seed, **changes)
     generator = torch.Generator().manual_seed(seed)
     for module in model.sites:
         n_in = module.threshold.shape[1]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FUSED, build_cut, caches, random_tokens
+from models import FUSED, SWITCHES, build_cut, caches, random_tokens
 
-from decoder import FUSED_FIELDS, MAX_TOP_K, FusedGpuStep, fusable, why_unfused
+from decoder import FUSED_FIELDS, MAX_ROWS, MAX_TOP_K, FusedGpuStep, fusable, unknown_parts, why_unfused
 from kernels import cpu
 from model import ModelArgs
 
@@ -30,6 +30,8 @@ MODELS = {
     "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
     "three heads a group, one chunk": {"n_head": 6, "dim": 48, "head_dim": 8, "prompt": 20, "cache": 30},
     "three blocks of inputs a program": {"dim": 160, "head_dim": 16, "resident": 2},
+    "switches": SWITCHES,
+    "switches, int8, shifted": SWITCHES | {"quant": "int8", "shifted": True, "activation": "gelu_tanh"},
     "whole chunks outside the window": {"sliding_window": 70, "prompt": 200, "cache": 256},
 }
 # widths that tiles divide, so that rows are prefetched on Hopper; gate and up in the widest products' tiles, some of
@@ -48,6 +50,7 @@ WIDE = {
 WIDE_MODELS = {
     "wide": WIDE,
     "wide, shifted": WIDE | {"shifted": True},
+    "wide, switches": WIDE | SWITCHES,
     "small tiles prefetched, shifted": WIDE | {"shifted": True, "resident": 2112},
     "wide, int8": WIDE | {"quant": "int8", "shifted": True},
     "wide, int4": WIDE | {"quant": "int4", "groupsize": 64, "shifted": True},
@@ -88,15 +91,29 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
 
     model.sparsity = sparsity
     decoder = FusedGpuStep(model, temperature=0.0, top_k=1)
-    decoder.start(torch.tensor([3], device=DEVICE), prompt, seed=0)
+    decoder.start(torch.tensor([3], device=DEVICE), [prompt], [0])
     for expected in logits:
         decoder.step()
-        torch.testing.assert_close(decoder.logits[:101], expected, rtol=1e-4, atol=tolerance)
-    assert decoder.tokens[prompt : prompt + steps + 1].tolist() == [3, *tokens]
+        torch.testing.assert_close(decoder.logits[0, :101], expected, rtol=1e-4, atol=tolerance)
+    assert decoder.tokens[0, prompt : prompt + steps + 1].tolist() == [3, *tokens]
     assert decoder.position.item() == prompt + steps
     assert not decoder.chunks.arrived.any()
     for fused, plain in zip(caches(model), after, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{"qkv_bias": True}, SWITCHES], ids=["", "switches"])
+def test_a_step_of_16_bits_rounds_as_the_plain_one(options):
+    """bfloat16 on a GPU, float16 in the interpreter, which knows no other; inputs are cut whatever they are."""
+    dtype, rtol = (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float16, 3e-3)
+    model = build(dtype=dtype, by_channel=True, **options)
+    model.setup_caches(1, 80)
+    model(random_tokens(1, 63, 101).to(DEVICE), torch.arange(63, device=DEVICE))
+    expected = model(torch.tensor([[3]], device=DEVICE), torch.tensor([63], device=DEVICE))[0, -1].float()
+    step = FusedGpuStep(model, temperature=0.0, top_k=1)
+    step.start(torch.tensor([3], device=DEVICE), [63], [0])
+    step.step()
+    assert (step.logits[0, :101] - expected).norm() <= rtol * expected.norm()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="what the interpreter prefetches can be seen")
@@ -119,7 +136,7 @@ def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(crowded, spar
         at = [address for address, want in zip(rows_ptr.handle.data, wanted.handle.data, strict=True) if want]
         fetched.extend((int(address), int(n_bytes.handle.data[0])) for address in at)
 
-    monkeypatch.setattr("kernels.triton_gemv._prefetch", prefetch)
+    monkeypatch.setattr("kernels.triton_gemv.prefetch", prefetch)
     monkeypatch.setattr(plan, "_prefetch", lambda *product: (0, 0, False))
     monkeypatch.setattr(plan, "LARGE", 1)
     monkeypatch.setattr(plan, "CROWDED", 8 * 140 - crowded)
@@ -153,7 +170,7 @@ def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(crowded, spar
 
     monkeypatch.setattr(fused_step, "launch_attention", launch)
     decoder.last_rstds.copy_(torch.tensor([[0.05], [0.06]]))  # of a step before
-    decoder.start(torch.tensor([3]), 0, seed=0)
+    decoder.start(torch.tensor([3]), [0], [0])
     decoder.step()
     assert sorted(fetched) == sorted(expected) and bool(expected) == (not crowded)
     assert not decoder.logits.isnan().any()
@@ -184,21 +201,27 @@ class AbsentGPU:
 driver.set_active(AbsentGPU())
 run = JITFunction.run
 JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
-for quant in ("none", "int8", "int4"):
+switches = {"qk_norm": "head", "activation": "gelu", "o_bias": True, "mlp_bias": True, "embedding_multiplier": 3.0}
+switches |= {"residual_multiplier": 0.22, "logits_scaling": 7.0, "rotary_share": 0.5}
+switches["rope_scaling"] = {"rope_type": "longrope", "original_max_position_embeddings": 300, "attention_factor": 1.2}
+switches["rope_scaling"] |= {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16}
+for quant, others in (("none", {}), ("int8", {}), ("int4", {}), ("none", switches)):
     config = ModelArgs(
         block_size=256, vocab_size=1000, n_layer=1, n_head=8, n_local_heads=8, dim=512, quant=quant,
-        intermediate_size=4224 if quant == "int4" else 5120, groupsize=64,
+        intermediate_size=4224 if quant == "int4" else 5120, groupsize=64, **others,
     )
     model = SparseTransformer(config, "cpu", torch.bfloat16).requires_grad_(False)
     for module in model.sites:
         module.set_cut(module.threshold, torch.zeros(module.weight.shape[0]))
     model.setup_caches(1, 140)
-    for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if capability == 90 else ((0.5, 80),):
+    every = capability == 90 and not others
+    for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if every else ((0.5, 80),):
         kernels.plan.RESIDENT = resident  # 2112: small tiles
         model.sparsity = sparsity
-        decoder = FusedGpuStep(model, temperature=0.8, top_k=200)
-        decoder.pdl = capability >= 90
-        decoder.step()
+        for drafts in (0, 3) if (sparsity, resident) == (0.5, 80) else (0,):
+            decoder = FusedGpuStep(model, temperature=0.8, top_k=200, drafts=drafts)
+            decoder.pdl = capability >= 90
+            decoder.step()
 """
 
 
@@ -222,9 +245,9 @@ def test_infinite_inputs_end_in_not_a_number_instead_of_a_hang():
     model.setup_caches(1, 140)  # two chunks to join
     model.tok_embeddings.weight[3] = float("inf")
     decoder = FusedGpuStep(model, temperature=0.0, top_k=1)
-    decoder.start(torch.tensor([3], device=DEVICE), 0, seed=0)
+    decoder.start(torch.tensor([3], device=DEVICE), [0], [0])
     decoder.step()
-    assert decoder.logits[:101].isnan().all()
+    assert decoder.logits[0, :101].isnan().all()
 
 
 @dataclass
@@ -237,14 +260,19 @@ def test_a_model_with_a_switch_that_the_fused_steps_do_not_know_is_not_fused(mon
     known, unknown = WithAnotherField(**FUSED, qkv_bias=True), WithAnotherField(**FUSED, experts=8)
     assert fusable(known) and why_unfused(known, torch.device("cpu"), 1, 1) is None
     assert not fusable(unknown)
+    assert fusable(ModelArgs(**{k: v for k, v in (FUSED | SWITCHES).items() if k != "vector_std"}))
+    for field, value in {"qk_norm": "whole", "norm": "layer", "post_norm": True, "gated": False}.items():
+        assert unknown_parts(ModelArgs(**FUSED, **{field: value})) == [f"{field} = {value!r}"]
     assert why_unfused(unknown, torch.device("cpu"), 1, 1) == "it does not implement experts = 8"
     assert {field.name for field in fields(ModelArgs)} >= FUSED_FIELDS
 
 
 def test_what_else_keeps_a_step_from_being_fused(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: "built")
     gpu, config = torch.device("cuda"), ModelArgs(**FUSED)
-    assert why_unfused(config, gpu, 1, MAX_TOP_K) is None
-    assert "one row" in why_unfused(config, gpu, 2, 1)
+    for device in (gpu, torch.device("cpu")):
+        assert why_unfused(config, device, MAX_ROWS, MAX_TOP_K) is None
+        assert why_unfused(config, device, MAX_ROWS + 1, 1) == "it serves at most 8 rows"
     assert "top_k of at most 1024" in why_unfused(config, gpu, 1, MAX_TOP_K + 1)
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert "C++ compiler" in why_unfused(config, torch.device("cpu"), 1, 1)
@@ -254,16 +282,16 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int, n: int, seed: int
     """n draws of the sampling kernel from the same logits."""
     from kernels.fused_step import HEAD_ROWS, RSTD_BUFFER, launch_sample
 
-    top = torch.stack([group.max() for group in logits.split(HEAD_ROWS)])
-    logits = torch.cat((logits, torch.zeros(RSTD_BUFFER, device=DEVICE)))
-    groups = torch.zeros(1 << (top_k + 31).bit_length(), dtype=torch.int32, device=DEVICE)
+    top = torch.stack([group.max() for group in logits.split(HEAD_ROWS)])[None]
+    logits = torch.cat((logits, torch.zeros(RSTD_BUFFER, device=DEVICE)))[None]
+    groups = torch.zeros(1, 1 << (top_k + 31).bit_length(), dtype=torch.int32, device=DEVICE)
     token, position = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    tokens = torch.full((n + 1,), -1, device=DEVICE)
+    tokens = torch.full((1, n + 1), -1, device=DEVICE)
     seeds = torch.tensor([seed], device=DEVICE)
     for _ in range(n):
         launch_sample(logits, top, groups, seeds, position, token, tokens, temperature, top_k, False)
-    assert position.item() == n and token.item() == tokens[-1].item()
-    return tokens[1:].cpu()
+    assert position.item() == n and token.item() == tokens[0, -1].item()
+    return tokens[0, 1:].cpu()
 
 
 def test_draws_follow_the_softmax_of_the_top_k():

@@ -16,26 +16,30 @@ import pytest
 import torch
 from models import change_config, flags
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
+import decoder
 import generate
 import options
 from cli import command_line
-from decoder import Generator, sample
+from decoder import Generation, Generator, sample
 from formats import default_model
 from formats.checkpoint import fingerprint
+from formats.named_configs import transformer_configs
 from generate import count_kept
-from model import Transformer, read_config, transformer_configs
+from model import KVCache, Transformer, read_config
 from sparse_model import SparseTransformer
 from thresholds import Cuts, CutTable, Statistics, load_statistics
 from tokenizer import load_tokenizer
 
 KEYS = {
     *("model", "device", "dtype", "sparsity", "achieved_sparsity", "tokens_per_sec", "ms_per_token", "bytes_per_token"),
-    *("bandwidth_gbps", "compile_s", "peak_memory_gb", "prompt_tokens", "new_tokens", "text"),
+    *("bandwidth_gbps", "compile_s", "peak_memory_gb", "prompt_tokens", "new_tokens", "batch", "ttft_ms", "text"),
 }
 DENSE_KEYS = {"dense_tokens_per_sec", "speedup", "dense_backend"}
 ROOT = Path(generate.__file__).parent
 BRIEF = ("--device", "cpu", "--precision", "float32", "--max_new_tokens", "8", "--num_samples", "1")
+COMPILES = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
 
 
 # ---------------------------------------------------------------- sampling
@@ -246,12 +250,210 @@ def test_counts_are_those_of_the_decode_steps(sparse):
                 total += width * x.numel()
 
     hooks = [module.register_forward_pre_hook(look) for module in sparse.sites]
-    tokens = generator(prompts(2), 20).tokens
+    generation = generator(prompts(2), 20)
     for hook in hooks:
         hook.remove()
-    count_kept(sparse, tokens, 5)
+    count_kept(sparse, generation)
     assert 0.1 < 1 - kept.item() / total < 0.9
     assert sparse.achieved_sparsity() == pytest.approx(1 - kept.item() / total, abs=1e-6)
+
+
+# ---------------------------------------------------------------- rows that stand at their own positions
+
+
+class RowByRow:
+    """A fused step of several rows, as the plain model takes it: row by row, in that row's part of the cache."""
+
+    def __init__(self, model, temperature, top_k, dense=False):
+        self.model, self.sampling = model, (temperature, top_k)
+        self.caches = [block.attention.kv_cache for block in model.layers]
+        self.rows, _, length, _ = self.caches[0].k_cache.shape
+        self.tokens = torch.zeros(self.rows, length + 1, dtype=torch.int64)
+        self.logits = torch.zeros(self.rows, model.config.vocab_size + 3)
+
+    def start(self, tokens, positions, seeds):
+        assert tokens.shape == (self.rows,)
+        self.positions, self.seeds = list(positions), list(seeds)
+        self.tokens[torch.arange(self.rows), positions] = tokens
+
+    def replay(self):
+        for row, position in enumerate(self.positions):
+            for block, cache in zip(self.model.layers, self.caches, strict=True):
+                block.attention.kv_cache = KVCache((0,))
+                block.attention.kv_cache.k_cache = cache.k_cache[row : row + 1]
+                block.attention.kv_cache.v_cache = cache.v_cache[row : row + 1]
+            logits = self.model(self.tokens[row : row + 1, position : position + 1], torch.tensor([position]))[:, -1]
+            seed = torch.tensor([[self.seeds[row]]])
+            self.logits[row, :-3] = logits
+            self.tokens[row, position + 1] = sample(logits, seed, position + 1, *self.sampling)
+            self.positions[row] += 1
+        for block, cache in zip(self.model.layers, self.caches, strict=True):
+            block.attention.kv_cache = cache
+
+
+@pytest.fixture
+def rowwise(monkeypatch):
+    """Fused steps on a CPU serve any number of rows."""
+    monkeypatch.setattr(decoder, "FusedCpuStep", RowByRow)
+    monkeypatch.setattr(generate, "why_unfused", lambda *_: None)
+
+
+RAGGED = [prompts(1, length)[0] for length in (9, 1, 14, 2)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_rows_of_different_lengths_equal_single_runs(kind, temperature, rowwise, request):
+    model, seed = request.getfixturevalue(kind), 2**32 - 2
+    together = Generator(model, 4, 40, temperature, 50, "fused", seed=seed)(RAGGED, 20)
+    assert together.new.shape == (4, 20) and together.prompts == RAGGED
+    for r, prompt in enumerate(RAGGED):
+        alone = Generator(model, 1, 40, temperature, 50, seed=seed + r)(prompt[None], 20)
+        assert torch.equal(alone.new[0], together.new[r])
+    assert len({tuple(new.tolist()) for new in together.new}) == 4
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=COMPILES), pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_fused_rows_equal_single_fused_runs(device, tiny):
+    """To the token, beside any rows; the form that other tests of rows stand in for."""
+    model, seed = SparseTransformer.from_checkpoint(tiny, device, torch.bfloat16), 2**32 - 2
+    model.set_cuts(cuts_of(model))
+    for rows in ([prompt.to(device) for prompt in RAGGED], list(prompts(8).to(device))):
+        together = Generator(model, len(rows), 40, 0.8, 50, "fused", seed=seed)(rows, 20)
+        assert not together.new.equal(together.new[:1].expand_as(together.new))
+        for r, prompt in enumerate(rows):
+            alone = Generator(model, 1, 40, 0.8, 50, "fused", seed=seed + r)(prompt[None], 20)
+            assert torch.equal(alone.new[0], together.new[r])
+
+
+def test_a_row_of_the_cache_depends_on_its_own_prompt_alone(dense):
+    """To the bit, whatever the other rows are and what the cache held before; and no other row is written."""
+    left = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        rows = [prompts(3, 23)[row] for row in order]
+        generator = Generator(dense, 3, 30 + len(left), 0)
+        generator([row[:7] for row in rows], 9)
+        generator(rows, 1)
+        caches = [tensor for block in dense.layers for tensor in block.attention.kv_cache.buffers()]
+        left.append([[tensor[order.index(row), :, :23].clone() for row in range(3)] for tensor in caches])
+    single = Generator(dense, 1, 30, 0)
+    for row, prompt in enumerate(prompts(3, 23)):
+        single(prompt[None], 1)
+        caches = [tensor for block in dense.layers for tensor in block.attention.kv_cache.buffers()]
+        for tensor, first, second in zip(caches, *left, strict=True):
+            assert torch.equal(first[row], second[row]) and torch.equal(first[row], tensor[0, :, :23])
+
+
+def test_unfused_rows_share_their_length(dense):
+    for step in ("eager", "compiled"):
+        with pytest.raises(ValueError, match=f"prompts of 1 to 14 tokens need fused steps, not {step} ones"):
+            Generator(dense, 4, 40, step=step)(RAGGED, 20)
+    rows = list(prompts(2))
+    assert torch.equal(Generator(dense, 2, 40, 0)(rows, 9).tokens, Generator(dense, 2, 40, 0)(prompts(2), 9).tokens)
+
+
+@pytest.mark.parametrize("step", ["eager", "fused"])
+def test_generation_stops_when_every_row_has_ended(dense, step, rowwise):
+    generator = Generator(dense, 3, 40, 0.9, step=step)
+    new = generator(prompts(3), 20).new
+    for eos_ids in ({int(new[0, 4]), int(new[1, 9]), int(new[2, 2])}, {int(new[0, 0])}, {299, int(new[1, 3])}):
+        ends = [next((i + 1 for i, token in enumerate(row) if token in eos_ids), 99) for row in new.tolist()]
+        stopped = generator(prompts(3), 20, eos_ids=eos_ids).new
+        assert torch.equal(stopped, new[:, : max(ends)])
+
+
+@pytest.mark.parametrize("step", ["eager", "fused"])
+def test_on_token_sees_the_tokens_of_all_rows(dense, step, rowwise):
+    seen = []
+    lengths = RAGGED if step == "fused" else prompts(4)
+    result = Generator(dense, 4, 40, 0.9, step=step)(lengths, 12, lambda token: seen.append(token.clone()) or False)
+    assert torch.equal(torch.cat(seen, dim=1), result.new) and result.new.shape == (4, 12)
+
+
+@pytest.mark.parametrize("damaged", [0, 3])
+def test_a_row_that_is_not_finite_is_found(dense, damaged, rowwise, monkeypatch):
+    generator = Generator(dense, 4, 40, 0, step="fused")
+    replay, steps = generator._step.replay, iter(range(99))
+
+    def poisoned():
+        replay()
+        generator._step.logits[2, 7] = float("nan") if next(steps) == damaged else 0.0
+        generator._step.logits[:, -3:] = float("nan")  # room for other things
+
+    generator(RAGGED, 1)
+    monkeypatch.setattr(generator._step, "replay", poisoned)
+    with pytest.raises(ValueError, match="the model's output in float32 is not finite"):
+        generator(RAGGED, 12)
+
+
+def test_counts_of_rows_at_their_own_positions(sparse, rowwise):
+    generation = Generator(sparse, 4, 40, 0, step="fused")(RAGGED, 20)
+    count_kept(sparse, generation)
+    together = [(module.kept.clone(), module.read.clone()) for module in sparse.sites]
+    assert {(module.seen, module.steps) for module in sparse.sites} == {(4 * 19, 19)}
+    alone = [torch.zeros_like(kept) for kept, _ in together]
+    for prompt, new in zip(RAGGED, generation.new, strict=True):
+        count_kept(sparse, Generation([prompt], new[None], 1.0, 1.0))
+        for total, module in zip(alone, sparse.sites, strict=True):
+            total += module.kept
+    for total, (kept, read), module in zip(alone, together, sparse.sites, strict=True):
+        assert torch.equal(total, kept) and (kept / 4 < read).all() and (read <= kept).all()
+        assert (read <= 19 * module.threshold.shape[1]).all()
+    # rows of one length: the same by the list and by the number
+    rows = Generator(sparse, 3, 40, 0)(prompts(3), 20).tokens[:, :-1]
+    counts = []
+    for prefix in (5, [5, 5, 5]):
+        sparse.reset_counts()
+        sparse(rows, dense_prefix=prefix)
+        counts.append([(module.kept.tolist(), module.read.tolist()) for module in sparse.sites])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_prompts_of_any_length_are_compiled_once(kind, batch, request, monkeypatch):
+    model, compile, counter = request.getfixturevalue(kind), torch.compile, CompileCounter()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda run, **options: compile(run, backend=counter, **options))
+    generator = Generator(model, batch, 60, 0, compile_prefill=True, static_prompt=False)
+    eager = Generator(model, batch, 60, 0)
+    for length in (6, 9, 2, 50, 33):
+        prompt = prompts(batch, length)
+        assert torch.equal(generator(prompt, 3).tokens, eager(prompt, 3).tokens)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", ["eager", "compiled", "fused"])
+def test_on_a_gpu_the_next_step_runs_while_the_host_looks(step, tiny):
+    cls = SparseTransformer if step == "fused" else Transformer  # the unfused products of the first do not repeat
+    model = cls.from_checkpoint(tiny, "cuda", torch.bfloat16)
+    generator, prompt = Generator(model, 1, 40, 0.8, step=step), prompts().cuda()
+    expected = generator(prompt, 20).new
+    replay, launched, seen = generator._step.replay, [], []
+    generator._step.replay = lambda: launched.append(1) or replay()
+
+    def look(token):
+        assert not token.is_cuda and len(launched) == min(len(seen) + 1, 19)
+        seen.append(token.item())
+        return len(seen) == 15
+
+    assert torch.equal(generator(prompt, 20, look).new, expected[:, :15]) and seen == expected[0, :15].tolist()
+    launched.clear(), seen.clear()
+    assert torch.equal(generator(prompt, 20, lambda token: look(token) and False).new, expected)
+    model.layers[0].feed_forward.w2.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="is not finite"):
+        generator(prompt, 20, lambda token: False)
+
+
+@pytest.mark.gpu
+def test_a_recorded_prompt_serves_every_row_and_leaves_other_lengths(tiny):
+    model = SparseTransformer.from_checkpoint(tiny, "cuda", torch.bfloat16)
+    generator = Generator(model, 1, 40, 0, step="fused")
+    for length in (5, 9, 5, 3):
+        prompt = prompts(1, length).cuda()
+        assert torch.equal(generator(prompt, 6).new[:, :1], Generator(model, 1, 40, 0)(prompt, 1).new)
+    assert generator._prefill.prompt.shape == (1, 5)
 
 
 @pytest.mark.gpu
@@ -407,6 +609,78 @@ def test_an_empty_prompt_is_not_the_default_one(cli, refused, copy):
     assert result_of(output)["prompt_tokens"] == 1 and generate.DEFAULT_PROMPT not in output
 
 
+def write_prompts(folder: Path, *lines: str) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@COMPILES
+@pytest.mark.parametrize("lines", [("Hello", "", "   ", "Hello\r", ""), ("Hello", "my name", "Ann"), ("Hello",)])
+def test_a_file_of_prompts(cli, calibrated, tmp_path, lines):
+    path = write_prompts(tmp_path, *lines)
+    asked = [line.rstrip("\r") for line in lines if line.strip()]
+    arguments = ("--checkpoint_path", calibrated, "--sparsity", 0.5, "--compile", "--json", *BRIEF)
+    arguments += ("--precision", "bfloat16")  # whose sums do not depend on other rows
+    output = cli(*arguments, "--prompts", path, "--seed", 7)
+    result, tokenizer = result_of(output), load_tokenizer(calibrated)
+    assert result["prompt_tokens"] == [len(tokenizer.encode(text)) for text in asked]
+    assert result["batch"] == len(result["text"]) == len(asked) and 0.2 < result["achieved_sparsity"] < 0.8
+    for row, (text, answer) in enumerate(zip(asked, result["text"], strict=True)):
+        single = result_of(cli(*arguments, "--prompt", text, "--seed", 7 + row))
+        assert single["text"] == answer and f"{text}{answer}" in output
+        assert isinstance(single["prompt_tokens"], int)
+    assert (" per row), median" in output) == (len(asked) > 1)
+
+
+def test_prompts_of_one_length_run_unfused(cli, tiny, tmp_path):
+    path = write_prompts(tmp_path, *["Hello"] * 9)
+    result = result_of(cli("--checkpoint_path", tiny, "--json", "--prompts", path, *BRIEF))
+    assert result["batch"] == len(result["text"]) == 9 and len(set(result["text"])) > 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "of different lengths (in tokens) need fused steps; a step is fused with --compile, without --unfused"),
+        (("--compile", "--unfused"), "a step is fused with --compile, without --unfused"),
+        (("--compile", "--top_k", 9), "a step is not fused here: it has another reason"),
+    ],
+)
+def test_prompts_of_different_lengths_need_fused_steps(refused, tiny, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(generate, "why_unfused", lambda *a: "it has another reason" if a[3] == 9 else None)
+    monkeypatch.setattr(SparseTransformer, "from_checkpoint", None)
+    path = write_prompts(tmp_path, "Hello", "my name is Ann")
+    assert message in refused("--checkpoint_path", tiny, "--prompts", path, *BRIEF, *flags)
+
+
+def test_files_of_prompts_that_do_not_do(refused, tiny, tmp_path):
+    arguments = ("--checkpoint_path", tiny, *BRIEF, "--prompts")
+    assert "absent.txt does not exist" in refused(*arguments, tmp_path / "absent.txt")
+    assert "prompts.txt has no prompt" in refused(*arguments, write_prompts(tmp_path, "", " "))
+    assert "prompts.txt has over 1024 prompts" in refused(*arguments, write_prompts(tmp_path, *["Hello"] * 1025))
+    assert "do not fit tiny's context" in refused(*arguments, write_prompts(tmp_path, "a", "Hello " * 200))
+    (tmp_path / "bytes.txt").write_bytes(b"Hello\n\xff\xfe\n")
+    assert "is not UTF-8 text" in refused(*arguments, tmp_path / "bytes.txt")
+
+
+def test_synthetic_rows_differ_and_a_text_is_every_rows(tiny):
+    tokenizer, config = load_tokenizer(tiny, 300), read_config(tiny)
+    for prompt, count in (("20", 3), ("Hello", 1)):
+        o = options.generate(["--prompt", prompt, "--batch_size", "3", "--seed", "5"])
+        rows = [tuple(row.ids) for row in generate.read_prompts(o, tokenizer, config)]
+        assert len(rows) == 3 and len(set(rows)) == count
+        assert rows[2] == tuple(generate.read_prompt(prompt, tokenizer, config, 7).ids)
+
+
+def test_the_time_to_the_first_token_is_the_prompts(cli, tiny):
+    output = cli("--checkpoint_path", tiny, "--json", "--prompt", 100, "--batch_size", 3, *BRIEF)
+    result = result_of(output)
+    total = 1e3 * 3 * 8 / result["tokens_per_sec"]
+    assert result["ttft_ms"] + 7 * result["ms_per_token"] == pytest.approx(total)
+    assert f"First      {result['ttft_ms']:.1f} ms from the call to the first token of every row" in output
+
+
 @pytest.mark.parametrize("name", ["trace", "trace.json"])
 def test_profile(cli, tiny, tmp_path, name):
     cli("--checkpoint_path", tiny, "--profile", tmp_path / name, *BRIEF)
@@ -442,9 +716,6 @@ def test_the_default_prompt_is_a_question_where_the_model_chats(cli, copy):
     assert output.startswith(f"> {generate.DEFAULT_QUESTION}\n\n{result['text']}")
 
 
-COMPILES = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-
-
 @COMPILES
 @pytest.mark.parametrize("given", [(), ("--no-compare_dense",), ("--compare_dense",)])
 def test_a_fused_run_is_compared_with_dense_briefly(cli, monkeypatch, calibrated, given):
@@ -472,10 +743,12 @@ def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
     ("given", "form", "line"),
     [
         ((), "eager", "a step runs operation by operation; with --compile it is one C++ call"),
-        (("--batch_size", 2), "eager", ""),
+        (("--batch_size", 8), "eager", "with --compile it is one C++ call"),
+        (("--batch_size", 9), "eager", ""),
         (("--compile",), "fused", ""),
+        (("--compile", "--batch_size", 8), "fused", ""),
         (("--compile", "--unfused"), "compiled", "through torch.compile, not the fused step: --unfused"),
-        (("--compile", "--batch_size", 2), "compiled", "through torch.compile, not the fused step: it serves one row"),
+        (("--compile", "--batch_size", 9), "compiled", "not the fused step: it serves at most 8 rows"),
     ],
 )
 def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):
@@ -632,14 +905,14 @@ def test_one_step_that_is_not_finite_is_found(copy, step, damaged, monkeypatch):
     prompt = torch.tensor([[5, 6]])
     assert generator(prompt, 8).tokens.min() >= 0
     if step == "fused":
-        replay = generator._fused.replay
+        replay = generator._step.replay
         steps = iter(range(99))
 
         def poisoned():
             replay()
-            generator._fused.logits[..., 7] = float("nan") if next(steps) == damaged else 0.0
+            generator._step.logits[0, 7] = float("nan") if next(steps) == damaged else 0.0
 
-        monkeypatch.setattr(generator._fused, "replay", poisoned)
+        monkeypatch.setattr(generator._step, "replay", poisoned)
     else:
         forward, steps = model.forward, iter(range(99))
 
@@ -779,7 +1052,7 @@ CHECKPOINTS = {
         "'model-2-of-2.safetensors', which is missing",
     ),
     "shard outside": (lambda f: drop_shard(f, "../model.safetensors"), "'../model.safetensors' outside its folder"),
-    "architecture": (lambda f: change_config(f, architectures=["OPTForCausalLM"]), "LlamaForCausalLM, Mistral"),
+    "architecture": (lambda f: change_config(f, architectures=["BloomForCausalLM"]), "LlamaForCausalLM, Mistral"),
     "weights of another config": (lambda f: change_config(f, hidden_size=40), "do not fit its config"),
     "larger tokenizer": (larger_vocabulary, "has ids up to 309, but the model's vocabulary is 300"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in"),
@@ -864,7 +1137,7 @@ def test_a_cache_that_cannot_be_written_is_called_that(monkeypatch, tmp_path):
         assert generate.cpu.find_compiler() in (["g++"], None)
 
 
-@pytest.mark.parametrize("flags", [["--compile", "--batch_size", "2"], ["--compile_prefill"]])
+@pytest.mark.parametrize("flags", [["--compile", "--batch_size", "9"], ["--compile_prefill"]])
 def test_with_a_compiler_it_compiles(cli, monkeypatch, tiny, flags):
     monkeypatch.setattr(generate.cpu, "library", lambda: "a library")
     monkeypatch.setattr(torch, "compile", forbidden)

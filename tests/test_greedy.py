@@ -33,7 +33,7 @@ def brute_force(model: Transformer, statistics: Statistics, tokens: torch.Tensor
     """Algorithm 1 in words, on the dense model: whole windows without a cache, weights multiplied one by one."""
     length = tokens.shape[1]
     first = length - length // 4
-    rope, masks = model.rope_and_masks(torch.arange(length))
+    (rope, *_), masks = model.rope_and_masks(torch.arange(length))
 
     def output(block, mask, x, thresholds):
         """The block with its inputs at positions [first:] cut by hand; each projection's own part is kept."""

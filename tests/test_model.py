@@ -16,17 +16,11 @@ import torch
 from models import CONFIG, LLAMA3_ROPE, SMALL, change_config, random_tokens, split_weights
 from safetensors.torch import load_file, save_file
 
+from convert_hf_checkpoint import shapes_of
 from formats.checkpoint import checkpoint_folder, fingerprint
-from formats.config import NUMBERS
-from model import (
-    FAMILIES,
-    ModelArgs,
-    Transformer,
-    apply_rope,
-    expected_shapes,
-    rope_inverse_frequencies,
-    transformer_configs,
-)
+from formats.config import FAMILIES, NUMBERS
+from formats.named_configs import transformer_configs
+from model import ModelArgs, Transformer, apply_rope, rope_inverse_frequencies
 
 LLAMA = CONFIG | {"num_hidden_layers": 6}
 build = partial(models.build, vector_std=0.2)
@@ -50,6 +44,13 @@ build = partial(models.build, vector_std=0.2)
         ("qwen2.5-0.5b", 0.494e9),
         ("qwen2.5-7b", 7.616e9),
         ("smollm2-135m", 134.5e6),
+        ("qwen3-0.6b", 0.596e9),
+        ("qwen3-8b", 8.191e9),
+        ("gemma-3-4b", 3.880e9),
+        ("phi-4", 14.660e9),
+        ("olmo-2-7b", 7.299e9),
+        ("pythia-6.9b", 6.857e9),
+        ("opt-6.7b", 6.658e9),
         ("stories15M", 24.4e6),
     ],
 )
@@ -76,6 +77,7 @@ def test_bytes_per_step_leaves_out_the_embedding():
         ("Mistral-7B-v0.1", "Mistral-7B"),
         ("stories15M", "stories15M"),
         ("SmolLM2-135M-Instruct", "smollm2-135m"),
+        ("facebook/opt-6.7B", "opt-6.7b"),
     ],
 )
 def test_the_longest_name_contained_decides(name, key):
@@ -171,15 +173,15 @@ def test_windows_of_a_config(config, window, layers):
         ),
         ({"architectures": None}, "unknown architecture None.*LlamaForCausalLM"),
         ({"architectures": [], "model_type": "gemma"}, "'GemmaForCausalLM'.*LlamaForCausalLM"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*linear, llama3"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "'ntk'.*linear, llama3, dynamic, yarn, longrope"),
         ({"rope_scaling": {"type": "linear"}}, "linear rope scaling needs a number.*'factor', it has none"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "llama3 rope scaling needs .*'low_freq_factor'",
         ),
-        ({"hidden_act": "gelu"}, "'gelu'.*'silu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "quick_gelu"}, "'quick_gelu'.*'silu', .*'relu'"),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias, which Mistral"),
+        ({"architectures": ["Phi3ForCausalLM"], "mlp_bias": True}, "mlp_bias, which Phi3"),
         ({"num_key_value_heads": 3}, "4 heads do not divide into 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"rope_theta": "1e4"}, "needs a number from .* as 'rope_theta', not '1e4'"),
@@ -284,6 +286,14 @@ VARIANTS = {
     "tied, biases": {"tie_embeddings": True, "qkv_bias": True, "n_local_heads": 2},
     "window": {"sliding_window": 4},
     "window in one layer, grouped": {"sliding_window": 5, "windowed_layers": [1], "n_local_heads": 2},
+    "norms of q and k, soft caps": {"qk_norm": "head", "attention_softcap": 2.0, "logit_softcap": 3.0},
+    "learned positions, no gate": {"learned_positions": True, "rotary_share": 0.0, "gated": False, "norm": "layer"},
+    "layers of their own": {
+        "unrotated_layers": [0],
+        "windowed_layers": [1],
+        "sliding_window": 5,
+        "local_rope_base": 9.0,
+    },
 }
 
 
@@ -430,8 +440,7 @@ def test_a_walk_is_the_forward_pass(variant):
             layer.outputs  # noqa: B018 asked for here or not, the next layer gets them
         assert layer.block is model.layers[layer.index] and len(seen) == 2
     for batch, x in zip(batches, layer.outputs, strict=True):
-        logits = model.norm(x) @ model.output_weight.t()
-        torch.testing.assert_close(logits, model(batch), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.head(model.norm(x)), model(batch), atol=1e-5, rtol=1e-5)
     assert list(model.walk([]))[-1].outputs == []
 
 
@@ -442,18 +451,18 @@ def test_a_cached_walk_runs_a_part_of_the_positions_again(variant):
         (x,), (dense,) = layer.inputs, layer.outputs
         again = layer.block(x[:, tail], *layer.arguments_at(tail))
         torch.testing.assert_close(again, dense[:, tail], atol=1e-5, rtol=1e-5)
-    logits = model.norm(dense) @ model.output_weight.t()
-    torch.testing.assert_close(logits, model(random_tokens(3, 12)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.head(model.norm(dense)), model(random_tokens(3, 12)), atol=1e-4, rtol=1e-4)
     assert all(block.attention.kv_cache is None for block in model.layers)
 
 
 def test_expected_shapes_are_those_of_a_checkpoint_with_projections_apart():
-    args = ModelArgs(**SMALL, n_local_heads=2, qkv_bias=True)
-    shapes = expected_shapes(args)
+    config = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+    shapes = shapes_of(config)
     assert len(shapes) == 3 + 2 * 12 and shapes["output.weight"] == (96, 32)
     assert shapes["layers.1.attention.wk.weight"] == (16, 32) and shapes["layers.1.attention.wk.bias"] == (16,)
     assert shapes["layers.0.feed_forward.w3.weight"] == (48, 32) and shapes["layers.0.ffn_norm.weight"] == (32,)
-    assert "output.weight" not in expected_shapes(ModelArgs(**SMALL, tie_embeddings=True))
+    assert "output.weight" not in shapes_of(config | {"tie_word_embeddings": True})
 
 
 # ---------------------------------------------------------------- checkpoints

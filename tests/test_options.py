@@ -16,9 +16,8 @@ import options
 from cli import Parser, command_line, output_path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = (
-    "generate calibrate greedy refine quantize convert_hf_checkpoint eval decode cpu_decode gemv plot quality".split()
-)
+SCRIPTS = "generate calibrate greedy refine finetune quantize convert_hf_checkpoint eval".split()
+SCRIPTS += "decode cpu_decode gemv plot quality".split()
 
 
 def command(script: str) -> list[str]:
@@ -75,6 +74,7 @@ def test_help_and_wrong_flags_do_not_wait_for_torch(script):
     [
         *(("generate", f"--interactive {flags}") for flags in ("--prompt 5", "--num_samples 2", "--batch_size 2")),
         *(("generate", f"--interactive {flags}") for flags in ("--compare_dense", "--profile x.json", "--json")),
+        *(("generate", f"--prompts x {flags}") for flags in ("--prompt 5", "--batch_size 2", "--interactive")),
         ("generate", "--thresholds uniform"),
         ("generate", "--statistics x"),
         ("generate", "--random_init a --sparsity 0.5 --statistics x"),
@@ -105,6 +105,7 @@ def test_a_flag_that_another_makes_meaningless(script, line, tmp_path, monkeypat
     [
         *(("generate", f"--{flag} {value}") for flag in ("top_k", "threads", "max_new_tokens") for value in (0, 2**64)),
         *(("generate", f"--temperature {value}") for value in ("nan", -1)),
+        *(("generate", f"--batch_size {value}") for value in (0, 1025)),
         *(("generate", f"--seed {value}") for value in (-1, 10**30)),
         *((script, "--sparsity nan") for script in ("generate", "eval")),
         *((script, "--sparsities 0.5 1") for script in ("decode", "cpu_decode", "gemv", "quality")),

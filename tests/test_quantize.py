@@ -13,7 +13,7 @@ from decoder import Generator
 from formats.checkpoint import fingerprint
 from formats.files import read_json
 from kernels import cpu
-from kernels.quantized import dequantize, pack_int4
+from kernels.quantized import Form, dequantize, fill_random, pack_int4, transposed
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
 from model import ModelArgs, Transformer, read_config
 from quantize import gptq, int8_scale, quantize_model, quantize_weight, round_int4, round_int8
@@ -71,6 +71,41 @@ def test_int4_means_what_it_was_rounded_to(groupsize):
     assert packed[7, 5] == codes[7, 10] + 16 * codes[7, 11]
     assert torch.equal(dequantize(packed, scale, torch.float32), value)  # so s and m were bfloat16 already
     torch.testing.assert_close(value[3:5], weight[3:5])
+
+
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("form", "groupsize"), [("int8", 0), ("int4", 16), ("int4", 48), ("int4", 64)])
+def test_a_gpu_dequantises_to_the_bit(form, groupsize, dtype, out_first, device):
+    if device == "interpreter" and torch.cuda.is_available():
+        pytest.skip("the kernel runs on the GPU here")
+    launch = pytest.importorskip("kernels.triton_dequantize").launch_dequantize
+    for n_in, n_out in ((40, 192), (129, 576), (1, 192)):
+        weight, scale = Form.named(form, dtype, groupsize).empty(n_in, {"o": n_out}, out_first=out_first)
+        fill_random(weight, scale, 0.3, torch.Generator().manual_seed(0))
+        scale.copy_(scale * (0.5 + torch.rand(scale.shape, generator=torch.Generator().manual_seed(1))))
+        weight, scale = transposed(weight, scale) if out_first else (weight, scale)
+        expected = dequantize(weight, scale, dtype)
+        weight, scale = (t if device == "interpreter" else t.cuda() for t in (weight, scale))
+        found = launch(weight, scale, dtype).cpu()
+        assert (found.stride(0) == 1) == (out_first or n_in == 1) or found.stride(1) == 1
+        if device == "interpreter" and dtype == torch.bfloat16:  # the interpreter cuts the bits that do not fit
+            assert ((found - expected).abs() <= 2**-7 * expected.abs()).all()
+        else:
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_gpus_dequantised_weight_takes_one_launch(form):
+    weight, scale = Form.named(form, torch.bfloat16, 64).empty(256, {"o": 512}, device="cuda")
+    fill_random(weight, scale, 0.3, torch.Generator("cuda").manual_seed(0))
+    dequantize(weight, scale, torch.bfloat16)
+    with torch.profiler.profile() as profiler:
+        dequantize(weight, scale, torch.bfloat16)
+        torch.cuda.synchronize()
+    assert [event.name for event in profiler.events() if event.device_type.name == "CUDA"] == ["_dequantize_kernel"]
 
 
 def test_int4_beats_the_range_of_every_group():

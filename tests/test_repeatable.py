@@ -80,37 +80,59 @@ def test_a_fineness_is_a_power_of_two_whatever_the_bound():
     assert fineness.isfinite().all() and (torch.frexp(fineness).mantissa == 0.5).all()
 
 
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("shifted", "biased"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_bound_behind_a_norm_holds_for_the_worst_input(form, shifted):
+def test_the_bound_behind_a_norm_holds_for_the_worst_input(form, shifted, biased):
     """For each output the input that is largest there, with the norm's own rounding, any part of it and the offset."""
-    model = build_cut(shifted=True, dtype=torch.bfloat16, vector_std=0.5, **FORMS[form])
+    model = build_cut(shifted=True, dtype=torch.bfloat16, vector_std=0.5, mlp_bias=True, **FORMS[form])
     module, gain = model.layers[0].feed_forward.w13, model.layers[0].ffn_norm.weight
     shift = module.shift if shifted else torch.zeros(64)
-    bound = grids.bound_after_norm(gain, module.weight, module.scale, shift if shifted else None)
+    bias = module.bias.float() * biased
+    given = shift if shifted else None, bias if biased else None
+    bound = grids.bound_after_norm(gain, module.weight, module.scale, *given)
     weight = dequantize(module.weight, module.scale, torch.float32)
     for j in range(0, weight.shape[1], 11):
         h = gain.float() * weight[:, j]
         x = (h / h.square().mean().sqrt()).bfloat16() * gain - shift.bfloat16()
         products = x.float() * weight[:, j]
-        offset = shift @ weight[:, j]
+        offset = shift @ weight[:, j] + bias[j]
         for part in (products.clamp(min=0).sum(), products.clamp(max=0).sum(), products.sum()):
             assert max(part.abs(), (part + offset).abs()) <= bound[j]
         assert shifted or products.sum() > 0.95 / grids.ROUNDING * bound[j]
 
 
-def test_the_residuals_bound_is_made_once_and_spares():
-    model = build(SparseTransformer, FUSED, dtype=torch.bfloat16)
+@pytest.mark.parametrize("multiplier", [1.0, 3.3])
+def test_the_residuals_bound_is_made_once_and_spares(multiplier):
+    model = build(SparseTransformer, FUSED, dtype=torch.bfloat16, embedding_multiplier=multiplier)
+    tried = torch.randint(101, (1, grids.PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).unique().tolist()
+    absent = next(token for token in range(101) if token not in tried)
+    model.tok_embeddings.weight[absent] *= 1000
     bound = grids.residual_bound(model)
     idx = random_tokens(1, 100, 101, seed=8)
+    idx[idx == absent] = 0
     for layer in model.walk([idx]):
         assert (4 * layer.inputs[0][0, 1:].abs().amax(0) < bound).all()
-    assert (bound >= model.tok_embeddings.weight.abs().amax(0)).all()
+    assert (bound >= model.embed(torch.tensor([[absent]]), torch.zeros(1))[0, 0].abs()).all()
     model.tok_embeddings.weight.mul_(2)
     assert grids.residual_bound(model) is bound and "residual_bound" not in model.state_dict()
 
 
 # ---------------------------------------------------------------- products
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_multiplied_product_lies_on_its_grid(form):
+    model = build_cut(dtype=torch.bfloat16, device=DEVICE, residual_multiplier=0.22, o_bias=True, **FORMS[form])
+    model.setup_caches(1, 70)
+    module = model.layers[0].attention.wo
+    product = FusedGpuStep(model, 0.0, 1).products[module]
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    out = torch.zeros(1, 64, device=DEVICE)
+    launch_gemv("given", x, product, out, dtype=torch.bfloat16)
+    kept = torch.where(x.abs() > module.threshold, x, 0).float()
+    expected = 0.22 * (kept @ module.dequantized(torch.float32) + module.bias.float())
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(out * product.fineness, (out * product.fineness).round())
 
 
 @interpreted
@@ -125,17 +147,17 @@ def test_a_product_is_the_same_in_any_order_of_its_programs(form, on_grid, monke
     product = step.products[module]
     if not on_grid:
         product = product._replace(fineness=None)
-    terms, out = [], torch.zeros(sum(module.widths) + RSTD_BUFFER)
+    terms, out = [], torch.zeros(1, sum(module.widths) + RSTD_BUFFER)
 
     def caught(pointer, value, mask, sem):
-        term = torch.zeros(len(out))
+        term = torch.zeros(out.numel())
         at = (torch.from_numpy(pointer.handle.data.astype("int64")) - out.data_ptr()) // 4
         inside = torch.from_numpy(mask.handle.data)
         term[at[inside]] = torch.from_numpy(value.handle.data)[inside]
         terms.append(term)
 
     monkeypatch.setattr(tl, "atomic_add", caught)
-    h = torch.randn(512, generator=torch.Generator().manual_seed(5))
+    h = torch.randn(1, 512, generator=torch.Generator().manual_seed(5))
     launch_gemv("norm", h, product, out, norm=Norm(norm.weight, norm.eps), dtype=torch.bfloat16)
     assert len(terms) > 15
     sums = [added(torch.stack(terms), seed) for seed in range(6)]
@@ -152,9 +174,9 @@ def test_grids_change_a_step_by_less_than_16_bits_do(form):
         if not with_grids:
             step.residual = fused_step.Residual(step.residual.h)
             step.products = {module: p._replace(fineness=None) for module, p in step.products.items()}
-        step.start(torch.tensor([3]), 0, seed=0)
+        step.start(torch.tensor([3]), [0], [0])
         step.step()
-        logits.append(step.logits[:101].clone())
+        logits.append(step.logits[0, :101].clone())
         assert not step.left_grid
     torch.testing.assert_close(*logits, atol=2e-3 * logits[0].abs().max().item(), rtol=0)
 
@@ -163,17 +185,17 @@ def test_a_step_says_that_the_residual_stream_left_its_grid():
     model = build_cut(dtype=torch.float16, n_layer=1)
     model.setup_caches(1, 70)
     step = FusedGpuStep(model, 0.0, 1)
-    step.start(torch.tensor([3]), 0, seed=0)
+    step.start(torch.tensor([3]), [0], [0])
     step.step()
     assert not step.left_grid
-    step.residual.h[17] = 2.0**23.5 / step.residual.fineness[17]
+    step.residual.h[0, 17] = 2.0**23.5 / step.residual.fineness[17]
     assert step.left_grid and not step.residual.beyond.any()  # after the last step
     step.step()
     assert step.residual.beyond.all() and step.left_grid  # found by the next step's embedding
 
     # between layers: an embedding that has grown since the grids were made, whose residual the layer cancels
     other = FusedGpuStep(model, 0.0, 1)
-    other.start(torch.tensor([3]), 0, seed=0)
+    other.start(torch.tensor([3]), [0], [0])
     model.tok_embeddings.weight[3, 60] = 2.0**23.5 / other.residual.fineness[60]
     other.step()
     other.residual.h.zero_()
@@ -207,12 +229,11 @@ def test_attention_does_not_depend_on_the_caches_length(position, options, dtype
             tensor.fill_(math.nan)
             tensor[:, :, :position] = torch.randn(1, 2, position, 16, generator=generator).to(DEVICE, dtype)
         step = FusedGpuStep(model, 0.0, 1)
-        step.start(torch.tensor([3], device=DEVICE), position, seed=0)
-        qkv = torch.randn(128 + RSTD_BUFFER, generator=generator).to(DEVICE)
+        step.start(torch.tensor([3], device=DEVICE), [position], [0])
+        qkv = torch.randn(1, 128 + RSTD_BUFFER, generator=generator).to(DEVICE)
         module = model.layers[0].attention
         fused_step.launch_attention(
-            qkv, None, module.kv_cache, step.position, model.inv_freq, step.chunks, step.y[0],
-            options.get("sliding_window"), step.residual,
+            qkv, step.heads[0], module.kv_cache, step.position, step.chunks, step.y[0], step.residual,
             (step.norms[1], step.products[model.layers[0].feed_forward.w13]), False,
         )  # fmt: skip
         assert not step.chunks.arrived.any()

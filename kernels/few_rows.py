@@ -1,0 +1,400 @@
+"""Products of 2 to 8 rows of x on a GPU, in Triton: a weight row that any row of x keeps is read once.
+
+Two launches: one makes the inputs and lists which are kept, the other multiplies. Every row of x gets the sums that
+`kernels.triton_gemv` gives it alone, to the bit. So the plan of one row says which rows of W are added up, in which
+order, before a sum is put on its grid; a sum of such sums is exact, and how many a program takes is free. Products of
+16-bit numbers are exact in float32, and those of an input that a row cuts are 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.plan import BLOCK_IN, Plan, plan_for
+from kernels.triton_gemv import (
+    BLOCK,
+    MAX_SEGMENTS,
+    ONE,
+    Norm,
+    Operation,
+    Product,
+    fraction,
+    inputs,
+    joined,
+    load_constants,
+    load_inputs,
+    outputs_of_tile,
+    prefetch,
+    rstd_of,
+    snap,
+    starts_of,
+)
+
+PREPARED = 256  # inputs that a program of the first launch makes
+# Programs of a launch for up to 4 rows, if its sums allow. llama-3-8b's gate|up for 2 rows took 104 us with 4,224 and
+# 81 with 16,896 (bfloat16, dense, H100). Programs of more rows have more registers and live longer: their number is
+# what runs at once, 16 on each of an H100's 132 multiprocessors. For 8 rows the step took 1.72 of one row's time with
+# twice as many and 1.52 so.
+PROGRAMS, RESIDENT = 16896, 2112
+PREFETCH = 528  # programs that prefetch the rows of their first block
+
+
+class RowsPlan(NamedTuple):
+    """One launch of the product's kernel. Its first three fields belong to the sums, see `rows_plan`."""
+
+    blocks: int  # of BLOCK_IN inputs between two roundings to the grid
+    strands: int  # a block's rows i, i + strands, ... are added up, then the strands' sums
+    chained: bool  # a block's sum begins with the one before it
+    block_out: int  # outputs of a tile
+    groups: int  # how often a program takes `blocks`
+    rows: int  # rows of W that each strand loads at once
+    prefetch: bool  # whether the first PREFETCH programs prefetch
+
+
+def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, dependent: bool) -> RowsPlan:
+    """How to launch a product of several rows of x, with the sums of the `plan` of one.
+
+    Triton lays a masked tile of 16 bits over a warp 8 outputs at a time, so that 256 outputs are one strand, 64 are 4.
+    A thread keeps 4 or 8 outputs of each row, and what has left for the grid, in registers.
+    """
+    strands = 1
+    if not plan.rows and sum(segments) % 16 == 0:  # else the loads of one row are not vectors
+        strands = max(1, (256 if bits == 16 else 128) // plan.block_out)
+    by_thread = 16 if bits == 4 and rows <= 2 else 8 if bits < 16 or rows <= 4 else 4
+    block_out = 32 * by_thread // strands
+    tiles = sum(triton.cdiv(width, block_out) for width in segments)
+    n_groups = triton.cdiv(n_in, BLOCK_IN * plan.blocks)
+    groups = max(1, tiles * n_groups // PROGRAMS)
+    if rows > 4:
+        groups = triton.cdiv(n_groups, max(1, RESIDENT // tiles))
+    ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
+    at_once = min(16 if rows <= 2 or (bits == 16 and 4 < rows < 8) else 8, BLOCK_IN // strands)
+    return RowsPlan(plan.blocks, strands, plan.rows > 0, block_out, groups, at_once, ahead)
+
+
+@triton.constexpr_function
+def x_words(rows, dtype):
+    """How many words of 64 bits hold an input of all rows, in the model's dtype."""
+    return -(-rows * dtype.primitive_bitwidth // 64)
+
+
+@triton.jit
+def _prepare_kernel(
+    x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, x_stride, n_zero, eps,
+    # compiled in: strides of made, inputs of it with those beyond the last, which are 0
+    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr,
+    OP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+):
+    """Inputs of one row of x, PART of them, and which are kept by one segment: 0 where cut, one bit each in kept."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row, segment = tl.program_id(1), tl.program_id(2)
+    copy = segment * tl.num_programs(1) + row
+    program = copy * tl.num_programs(0) + tl.program_id(0)
+    i = tl.program_id(0) * PART + tl.arange(0, PART)
+    if OP.cut:
+        threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
+    constants = load_constants(i, gain_ptr, threshold_ptr, OP)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if ZERO > 0:
+        z = program * ZERO + tl.arange(0, ZERO)
+        tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
+
+    x_ptr += row * x_stride
+    rstd = 1.0
+    if OP.prologue == "norm":
+        rstd = rstd_of(x_ptr, eps, OP.n_in)
+    x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
+    tl.store(made_ptr + row * ROW + (segment * MADE + i) * INPUT, tl.where(keep, x, 0.0), mask=i < MADE)
+    if OP.cut:
+        bits = tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK))
+        block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
+        n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
+        tl.store(kept_ptr + copy * n_blocks + block, tl.sum(bits, axis=1), mask=block < n_blocks)
+
+
+@triton.jit
+def _kept_by_any(kept_ptr, block, ROWS: tl.constexpr, OP: tl.constexpr):
+    """Bits of a block's inputs that any of the rows keeps; none beyond the last block."""
+    n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
+    if OP.cut:
+        kept = 0
+        for r in tl.static_range(ROWS):
+            kept = kept | tl.load(kept_ptr + r * n_blocks + block, mask=block < n_blocks, other=0)
+    else:
+        in_block = tl.minimum(tl.maximum(OP.n_in - block * BLOCK, 0), BLOCK)
+        kept = tl.where(in_block == BLOCK, -1, (1 << in_block) - 1)
+    return kept
+
+
+@triton.jit
+def _zeros(OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr):
+    """The sums that `_add_rows` adds to."""
+    PACK: tl.constexpr = OP.pack
+    WORDS: tl.constexpr = PLAN.block_out // PACK
+    ones, low = 0.0, 0.0
+    if OP.bits >= 16:
+        STRANDS: tl.constexpr = PLAN.strands
+        acc = (tl.zeros((STRANDS, WORDS), tl.float32),) * ROWS
+    else:
+        acc = (tl.zeros((WORDS,), tl.float32),) * (ROWS * PACK)
+        ones = (0.0,) * ROWS
+    if OP.bits == 4:
+        ones = (tl.zeros((WORDS // 2,), tl.float32),) * ROWS
+        low = ones
+    return acc, ones, low
+
+
+@triton.jit
+def _fetch_x(x_ptr, X_WORDS: tl.constexpr):
+    """Brings a block's x into L1, whose latency every row of W would wait for; nothing waits for the result."""
+    at = x_ptr + tl.arange(0, BLOCK) * X_WORDS
+    tl.inline_asm_elementwise(
+        "ld.global.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _x_of_row(word, r: tl.constexpr, OP: tl.constexpr):
+    """Row r of x, float32, from the 64 bits that hold it."""
+    if OP.dtype == tl.float32:
+        bits = (word >> 32 * (r % 2)).to(tl.int32)
+        x = bits.to(tl.float32, bitcast=True)
+    elif OP.dtype == tl.bfloat16:  # half the work of a conversion
+        half = (word >> 32 * (r // 2 % 2)).to(tl.int32)
+        half = half & -65536 if r % 2 else half << 16
+        x = half.to(tl.float32, bitcast=True)
+    else:
+        x = (word >> 16 * (r % 4)).to(tl.int16).to(OP.dtype, bitcast=True).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _add_rows(
+    # sums, a tuple of each row's in turn: [strands, outputs], of integers as `add_products` has them; ones and low too
+    acc, ones, low,
+    # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
+    # bits of 1.0
+    kept, x_ptr, weight_ptr, weight_scale_ptr, n_out, first, last, one,
+    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Adds the block's rows of W, PLAN.rows at a time of each strand, to the sums of every row of x."""
+    PACK: tl.constexpr = OP.pack
+    WORDS: tl.constexpr = PLAN.block_out // PACK
+    STRANDS: tl.constexpr = PLAN.strands
+    AT_ONCE: tl.constexpr = PLAN.rows
+    X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
+    IN_WORD: tl.constexpr = 64 // OP.dtype.primitive_bitwidth
+    words = first // PACK + tl.arange(0, WORDS)
+    in_words = words < last // PACK
+    strand = tl.arange(0, STRANDS)
+    for part in range(0, BLOCK // STRANDS, AT_ONCE):
+        # the weights, in int4 with pairs of scale and minimum of two words
+        weights, scales = (), ()
+        for j in tl.static_range(AT_ONCE):
+            if OP.bits >= 16:
+                i = (part + j) * STRANDS + strand
+                mask = ((kept >> i) & 1 != 0)[:, None] & in_words[None, :]
+                at = weight_ptr + i[:, None] * n_out + words[None, :]
+            else:
+                mask = in_words & ((kept >> (part + j)) & 1 != 0)
+                at = weight_ptr + (part + j) * (n_out // PACK) + words
+            weights = weights + (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)  # noqa: RUF005
+            if OP.bits == 4:
+                two = first // (2 * PACK) + tl.arange(0, WORDS // 2)
+                at = weight_scale_ptr + (part + j) * (n_out // OP.groupsize) + two * (2 * PACK) // OP.groupsize
+                mask = (two < last // (2 * PACK)) & ((kept >> (part + j)) & 1 != 0)
+                scales = scales + (tl.load(at, mask=mask, other=0),)  # noqa: RUF005 (Triton knows no stars)
+
+        # their products with every row of x
+        for j in tl.static_range(AT_ONCE):
+            sums, new_ones, new_low = (), (), ()
+            if OP.bits >= 16:
+                weight = weights[j].to(tl.float32)
+                for r in tl.static_range(ROWS):
+                    if r % IN_WORD == 0:
+                        some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
+                    sums = sums + (acc[r] + _x_of_row(some, r, OP)[:, None] * weight,)  # noqa: RUF005
+            else:
+                # integers are widened once for all rows, see `fraction`
+                word = weights[j]
+                if OP.bits == 8:
+                    word = word ^ -0x7F7F7F80  # the sign's bit flipped: 128 too large
+                fractions = ()
+                for k in tl.static_range(PACK):
+                    fractions = fractions + (fraction(word, one, k, OP.bits),)  # noqa: RUF005
+                # int4's x is multiplied by the scale of its group
+                for r in tl.static_range(ROWS):
+                    if r % IN_WORD == 0:
+                        some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
+                    x = _x_of_row(some, r, OP)
+                    if OP.bits == 4:
+                        new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
+                        x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
+                    new_ones = new_ones + (ones[r] + x,)  # noqa: RUF005
+                    if OP.bits == 4:
+                        x = tl.interleave(x, x)
+                    for k in tl.static_range(PACK):
+                        sums = sums + (acc[r * PACK + k] + x * fractions[k],)  # noqa: RUF005
+            acc = sums
+            if OP.bits < 16:
+                ones = new_ones
+            if OP.bits == 4:
+                low = new_low
+    return acc, ones, low
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, kept_ptr, weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
+    n_out, out_stride, tiles_1, tiles_2, start_1, start_2, one,
+    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):
+    """out += m (W^T x + offset) for ROWS rows of prepared x: a program takes PLAN.groups of inputs, one tile."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    PACK: tl.constexpr = OP.pack
+    BLOCKS: tl.constexpr = PLAN.blocks
+    BLOCK_OUT: tl.constexpr = PLAN.block_out
+    X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
+    n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
+    tile = tl.program_id(0)
+    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
+    cols = first + tl.arange(0, BLOCK_OUT)
+    in_cols = cols < last
+    n_words = n_out // PACK
+    block = tl.program_id(1) * PLAN.groups * BLOCKS
+
+    # before the wait: weights, which no launch writes
+    if PREFETCH > 0:
+        if tl.program_id(1) * tl.num_programs(0) + tile < PREFETCH:
+            rows = block * BLOCK + tl.arange(0, BLOCK)
+            at = weight_ptr + rows.to(tl.int64) * n_words + first // PACK
+            prefetch(at, rows < OP.n_in, BLOCK_OUT * OP.bits // 8)
+    if OP.cut:  # each segment has inputs of its own
+        x_ptr += segment * n_blocks * (BLOCK * X_WORDS)
+        kept_ptr += segment * ROWS * n_blocks
+
+    # the inputs are made
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
+    total = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
+    kept = _kept_by_any(kept_ptr, block, ROWS, OP)
+    for _group in range(PLAN.groups):
+        # sums of this group, as the kernel of one row takes them
+        starts_group = block
+        summed = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
+        acc, ones, low = _zeros(OP, PLAN, ROWS)
+        for _block in range(BLOCKS):
+            at = weight_ptr + block.to(tl.int64) * (BLOCK * n_words)
+            scale_at = weight_scale_ptr
+            if OP.bits == 4:
+                scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
+            # the next block's inputs come while this one's weights do
+            next_kept = _kept_by_any(kept_ptr, block + 1, ROWS, OP)
+            if PDL:
+                _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
+            x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
+            acc, ones, low = _add_rows(
+                acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS
+            )
+            block += 1
+            kept = next_kept
+            if not PLAN.chained:
+                sums = ()
+                for r in tl.static_range(ROWS):
+                    sums = sums + (summed[r] + tl.sum(acc[r], axis=0),)  # noqa: RUF005 (Triton knows no stars)
+                summed = sums
+                acc, ones, low = _zeros(OP, PLAN, ROWS)
+
+        # the outputs in their order, with int8's scale and the offsets, on their grid
+        sums = ()
+        for r in tl.static_range(ROWS):
+            out = summed[r]
+            if PLAN.chained:
+                if OP.bits == 4:
+                    acc_r = acc[r * PACK : r * PACK + PACK]
+                    out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]), OP.bits)
+                elif OP.bits == 8:
+                    out = joined(acc[r * PACK : r * PACK + PACK], ones[r], -128 * ones[r], OP.bits)
+                    out *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
+                else:
+                    out = tl.sum(acc[r], axis=0)
+            if offset_ptr is not None:
+                if starts_group == 0:
+                    out += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
+            if OP.multiplier != 1.0:
+                out *= OP.multiplier
+            if fineness_ptr is not None:
+                out = snap(out, tl.load(fineness_ptr + cols, mask=in_cols, other=1.0))
+            sums = sums + (total[r] + out,)  # noqa: RUF005
+        total = sums
+
+    for r in tl.static_range(ROWS):
+        tl.atomic_add(out_ptr + r * out_stride + cols, total[r], mask=in_cols, sem="relaxed")
+
+
+class Prepared(NamedTuple):
+    """Room for the inputs of a product: made [most], in the model's dtype, and which are kept, one bit each, int32."""
+
+    made: Tensor
+    kept: Tensor
+
+
+def launch_rows(
+    prologue: str, x: Tensor, product: Product, out: Tensor, *,
+    prepared: Prepared, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
+) -> None:
+    """`kernels.triton_gemv.launch_gemv` for 2 to 8 rows of x, each with the sums that it has alone.
+
+    x: "given" [rows, in]; else float32: h [rows, in] or gate|up [rows, 2 in and room].
+    out: [rows, out and room], float32.
+    """
+    product.check()
+    weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
+    rows, segments = len(x), product.segments
+    operation = product.operation(prologue, dtype)
+    room = x_words(rows, operation.dtype) * 64 // operation.dtype.primitive_bitwidth
+    launch_prepare(x, operation, product.threshold, prepared, room, norm=norm, zero=zero, pdl=pdl)
+    plan = plan_for(prologue, n_in, segments, product.sparsity, form, pdl)
+    plan = rows_plan(plan, n_in, segments, form.bits, rows, pdl)
+
+    # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
+    if form.name != "none":
+        weight = weight.view(torch.int32)
+    if form.name == "int4":
+        weight_scale = weight_scale.view(torch.int32)
+    starts = starts_of(segments)
+    tiles = starts_of([triton.cdiv(width, plan.block_out) for width in segments])
+    _rows_kernel[(tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks * plan.groups))](
+        prepared.made.view(torch.int64), prepared.kept, weight, out, product.offset, weight_scale, product.fineness,
+        starts[-1], out.stride(0), *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], ONE,
+        OP=operation, PLAN=plan, ROWS=rows, PREFETCH=PREFETCH * plan.prefetch, PDL=pdl, num_warps=1, launch_pdl=pdl,
+    )
+
+
+def launch_prepare(
+    x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, *,
+    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False, num_warps: int = 1,
+) -> None:
+    """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
+
+    room: rows that lie side by side in what is made, [segments, inputs in whole blocks, room]; 0: it is [rows, in].
+    num_warps: as many as the kernel of one row has, whose norm adds in their order.
+    threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
+    """
+    gain, eps, _ = norm or (None, 0.0, None)
+    grid = (triton.cdiv(operation.n_in, PREPARED), len(x), len(threshold) if operation.cut else 1)
+    n_zero = 0 if zero is None else zero.numel()
+    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1] * grid[2])) if n_zero else 0
+    made = triton.cdiv(operation.n_in, BLOCK_IN) * BLOCK_IN if room else operation.n_in
+    _prepare_kernel[grid](
+        x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,
+        ROW=1 if room else made, INPUT=room or 1, MADE=made, OP=operation, PART=PREPARED,
+        ZERO=zero_block, PDL=pdl, num_warps=num_warps, launch_pdl=pdl,
+    )
