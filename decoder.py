@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.grids import set_site_grids
 from kernels.heads import heads_of
 from model import ModelArgs, Projection, Transformer, TransformerBlock
 from sparse_model import SITES, SparseProjection, SparseTransformer
@@ -469,6 +470,8 @@ class Generator:
             self._step = fused_class(model, self.temperature, self.top_k, self.dense)
         else:
             run, mode = decode_one_token, "reduce-overhead" if self.device.type == "cuda" else "default"
+            if self.device.type == "cuda" and isinstance(model, SparseTransformer) and model.dtype != torch.float32:
+                set_site_grids(model)
             if self.step == "compiled":
                 run = torch.compile(decode_one_token, mode=mode, fullgraph=True)
             self._step = UnfusedStep(model, run, self.temperature, self.top_k)

@@ -42,6 +42,7 @@ class SparseProjection(UncastBuffers):
     weight, scale: [in, out], contiguous: a kept input reads one row; None. Other forms: `kernels.quantized.Form`.
     segments: name and width of each of the S projections fused along out.
     threshold: [S, in], float32; input i counts for segment s where not (|x_i - shift_i| <= threshold[s, i]).
+    fineness: [out], float32, of the grid on which a GPU's kernel adds, see `kernels.grids`, or None.
     shift: [in], float32, what a cut input is taken to be, or None for 0; its product is `offset` [out], float32.
     kept: kept inputs of each segment since `reset_counts` [S], int64, on the device.
     read: the same, but an input that several rows of a batch keep at one step counts once, as its weights do.
@@ -61,6 +62,7 @@ class SparseProjection(UncastBuffers):
         threshold = torch.zeros(len(segments), n_in, device=device, dtype=torch.float32)
         for name, buffer in {"scale": scale, "threshold": threshold, "shift": None, "offset": None}.items():
             self.register_buffer(name, buffer)
+        self.register_buffer("fineness", None, persistent=False)
         for name in ("kept", "read"):
             self.register_buffer(name, torch.zeros_like(threshold[:, 0], dtype=torch.int64), persistent=False)
         self.seen = self.steps = 0
@@ -78,7 +80,7 @@ class SparseProjection(UncastBuffers):
         return y if self.bias is None else y + self.bias
 
     def _sparse_product(self, product: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        y = product(self._compared(x), self.weight, self.threshold, self.widths, self.scale)
+        y = product(self._compared(x), self.weight, self.threshold, self.widths, self.scale, self.fineness)
         return y if self.offset is None else (y + self.offset).to(x.dtype)
 
     def _compared(self, x: Tensor) -> Tensor:

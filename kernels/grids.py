@@ -45,6 +45,14 @@ def bound_after_norm(
     return ROUNDING * (math.sqrt(len(weight)) * squares.sqrt() + 2 * shifted + (0 if bias is None else bias.abs()))
 
 
+def _probed(model: Module) -> list:
+    """The layers of a dense pass over random tokens, all of which have run."""
+    tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    layers = list(model.walk([tokens]))
+    assert layers[-1].outputs
+    return layers
+
+
 @torch.no_grad()
 def residual_bound(model: Module) -> Tensor:
     """What each channel of the residual stream is taken to stay within, [dim], float32; computed once per Transformer.
@@ -53,8 +61,7 @@ def residual_bound(model: Module) -> Tensor:
     are a thousand times as large, and which is never decoded. And no less than the embedding's largest.
     """
     if not hasattr(model, "residual_bound"):
-        tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-        layers = list(model.walk([tokens]))
+        layers = _probed(model)
         states = [*(layer.inputs[0] for layer in layers), layers[-1].outputs[0]]
         peak = torch.stack([state[0, 1:].abs().amax(0).float() for state in states]).amax(0)
         largest = torch.linalg.vector_norm(model.tok_embeddings.weight, math.inf, dim=0)
@@ -62,3 +69,18 @@ def residual_bound(model: Module) -> Tensor:
         bound = torch.maximum(SPARE * peak, largest.float())
         model.register_buffer("residual_bound", bound, persistent=False)
     return model.residual_bound
+
+
+@torch.no_grad()
+def set_site_grids(model: Module) -> None:
+    """Gives each site of a SparseTransformer a grid for the unfused product, `fineness` [out], float32.
+
+    Its outputs are taken to stay within SPARE times the largest in a dense pass, as the residual stream is.
+    """
+    peaks: list[Tensor] = []
+    keep_peak = lambda _module, _inputs, y: peaks.append(y[0, 1:].abs().amax(0).float())  # noqa: E731
+    hooks = [module.register_forward_hook(keep_peak) for module in model.sites]
+    _probed(model)
+    for module, hook, peak in zip(model.sites, hooks, peaks, strict=True):
+        hook.remove()
+        module.fineness = fineness(SPARE * peak)

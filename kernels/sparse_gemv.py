@@ -18,7 +18,7 @@ def keep_mask(x: Tensor, threshold: Tensor) -> Tensor:
 
 
 def sparse_gemv_ref(
-    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
+    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None, *_
 ) -> Tensor:
     """The op's meaning in plain torch, for x [..., in]; accumulates as torch's matmul does. See `sparse_gemv`."""
     weight = dequantize(weight, scale, x.dtype)
@@ -28,7 +28,12 @@ def sparse_gemv_ref(
 
 @torch.library.custom_op("teal_fast::sparse_gemv", mutates_args=(), device_types="cpu")
 def sparse_gemv(
-    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor,
+    segments: list[int],
+    scale: Tensor | None = None,
+    fineness: Tensor | None = None,
 ) -> Tensor:
     """Product of each row of x, cut by its threshold, with the weight; rows of cut inputs are not read.
 
@@ -38,6 +43,8 @@ def sparse_gemv(
     segments: widths of the S output segments, which add up to out.
     scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized.Form`. The
         kernels want int4's groups to be multiples of 16 that divide the segments, and int8's segments on a GPU of 4.
+    fineness: [out], float32, of the outputs' grid, see `kernels.grids`; None: on a GPU the last bits change from run to
+        run. A CPU's sums have one order.
     Returns [B, out], the dtype of x, accumulated in float32.
     """
     if not cpu.has_kernel(x.dtype, form_of(weight, scale)) or cpu.library() is None:
@@ -46,14 +53,14 @@ def sparse_gemv(
 
 
 @sparse_gemv.register_fake
-def _(x, weight, threshold, segments, scale=None):
+def _(x, weight, threshold, segments, scale=None, fineness=None):
     torch._check(x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[0])
     torch._check(threshold.shape[0] == len(segments) and threshold.shape[1] == x.shape[1])
     return x.new_empty(x.shape[0], sum(segments))
 
 
 @sparse_gemv.register_kernel("cuda")
-def _(x, weight, threshold, segments, scale=None):
+def _(x, weight, threshold, segments, scale=None, fineness=None):
     from kernels.triton_gemv import launch_sparse_gemv
 
-    return launch_sparse_gemv(x, weight, threshold, segments, scale)
+    return launch_sparse_gemv(x, weight, threshold, segments, scale, fineness)

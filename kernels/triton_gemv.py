@@ -559,10 +559,11 @@ def launch_gemv(
 
 
 def launch_sparse_gemv(
-    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
+    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None,
+    fineness: Tensor | None = None,
 ) -> Tensor:
     """The launcher behind `kernels.sparse_gemv.sparse_gemv`; same arguments and result."""
     out = torch.zeros(x.shape[0], sum(segments), device=x.device, dtype=torch.float32)
-    product = Product(weight, threshold, segments, weight_scale=scale)
+    product = Product(weight, threshold, segments, weight_scale=scale, fineness=fineness)
     launch_gemv("given", x.contiguous(), product, out, dtype=x.dtype)
     return out.to(x.dtype)

@@ -16,7 +16,7 @@ import triton.language as tl
 from decoder import FusedGpuStep, Generator, random_bits
 from kernels import fused_step, grids
 from kernels.quantized import dequantize
-from kernels.triton_gemv import RSTD_BUFFER, Norm, launch_gemv, snap
+from kernels.triton_gemv import RSTD_BUFFER, Norm, Product, launch_gemv, snap
 from model import Transformer
 from sparse_model import SparseTransformer
 
@@ -135,19 +135,9 @@ def test_a_multiplied_product_lies_on_its_grid(form):
     assert torch.equal(out * product.fineness, (out * product.fineness).round())
 
 
-@interpreted
-@pytest.mark.parametrize("on_grid", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_product_is_the_same_in_any_order_of_its_programs(form, on_grid, monkeypatch):
-    """The sums that the kernel's programs add, caught and added in other orders; equal only if they lie on a grid."""
-    model = build_cut(**FORMS[form] | {"dim": 512, "intermediate_size": 32}, shifted=True, dtype=torch.bfloat16)
-    model.setup_caches(1, 70)
-    step = FusedGpuStep(model, 0.0, 1)
-    module, norm = model.layers[0].feed_forward.w13, model.layers[0].ffn_norm
-    product = step.products[module]
-    if not on_grid:
-        product = product._replace(fineness=None)
-    terms, out = [], torch.zeros(1, sum(module.widths) + RSTD_BUFFER)
+def sums_in_other_orders(monkeypatch, launch, out: Tensor) -> list[Tensor]:
+    """What a kernel's programs add to `out`, caught and added in other orders."""
+    terms = []
 
     def caught(pointer, value, mask, sem):
         term = torch.zeros(out.numel())
@@ -157,11 +147,57 @@ def test_a_product_is_the_same_in_any_order_of_its_programs(form, on_grid, monke
         terms.append(term)
 
     monkeypatch.setattr(tl, "atomic_add", caught)
-    h = torch.randn(1, 512, generator=torch.Generator().manual_seed(5))
-    launch_gemv("norm", h, product, out, norm=Norm(norm.weight, norm.eps), dtype=torch.bfloat16)
+    launch()
     assert len(terms) > 15
-    sums = [added(torch.stack(terms), seed) for seed in range(6)]
+    return [added(torch.stack(terms), seed) for seed in range(6)]
+
+
+@interpreted
+@pytest.mark.parametrize("on_grid", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_product_is_the_same_in_any_order_of_its_programs(form, on_grid, monkeypatch):
+    """Equal only if what the kernel's programs add lies on a grid."""
+    model = build_cut(**FORMS[form] | {"dim": 512, "intermediate_size": 32}, shifted=True, dtype=torch.bfloat16)
+    model.setup_caches(1, 70)
+    step = FusedGpuStep(model, 0.0, 1)
+    module, norm = model.layers[0].feed_forward.w13, model.layers[0].ffn_norm
+    product = step.products[module]
+    if not on_grid:
+        product = product._replace(fineness=None)
+    out = torch.zeros(1, sum(module.widths) + RSTD_BUFFER)
+    h = torch.randn(1, 512, generator=torch.Generator().manual_seed(5))
+    norm = Norm(norm.weight, norm.eps)
+    launch = partial(launch_gemv, "norm", h, product, out, norm=norm, dtype=torch.bfloat16)
+    sums = sums_in_other_orders(monkeypatch, launch, out)
     assert all(torch.equal(total, sums[0]) for total in sums) == on_grid
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "layer", "gated": False, "parallel_residual": True, "mlp_bias": True}]
+)
+def test_the_unfused_product_is_the_same_in_any_order_too(changes, monkeypatch):
+    """For every site of models that no fused step serves, and not without its grid."""
+    model = build_cut(**changes | {"dim": 512, "intermediate_size": 512, "n_layer": 1}, dtype=torch.float16)
+    grids.set_site_grids(model)
+    x = torch.randn(1, 512, generator=torch.Generator().manual_seed(5)).half()
+    for module in model.sites:
+        assert module.fineness.shape == (sum(module.widths),)
+        for fineness in (module.fineness, None):
+            out = torch.zeros(1, sum(module.widths))
+            product = Product(module.weight, module.threshold, module.widths, fineness=fineness)
+            launch = partial(launch_gemv, "given", x, product, out, dtype=torch.float16)
+            sums = sums_in_other_orders(monkeypatch, launch, out)
+            assert all(torch.equal(total, sums[0]) for total in sums) == (fineness is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", ["eager", "compiled"])
+def test_unfused_runs_repeat_to_the_token(step):
+    model = build_cut(block_size=400, dtype=torch.bfloat16, device=DEVICE, dim=512, intermediate_size=512)
+    prompts = random_tokens(9, 5, 101).to(DEVICE)
+    runs = [Generator(model, 9, 205, step=step)(prompts, 200).tokens for _ in range(3)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 @pytest.mark.parametrize("form", FORMS)
