@@ -12,7 +12,7 @@ Why a fused step on a GPU records its own CUDA graph: README, "How it works".
 import ctypes
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
 
@@ -417,12 +417,14 @@ class Generation:
     """Prompts, one [P] per row, and their new tokens [B, N].
 
     total_s, decode_s: wall time of the call and, of that, of the N - 1 steps after the first tokens were on the host.
+    rounds: of drafts, see speculate.py: how many were guessed and how many of them accepted.
     """
 
     prompts: list[Tensor]
     new: Tensor
     total_s: float
     decode_s: float
+    rounds: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def tokens(self) -> Tensor:
@@ -444,6 +446,7 @@ class Generator:
     static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too. Else
         a compiled pass serves every length from 2 on.
     seed: of the draws, modulo 2^32; row r of a batch draws with seed + r.
+    spare: positions of the cache behind max_length, for drafts of a Generator that shares the model.
     """
 
     model: Transformer
@@ -456,11 +459,12 @@ class Generator:
     dense: bool = False
     static_prompt: bool = True
     seed: int = 0
+    spare: int = 0
 
     def __post_init__(self):
         model, self.device = self.model, self.model.device
         self.temperature = self.temperature if self.temperature > LEAST_TEMPERATURE else 0.0
-        model.setup_caches(self.batch_size, self.max_length)
+        model.setup_caches(self.batch_size, self.max_length, self.spare)
         self._cache = model.layers[0].attention.kv_cache
         self._seeds = [(self.seed + row) % 2**32 for row in range(self.batch_size)]
 
@@ -499,7 +503,7 @@ class Generator:
         """
         prompts = list(prompts)
         lengths = [len(prompt) for prompt in prompts]
-        rows, _, positions, _ = self._cache.k_cache.shape
+        rows, positions = self.batch_size, self.max_length
         if len(prompts) != rows or max(lengths) + max_new_tokens > positions:
             raise ValueError(
                 f"{len(prompts)} rows of {max(lengths)} tokens and {max_new_tokens} new ones do not fit this "

@@ -1,0 +1,381 @@
+"""Lossless drafts: a few tokens are guessed, one step of several rows verifies them, and plain decoding's are kept.
+
+A round starts from the text's last token t at position p. Guesses d1 ... dk come from a model that is quicker than the
+verifier or from earlier text. One step feeds t, d1, ..., dk at positions p ... p + k. The draw behind d1 ... di is plain
+decoding's if those i guesses are right; so guess d(i+1) is accepted where it equals that draw, and the first draw that
+differs from its guess is one token more. A draw is a hash of seed, position and token (`decoder.random_bits`), and a row
+of a fused step is that of a step alone, to the bit. So the text is plain decoding's, sampled or greedy, whatever the
+guesses and their number: they change its time alone.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decoder import MAX_ROWS, FusedCpuStep, FusedGpuStep, Generation, Generator, not_finite, prefill
+from sparse_model import SparseTransformer
+
+MAX_DRAFTS = MAX_ROWS - 1
+GPU_DRAFTS = (1, 2, 4, 7)  # that an adapting number is chosen from: each has kernels of its own to compile
+LONGEST = 4  # tokens of a suffix that is looked up
+PRIOR, WEIGHT = 0.5, 2.0  # the acceptance that is expected at first, and how many guesses' worth it is
+MEMORY = 0.97  # share of the acceptance seen so far that stays in each round
+RETRY = 0.02  # share of plain decoding's time that is spent on finding out whether guesses pay by now
+BURST = 8  # plain steps on a GPU between two looks, where nobody waits for tokens
+
+
+def same_weights(model: SparseTransformer) -> SparseTransformer:
+    """A model that shares the weights of this one and has cuts of its own; it has no cache yet."""
+    shared = [*model.parameters(), *(module.scale for module in model.sites)]
+    shared += [block.attention.kv_cache for block in model.layers] + [model.output]
+    view = copy.deepcopy(model, {id(part): part for part in shared if part is not None})
+    for block in view.layers:
+        block.attention.kv_cache = None
+    return view
+
+
+def same_keys(draft: SparseTransformer, model: SparseTransformer) -> bool:
+    """Whether a draft may read the model's cache: it is the model with other cuts, or in another form of weights."""
+    ours, theirs = (
+        {name: value for name, value in vars(m.config).items() if name not in ("name", "quant", "groupsize", "tie_embeddings")}
+        for m in (model, draft)
+    )
+    return ours == theirs and draft.dtype == model.dtype and torch.equal(draft.norm.weight, model.norm.weight)
+
+
+class Lookup:
+    """Guesses without a model: what followed the text's last tokens where they stood before."""
+
+    def __init__(self, text: list[int]):
+        self.text: list[int] = []
+        self.behind: dict[tuple[int, ...], int] = {}  # where the token after the last such tokens stands
+        self.extend(text)
+
+    def extend(self, tokens: list[int]) -> None:
+        for token in tokens:
+            end = len(self.text)
+            for n in range(1, min(LONGEST, end) + 1):
+                self.behind[tuple(self.text[end - n :])] = end
+            self.text.append(token)
+
+    def guess(self, k: int) -> tuple[int, list[int]]:
+        """The length of the longest suffix that is found, at most LONGEST, and k guesses; 0 and none without one."""
+        text = self.text
+        for n in range(min(LONGEST, len(text)), 0, -1):
+            if at := self.behind.get(tuple(text[len(text) - n :])):
+                period = len(text) - at  # beyond the end the guesses repeat themselves
+                return n, [text[at + i % period] for i in range(k)]
+        return 0, []
+
+
+class DraftLength:
+    """How many guesses pay: from the acceptance of those before and the seconds of rounds with each number.
+
+    Acceptance is counted by position in the round, for each `kind` of guesses apart; `PromptLookup` has a kind for each
+    length of its suffix.
+    seconds: of a round by its number of guesses; 0: of a plain step.
+    """
+
+    def __init__(self, seconds: dict[int, float]):
+        self.seconds = seconds
+        self.tried: dict[int, list[float]] = {}
+        self.accepted: dict[int, list[float]] = {}
+        self.plain_s: dict[int, float] = {}
+
+    def expected(self, kind: int) -> list[float]:
+        """Tokens of a round with 0, 1, ... guesses; a position that was rarely tried is taken to be like the one before."""
+        rate, right, tokens = PRIOR, 1.0, [1.0]
+        counts = zip(self.tried.get(kind, [0.0] * MAX_DRAFTS), self.accepted.get(kind, [0.0] * MAX_DRAFTS), strict=True)
+        for tried, accepted in counts:
+            rate = (accepted + WEIGHT * rate) / (tried + WEIGHT)
+            right *= rate
+            tokens.append(tokens[-1] + right)
+        return tokens
+
+    def choose(self, kind: int, late: int = 0) -> int:
+        """The number of guesses with the most tokens per second; at times one more than pays, to learn whether it does.
+
+        late: tokens that the draft has to catch up on before it guesses.
+        """
+        seconds, tokens = self.seconds, self.expected(kind)
+        catching_up = late * (seconds[max(seconds)] - seconds[0]) / max(seconds)
+        lost = {k: s + catching_up * (k > 0) - tokens[k] * seconds[0] for k, s in seconds.items()}
+        best = max(seconds, key=lambda k: tokens[k] / (seconds[k] + catching_up * (k > 0)))
+        if best == 0:
+            least = min((k for k in seconds if k), key=lost.get)
+            self.plain_s[kind] = self.plain_s.get(kind, 0.0) + seconds[0]
+            if lost[least] < RETRY * self.plain_s[kind]:
+                best = least
+        if best:
+            self.plain_s[kind] = 0.0
+        return best
+
+    def learn(self, kind: int, k: int, accepted: int, seconds: float) -> None:
+        """What a round with k guesses came to."""
+        if k in self.seconds:
+            self.seconds[k] += 0.1 * (min(seconds, 2 * self.seconds[k]) - self.seconds[k])
+        if k == 0:
+            return
+        for counts in (self.tried, self.accepted):
+            counts[kind] = [MEMORY * n for n in counts.get(kind, [0.0] * MAX_DRAFTS)]
+        for i in range(min(accepted + 1, k)):
+            self.tried[kind][i] += 1
+            self.accepted[kind][i] += i < accepted
+
+
+class CpuRounds:
+    """Rounds on a CPU. plain: the step of one row, whose `tokens` hold the text; draft: the same of a draft, or None.
+
+    verifier: makes the step of so many rows. own_cache: the draft's cache is not the verifier's, so that the draft must
+    be fed each token of the text, too.
+    """
+
+    choices: Collection[int] = range(1, MAX_DRAFTS + 1)
+
+    def __init__(self, plain, draft, verifier: Callable[[int], FusedCpuStep], n_vocab: int, own_cache: bool):
+        self.n_vocab = n_vocab
+        self.plain, self.draft, self.make_verifier, self.own_cache = plain, draft, verifier, own_cache
+        self.verifiers: dict[int, FusedCpuStep] = {}
+
+    def start(self, token: Tensor, position: int, seed: int) -> None:
+        """Begins behind a text of `position` tokens, which the caches hold, with a token [1]."""
+        self.seed, self.position = seed, position
+        self.known = position  # so many tokens of the text are in the draft's own cache
+        self.plain.start(token, [position], [seed])
+
+    @property
+    def late(self) -> int:
+        """Tokens of the text that the draft has to be fed before it guesses."""
+        return self.position - self.known if self.own_cache else 0
+
+    def round(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
+        """The new tokens of a round with k guesses, given or the draft's, and whether their logits were finite."""
+        self._catch_up()
+        new, finite = self._verify(k, guesses)
+        self.known, self.position = self.position + min(len(new), k), self.position + len(new)
+        return new, finite
+
+    def steps(self, n: int) -> tuple[list[int], bool]:
+        """The new tokens of n plain steps, and whether the last one's logits were finite."""
+        at = self.position
+        for _ in range(n):
+            self.plain.replay()
+        self.position += n
+        new = self.plain.tokens[0, at + 1 : at + 1 + n].tolist()
+        return new, bool(self.plain.logits[0, : self.n_vocab].amax().isfinite())
+
+    def _verifier(self, k: int):
+        if k not in self.verifiers:
+            self.verifiers[k] = self.make_verifier(k)
+        return self.verifiers[k]
+
+    def _catch_up(self) -> None:
+        for at in range(self.position - self.late, self.position):
+            self.draft.start(self.plain.tokens[0, at : at + 1], [at], [self.seed])
+            self.draft.replay()
+
+    def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
+        at, text = self.position, self.plain.tokens[0]
+        if self.draft:
+            self.draft.start(text[at : at + 1], [at], [self.seed])
+            for _ in range(k):
+                self.draft.replay()
+            guesses = self.draft.tokens[0, at + 1 : at + 1 + k].tolist()
+
+        verifier, rows = self._verifier(k), range(k + 1)
+        verifier.start(torch.tensor([text[at].item(), *guesses]), [at + i for i in rows], [self.seed] * (k + 1))
+        verifier.replay()
+        drawn = verifier.tokens[rows, [at + 1 + i for i in rows]]
+        new = drawn.tolist()
+        accepted = next((i for i, guess in enumerate(guesses) if guess != new[i]), k)
+
+        new = new[: accepted + 1]
+        self.plain.start(drawn[accepted : accepted + 1], [at + len(new)], [self.seed])
+        text[at + 1 : at + 1 + len(new)] = drawn[: len(new)]
+        return new, bool(verifier.logits[: len(new)].amax(-1).isfinite().all())
+
+
+class GpuRounds(CpuRounds):
+    """Rounds on a GPU, each a CUDA graph of its own: guesses, verification, acceptance. The host reads the outcome."""
+
+    choices = GPU_DRAFTS
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        device = self.plain.position.device
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.rows = torch.arange(MAX_ROWS, device=device)
+        self.guesses = torch.zeros(MAX_DRAFTS, dtype=torch.int64, device=device)
+        self.outcome = torch.zeros(MAX_ROWS + 2, dtype=torch.int64, device=device)  # see `launch`
+
+    def start(self, token: Tensor, position: int, seed: int) -> None:
+        super().start(token, position, seed)
+        if self.draft:
+            self.draft.seed.fill_(seed)
+
+    def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
+        if guesses:
+            self.guesses[:k] = torch.tensor(guesses)
+        self._verifier(k).seed.fill_(self.seed)
+        if self.rows.is_cuda:
+            if k not in self.graphs:
+                self.graphs[k] = self._capture(k)
+            self.graphs[k].replay()
+        else:
+            self.launch(k)
+        *new, kept, finite = self.outcome.tolist()
+        return new[:kept], bool(finite)
+
+    def _capture(self, k: int) -> torch.cuda.CUDAGraph:
+        # the one round that this runs is undone, but for caches and text behind its position: the next writes them again
+        plain = self.plain
+        token, position = plain.token.clone(), plain.position.clone()
+        stream = torch.cuda.Stream(self.rows.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.launch(k)
+        torch.cuda.current_stream().wait_stream(stream)
+        plain.token.copy_(token)
+        plain.position.copy_(position)
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.launch(k)
+        return graph
+
+    def launch(self, k: int) -> None:
+        """Launches a round of k guesses."""
+        plain, draft, verifier, guesses = self.plain, self.draft, self.verifiers[k], self.guesses[:k]
+        if draft:
+            draft.token.copy_(plain.token)
+            draft.position.copy_(plain.position)
+            for i in range(k):
+                draft.step()
+                guesses[i : i + 1].copy_(draft.token)
+
+        verifier.token[:1].copy_(plain.token)
+        verifier.token[1:].copy_(guesses)
+        torch.add(self.rows[: k + 1], plain.position, out=verifier.position)
+        verifier.step()
+
+        # the step has left its draws in `token`: those behind accepted guesses are text, with one more
+        drawn = verifier.token
+        accepted = (drawn[:k] == guesses).cumprod(0).sum(0, keepdim=True)
+        plain.tokens[0].index_copy_(0, plain.position + 1 + self.rows[: k + 1], drawn)
+        plain.token.copy_(drawn.gather(0, accepted))
+        plain.position.add_(accepted + 1)
+        # for the host: the draws, how many are kept, and whether these come from finite logits
+        finite = verifier.top.amax(1).isfinite() | (self.rows[: k + 1] > accepted)
+        self.outcome[: k + 1].copy_(drawn)
+        self.outcome[-2:-1].copy_(accepted + 1)
+        self.outcome[-1].copy_(finite.all())
+
+
+@dataclass(eq=False)
+class DraftingGenerator(Generator):
+    """A Generator of batch 1 with fused steps, whose text it guesses ahead: the same tokens in less time.
+
+    draft: the model that guesses, with its cuts set; None: `Lookup` does. A draft whose keys are like the model's
+        reads the model's cache; another gets a cache of its own.
+    speculate_k: guesses per round, 1 to MAX_DRAFTS; None: as many as pay, see `DraftLength`, also none.
+    """
+
+    draft: SparseTransformer | None = None
+    speculate_k: int | None = None
+
+    def __post_init__(self):
+        self.spare = self.speculate_k or MAX_DRAFTS
+        super().__post_init__()
+        assert self.step == "fused" and self.batch_size == 1
+        own_cache = self.draft is not None and not same_keys(self.draft, self.model)
+        if own_cache:
+            self.draft.setup_caches(1, self.max_length, self.spare)
+        elif self.draft:
+            for ours, theirs in zip(self.draft.layers, self.model.layers, strict=True):
+                ours.attention.kv_cache = theirs.attention.kv_cache
+            self.draft.inv_freq = self.model.inv_freq
+
+        kind, rounds = (FusedCpuStep, CpuRounds) if self.device.type == "cpu" else (FusedGpuStep, GpuRounds)
+        draft = self.draft and kind(self.draft, self.temperature, self.top_k)
+
+        def verifier(k: int):
+            return kind(self.model, self.temperature, self.top_k, self.dense, drafts=k + 1)
+
+        self._rounds, self._length = rounds(self._step, draft, verifier, self.model.config.vocab_size, own_cache), None
+
+    def __call__(self, *arguments, **options) -> Generation:
+        """As `Generator.__call__`; the Generation's `rounds` say what became of the guesses."""
+        self._counts: list[tuple[int, int]] = []
+        generation = super().__call__(*arguments, **options)
+        generation.rounds = self._counts
+        return generation
+
+    def _first_token(self, row: int, prompt: Tensor) -> Tensor:
+        self._lookup = None if self.draft else Lookup(prompt.tolist())
+        if self._rounds.own_cache:
+            prefill(self.draft, prompt[None], self._row_seed, 0.0, 1)
+        return super()._first_token(row, prompt)
+
+    def _decode(self, first: Tensor, lengths: list[int], count: int, on_token, eos_ids) -> int:
+        rounds, start = self._rounds, (first.flatten(), lengths[0], self._seeds[0])
+        rounds.start(*start)
+        if self._length is None and count > 1:
+            self._length = DraftLength(self._measure(start))
+        patient = self.device.type == "cuda" and not on_token and not eos_ids
+
+        tokens, seen = first.flatten().tolist(), 0
+        while True:
+            for token in tokens[: count - seen]:
+                seen += 1
+                if (on_token and on_token(torch.tensor([[token]]))) or token in eos_ids or seen == count:
+                    return seen
+            if self._lookup:
+                self._lookup.extend(tokens)
+            tokens = self._round(count - seen, patient)
+
+    def _round(self, left: int, patient: bool) -> list[int]:
+        """The tokens of the next round, where so many are left to be made."""
+        # how many guesses, and which
+        rounds, length = self._rounds, self._length
+        kind, guesses = self._lookup.guess(MAX_DRAFTS) if self._lookup else (1, [])
+        k = 0
+        if kind:
+            k = self.speculate_k or length.choose(kind, rounds.late)
+        if self.device.type == "cpu":  # elsewhere each number has a graph of its own
+            k = min(k, left - 1)
+
+        began = time.perf_counter()
+        n = min(BURST, left) if patient else 1
+        tokens, finite = rounds.round(k, guesses[:k]) if k else rounds.steps(n)
+        if not finite:
+            raise not_finite(self.model.dtype)
+        length.learn(kind, k, len(tokens) - 1, (time.perf_counter() - began) / (1 if k else n))
+        if k:
+            self._counts.append((k, len(tokens) - 1))
+        else:
+            self._counts += [(0, 0)] * n
+        return tokens
+
+    def _measure(self, start: tuple) -> dict[int, float]:
+        """Seconds of a plain step (0) and of rounds by their number of guesses, of which this compiles the kernels."""
+        choices = [self.speculate_k] if self.speculate_k else self._rounds.choices
+        seconds = {}
+        for k in (0, *choices):
+            times = []
+            for _ in range(4):
+                self._rounds.start(*start)
+                began = time.perf_counter()
+                self._rounds.round(k, [0] * k) if k else self._rounds.steps(1)
+                times.append(time.perf_counter() - began)
+            seconds[k] = min(times)
+        self._rounds.start(*start)
+        return seconds
+
+    @property
+    def left_grid(self) -> bool:
+        steps = (self._step, *self._rounds.verifiers.values())
+        return any(isinstance(step, FusedGpuStep) and step.left_grid for step in steps)
