@@ -47,6 +47,16 @@ def same_keys(draft: SparseTransformer, model: SparseTransformer) -> bool:
     return ours == theirs and draft.dtype == model.dtype and torch.equal(draft.norm.weight, model.norm.weight)
 
 
+def acceptance(rounds: list[tuple[int, int]]) -> dict:
+    """Of rounds (guessed, accepted): the share of guesses that were accepted, in all and at each position."""
+    by_position = []
+    for i in range(max((k for k, _ in rounds), default=0)):
+        tried = [accepted > i for k, accepted in rounds if k > i]
+        by_position.append(sum(tried) / len(tried))
+    guessed = sum(k for k, _ in rounds)
+    return {"accept_rate": sum(a for _, a in rounds) / max(guessed, 1), "accepted_by_position": by_position}
+
+
 class Lookup:
     """Guesses without a model: what followed the text's last tokens where they stood before."""
 
