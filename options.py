@@ -99,6 +99,8 @@ def generate(argv: list[str] | None = None) -> Namespace:
     parser.refuse(o.draft == "prompt", "draft_sparsity", "beside --draft prompt")
     parser.refuse(o.draft is not None, "prompts unfused", "beside --draft")
     parser.refuse(o.draft is not None and o.batch_size > 1, "batch_size", "beside --draft")
+    if o.draft == "self" and not o.draft_sparsity:
+        raise ValueError("--draft self needs a --draft_sparsity above 0: at 0 it is the model itself")
     if o.draft and o.precision == "float32":
         raise ValueError("--draft needs bfloat16 or float16: what float32 adds up depends on the number of guesses")
     return o
