@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -217,30 +218,28 @@ class GpuRounds(CpuRounds):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         device = self.plain.position.device
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[int, Callable[[], None]] = {}
         self.rows = torch.arange(MAX_ROWS, device=device)
         self.guesses = torch.zeros(MAX_DRAFTS, dtype=torch.int64, device=device)
         self.outcome = torch.zeros(MAX_ROWS + 2, dtype=torch.int64, device=device)  # see `launch`
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
         super().start(token, position, seed)
-        if self.draft:
-            self.draft.seed.fill_(seed)
+        for step in (self.draft, *self.verifiers.values()):
+            if step:
+                step.seed.fill_(seed)
 
     def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
         if guesses:
             self.guesses[:k] = torch.tensor(guesses)
-        self._verifier(k).seed.fill_(self.seed)
-        if self.rows.is_cuda:
-            if k not in self.graphs:
-                self.graphs[k] = self._capture(k)
-            self.graphs[k].replay()
-        else:
-            self.launch(k)
+        if k not in self.graphs:
+            self._verifier(k).seed.fill_(self.seed)
+            self.graphs[k] = self._capture(k) if self.rows.is_cuda else partial(self.launch, k)
+        self.graphs[k]()
         *new, kept, finite = self.outcome.tolist()
         return new[:kept], bool(finite)
 
-    def _capture(self, k: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, k: int) -> Callable[[], None]:
         # the one round that this runs is undone, but for caches and text behind its position: the next writes them again
         plain = self.plain
         token, position = plain.token.clone(), plain.position.clone()
@@ -255,17 +254,17 @@ class GpuRounds(CpuRounds):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.launch(k)
-        return graph
+        return graph.replay
 
     def launch(self, k: int) -> None:
         """Launches a round of k guesses."""
         plain, draft, verifier, guesses = self.plain, self.draft, self.verifiers[k], self.guesses[:k]
         if draft:
             draft.token.copy_(plain.token)
-            draft.position.copy_(plain.position)
-            for i in range(k):
+            torch.add(plain.position, 0, out=draft.position)  # a kernel: what follows starts while it ends
+            for _ in range(k):
                 draft.step()
-                guesses[i : i + 1].copy_(draft.token)
+            torch.gather(draft.tokens[0], 0, plain.position + 1 + self.rows[:k], out=guesses)
 
         verifier.token[:1].copy_(plain.token)
         verifier.token[1:].copy_(guesses)
