@@ -416,8 +416,8 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
         print(f"Dense      {dense}: speed-up {r['speedup']:.2f}x")
     elif brief and all(brief):
         ours, dense = brief
-        sparse = "this run, per token," if o.draft else "sparse"
-        print(f"Dense      {dense:.2f} ms per decode step, where {sparse} took {ours:.2f}: speed-up {dense / ours:.2f}x")
+        this = "this run took {:.2f} per token" if o.draft else "sparse took {:.2f}"
+        print(f"Dense      {dense:.2f} ms per decode step, where {this.format(ours)}: speed-up {dense / ours:.2f}x")
 
     # what was guessed
     if o.draft:

@@ -368,9 +368,10 @@ class Transformer(UncastBuffers):
         All share the tensor `row`, by which a pass from_start of batch 1 can be each row's in turn. The frequencies
         become those of texts of that length, see `rope`. Raises ValueError beyond the model's context.
         """
-        if seq_length + spare > self.config.block_size:
-            raise ValueError(f"{seq_length + spare} positions do not fit the model's context of {self.config.block_size}")
-        shape = (batch_size, self.config.n_local_heads, seq_length + spare, self.config.head_dim)
+        positions = seq_length + spare
+        if positions > self.config.block_size:
+            raise ValueError(f"{positions} positions do not fit the model's context of {self.config.block_size}")
+        shape = (batch_size, self.config.n_local_heads, positions, self.config.head_dim)
         row = torch.zeros(1, dtype=torch.int64, device=self.device) if batch_size > 1 else None
         for attention in (block.attention for block in self.layers):
             if attention.kv_cache is None or attention.kv_cache.k_cache.shape != shape:

@@ -1,16 +1,17 @@
 """Lossless drafts: a few tokens are guessed, one step of several rows verifies them, and plain decoding's are kept.
 
 A round starts from the text's last token t at position p. Guesses d1 ... dk come from a model that is quicker than the
-verifier or from earlier text. One step feeds t, d1, ..., dk at positions p ... p + k. The draw behind d1 ... di is plain
-decoding's if those i guesses are right; so guess d(i+1) is accepted where it equals that draw, and the first draw that
-differs from its guess is one token more. A draw is a hash of seed, position and token (`decoder.random_bits`), and a row
-of a fused step is that of a step alone, to the bit. So the text is plain decoding's, sampled or greedy, whatever the
-guesses and their number: they change its time alone.
+verifier, or from earlier text. One step feeds t, d1, ..., dk at positions p ... p + k. The draw behind d1 ... di is
+plain decoding's if those i guesses are right. So guess d(i+1) is accepted where it equals that draw, and the first draw
+that differs from its guess is one token more. A draw is a hash of seed, position and token (`decoder.random_bits`), and
+a row of a fused step equals a step of that row alone, to the bit. So the text is plain decoding's, sampled or greedy,
+whatever the guesses and their number: they change its time alone.
 """
 
 import copy
+import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,11 +22,14 @@ from decoder import MAX_ROWS, FusedCpuStep, FusedGpuStep, Generation, Generator,
 from sparse_model import SparseTransformer
 
 MAX_DRAFTS = MAX_ROWS - 1
-GPU_DRAFTS = (1, 2, 4, 7)  # that an adapting number is chosen from: each has kernels of its own to compile
+CHOICES = (1, 3, 5, 7)  # of an adapting number of guesses: products take rows by twos on a GPU, by 2, 4 or 8 on a CPU
 LONGEST = 4  # tokens of a suffix that is looked up
-PRIOR, WEIGHT = 0.5, 2.0  # the acceptance that is expected at first, and how many guesses' worth it is
+# The acceptance that is expected at first: of a model's guesses, of those behind a suffix of 1, 2, ... tokens; and how
+# many guesses' worth that is.
+EXPECTED, WEIGHT = (0.8, 0.2, 0.35, 0.5, 0.7), 4.0
 MEMORY = 0.97  # share of the acceptance seen so far that stays in each round
 RETRY = 0.02  # share of plain decoding's time that is spent on finding out whether guesses pay by now
+PLAIN_EVERY = 32  # rounds
 BURST = 8  # plain steps on a GPU between two looks, where nobody waits for tokens
 
 
@@ -41,10 +45,8 @@ def same_weights(model: SparseTransformer) -> SparseTransformer:
 
 def same_keys(draft: SparseTransformer, model: SparseTransformer) -> bool:
     """Whether a draft may read the model's cache: it is the model with other cuts, or in another form of weights."""
-    ours, theirs = (
-        {name: value for name, value in vars(m.config).items() if name not in ("name", "quant", "groupsize", "tie_embeddings")}
-        for m in (model, draft)
-    )
+    form = dict.fromkeys(("name", "quant", "groupsize", "tie_embeddings"))
+    ours, theirs = vars(model.config) | form, vars(draft.config) | form
     return ours == theirs and draft.dtype == model.dtype and torch.equal(draft.norm.weight, model.norm.weight)
 
 
@@ -86,8 +88,8 @@ class Lookup:
 class DraftLength:
     """How many guesses pay: from the acceptance of those before and the seconds of rounds with each number.
 
-    Acceptance is counted by position in the round, for each `kind` of guesses apart; `PromptLookup` has a kind for each
-    length of its suffix.
+    Acceptance is counted by position in the round, for each `kind` of guesses apart: 0 is a model's, others are
+    `Lookup`'s by the length of the suffix.
     seconds: of a round by its number of guesses; 0: of a plain step.
     """
 
@@ -96,10 +98,11 @@ class DraftLength:
         self.tried: dict[int, list[float]] = {}
         self.accepted: dict[int, list[float]] = {}
         self.plain_s: dict[int, float] = {}
+        self.rounds, self.measured = 0, dict.fromkeys(seconds, 0)  # so far, and when each number had its last
 
     def expected(self, kind: int) -> list[float]:
-        """Tokens of a round with 0, 1, ... guesses; a position that was rarely tried is taken to be like the one before."""
-        rate, right, tokens = PRIOR, 1.0, [1.0]
+        """Tokens of a round with 0, 1, ... guesses; a position rarely tried is taken to be like the one before it."""
+        rate, right, tokens = EXPECTED[kind], 1.0, [1.0]
         counts = zip(self.tried.get(kind, [0.0] * MAX_DRAFTS), self.accepted.get(kind, [0.0] * MAX_DRAFTS), strict=True)
         for tried, accepted in counts:
             rate = (accepted + WEIGHT * rate) / (tried + WEIGHT)
@@ -116,7 +119,9 @@ class DraftLength:
         catching_up = late * (seconds[max(seconds)] - seconds[0]) / max(seconds)
         lost = {k: s + catching_up * (k > 0) - tokens[k] * seconds[0] for k, s in seconds.items()}
         best = max(seconds, key=lambda k: tokens[k] / (seconds[k] + catching_up * (k > 0)))
-        if best == 0:
+        if self.rounds - self.measured[0] > PLAIN_EVERY:  # else nothing would show that plain steps are quicker by now
+            best = 0
+        elif best == 0:
             least = min((k for k in seconds if k), key=lost.get)
             self.plain_s[kind] = self.plain_s.get(kind, 0.0) + seconds[0]
             if lost[least] < RETRY * self.plain_s[kind]:
@@ -127,8 +132,12 @@ class DraftLength:
 
     def learn(self, kind: int, k: int, accepted: int, seconds: float) -> None:
         """What a round with k guesses came to."""
+        self.rounds += 1
         if k in self.seconds:
-            self.seconds[k] += 0.1 * (min(seconds, 2 * self.seconds[k]) - self.seconds[k])
+            before, age = self.seconds[k], self.rounds - self.measured[k]
+            weight = min(max(age / PLAIN_EVERY, 0.1), 0.5)
+            self.seconds[k] += weight * (min(max(seconds, before / 2), 2 * before) - before)
+            self.measured[k] = self.rounds
         if k == 0:
             return
         for counts in (self.tried, self.accepted):
@@ -144,8 +153,6 @@ class CpuRounds:
     verifier: makes the step of so many rows. own_cache: the draft's cache is not the verifier's, so that the draft must
     be fed each token of the text, too.
     """
-
-    choices: Collection[int] = range(1, MAX_DRAFTS + 1)
 
     def __init__(self, plain, draft, verifier: Callable[[int], FusedCpuStep], n_vocab: int, own_cache: bool):
         self.n_vocab = n_vocab
@@ -213,8 +220,6 @@ class CpuRounds:
 class GpuRounds(CpuRounds):
     """Rounds on a GPU, each a CUDA graph of its own: guesses, verification, acceptance. The host reads the outcome."""
 
-    choices = GPU_DRAFTS
-
     def __init__(self, *arguments):
         super().__init__(*arguments)
         device = self.plain.position.device
@@ -240,7 +245,7 @@ class GpuRounds(CpuRounds):
         return new[:kept], bool(finite)
 
     def _capture(self, k: int) -> Callable[[], None]:
-        # the one round that this runs is undone, but for caches and text behind its position: the next writes them again
+        # the round that this runs is undone, but for caches and text behind its position, which the next writes again
         plain = self.plain
         token, position = plain.token.clone(), plain.position.clone()
         stream = torch.cuda.Stream(self.rows.device)
@@ -350,10 +355,10 @@ class DraftingGenerator(Generator):
         """The tokens of the next round, where so many are left to be made."""
         # how many guesses, and which
         rounds, length = self._rounds, self._length
-        kind, guesses = self._lookup.guess(MAX_DRAFTS) if self._lookup else (1, [])
-        k = 0
-        if kind:
-            k = self.speculate_k or length.choose(kind, rounds.late)
+        kind, guesses = self._lookup.guess(MAX_DRAFTS) if self._lookup else (0, [])
+        k = self.speculate_k or length.choose(kind, rounds.late)
+        if self._lookup and not guesses:
+            k = 0
         if self.device.type == "cpu":  # elsewhere each number has a graph of its own
             k = min(k, left - 1)
 
@@ -371,16 +376,13 @@ class DraftingGenerator(Generator):
 
     def _measure(self, start: tuple) -> dict[int, float]:
         """Seconds of a plain step (0) and of rounds by their number of guesses, of which this compiles the kernels."""
-        choices = [self.speculate_k] if self.speculate_k else self._rounds.choices
-        seconds = {}
-        for k in (0, *choices):
-            times = []
-            for _ in range(4):
-                self._rounds.start(*start)
-                began = time.perf_counter()
-                self._rounds.round(k, [0] * k) if k else self._rounds.steps(1)
-                times.append(time.perf_counter() - began)
-            seconds[k] = min(times)
+        choices = [self.speculate_k] if self.speculate_k else CHOICES
+        seconds = dict.fromkeys((0, *choices), math.inf)
+        for k in [*seconds] * 4:
+            self._rounds.start(*start)
+            began = time.perf_counter()
+            self._rounds.round(k, [0] * k) if k else self._rounds.steps(1)
+            seconds[k] = min(seconds[k], time.perf_counter() - began)
         self._rounds.start(*start)
         return seconds
 

@@ -170,15 +170,15 @@ def test_lookup(text, guess):
 COSTS = {k: (1.0 if k == 0 else 1.2 + 0.05 * k + 0.4 * k) for k in range(MAX_DRAFTS + 1)}
 
 
-def simulated(rate: float, rounds: int = 2000, length: DraftLength | None = None) -> tuple[float, list[int]]:
+def simulated(rate, rounds=2000, length=None, kind=0) -> tuple[float, list[int]]:
     """Tokens per second against plain decoding's, and the numbers of guesses, where each is right at this rate."""
     length, generator = length or DraftLength(dict(COSTS)), torch.Generator().manual_seed(0)
     seconds = tokens = 0
     chosen = []
     for _ in range(rounds):
-        k = length.choose(1)
+        k = length.choose(kind)
         right = (torch.rand(k, generator=generator) < rate).long().cumprod(0).sum().item()
-        length.learn(1, k, right, COSTS[k])
+        length.learn(kind, k, right, COSTS[k])
         seconds, tokens = seconds + COSTS[k], tokens + right + 1
         chosen.append(k)
     return tokens / seconds, chosen
@@ -304,7 +304,7 @@ def test_drafts_that_cannot_be(tiny, copy):
     first, second = sorted(vocab, key=vocab.get)[-2:]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="has another vocabulary than .*: token 2.* is b"):
+    with pytest.raises(ValueError, match=r"has another vocabulary than .*: token 2.* is b"):
         generate.main(flags(**run))
     change_config(copy, vocab_size=301)
     with pytest.raises(ValueError, match="has another vocabulary than tiny, of 301 tokens, not 300"):
