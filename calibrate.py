@@ -36,6 +36,7 @@ from thresholds import PROBABILITIES, STATISTICS_NAME, Statistics, load_statisti
 from tokenizer import load_tokenizer
 
 OWN_TOKENS, OWN_ROW, OWN_ROWS = 4096, 128, 32  # of self-written text: tokens, tokens per row, rows at once
+OWN_MEMORY = 16 * 10**9  # bytes of KV cache on a GPU for rows that are longer: so many are written at once
 
 # Histogram bins: float32 bit patterns rounded to 9 mantissa bits, 512 bins per octave from 2^-40 to 2^24. Values of a
 # shorter dtype lie in the middle of a bin, so an interpolated quantile is above or below them without bias.
@@ -139,26 +140,38 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
 
 
-@torch.no_grad()
-def self_written_text(model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0) -> Tensor:
-    """Text that the dense model writes at temperature 1: rows [N, T], int64, of up to 128 tokens from the start token.
+def self_written_text(
+    model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0, row: int | None = None
+) -> Tensor:
+    """Text that the dense model writes at temperature 1: rows [N, T], int64, each from the start token on.
 
-    At least `num_tokens` in all; the KV cache is released at the end. Raises ValueError for output that is not finite.
+    Rows have up to `row` (128) tokens, all rows at least `num_tokens`. Raises as `write_tails`.
     """
-    device = model.device
-    generator = torch.Generator(device).manual_seed(seed)
-    length = max(2, min(OWN_ROW, model.config.block_size, num_tokens))
-    rows = torch.full((-(-num_tokens // length), length), start_token, device=device)
+    length = max(2, min(row or OWN_ROW, model.config.block_size, num_tokens))
+    return write_tails(model, torch.full((-(-num_tokens // length), length), start_token), 1, seed)
 
-    with tqdm(total=rows[:, 1:].numel(), desc="writing text", unit="tok") as progress:
-        for batch in rows.split(OWN_ROWS):
+
+@torch.no_grad()
+def write_tails(model: SparseTransformer, rows: Tensor, begun: int, seed: int = 0) -> Tensor:
+    """Rows [N, T], int64, on the model's device, whose tokens from position `begun` on the dense model draws anew.
+
+    The temperature is 1; the KV cache is released at the end. Raises ValueError for output that is not finite.
+    """
+    device, config, length = model.device, model.config, rows.shape[1]
+    rows, generator = rows.to(device, copy=True), torch.Generator(device).manual_seed(seed)
+    row_bytes = 2 * config.n_layer * config.n_local_heads * config.head_dim * length * model.dtype.itemsize
+    at_once = max(OWN_ROWS, OWN_MEMORY // row_bytes) if length > OWN_ROW and device.type == "cuda" else OWN_ROWS
+
+    with tqdm(total=rows[:, begun:].numel(), desc="writing text", unit="tok") as progress:
+        for batch in rows.split(at_once):
             model.setup_caches(len(batch), length)
-            for i in range(length - 1):
-                # a dense prefix of 1 keeps the one position dense, whatever the thresholds
-                logits = model(batch[:, i : i + 1], torch.tensor([i], device=device), dense_prefix=1)
+            for first, i in zip((0, *range(begun, length)), range(begun, length), strict=False):
+                # all of it is dense prefix, so that a single position is dense too, whatever the thresholds
+                at = torch.arange(first, i, device=device)
+                logits = model(batch[:, first:i], at, num_logits=1, dense_prefix=i - first)
                 check_finite(logits, model.dtype)
                 probabilities = torch.softmax(logits[:, -1].float(), -1)
-                batch[:, i + 1 : i + 2] = torch.multinomial(probabilities, 1, generator=generator)
+                batch[:, i : i + 1] = torch.multinomial(probabilities, 1, generator=generator)
                 progress.update(len(batch))
 
     for block in model.layers:
@@ -167,18 +180,25 @@ def self_written_text(model: SparseTransformer, start_token: int, num_tokens: in
 
 
 def calibration_tokens(
-    folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int
+    folder: Path,
+    model: SparseTransformer,
+    data: list[str] | None,
+    num_tokens: int,
+    seed: int,
+    context: int | None = None,
 ) -> tuple[Tensor, str]:
     """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
-    Raises ValueError for a text that cannot be read or is too short, or a tokenizer of another model.
+    `context`: T, if it is given and the text is as long. Raises ValueError for a text that cannot be read or is too
+    short, or a tokenizer of another model.
     """
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if data is not None:
         names = " ".join(Path(source).name for source in data)
-        return text_windows(data, tokenizer, num_tokens, model.config.block_size), names
+        return text_windows(data, tokenizer, num_tokens, context or model.config.block_size), names
     start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
-    return self_written_text(model, start, num_tokens, seed), f"the model's own, seed {seed}"
+    text = self_written_text(model, start, num_tokens, seed, context or None)
+    return text, f"the model's own, seed {seed}"
 
 
 def calibrate(

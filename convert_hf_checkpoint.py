@@ -18,15 +18,17 @@ from functools import partial
 from pathlib import Path
 
 import options
-from formats.checkpoint import CHECKPOINTS, Shapes, check_absent, convert
+from formats.checkpoint import CHECKPOINTS, Shapes, check_absent, convert, expected_tensors
 from formats.files import lock
 from formats.gguf_file import convert_gguf
 from formats.huggingface import convert_folder, download_snapshot
-from model import ModelArgs, expected_shapes
+from model import ModelArgs, Transformer
 
 
 def shapes_of(config: dict) -> Shapes:
-    return expected_shapes(ModelArgs.from_config(config))
+    """Names and shapes of the tensors of a checkpoint with this config.json."""
+    model = Transformer(ModelArgs.from_config(config), device="meta")
+    return {name: tuple(tensor.shape) for name, tensor in expected_tensors(model).items()}
 
 
 def main(argv: list[str] | None = None) -> Path:

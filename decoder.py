@@ -11,7 +11,7 @@ Why a fused step on a GPU records its own CUDA graph: README, "How it works".
 
 import ctypes
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
@@ -72,8 +72,9 @@ class FusedGpuStep:
     model: with its cache set up, and its cuts set: a later change needs a new step.
     temperature, top_k: of the sampling; temperature 0 is greedy.
     dense: nothing is cut, by the same kernels with the test compiled out; so it is where a model's `sparsity` is 0.
-    drafts: this many rows, which share the cache's only row and stand at consecutive positions of one text; 0: every
-        row of the cache is a text of its own.
+    drafts: this many rows, which share the cache's only row and stand at positions of one text, in ascending order.
+        Each sees the keys of those before it: its logits are those of a step of one row there. 0: every row of the
+        cache is a text of its own.
     tokens: [rows, positions of the cache + 1], int64; those from `start` on are valid.
     logits: [rows, vocab and room for a norm's rstd], float32, of the last step.
     """
@@ -106,8 +107,9 @@ class FusedGpuStep:
         arrived = buffer(rows, config.n_local_heads, dtype=torch.int32)
         self.chunks = fused_step.Chunks(buffer(rows, splits, q), buffer(rows, splits, config.n_head), arrived)
         self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size + rstd_buffer)
-        most = max((rows + rows % 2) * module.threshold.numel() + 64 for module in model.sites)
-        self.prepared = few_rows.Prepared(buffer(most), buffer(most // 32 + 1024, dtype=torch.int32))
+        most = max(len(m.widths) * (-(-len(m.weight) // 32) * 32) for m in model.sites)  # inputs of all segments
+        made = buffer((rows + 3) // 4 * 4 * most, dtype=model.dtype)
+        self.prepared = few_rows.Prepared(made, buffer(rows * most // 32, dtype=torch.int32))
 
         # the sampling's room, and what goes from step to step
         self.top = buffer(rows, -(-config.vocab_size // fused_step.HEAD_ROWS))
@@ -197,8 +199,9 @@ class FusedGpuStep:
 
         scale, norm, x = model.output and model.output.scale, self.head_norm, h
         if rows > 1:
-            x, room, strides = self.x, self.prepared._replace(made=self.x), (model.config.dim, 1)
-            self.few_rows.launch_prepare(h, self.head_operation, None, room, strides, norm=norm, pdl=pdl)
+            x, prepared = self.x, self.prepared._replace(made=self.x)
+            options = {"norm": norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
+            self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)
             norm = None
         kernels.launch_head(x, norm, model.output_weight, scale, self.logits, self.top, pdl)
         state = self.seed, self.position, self.token, self.tokens
@@ -211,12 +214,7 @@ class FusedCpuStep:
     In bfloat16 and float16 a row's tokens depend neither on other rows nor on the number of threads. A step takes at
     most torch's: fewer while those are quicker, beside other work. Float32 (and a CPU without fused multiply-adds) adds
     in another order with other rows or threads, so it takes all. It reads the model's tensors where they lie, so they
-    must stay there. Arguments and attributes are those of `FusedGpuStep`, but for these.
-
-    drafts: rows that share the cache's one row, at positions in ascending order: each sees the new keys of those before
-        it. Its logits are those of a step of one row there, once the tokens before it are in the cache. 0: a row of the
-        model's cache for each.
-    tokens: [rows, positions of the cache + 1], int64. logits: [rows, vocab], float32, rounded to the model's dtype.
+    must stay there. Arguments and attributes are those of `FusedGpuStep`; logits are rounded to the model's dtype.
     """
 
     adaptive = True  # False, set before one is made: each step takes torch's number of threads
@@ -487,11 +485,7 @@ class Generator:
 
     @torch.inference_mode()
     def __call__(
-        self,
-        prompts: Tensor | Sequence[Tensor],
-        max_new_tokens: int,
-        on_token: Callable[[Tensor], bool] | None = None,
-        eos_ids: Collection[int] = (),
+        self, prompts: Iterable[Tensor], max_new_tokens: int, on_token: Callable | None = None, eos_ids: Collection = ()
     ) -> Generation:
         """Generates after the prompts: [B, P], or a [P] of its own for each row, which fused steps alone take.
 
@@ -512,9 +506,8 @@ class Generator:
         if self.model.layers[0].attention.kv_cache is not self._cache:
             raise ValueError("the model's cache was replaced by a Generator of another size; make this one anew")
         if self.step != "fused" and len(set(lengths)) > 1:
-            raise ValueError(
-                f"prompts of {min(lengths)} to {max(lengths)} tokens need fused steps, not {self.step} ones"
-            )
+            various = f"{min(lengths)} to {max(lengths)} tokens"
+            raise ValueError(f"prompts of {various} need fused steps, not {self.step} ones")
 
         start = self._now()
         first = torch.cat([self._first_token(row, prompt) for row, prompt in enumerate(prompts)])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats import checkpoint
-from formats.checkpoint import Shapes, check_tensors, expected_tensors, fuse_on_load, is_own_head, load_weights
+from formats.checkpoint import check_tensors, fuse_on_load, is_own_head, load_weights
 from formats.config import config_fields
 from formats.files import read_json
 from formats.named_configs import named_config
@@ -104,10 +104,7 @@ class ModelArgs:
 
     @classmethod
     def from_name(cls, name: str) -> "ModelArgs":
-        """The named config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
-
-        "-int8" or "-int4" at the end asks for such weights. Raises ValueError if no key fits.
-        """
+        """See `formats.named_configs.named_config`."""
         return cls(**named_config(name))
 
 
@@ -219,8 +216,7 @@ class Attention(nn.Module):
         widths = [heads * config.head_dim for heads in self.heads]
         segments = dict(zip("qkv", widths, strict=True))
         self.wqkv = projection(config.dim, segments, config.qkv_bias, device, dtype, config.sensitive_quant)
-        out = {"o": config.dim}
-        self.wo = projection(widths[0], out, config.o_bias, device, dtype, config.quant, config.groupsize)
+        self.wo = projection(widths[0], {"o": config.dim}, config.o_bias, device, dtype, config.quant, config.groupsize)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             q, k = widths[:2] if self.qk_norm == "whole" else [config.head_dim] * 2
@@ -407,8 +403,7 @@ class Transformer(UncastBuffers):
                 does not depend on the cache's length.
         """
         positions = torch.arange(idx.shape[1], device=idx.device) if input_pos is None else input_pos
-        inside = input_pos is None or from_start
-        keys = None if inside else self.layers[0].attention.kv_cache.k_cache.shape[2]
+        keys = None if input_pos is None or from_start else self.layers[0].attention.kv_cache.k_cache.shape[2]
         ropes, masks = self.rope_and_masks(positions, keys, idx.shape[1] if input_pos is None else None)
 
         x = self.embed(idx, positions)
@@ -527,8 +522,3 @@ def read_config(folder: Path) -> ModelArgs:
     if not path.exists():
         return ModelArgs.from_name(folder.name)
     return ModelArgs.from_config(read_json(path), folder.name)
-
-
-def expected_shapes(config: ModelArgs) -> Shapes:
-    """Names and shapes of a checkpoint's tensors; see `expected_tensors`."""
-    return {name: tuple(tensor.shape) for name, tensor in expected_tensors(Transformer(config, device="meta")).items()}

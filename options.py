@@ -20,6 +20,7 @@ QUALITY_RULES = ("dense", "uniform", "greedy", "refined", "norms", "cats", "relu
 GATED = ("cats", "up-output")  # of them, those with thresholds of gates, which are calibrated on a text
 MAX_BATCH = 1024  # rows
 MAX_DRAFTS = 7  # guesses per round: a step has 8 rows
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # that finetune.py tunes
 CACHE, PROMPT = 512, 5  # positions of benchmarks.cpu_decode's cache, and its prompt
 SWEEP = (0.0, 0.25, 0.4, 0.5, 0.65)
 
@@ -153,6 +154,26 @@ def quantize(argv: list[str] | None = None) -> Namespace:
     parser.refuse(o.num_tokens == 0, "data seed", "beside --num_tokens 0")
     parser.refuse(o.mode == "int8", "groupsize", "beside --mode int8")
     return o
+
+
+def finetune(argv: list[str] | None = None) -> Namespace:
+    parser, add = _parser("finetune")
+    cli.add_text_arguments(parser, 1 << 20)
+    add("--own_tokens", action=at_least(0), default=0, help="so many more, with which the model goes on from the text")
+    add("--sparsity", action=SPARSITY, nargs="+", default=[0.5], help="levels; each row of a batch is cut at one")
+    add("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
+    add("--targets", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS), help="projections that are tuned")
+    add("--loss", choices=("kl", "next_token"), default="kl", help="to the dense model, or of the text")
+    add("--rank", action=at_least(1), default=32, help="of A B")
+    positive = number(float, lambda f: 0 < f < float("inf"), "must be above 0")
+    add("--alpha", action=positive, default=64.0, help="A B is scaled by alpha / rank")
+    add("--learning_rate", action=positive, default=2e-4, help="at its peak")
+    add("--epochs", action=positive, default=1.0, help="how often each window is seen")
+    add("--batch_size", action=at_least(1), default=16, help="windows per step")
+    add("--context", action=at_least(2), default=1024, help="tokens of a window")
+    add("--compile", action="store_true", help="torch.compile the blocks and the loss")
+    add("--output_dir", type=output_folder, metavar="DIR", help="(default: the checkpoint's with -tuned)")
+    return parser.parse_args(argv)
 
 
 def convert_hf_checkpoint(argv: list[str] | None = None) -> Namespace:

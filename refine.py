@@ -49,11 +49,10 @@ from calibrate import calibration_tokens
 from cli import output_path, placement
 from decoder import check_finite, not_finite
 from formats.default_model import resolve_checkpoint
-from sparse_model import SITES, SparseProjection, SparseTransformer
+from sparse_model import SITES, SparseProjection, SparseTransformer, dense_prefix_of
 from thresholds import Cuts, CutTable, make_table, table_metadata
 
 LEVELS = (0.25, 0.4, 0.5, 0.65, 0.8)  # sparsities that are refined; between two, thresholds are interpolated
-SPARSE_FRACTION = 0.99  # of each window, as in eval.py
 CURVATURE_TOKENS = 16384  # of the text, for the initial cuts
 WINDOWS = 8  # that an update looks at
 BAND = 0.35  # a cut counts as smoothed between threshold * e^-BAND and threshold * e^BAND
@@ -105,17 +104,12 @@ def windows_per_pass(model: SparseTransformer, length: int) -> int:
     return max(1, int(MEMORY / (token * length))) if model.device.type == "cuda" else 1
 
 
-def dense_prefix(length: int) -> int:
-    """Positions of a window that stay dense, at least one: the first token's inputs are like no other's."""
-    return max(1, round(length * (1 - SPARSE_FRACTION)))
-
-
 def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cuts:
     """Thresholds at price 1 and shifts (medians, averaged over windows), from windows `tokens` [N, T].
 
     Raises ValueError for outputs or gradients that are not finite (float16 overflows in some models).
     """
-    prefix, device = dense_prefix(tokens.shape[1]), model.device
+    prefix, device = dense_prefix_of(tokens.shape[1]), model.device
     generator = torch.Generator(device).manual_seed(seed)
     fisher = [torch.zeros_like(module.threshold) for module in model.sites]
     median = [torch.zeros_like(module.threshold[0]) for module in model.sites]
@@ -162,7 +156,7 @@ def scaled_to(model: SparseTransformer, windows: Tensor, level: float, cuts: Cut
         for batch in windows.split(1 if every else windows_per_pass(model, windows.shape[1])):
             if every or not achieved:
                 model.reset_counts()
-            model(batch.to(model.device), num_logits=1, dense_prefix=dense_prefix(windows.shape[1]))
+            model(batch.to(model.device), num_logits=1, dense_prefix=dense_prefix_of(windows.shape[1]))
             achieved.append(model.achieved_sparsity())
         reached = min(achieved) if every else achieved[-1]
         if abs(reached - level) < TOLERANCE:
@@ -195,7 +189,7 @@ class Refinement:
 
     def update(self, windows: Tensor, rate: float) -> float:
         """One step over `windows` [N, T], learning rates times `rate`; returns the KL divergence, nats per token."""
-        model, prefix = self.model, dense_prefix(windows.shape[1])
+        model, prefix = self.model, dense_prefix_of(windows.shape[1])
         cuts = self.cuts()
         slope = [torch.zeros_like(threshold) for threshold in cuts.thresholds]  # of the divergence, by log t
         volume = [torch.zeros_like(threshold) for threshold in cuts.thresholds]  # of the cut weights, by log t
@@ -248,7 +242,7 @@ class Refinement:
 @torch.no_grad()
 def perplexity_of(model: SparseTransformer, windows: Tensor, cut: bool) -> float:
     """Perplexity on windows [N, T], cut after each window's dense prefix or dense."""
-    prefix = dense_prefix(windows.shape[1]) if cut else None
+    prefix = dense_prefix_of(windows.shape[1]) if cut else None
     loss = 0.0
     for batch in windows.split(windows_per_pass(model, windows.shape[1])):
         batch = batch.to(model.device)
@@ -293,14 +287,27 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
             table.append(cuts)
             yield
 
-    # round the table, and record the quality of what is kept
+    text = "held-out calibration text" if held_out else "the calibration text"
+    finish(model, table, unseen, text)
+
+
+def finish(model: SparseTransformer, table: CutTable, windows: Tensor, text: str) -> None:
+    """Rounds a table to float16 and records the quality of what is kept: perplexities on windows [N, T] of `text`."""
     table.halve()
-    perplexities = [(0.0, perplexity_of(model, unseen, cut=False))]
+    perplexities = [(0.0, perplexity_of(model, windows, cut=False))]
     for i, level in enumerate(table.levels):
         model.set_cuts(table.level(i))
-        perplexities.append((level, perplexity_of(model, unseen, cut=True)))
-    text = "held-out calibration text" if held_out else "the calibration text"
+        perplexities.append((level, perplexity_of(model, windows, cut=True)))
     table.metadata["quality"] = json.dumps({"text": text, "perplexity": perplexities})
+
+
+def rescaled(model: SparseTransformer, table: CutTable, windows: Tensor, text: str) -> CutTable:
+    """A table of the same levels for other weights: each level's thresholds `scaled_to` it in every window [N, T]."""
+    scaled = CutTable([], {}, {name: value for name, value in table.metadata.items() if name != "quality"})
+    for i, level in enumerate(tqdm(table.levels, desc="scaling thresholds", unit="level")):
+        scaled.append(scaled_to(model, windows, level, table.level(i), every=True))
+    finish(model, scaled, windows, text)
+    return scaled
 
 
 def main(argv: list[str] | None = None) -> CutTable:
@@ -319,7 +326,5 @@ def main(argv: list[str] | None = None) -> CutTable:
     metadata = table_metadata("refined", folder, text, tokens, [tokens], updates=o.updates, dtype=o.precision)
     table = make_table(output, CutTable([], {}, metadata), partial(refine, model, tokens, o.updates))
     print(f"{output}: refined cuts of {table.n_layer} layers ({tokens.numel()} tokens of {text})")
-    quality = json.loads(table.metadata["quality"])
-    for sparsity, perplexity in quality["perplexity"]:
-        print(f"{sparsity:4.0%} cut: perplexity {perplexity:.2f} on {quality['text']}")
+    print(table.quality_report())
     return table

@@ -68,9 +68,10 @@ class SparseProjection(UncastBuffers):
         self.register_load_state_dict_pre_hook(_transpose_on_load)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, in] -> [B, T, out]
-        if self.dense_prefix is not None:
-            y = self._cut_after(self.dense_prefix, x)
-        elif x.shape[1] == 1:
+        prefix, length = self.dense_prefix, x.shape[1]
+        if isinstance(prefix, list) or (prefix is not None and prefix < length):
+            y = self._cut_after(prefix, x)
+        elif prefix is None and length == 1:
             y = self._sparse_product(sparse_gemv, x[:, 0])[:, None]
         else:
             y = x @ self.dequantized(x.dtype)
@@ -133,6 +134,11 @@ def _transpose_on_load(module, state_dict, prefix, *_):
         if key in state_dict and state_dict[key].dim() > 1 and prefix + "threshold" not in state_dict:
             state_dict[key] = state_dict[key].to(module.weight.device).transpose(0, 1)
     state_dict.setdefault(prefix + "threshold", module.threshold)
+
+
+def dense_prefix_of(length: int) -> int:
+    """Positions of a window that stay dense, 1 % and at least one: the first token's inputs are like no other's."""
+    return max(1, round(length * (1 - 0.99)))
 
 
 class SparseTransformer(Transformer):

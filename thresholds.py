@@ -156,13 +156,13 @@ def _quantile(sparsity: float, share: float, cumulative: np.ndarray | Tensor, va
 
 def load_statistics(path: str | Path, folder: Path | None = None) -> Statistics:
     """Reads what `Statistics.save` wrote. Raises ValueError for no such file, or one of another checkpoint's folder."""
-    statistics = _read(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
+    statistics = read_artifact(path, Statistics, STATISTICS_FORMAT, "statistics", "make it with calibrate.py")
     if folder:
         check_fingerprint(statistics.metadata.get("fingerprint"), folder, "the statistics are", "calibrate.py")
     return statistics
 
 
-def _read(path: str | Path, make: Callable, form: str, what: str, again: str):
+def read_artifact(path: str | Path, make: Callable, form: str, what: str, again: str):
     """What `make` makes of tensors and metadata of a safetensors file whose metadata name this form; it is checked."""
     if not Path(path).exists():
         raise ValueError(f"no {what} file at {path}; {again}")
@@ -311,6 +311,12 @@ class CutTable:
         value = float(np.exp(np.interp(sparsity, sparsities, np.log(perplexities))))
         return perplexities[0], value, record["text"]
 
+    def quality_report(self) -> str:
+        """The record of quality, a line per sparsity."""
+        quality = json.loads(self.metadata["quality"])
+        lines = (f"{sparsity:4.0%} cut: perplexity {value:.2f}" for sparsity, value in quality["perplexity"])
+        return "\n".join(f"{line} on {quality['text']}" for line in lines)
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all. Raises ValueError if it cannot, or if `check` does."""
         self.check()
@@ -322,7 +328,7 @@ def load_table(path: str | Path, folder: Path | None = None) -> CutTable:
     """Reads what `CutTable.save` wrote. Raises ValueError as `load_statistics` does, and for an old or damaged file."""
     if Path(path).name in OLD_FILES:
         raise ValueError(_of_an_earlier_version(Path(path)))
-    table = _read(path, CutTable.of_file, TABLE_FORMAT, "cut table", "make it with greedy.py or refine.py")
+    table = read_artifact(path, CutTable.of_file, TABLE_FORMAT, "cut table", "make it with greedy.py or refine.py")
     if folder:
         script = SCRIPTS.get(table.metadata.get("rule", ""), "refine.py")
         check_fingerprint(table.metadata.get("fingerprint"), folder, "the cut table is", script)
@@ -453,7 +459,12 @@ def cuts_for(
     return rule, load_table(rule, folder).at(sparsity)
 
 
+def table_of(rule: str, folder: Path | None) -> CutTable | None:
+    """The table from which `cuts_for` took the cuts of this rule or file; None for a rule without one."""
+    return find_table(rule, folder) if rule in RULES else load_table(rule, folder)
+
+
 def recorded_perplexity(rule: str, folder: Path | None, sparsity: float) -> tuple[float, float, str] | None:
-    """`CutTable.perplexity_at` of the table that `cuts_for` took for this rule or file; None without a record."""
-    table = find_table(rule, folder) if rule in RULES else load_table(rule)
+    """`CutTable.perplexity_at` of `table_of` this rule or file; None without a record."""
+    table = table_of(rule, folder)
     return table and table.perplexity_at(sparsity)

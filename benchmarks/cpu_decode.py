@@ -26,7 +26,7 @@ from torch import Tensor
 
 import options
 from benchmarks.results import command, model_columns, provenance, write_rows
-from decoder import FusedCpuStep
+from decoder import FusedCpuStep, Generation
 from formats.default_model import resolve_checkpoint
 from generate import ModelSource, count_kept
 from kernels import cpu
@@ -121,8 +121,8 @@ def measure(
 
             # the first round counts the bytes, in an untimed pass over its tokens
             if variant.cuts and turn == 1:
-                tokens = decoder.tokens[0, PROMPT : PROMPT + steps + 1]
-                count_kept(model, torch.cat((prompt, tokens[None]), 1), PROMPT)
+                tokens = decoder.tokens[:, PROMPT : PROMPT + steps + 1]
+                count_kept(model, Generation(list(prompt), tokens, 0.0, 0.0))
                 variant.bytes_per_token = model.bytes_per_step()
                 model.reset_counts()
     return stats.median(bandwidths[1:])

@@ -180,6 +180,14 @@ void load(const T* from, Floats& first, Floats& second) {
 }
 
 template <typename T>
+float at(const T* weights, int64_t output) {
+  if constexpr (std::is_same_v<T, Int4>)
+    return weights[output / 2].at(output % 2);
+  else
+    return weights[output];
+}
+
+template <typename T>
 float rounded(float value) {
   return T::from(value);
 }
@@ -243,10 +251,10 @@ inline float with_lowest_bit(float value) {
 
 constexpr int64_t ROWS = 8;        // rows added at a time
 constexpr int64_t BATCH = 8;       // the most texts of a step
-constexpr int64_t COLUMNS = 4096;  // outputs of all texts summed at a time: 16 KB
+constexpr int64_t COLUMNS = 6144;  // outputs of all texts summed at a time: 24 KB
 constexpr int64_t GROUPS = COLUMNS / 16;  // of int4: the most among them
-constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used, in at most
-constexpr int64_t ROWS_AHEAD = 64;
+constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used, of at most
+constexpr int64_t ROWS_AHEAD = 64; // rows
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of a 2-byte W is read twice
 
 // A row from one of its outputs on.
@@ -290,37 +298,34 @@ struct Texts {
   F* operator[](int64_t text) const { return of_first + text * apart; }
 };
 
-// sums[b][j] += value[b][k] * row[k][j] over N rows, for B texts. Meanwhile it fetches next[k] into the second-level
-// cache, since the first has too few misses in flight: a step of SmolLM2-135M at 50 %, bfloat16, takes 7.0 to 7.5 ms on
-// two cores of an EPYC, 8.9 to 9.8 with the first.
-template <int N, int B, typename T>
-  requires(!std::is_same_v<T, Int4>)
-void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, Texts<float> sums, int64_t width,
-              int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
-  // what stands in registers is copied: else each store of a sum might change it
-  const T *weights[N], *later[N];
+// sums[b][j] += plus[b] + value(b, k) * row[k][j] over N rows, for B texts and outputs begin .. end. Meanwhile it fetches
+// next[k] into the second-level cache, since the first has too few misses in flight: a step of SmolLM2-135M at 50 %,
+// bfloat16, takes 7.0 to 7.5 ms on two cores of an EPYC, 8.9 to 9.8 with the first.
+template <int N, int B, typename W, typename Value>
+inline __attribute__((always_inline)) void add_outputs(const Row<W>* row, const Row<W>* next, Value value,
+                                                       const float* plus, Texts<float> sums, int64_t begin,
+                                                       int64_t end) {
+  constexpr int64_t IN_ONE = LINE<W> * sizeof(W) / 64;  // outputs in a W
+  const W *weights[N], *later[N];  // copies stay in registers; else each store of a sum might change them
   for (int k = 0; k < N; k++) weights[k] = row[k].weights, later[k] = next[k].weights;
-  constexpr bool COPIED = N * B <= 16;
-  Floats copies[COPIED ? B : 0][N];
-  for (int b = 0; COPIED && b < B; b++)
-    for (int k = 0; k < N; k++) copies[b][k] = value[b][k] - Floats{};
-
-  int64_t j = 0;
-  for (; j + 2 * LANES <= width; j += 2 * LANES) {
-    for (int64_t line = j; line < j + 2 * LANES; line += LINE<T>)
-      for (int k = 0; k < N && line % LINE<T> == 0; k++) __builtin_prefetch(later[k] + line, 0, 2);
+  int64_t j = begin;
+  for (; j + 2 * LANES <= end; j += 2 * LANES) {
+    for (int64_t line = j; line < j + 2 * LANES; line += LINE<W>)
+      for (int k = 0; k < N && line % LINE<W> < 2 * LANES; k++) __builtin_prefetch(later[k] + line / IN_ONE, 0, 2);
     Floats even[B], odd[B];  // or first and second
 #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) even[b] = read<Floats>(sums[b] + j), odd[b] = read<Floats>(sums[b] + j + LANES);
+    for (int b = 0; b < B; b++) {
+      even[b] = read<Floats>(sums[b] + j), odd[b] = read<Floats>(sums[b] + j + LANES);
+      if (plus) even[b] += plus[b], odd[b] += plus[b];
+    }
 #pragma GCC unroll 8
     for (int k = 0; k < N; k++) {
       Floats even_weights, odd_weights;
-      load(weights[k] + j, even_weights, odd_weights);
+      load(weights[k] + j / IN_ONE, even_weights, odd_weights);
 #pragma GCC unroll 8
       for (int b = 0; b < B; b++) {
-        const Floats v = COPIED ? copies[b][k] : value[b][k] - Floats{};
-        even[b] = fma(v, even_weights, even[b]);
-        odd[b] = fma(v, odd_weights, odd[b]);
+        even[b] = fma(value(b, k), even_weights, even[b]);
+        odd[b] = fma(value(b, k), odd_weights, odd[b]);
       }
     }
 #pragma GCC unroll 8
@@ -329,14 +334,29 @@ void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, T
       std::memcpy(sums[b] + j + LANES, &odd[b], sizeof(Floats));
     }
   }
-  for (; j < width; j++)
-    for (int b = 0; b < B; b++)
-      for (int k = 0; k < N; k++) sums[b][j] = fma(value[b][k], float(weights[k][j]), sums[b][j]);
+  for (; j < end; j++)
+    for (int b = 0; b < B; b++) {
+      Floats total = sums[b][j] + (plus ? plus[b] : 0.0f) - Floats{};
+      for (int k = 0; k < N; k++) total = fma(value(b, k), at(weights[k], j) - Floats{}, total);
+      sums[b][j] = total[0];
+    }
+}
+
+// sums[b][j] += value[b][k] * row[k][j].
+template <int N, int B, typename W>
+  requires(!std::is_same_v<W, Int4>)
+void add_rows(const Row<W>* row, const Row<W>* next, Texts<const float> value, Texts<float> sums, int64_t width,
+              int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
+  constexpr bool COPIED = N * B <= 16;  // so many stay in registers
+  Floats copies[COPIED ? B : 1][N];
+  for (int b = 0; COPIED && b < B; b++)
+    for (int k = 0; k < N; k++) copies[b][k] = value[b][k] - Floats{};
+  const auto at = [&](int b, int k) { return COPIED ? copies[b][k] : value[b][k] - Floats{}; };
+  add_outputs<N, B>(row, next, at, nullptr, sums, 0, width);
 }
 
 // The same of int4's codes, whole groups at a time, whose sums start at `start`. A code is taken less 8, and its group's
-// minimum more by 8 scales, since smaller products have a finer grid. It leaves the sums of even and odd outputs apart;
-// `in_order` puts them in their places.
+// minimum more by 8 scales, since smaller products have a finer grid.
 template <int N, int B>
 void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> value, Texts<float> sums, int64_t width,
               int64_t group, const float (*start)[GROUPS / B]) {
@@ -357,38 +377,11 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> va
       }
     }
   }
-  for (int b = 0; b < B; b++)
-    for (int64_t g = 0; g < groups; g++) minimum[b][g] -= start[b][g];
-
-  for (int64_t g = 0, begin = 0; g < groups; begin = ++g * group) {
-    // two vectors of outputs at a time, then what is left of the group one by one
-    int64_t j = begin;
-    for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
-      if (j % LINE<Int4> < 2 * LANES)
-        for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j / 2, 0, 2);
-      Floats even[B], odd[B];
-      for (int b = 0; b < B; b++) {
-        even[b] = read<Floats>(sums[b] + j) + minimum[b][g];
-        odd[b] = read<Floats>(sums[b] + j + LANES) + minimum[b][g];
-      }
-      for (int k = 0; k < N; k++) {
-        Floats even_codes, odd_codes;
-        Int4::load(row[k].weights + j / 2, even_codes, odd_codes);
-        for (int b = 0; b < B; b++) {
-          even[b] = fma(scale[b][k][g], even_codes, even[b]);
-          odd[b] = fma(scale[b][k][g], odd_codes, odd[b]);
-        }
-      }
-      for (int b = 0; b < B; b++) {
-        std::memcpy(sums[b] + j, &even[b], sizeof(Floats));
-        std::memcpy(sums[b] + j + LANES, &odd[b], sizeof(Floats));
-      }
-    }
-    for (; j < begin + group; j++)
-      for (int b = 0; b < B; b++) {
-        sums[b][j] += minimum[b][g];
-        for (int k = 0; k < N; k++) sums[b][j] = fma(scale[b][k][g], row[k].weights[j / 2].at(j % 2), sums[b][j]);
-      }
+  for (int64_t g = 0; g < groups; g++) {
+    float plus[B];
+    for (int b = 0; b < B; b++) plus[b] = minimum[b][g] - start[b][g];
+    const auto at = [&](int b, int k) { return scale[b][k][g] - Floats{}; };
+    add_outputs<N, B>(row, next, at, plus, sums, g * group, (g + 1) * group);
   }
 }
 

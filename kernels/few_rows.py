@@ -33,9 +33,12 @@ from kernels.triton_gemv import (
     starts_of,
 )
 
-MAX_ROWS = 8
 PREPARED = 256  # inputs that a program of the first launch makes
-PROGRAMS = 4224  # about as many as a launch gets, if its sums allow: twice what runs at once on an H100
+# Programs of a launch for up to 4 rows, if its sums allow. llama-3-8b's gate|up for 2 rows took 104 us with 4,224 and
+# 81 with 16,896 (bfloat16, dense, H100). Programs of more rows have more registers and live longer: their number is
+# what runs at once, 16 on each of an H100's 132 multiprocessors. For 8 rows the step took 1.72 of one row's time with
+# twice as many and 1.52 so.
+PROGRAMS, RESIDENT = 16896, 2112
 PREFETCH = 528  # programs that prefetch the rows of their first block
 
 
@@ -57,21 +60,32 @@ def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, 
     Triton lays a masked tile of 16 bits over a warp 8 outputs at a time, so that 256 outputs are one strand, 64 are 4.
     A thread keeps 4 or 8 outputs of each row, and what has left for the grid, in registers.
     """
-    strands = 1 if plan.rows else max(1, (256 if bits == 16 else 128) // plan.block_out)
-    by_thread = 16 if bits == 4 and rows <= 2 else 8 if bits == 4 or rows <= 4 else 4
+    strands = 1
+    if not plan.rows and sum(segments) % 16 == 0:  # else the loads of one row are not vectors
+        strands = max(1, (256 if bits == 16 else 128) // plan.block_out)
+    by_thread = 16 if bits == 4 and rows <= 2 else 8 if bits < 16 or rows <= 4 else 4
     block_out = 32 * by_thread // strands
     tiles = sum(triton.cdiv(width, block_out) for width in segments)
     n_groups = triton.cdiv(n_in, BLOCK_IN * plan.blocks)
     groups = max(1, tiles * n_groups // PROGRAMS)
+    if rows > 4:
+        groups = triton.cdiv(n_groups, max(1, RESIDENT // tiles))
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
-    at_once = min(16 if rows <= 2 else 8, BLOCK_IN // strands)
+    at_once = min(16 if rows <= 2 or (bits == 16 and 4 < rows < 8) else 8, BLOCK_IN // strands)
     return RowsPlan(plan.blocks, strands, plan.rows > 0, block_out, groups, at_once, ahead)
+
+
+@triton.constexpr_function
+def x_words(rows, dtype):
+    """How many words of 64 bits hold an input of all rows, in the model's dtype."""
+    return -(-rows * dtype.primitive_bitwidth // 64)
 
 
 @triton.jit
 def _prepare_kernel(
     x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, x_stride, n_zero, eps,
-    ROW: tl.constexpr, INPUT: tl.constexpr,  # strides of made
+    # compiled in: strides of made, inputs of it with those beyond the last, which are 0
+    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr,
     OP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """Inputs of one row of x, PART of them, and which are kept by one segment: 0 where cut, one bit each in kept."""
@@ -95,8 +109,7 @@ def _prepare_kernel(
     if OP.prologue == "norm":
         rstd = rstd_of(x_ptr, eps, OP.n_in)
     x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
-    at = made_ptr + row * ROW + (segment * OP.n_in + i) * INPUT
-    tl.store(at, tl.where(keep, x, 0.0), mask=i < OP.n_in)
+    tl.store(made_ptr + row * ROW + (segment * MADE + i) * INPUT, tl.where(keep, x, 0.0), mask=i < MADE)
     if OP.cut:
         bits = tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK))
         block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
@@ -137,26 +150,34 @@ def _zeros(OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _fetch_x(x_ptr, ROWS: tl.constexpr):
+def _fetch_x(x_ptr, X_WORDS: tl.constexpr):
     """Brings a block's x into L1, whose latency every row of W would wait for; nothing waits for the result."""
-    PAIRS: tl.constexpr = (ROWS + 1) // 2
-    at = x_ptr + tl.arange(0, BLOCK) * PAIRS
+    at = x_ptr + tl.arange(0, BLOCK) * X_WORDS
     tl.inline_asm_elementwise(
         "ld.global.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
 @triton.jit
-def _x_of_row(pair, r: tl.constexpr):
-    """Row r of x, float32, from a pair of rows in 64 bits."""
-    return (pair >> 32 * (r % 2)).to(tl.int32).to(tl.float32, bitcast=True)
+def _x_of_row(word, r: tl.constexpr, OP: tl.constexpr):
+    """Row r of x, float32, from the 64 bits that hold it."""
+    if OP.dtype == tl.float32:
+        bits = (word >> 32 * (r % 2)).to(tl.int32)
+        x = bits.to(tl.float32, bitcast=True)
+    elif OP.dtype == tl.bfloat16:  # half the work of a conversion
+        half = (word >> 32 * (r // 2 % 2)).to(tl.int32)
+        half = half & -65536 if r % 2 else half << 16
+        x = half.to(tl.float32, bitcast=True)
+    else:
+        x = (word >> 16 * (r % 4)).to(tl.int16).to(OP.dtype, bitcast=True).to(tl.float32)
+    return x
 
 
 @triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs], of integers those of `add_products`; ones, low of integers
+    # sums, a tuple of each row's in turn: [strands, outputs], of integers as `add_products` has them; ones and low too
     acc, ones, low,
-    # which of the block's rows any row of x keeps; pairs of x at the block's first input; its weights and the tile; the
+    # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
     # bits of 1.0
     kept, x_ptr, weight_ptr, weight_scale_ptr, n_out, first, last, one,
     OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,
@@ -166,7 +187,8 @@ def _add_rows(
     WORDS: tl.constexpr = PLAN.block_out // PACK
     STRANDS: tl.constexpr = PLAN.strands
     AT_ONCE: tl.constexpr = PLAN.rows
-    PAIRS: tl.constexpr = (ROWS + 1) // 2
+    X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
+    IN_WORD: tl.constexpr = 64 // OP.dtype.primitive_bitwidth
     words = first // PACK + tl.arange(0, WORDS)
     in_words = words < last // PACK
     strand = tl.arange(0, STRANDS)
@@ -194,20 +216,22 @@ def _add_rows(
             if OP.bits >= 16:
                 weight = weights[j].to(tl.float32)
                 for r in tl.static_range(ROWS):
-                    if r % 2 == 0:
-                        pair = tl.load(x_ptr + ((part + j) * STRANDS + strand) * PAIRS + r // 2)
-                    sums = sums + (acc[r] + _x_of_row(pair, r)[:, None] * weight,)  # noqa: RUF005
+                    if r % IN_WORD == 0:
+                        some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
+                    sums = sums + (acc[r] + _x_of_row(some, r, OP)[:, None] * weight,)  # noqa: RUF005
             else:
+                # integers are widened once for all rows, see `fraction`
                 word = weights[j]
                 if OP.bits == 8:
                     word = word ^ -0x7F7F7F80  # the sign's bit flipped: 128 too large
                 fractions = ()
                 for k in tl.static_range(PACK):
                     fractions = fractions + (fraction(word, one, k, OP.bits),)  # noqa: RUF005
+                # int4's x is multiplied by the scale of its group
                 for r in tl.static_range(ROWS):
-                    if r % 2 == 0:
-                        pair = tl.load(x_ptr + (part + j) * PAIRS + r // 2)
-                    x = _x_of_row(pair, r)
+                    if r % IN_WORD == 0:
+                        some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
+                    x = _x_of_row(some, r, OP)
                     if OP.bits == 4:
                         new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
                         x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
@@ -236,7 +260,7 @@ def _rows_kernel(
     PACK: tl.constexpr = OP.pack
     BLOCKS: tl.constexpr = PLAN.blocks
     BLOCK_OUT: tl.constexpr = PLAN.block_out
-    PAIRS: tl.constexpr = (ROWS + 1) // 2
+    X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
     n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
     tile = tl.program_id(0)
     segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
@@ -244,19 +268,21 @@ def _rows_kernel(
     in_cols = cols < last
     n_words = n_out // PACK
     block = tl.program_id(1) * PLAN.groups * BLOCKS
+
+    # before the wait: weights, which no launch writes
     if PREFETCH > 0:
         if tl.program_id(1) * tl.num_programs(0) + tile < PREFETCH:
             rows = block * BLOCK + tl.arange(0, BLOCK)
             at = weight_ptr + rows.to(tl.int64) * n_words + first // PACK
             prefetch(at, rows < OP.n_in, BLOCK_OUT * OP.bits // 8)
     if OP.cut:  # each segment has inputs of its own
-        x_ptr += segment * OP.n_in * PAIRS
+        x_ptr += segment * n_blocks * (BLOCK * X_WORDS)
         kept_ptr += segment * ROWS * n_blocks
+
+    # the inputs are made
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-    if PDL:
-        _fetch_x(x_ptr + block * (BLOCK * PAIRS), ROWS)
+        _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
     total = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
     kept = _kept_by_any(kept_ptr, block, ROWS, OP)
     for _group in range(PLAN.groups):
@@ -269,11 +295,13 @@ def _rows_kernel(
             scale_at = weight_scale_ptr
             if OP.bits == 4:
                 scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
+            # the next block's inputs come while this one's weights do
             next_kept = _kept_by_any(kept_ptr, block + 1, ROWS, OP)
             if PDL:
-                _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * PAIRS), ROWS)
+                _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
+            x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
             acc, ones, low = _add_rows(
-                acc, ones, low, kept, x_ptr + block * (BLOCK * PAIRS), at, scale_at, n_out, first, last, one, OP, PLAN, ROWS
+                acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS
             )
             block += 1
             kept = next_kept
@@ -310,7 +338,7 @@ def _rows_kernel(
 
 
 class Prepared(NamedTuple):
-    """Room for the inputs of a product: made [most] float32, and which are kept, one bit each [most / 32], int32."""
+    """Room for the inputs of a product: made [most], in the model's dtype, and which are kept, one bit each, int32."""
 
     made: Tensor
     kept: Tensor
@@ -320,7 +348,7 @@ def launch_rows(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     prepared: Prepared, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
 ) -> None:
-    """`kernels.triton_gemv.launch_gemv` for 2 to MAX_ROWS rows of x, each with the sums that it has alone.
+    """`kernels.triton_gemv.launch_gemv` for 2 to 8 rows of x, each with the sums that it has alone.
 
     x: "given" [rows, in]; else float32: h [rows, in] or gate|up [rows, 2 in and room].
     out: [rows, out and room], float32.
@@ -329,8 +357,8 @@ def launch_rows(
     weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
     rows, segments = len(x), product.segments
     operation = product.operation(prologue, dtype)
-    pairs = rows + rows % 2
-    launch_prepare(x, operation, product.threshold, prepared, (1, pairs), norm=norm, zero=zero, pdl=pdl)
+    room = x_words(rows, operation.dtype) * 64 // operation.dtype.primitive_bitwidth
+    launch_prepare(x, operation, product.threshold, prepared, room, norm=norm, zero=zero, pdl=pdl)
     plan = plan_for(prologue, n_in, segments, product.sparsity, form, pdl)
     plan = rows_plan(plan, n_in, segments, form.bits, rows, pdl)
 
@@ -349,19 +377,22 @@ def launch_rows(
 
 
 def launch_prepare(
-    x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, strides: tuple[int, int], *,
-    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
+    x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, *,
+    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False, num_warps: int = 1,
 ) -> None:
     """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
 
-    strides: from row to row and from input to input of what is made, one segment after the other.
+    room: rows that lie side by side in what is made, [segments, inputs in whole blocks, room]; 0: it is [rows, in].
+    num_warps: as many as the kernel of one row has, whose norm adds in their order.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)
     grid = (triton.cdiv(operation.n_in, PREPARED), len(x), len(threshold) if operation.cut else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1] * grid[2])) if n_zero else 0
+    made = triton.cdiv(operation.n_in, BLOCK_IN) * BLOCK_IN if room else operation.n_in
     _prepare_kernel[grid](
         x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,
-        ROW=strides[0], INPUT=strides[1], OP=operation, PART=PREPARED, ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        ROW=1 if room else made, INPUT=room or 1, MADE=made, OP=operation, PART=PREPARED,
+        ZERO=zero_block, PDL=pdl, num_warps=num_warps, launch_pdl=pdl,
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import ModelArgs, Transformer, expected_shapes
+from convert_hf_checkpoint import shapes_of
+from model import ModelArgs, Transformer
 from sparse_model import SparseTransformer
 
 # As ModelArgs; of the fused steps: widths that no tile divides.
@@ -86,10 +87,9 @@ def write_checkpoint(folder: Path, config: dict, text: str | None = None, std: f
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
-    shapes = expected_shapes(ModelArgs.from_config(config))
     tensors = {
         name: torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * std
-        for name, shape in shapes.items()
+        for name, shape in shapes_of(config).items()
     }
     save_file(tensors, folder / "model.safetensors")
     if text is not None:

@@ -3,14 +3,17 @@ import shlex
 
 import pytest
 import torch
-from models import flags
+from models import FUSED, build_cut, flags
 
 import benchmarks.results as results
 import generate
+import options
 from benchmarks import cpu_decode, decode, gemv, plot, quality
 from benchmarks.results import provenance, read_rows, write_rows
+from kernels import cpu
 from model import ModelArgs
 from options import QUALITY_RULES
+from thresholds import Cuts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -202,3 +205,15 @@ def test_bytes_between_two_rows(tmp_path, monkeypatch):
     write_rows("decode.csv", rows, "achieved_sparsity")
     assert plot.bytes_line("m", "int8")(25.0) == pytest.approx(80)
     assert plot.bytes_line("m", "none") is None
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+def test_a_cpus_variants_take_turns_and_count_the_bytes_that_they_read():
+    model = build_cut(FUSED | {"block_size": options.CACHE}, dtype=torch.bfloat16)
+    cuts = Cuts(0.5, [m.threshold.clone() for m in model.sites], [None] * len(model.sites))
+    model.setup_caches(1, options.CACHE)
+    all_bytes = model.bytes_per_step()
+    dense, cut = variants = [cpu_decode.Variant("dense", 0.0, 0), cpu_decode.Variant("sparse", 0.5, 0, cuts)]
+    assert cpu_decode.measure(model, variants, None, steps=4, rounds=2) > 0
+    assert [len(variant.seconds) for variant in variants] == [3, 3]
+    assert dense.bytes_per_token == 0 and 0.3 * all_bytes < cut.bytes_per_token < 0.95 * all_bytes

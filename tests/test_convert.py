@@ -34,7 +34,7 @@ from formats import checkpoint, default_model, gguf_file
 from formats.files import atomic_write
 from formats.gguf_file import GGUF_NAMES
 from formats.huggingface import HF_NAMES
-from model import ModelArgs, Transformer, expected_shapes
+from model import Transformer
 from tokenizer import load_tokenizer
 
 
@@ -205,10 +205,9 @@ def test_mixed_dtypes_of_odd_sizes_stay_aligned(tmp_path):
 def test_memory_stays_near_the_largest_tensor(tmp_path):
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **TINY, "tie_word_embeddings": True}
     config |= {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 4}  # 230 MB in float16
-    args = ModelArgs.from_config(config)
     hf_names = {ours: theirs for theirs, ours in HF_NAMES.items()}
     tensors = {}
-    for name, shape in expected_shapes(args).items():
+    for name, shape in converter.shapes_of(config).items():
         prefix, (stem, kind) = "", name.rsplit(".", 1)
         if name.startswith("layers."):
             _, i, stem = stem.split(".", 2)

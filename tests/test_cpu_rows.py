@@ -1,4 +1,4 @@
-"""Rows of the CPU's decode step: each as its single run, to the bit; drafts that share a cache; draws as torch draws."""
+"""Rows of the CPU's decode step: each as its single run, to the bit; drafts in one cache; draws as torch draws."""
 
 import pytest
 import torch

@@ -196,9 +196,10 @@ for quant in ("none", "int8", "int4"):
     for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if capability == 90 else ((0.5, 80),):
         kernels.plan.RESIDENT = resident  # 2112: small tiles
         model.sparsity = sparsity
-        decoder = FusedGpuStep(model, temperature=0.8, top_k=200)
-        decoder.pdl = capability >= 90
-        decoder.step()
+        for drafts in (0, 3) if (sparsity, resident) == (0.5, 80) else (0,):
+            decoder = FusedGpuStep(model, temperature=0.8, top_k=200, drafts=drafts)
+            decoder.pdl = capability >= 90
+            decoder.step()
 """
 
 

@@ -519,6 +519,17 @@ def test_a_step_is_one_graph(folders, name):
     assert_close(torch.cat(actual, 1), expected[:, 36:])
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_rows_equal_their_single_runs(folders, name):
+    """Each prompt's pass writes its own row of the cache, in every block."""
+    model, prompts = build(converted(folders, name)), tokens(3, 6)
+    cut_at_random(model)
+    together = Generator(model, 3, LENGTH, 0.8, 20)(prompts, 30).new
+    for row, prompt in enumerate(prompts):
+        alone = Generator(model, 1, LENGTH, 0.8, 20, seed=row)(prompt[None], 30).new
+        assert torch.equal(alone[0], together[row])
+
+
 @pytest.mark.skipif(cpu.library() is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["phi3", "phi3-window", "llama-dynamic", "linear"])
 def test_a_fused_step_of_what_it_implements(folders, name):

@@ -16,16 +16,11 @@ import torch
 from models import CONFIG, LLAMA3_ROPE, SMALL, change_config, random_tokens, split_weights
 from safetensors.torch import load_file, save_file
 
+from convert_hf_checkpoint import shapes_of
 from formats.checkpoint import checkpoint_folder, fingerprint
 from formats.config import FAMILIES, NUMBERS
 from formats.named_configs import transformer_configs
-from model import (
-    ModelArgs,
-    Transformer,
-    apply_rope,
-    expected_shapes,
-    rope_inverse_frequencies,
-)
+from model import ModelArgs, Transformer, apply_rope, rope_inverse_frequencies
 
 LLAMA = CONFIG | {"num_hidden_layers": 6}
 build = partial(models.build, vector_std=0.2)
@@ -461,12 +456,13 @@ def test_a_cached_walk_runs_a_part_of_the_positions_again(variant):
 
 
 def test_expected_shapes_are_those_of_a_checkpoint_with_projections_apart():
-    args = ModelArgs(**SMALL, n_local_heads=2, qkv_bias=True)
-    shapes = expected_shapes(args)
+    config = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+    shapes = shapes_of(config)
     assert len(shapes) == 3 + 2 * 12 and shapes["output.weight"] == (96, 32)
     assert shapes["layers.1.attention.wk.weight"] == (16, 32) and shapes["layers.1.attention.wk.bias"] == (16,)
     assert shapes["layers.0.feed_forward.w3.weight"] == (48, 32) and shapes["layers.0.ffn_norm.weight"] == (32,)
-    assert "output.weight" not in expected_shapes(ModelArgs(**SMALL, tie_embeddings=True))
+    assert "output.weight" not in shapes_of(config | {"tie_word_embeddings": True})
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -16,9 +16,8 @@ import options
 from cli import Parser, command_line, output_path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = (
-    "generate calibrate greedy refine quantize convert_hf_checkpoint eval decode cpu_decode gemv plot quality".split()
-)
+SCRIPTS = "generate calibrate greedy refine finetune quantize convert_hf_checkpoint eval".split()
+SCRIPTS += "decode cpu_decode gemv plot quality".split()
 
 
 def command(script: str) -> list[str]:

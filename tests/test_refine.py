@@ -13,7 +13,7 @@ from models import build as build_model
 import refine
 from model import Transformer
 from refine import initial_cuts, perplexity_of, scaled_to
-from sparse_model import SparseProjection, SparseTransformer
+from sparse_model import SparseProjection, SparseTransformer, dense_prefix_of
 from thresholds import Cuts, CutTable, load_table
 
 TABLE = "thresholds_refined.safetensors"
@@ -185,7 +185,7 @@ def test_every_unseen_window_is_cut_by_the_level(quick):
         reached = []
         for window in tokens[-3:].split(1):  # an eighth
             model.reset_counts()
-            model(window, dense_prefix=refine.dense_prefix(tokens.shape[1]))
+            model(window, dense_prefix=dense_prefix_of(tokens.shape[1]))
             reached.append(model.achieved_sparsity())
         assert min(reached) == pytest.approx(level, abs=0.001) and max(reached) > level + 0.003
 

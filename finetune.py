@@ -1,0 +1,402 @@
+"""Weights that expect their inputs to be cut: checkpoint + cut table + text -> a checkpoint tuned by LoRA.
+
+    python finetune.py --data c4 --output_dir OUT                           # the default model, tuned for 50 %
+    python finetune.py --sparsity 0.25 0.4 0.5 0.65 --data a.txt b.jsonl    # one checkpoint for several levels
+    python finetune.py --data c4 --num_tokens 500000 --own_tokens 4000000   # and texts that go on as the model would
+    python finetune.py --sparsity 0 --loss next_token --data c4             # a dense model on the same text, to compare
+
+The weight W of each projection in --targets becomes W + alpha / rank * A B (LoRA, arXiv 2106.09685). A [in, rank] and
+B [rank, out] are trained in float32, everything else is frozen. A product takes the sum, rounded to --precision, and
+inputs cut as in inference: every row of a batch at one of the levels in turn, its first 1 % dense. The gradient goes
+through kept inputs. A cut input's shift passes through the tuned weight, which is what the offset will be made of.
+
+The loss is the KL divergence from the dense model without LoRA (kl), or that of the text's next tokens. An eighth of
+the text, up to 16 windows, is held out. With --own_tokens further windows begin as one of the text, and the dense
+model goes on after a sixteenth. --seed is that of A, the order of the windows and what the model writes.
+
+The result is an ordinary checkpoint, in the dtype of the given one, for generate.py, eval.py and quantize.py. Its cut
+table is the one that it was trained with. All thresholds of a level are scaled by one factor, so that every window
+held out is cut by the level. finetune.json says how it was made. refine.py would find new thresholds, but for the
+tuned model as its own dense one. A run that was stopped goes on from <output_dir>.state.safetensors, kept every minute.
+
+Memory: the model, 16 bytes per parameter of A and B, of every token in a batch the input of each block, and what one
+block keeps for its gradient.
+"""
+
+if __name__ == "__main__":
+    from options import run_script
+
+    run_script("finetune")
+
+import argparse
+import copy
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save as serialize
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
+
+import options
+from calibrate import calibration_tokens, statistics_for, write_tails
+from cli import placement
+from decoder import not_finite
+from formats import checkpoint
+from formats.checkpoint import Source, check_absent, convert, copy_files, fingerprint, load_weights, write_weights
+from formats.default_model import resolve_checkpoint
+from formats.files import lock, shown, write_json, write_output
+from model import read_config
+from refine import rescaled
+from sparse_model import SITES, SparseProjection, SparseTransformer, dense_prefix_of
+from thresholds import STATISTICS_NAME, Cuts, cuts_for, read_artifact, table_metadata, table_name, table_of
+
+STATE_FORMAT = "state of a finetuning run 1"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+SAVE_SECONDS = 60  # between states
+HELD_OUT = 16  # windows at most
+OWN_PREFIX = 16  # of a window that the model goes on with: its length by what it is given
+WARM_UP = 0.05  # of all steps, in which the learning rate rises; then it falls as a cosine does, to 0
+LARGEST_STEP = 1.0  # of the gradient's norm, for the mean loss per token
+LOOK_SECONDS = 5  # between looks at the losses, which wait for the device
+LOGITS = 1 << 26  # that the loss takes at once, so that its float32 tensors have 268 MB each
+
+
+class TunedProjection(nn.Module):
+    """A site of the model in training. Row r of a batch [B, T, in] is cut by `cuts[r]`, from position `prefix` on."""
+
+    def __init__(self, base: SparseProjection, cuts: list[tuple[Tensor, Tensor | None]], prefix: int, scaling: float):
+        super().__init__()
+        self.weight, self.bias, self.segments, self.widths = base.weight, base.bias, base.segments, base.widths
+        self.prefix, self.scaling = prefix, scaling
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+
+        # [S, B, 1, in] and [B, 1, in]; what a projection alone has is spread over its inputs
+        device, size = self.weight.device, base.threshold.shape
+        threshold = torch.stack([t.to(device).expand(size) for t, _ in cuts], 1)[:, :, None]
+        shift = None if cuts[0][1] is None else torch.stack([shift for _, shift in cuts])[:, None].to(device)
+        self.register_buffer("threshold", threshold, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def add_lora(self, projection: str, rank: int, generator: torch.Generator) -> None:
+        n_in, width, device = len(self.weight), self.segments[projection], self.weight.device
+        a = torch.empty(n_in, rank).uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
+        self.a[projection] = nn.Parameter(a.to(device))
+        self.b[projection] = nn.Parameter(torch.zeros(rank, width, device=device))
+
+    def delta(self, projection: str) -> Tensor:
+        """What is added to the projection's weight: [in, width], float32."""
+        if projection in self.a:
+            return self.a[projection] @ self.b[projection] * self.scaling
+        return torch.zeros(len(self.weight), self.segments[projection], device=self.weight.device)
+
+    def tuned_weights(self) -> list[Tensor]:
+        """The weight [in, width] of each projection, in the dtype of the model."""
+        parts = zip(self.segments, self.weight.split(self.widths, 1), strict=True)
+        return [(weight + self.delta(p)).to(weight.dtype) if p in self.a else weight for p, weight in parts]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            size = (x if self.shift is None else (x - self.shift).to(x.dtype)).abs()
+            size[:, : self.prefix] = math.inf
+        stand_in = 0.0 if self.shift is None else self.shift.to(x.dtype)
+        parts = zip(self.threshold, self.tuned_weights(), strict=True)
+        y = torch.cat([torch.where(size <= threshold, stand_in, x) @ weight for threshold, weight in parts], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def without_head(model: SparseTransformer) -> SparseTransformer:
+    """The model, its tensors shared, as one that returns the last hidden states [B, T, dim] instead of logits."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    headless = copy.deepcopy(model, shared)
+    headless.head = lambda hidden: hidden
+    return headless
+
+
+def tuned_copy(model: SparseTransformer, rows: list[Cuts], length: int, o: argparse.Namespace) -> SparseTransformer:
+    """A model `without_head` whose sites are `TunedProjection`s, for batches of as many rows as cuts."""
+    student, generator = without_head(model), torch.Generator().manual_seed(o.seed)
+    for layer, block in enumerate(student.layers):
+        for i, site in enumerate(SITES.values(), len(SITES) * layer):
+            cuts = [(row.thresholds[i], row.shifts[i]) for row in rows]
+            tuned = TunedProjection(model.sites[i], cuts, dense_prefix_of(length), o.alpha / o.rank)
+            for projection in tuned.segments:
+                if projection in o.targets:
+                    tuned.add_lora(projection, o.rank, generator)
+            block.set_submodule(site.module, tuned)
+    return student
+
+
+def loss_and_gradient(hidden: Tensor, target: Tensor, model: SparseTransformer) -> tuple[Tensor, Tensor]:
+    """Sum over N tokens of the loss, float32, and its gradient by the hidden states [N, dim].
+
+    target: the dense model's hidden states [N, dim], from which the KL divergence is taken, or next tokens [N], int64.
+    """
+    logits = model.head(hidden).float()
+    log_q = logits.log_softmax(-1)
+    if target.is_floating_point():
+        log_p = model.head(target).float().log_softmax(-1)
+        p = log_p.exp()
+        loss, slope = (p * (log_p - log_q)).sum(), log_q.exp() - p
+    else:
+        loss = F.nll_loss(log_q, target, reduction="sum")
+        slope = log_q.exp().scatter_add(1, target[:, None], torch.full_like(target, -1, dtype=log_q.dtype)[:, None])
+
+    # back through the logits' cap and scaling
+    if cap := model.config.logit_softcap:
+        slope = slope * (1 - (logits / cap).square())
+    return loss, (slope / model.config.logits_scaling).to(model.dtype) @ model.output_weight
+
+
+class Training:
+    """LoRA parameters, AdamW and the losses so far [steps], float32."""
+
+    def __init__(self, model: SparseTransformer, rows: list[Cuts], windows: Tensor, o: argparse.Namespace):
+        self.o, self.windows, self.model = o, windows.to(model.device), model
+        self.student, self.teacher = tuned_copy(model, rows, windows.shape[1], o), without_head(model)
+        compiled = partial(torch.compile, dynamic=False) if o.compile else lambda function: function
+        self.loss_and_gradient = compiled(loss_and_gradient)
+        for block in (*self.student.layers, *self.teacher.layers):
+            block.forward = compiled(block.forward)
+        for block in self.student.layers:  # only its input is kept for the gradient
+            block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+        self.parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError(f"--targets {' '.join(o.targets)} is of no projection of {model.config.name}")
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.steps = max(1, round(o.epochs * len(windows) / o.batch_size))
+        generator, epochs = torch.Generator().manual_seed(o.seed), -(-self.steps * o.batch_size // len(windows))
+        self.order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+        self.order = self.order.to(model.device)
+        self.losses = torch.zeros(0)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rising = (step + 1) / max(1, WARM_UP * self.steps)
+        return self.o.learning_rate * min(1.0, rising) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def step(self, step: int) -> Tensor:
+        """Trains on one batch; returns the mean loss per token, still on the device."""
+        rows = self.o.batch_size
+        batch = self.windows[self.order[step * rows : (step + 1) * rows]]
+
+        # hidden states, and what they are compared with
+        hidden = self.student(batch)
+        if self.o.loss == "kl":
+            with torch.no_grad():
+                target = self.teacher(batch)
+        else:
+            hidden, target = hidden[:, :-1], batch[:, 1:]
+        hidden, target = hidden.flatten(0, 1), target.flatten(0, 1)
+
+        # the loss, some tokens at a time; its gradient is of the sum, which float16 holds, and divided afterwards
+        size = 1 << (LOGITS // self.model.config.vocab_size | 1).bit_length() - 1
+        with torch.no_grad():
+            parts = zip(hidden.split(size), target.split(size), strict=True)
+            losses, gradients = zip(*(self.loss_and_gradient(*part, self.model) for part in parts), strict=True)
+        hidden.backward(torch.cat(gradients))
+        for parameter in self.parameters.values():
+            parameter.grad /= len(hidden)
+
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_STEP)
+        self.optimizer.param_groups[0]["lr"] = self.rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack(losses).sum() / len(hidden)
+
+    def run(self) -> Iterator[None]:
+        """Makes the steps that are left, and yields when `losses` has those of some more.
+
+        Raises ValueError for one that is not finite.
+        """
+        begun, new, looked = len(self.losses), [], time.monotonic()
+        tokens = self.o.batch_size * self.windows.shape[1]
+        options = {"desc": "finetuning", "unit": "tok", "unit_scale": True, "initial": begun * tokens}
+        with tqdm(total=self.steps * tokens, **options) as progress:
+            for step in range(begun, self.steps):
+                new.append(self.step(step))
+                if time.monotonic() - looked < LOOK_SECONDS and step + 1 < self.steps:
+                    continue
+
+                # look at the losses of the last few steps
+                recent = torch.stack(new).cpu()
+                if not recent.isfinite().all():
+                    raise not_finite(self.student.dtype, f"the loss at --learning_rate {self.o.learning_rate:g}")
+                progress.set_postfix_str(f"{self.o.loss} {recent.mean():.4f} nats per token")
+                progress.update(len(new) * tokens)
+                self.losses, new, looked = torch.cat((self.losses, recent)), [], time.monotonic()
+                yield
+
+
+class SavedState(NamedTuple):
+    """What a run goes on from; the metadata are the options that it was started with."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def check(self) -> None:
+        if "losses" not in self.tensors:
+            raise ValueError("losses are missing")
+
+
+def save_state(training: Training, path: Path, metadata: dict[str, str]) -> None:
+    tensors = {"losses": training.losses}
+    for name, parameter in training.parameters.items():
+        moments = training.optimizer.state[parameter]
+        tensors |= {name: parameter.detach().cpu(), **{f"{name}.{kind}": moments[kind].cpu() for kind in MOMENTS}}
+    write_output(path, serialize(tensors, {"format": STATE_FORMAT, **metadata}))
+
+
+def resume(training: Training, path: Path, metadata: dict[str, str]) -> None:
+    """Sets what `save_state` kept. Raises ValueError for a damaged file, and if a run of other options made it."""
+    state = read_artifact(path, SavedState, STATE_FORMAT, "state of finetuning", "delete it")
+    meaning = {"fingerprint": "checkpoint", "inputs": "text or cut table"}
+    for name, value in metadata.items():
+        if (found := state.metadata.get(name)) != value:
+            kept = f"{path} is of a run with another {meaning.get(name, name)}: {shown(found)}, now {shown(value)}"
+            raise ValueError(f"{kept}; go on with the same, delete the file, or give another --output_dir")
+
+    training.losses = state.tensors["losses"]
+    for name, parameter in training.parameters.items():
+        moments = {kind: state.tensors[f"{name}.{kind}"].to(parameter) for kind in MOMENTS}
+        moments["step"] = torch.tensor(float(len(training.losses)), device=parameter.device)
+        training.optimizer.state[parameter] = moments
+        parameter.data.copy_(state.tensors[name])
+    done = f"step {len(training.losses)} of {training.steps}"
+    warnings.warn(f"goes on where an earlier run stopped, after {done}, from {path}", stacklevel=3)
+
+
+def train(training: Training, path: Path, metadata: dict[str, str]) -> None:
+    """Runs all steps, on from the state in `path` if there is one. Raises ValueError as `resume` and `run` do."""
+    if path.exists():
+        resume(training, path, metadata)
+    saved = time.monotonic()
+    for _ in training.run():
+        if time.monotonic() - saved >= SAVE_SECONDS or len(training.losses) == training.steps:
+            save_state(training, path, metadata)
+            saved = time.monotonic()
+
+
+def merged_weights(folder: Path, student: SparseTransformer) -> dict[str, Source]:
+    """The tensors of the checkpoint in `folder`, with what was trained added to the projections, in their dtype."""
+    # of each tensor's name, fused or not, the module and its projections
+    owners: dict[str, tuple[TunedProjection, tuple[str, ...]]] = {}
+    for layer, block in enumerate(student.layers):
+        for site in SITES.values():
+            module, (owner, name) = block.get_submodule(site.module), f"layers.{layer}.{site.module}".rsplit(".", 1)
+            projections = tuple(module.segments)
+            owners[f"{owner}.{name}.weight"] = module, projections
+            for part, projection in zip(checkpoint.FUSED.get(name, ())[-len(projections) :], projections, strict=False):
+                owners[f"{owner}.{part}.weight"] = module, (projection,)
+
+    def load(name: str, tensor: Tensor) -> Tensor:
+        module, projections = owners.get(name, (None, ()))
+        if module is None or not module.a:
+            return tensor
+        with torch.no_grad():
+            delta = torch.cat([module.delta(p) for p in projections], 1).t().cpu()
+            return (tensor.float() + delta).to(tensor.dtype)
+
+    return {name: Source(tuple(w.shape), w.dtype, partial(load, name, w)) for name, w in load_weights(folder).items()}
+
+
+@torch.no_grad()
+def merge(model: SparseTransformer, student: SparseTransformer) -> None:
+    """Gives `model` the tuned weights, which the student shares: it is of no use afterwards."""
+    for module, tuned in zip(model.sites, student.sites, strict=True):
+        module.weight.copy_(torch.cat(tuned.tuned_weights(), 1))
+
+
+def cuts_of_rows(o: argparse.Namespace, folder: Path, model: SparseTransformer) -> tuple[str, list[Cuts]]:
+    """The rule's name or a table's file, and the cuts of each row of a batch. Raises ValueError as `cuts_for` does."""
+    levels = sorted(set(o.sparsity))
+    if len(levels) > o.batch_size:
+        raise ValueError(f"--batch_size {o.batch_size} has no row for each of {len(levels)} levels of sparsity")
+    statistics = partial(statistics_for, folder, None, model)
+    rule, last = cuts_for(o.thresholds, levels[-1] or 0.5, folder, statistics)
+    nothing = Cuts(0.0, [torch.full_like(threshold, -1.0) for threshold in last.thresholds], last.shifts)
+    cuts = [cuts_for(rule, level, folder, statistics)[1] if level else nothing for level in levels]
+    return rule, [cuts[r % len(cuts)] for r in range(o.batch_size)]
+
+
+def training_text(o: argparse.Namespace, folder: Path, model: SparseTransformer) -> tuple[Tensor, Tensor, dict]:
+    """Windows [N, T] for training and those held out, and of how many tokens each text is. ValueError: too short."""
+    if o.context > model.config.block_size:
+        raise ValueError(f"--context {o.context} is beyond the model's context, {model.config.block_size}")
+    tokens, name = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed, o.context)
+    if len(tokens) < 2:
+        few = f"{tokens.numel()} tokens of text are one window of {tokens.shape[1]}"
+        raise ValueError(f"{few}; one more is needed to be held out: give more text, or less --context")
+    count = max(1, min(len(tokens) // 8, HELD_OUT))
+    windows, held_out = tokens[:-count].cpu(), tokens[-count:]
+    amounts = {name: windows.numel()}
+
+    # texts that begin as these, and go on as the model would
+    if more := -(-o.own_tokens // tokens.shape[1]):
+        begun = windows[torch.arange(more) % len(windows)]
+        own = write_tails(model, begun, max(1, tokens.shape[1] // OWN_PREFIX), o.seed).cpu()
+        windows, amounts["the model's own after the beginnings of these"] = torch.cat((windows, own)), own.numel()
+    return windows, held_out, amounts
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Tunes a checkpoint and returns the new one's folder. Raises ValueError for a user's mistake."""
+    o = options.finetune(argv)
+    folder = resolve_checkpoint(o.checkpoint_path)
+    if (quant := read_config(folder).quant) != "none":
+        raise ValueError(f"{folder} has {quant} weights; tune the checkpoint that it was made from, and quantise that")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json to go with the new weights; convert_hf_checkpoint.py writes one")
+    output = o.output_dir or folder.with_name(f"{folder.name}-tuned")
+
+    with lock(output):
+        check_absent(output)
+        model = SparseTransformer.from_checkpoint(folder, *placement(o))
+        rule, rows = cuts_of_rows(o, folder, model)
+        statistics = statistics_for(folder, None, model) if rule == "uniform" else None
+        windows, held_out, amounts = training_text(o, folder, model)
+
+        # what decides the result, to the last bit
+        names = "sparsity targets rank alpha learning_rate loss epochs batch_size seed precision".split()
+        inputs = [windows, *(t for row in rows for t in (*row.thresholds, *row.shifts) if t is not None)]
+        chosen = {name: getattr(o, name) for name in names}
+        metadata = table_metadata(rule, folder, " and ".join(amounts), windows, inputs, **chosen)
+
+        # train
+        training, state = Training(model, rows, windows, o), output.with_name(f"{output.name}.state.safetensors")
+        train(training, state, metadata)
+        made = {"options": metadata, "text_tokens": amounts, "steps": training.steps}
+        made |= {"tokens_seen": training.steps * o.batch_size * windows.shape[1], "losses": training.losses.tolist()}
+
+        # the cuts of what became of it; uniform ones follow from statistics
+        weights = merged_weights(folder, training.student)
+        merge(model, training.student)
+        if table := table_of(rule, folder):
+            table = rescaled(model, table, held_out, "held-out text of finetuning")
+
+        def write(folder: Path, part: Path) -> None:
+            copy_files(folder, part)
+            write_weights(part, weights)
+            write_json(part / "finetune.json", made)
+            artifact = statistics or table
+            artifact.metadata["fingerprint"] = fingerprint(part)
+            artifact.save(part / (STATISTICS_NAME if statistics else table_name(table.metadata.get("rule", "refined"))))
+
+        convert(write, folder, output)
+        state.unlink()
+
+    seen = f"{made['tokens_seen']:,} tokens in all, of {json.dumps(amounts)}"
+    print(f"{output}: tuned on {seen}; use it as --checkpoint_path")
+    if table:
+        print(table.quality_report())
+    return output
