@@ -229,6 +229,7 @@ class FusedCpuStep:
         self._tensors = []  # those that only the structures point to
         self.logits = torch.zeros(rows, config.vocab_size)
         self.tokens = torch.zeros(rows, cache.shape[2] + 1, dtype=torch.int64)
+        self.numbers = self.tokens.numpy()  # the same: Python reads and writes them sooner
 
         # the layers
         layers = (cpu.Layer * config.n_layer)()
@@ -282,6 +283,12 @@ class FusedCpuStep:
         self.seeds = (ctypes.c_uint32 * len(seeds))(*seeds)
         self.tokens[range(len(positions)), positions] = tokens
         self._threads = torch.get_num_threads()
+
+    def feed(self, tokens: list[int], position: int) -> None:
+        """Sets the rows' tokens to feed next, at positions from this one on; the rest is as `start` left it."""
+        for row, token in enumerate(tokens):
+            self.numbers[row, position + row] = token
+            self.positions[row] = position + row
 
     def replay(self) -> None:
         """One step. Raises MemoryError: too little for it; the positions are the same then."""

@@ -11,6 +11,7 @@ whatever the guesses and their number: they change its time alone.
 import copy
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +36,8 @@ BURST = 8  # plain steps on a GPU between two looks, where nobody waits for toke
 
 def same_weights(model: SparseTransformer) -> SparseTransformer:
     """A model that shares the weights of this one and has cuts of its own; it has no cache yet."""
-    shared = [*model.parameters(), *(module.scale for module in model.sites)]
-    shared += [block.attention.kv_cache for block in model.layers] + [model.output]
+    shared = [*model.parameters(), *(module.scale for module in model.sites), model.output]
+    shared += [block.attention.kv_cache for block in model.layers]
     view = copy.deepcopy(model, {id(part): part for part in shared if part is not None})
     for block in view.layers:
         block.attention.kv_cache = None
@@ -46,8 +47,8 @@ def same_weights(model: SparseTransformer) -> SparseTransformer:
 def same_keys(draft: SparseTransformer, model: SparseTransformer) -> bool:
     """Whether a draft may read the model's cache: it is the model with other cuts, or in another form of weights."""
     form = dict.fromkeys(("name", "quant", "groupsize", "tie_embeddings"))
-    ours, theirs = vars(model.config) | form, vars(draft.config) | form
-    return ours == theirs and draft.dtype == model.dtype and torch.equal(draft.norm.weight, model.norm.weight)
+    alike = vars(model.config) | form == vars(draft.config) | form and draft.dtype == model.dtype
+    return alike and torch.equal(draft.norm.weight, model.norm.weight)
 
 
 def acceptance(rounds: list[tuple[int, int]]) -> dict:
@@ -56,8 +57,8 @@ def acceptance(rounds: list[tuple[int, int]]) -> dict:
     for i in range(max((k for k, _ in rounds), default=0)):
         tried = [accepted > i for k, accepted in rounds if k > i]
         by_position.append(sum(tried) / len(tried))
-    guessed = sum(k for k, _ in rounds)
-    return {"accept_rate": sum(a for _, a in rounds) / max(guessed, 1), "accepted_by_position": by_position}
+    guessed, accepted = sum(k for k, _ in rounds), sum(accepted for _, accepted in rounds)
+    return {"accept_rate": accepted / max(guessed, 1), "accepted_by_position": by_position}
 
 
 class Lookup:
@@ -94,40 +95,36 @@ class DraftLength:
     """
 
     def __init__(self, seconds: dict[int, float]):
-        self.seconds = seconds
-        self.tried: dict[int, list[float]] = {}
-        self.accepted: dict[int, list[float]] = {}
-        self.plain_s: dict[int, float] = {}
-        self.rounds, self.measured = 0, dict.fromkeys(seconds, 0)  # so far, and when each number had its last
+        self.seconds, self.rounds, self.measured = seconds, 0, dict.fromkeys(seconds, 0)
+        self.counts = defaultdict(lambda: [[0.0, 0.0] for _ in range(MAX_DRAFTS)])  # tried and accepted
+        self.plain_s: dict[int, float] = defaultdict(float)  # since the last guesses
 
     def expected(self, kind: int) -> list[float]:
         """Tokens of a round with 0, 1, ... guesses; a position rarely tried is taken to be like the one before it."""
         rate, right, tokens = EXPECTED[kind], 1.0, [1.0]
-        counts = zip(self.tried.get(kind, [0.0] * MAX_DRAFTS), self.accepted.get(kind, [0.0] * MAX_DRAFTS), strict=True)
-        for tried, accepted in counts:
+        for tried, accepted in self.counts[kind]:
             rate = (accepted + WEIGHT * rate) / (tried + WEIGHT)
             right *= rate
             tokens.append(tokens[-1] + right)
         return tokens
 
     def choose(self, kind: int, late: int = 0) -> int:
-        """The number of guesses with the most tokens per second; at times one more than pays, to learn whether it does.
+        """The number of guesses with the most tokens per second; at times another, to learn what that would bring.
 
-        late: tokens that the draft has to catch up on before it guesses.
+        late: tokens that the draft has to be fed before it guesses.
         """
-        seconds, tokens = self.seconds, self.expected(kind)
-        catching_up = late * (seconds[max(seconds)] - seconds[0]) / max(seconds)
-        lost = {k: s + catching_up * (k > 0) - tokens[k] * seconds[0] for k, s in seconds.items()}
-        best = max(seconds, key=lambda k: tokens[k] / (seconds[k] + catching_up * (k > 0)))
-        if self.rounds - self.measured[0] > PLAIN_EVERY:  # else nothing would show that plain steps are quicker by now
-            best = 0
-        elif best == 0:
-            least = min((k for k in seconds if k), key=lost.get)
-            self.plain_s[kind] = self.plain_s.get(kind, 0.0) + seconds[0]
-            if lost[least] < RETRY * self.plain_s[kind]:
-                best = least
-        if best:
-            self.plain_s[kind] = 0.0
+        plain, most, tokens = self.seconds[0], max(self.seconds), self.expected(kind)
+        feeding = late * (self.seconds[most] - plain) / most
+        seconds = {k: s + feeding * (k > 0) for k, s in self.seconds.items()}
+        best = max(seconds, key=lambda k: tokens[k] / seconds[k])
+        if best == 0:
+            self.plain_s[kind] += plain
+            lost = {k: s - tokens[k] * plain for k, s in seconds.items() if k}
+            least = min(lost, key=lost.get)
+            best = least if lost[least] < RETRY * self.plain_s[kind] else 0
+        elif self.rounds - self.measured[0] > PLAIN_EVERY:  # plain steps may be quicker by now
+            return 0
+        self.plain_s[kind] *= best == 0
         return best
 
     def learn(self, kind: int, k: int, accepted: int, seconds: float) -> None:
@@ -138,32 +135,39 @@ class DraftLength:
             weight = min(max(age / PLAIN_EVERY, 0.1), 0.5)
             self.seconds[k] += weight * (min(max(seconds, before / 2), 2 * before) - before)
             self.measured[k] = self.rounds
-        if k == 0:
-            return
-        for counts in (self.tried, self.accepted):
-            counts[kind] = [MEMORY * n for n in counts.get(kind, [0.0] * MAX_DRAFTS)]
-        for i in range(min(accepted + 1, k)):
-            self.tried[kind][i] += 1
-            self.accepted[kind][i] += i < accepted
+        for i, count in enumerate(self.counts[kind] if k else ()):
+            count[0] = MEMORY * count[0] + (i < min(accepted + 1, k))
+            count[1] = MEMORY * count[1] + (i < accepted)
 
 
 class CpuRounds:
     """Rounds on a CPU. plain: the step of one row, whose `tokens` hold the text; draft: the same of a draft, or None.
 
-    verifier: makes the step of so many rows. own_cache: the draft's cache is not the verifier's, so that the draft must
-    be fed each token of the text, too.
+    make_verifier: makes the step that verifies so many guesses. own_cache: the draft's cache is not the verifier's, so
+    that the draft must be fed each token of the text, too.
     """
 
-    def __init__(self, plain, draft, verifier: Callable[[int], FusedCpuStep], n_vocab: int, own_cache: bool):
-        self.n_vocab = n_vocab
-        self.plain, self.draft, self.make_verifier, self.own_cache = plain, draft, verifier, own_cache
-        self.verifiers: dict[int, FusedCpuStep] = {}
+    def __init__(self, plain, draft, make_verifier: Callable, n_vocab: int, own_cache: bool):
+        self.plain, self.draft, self.make_verifier, self.verifiers = plain, draft, make_verifier, {}
+        self.n_vocab, self.own_cache = n_vocab, own_cache
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
         """Begins behind a text of `position` tokens, which the caches hold, with a token [1]."""
-        self.seed, self.position = seed, position
-        self.known = position  # so many tokens of the text are in the draft's own cache
-        self.plain.start(token, [position], [seed])
+        self.seed = seed
+        self.position = self.known = position  # known: so many tokens of the text are in the draft's own cache
+        for step in (self.plain, self.draft, *self.verifiers.values()):
+            self._start(step, token, position)
+
+    def _start(self, step, token: Tensor, position: int) -> None:
+        if step is not None:
+            rows = len(step.tokens)
+            step.start(token.expand(rows), [position + row for row in range(rows)], [self.seed] * rows)
+
+    def verifier(self, k: int):
+        if k not in self.verifiers:
+            self.verifiers[k] = self.make_verifier(k)
+            self._start(self.verifiers[k], self.plain.tokens[0, self.position :][:1], self.position)
+        return self.verifiers[k]
 
     @property
     def late(self) -> int:
@@ -172,48 +176,35 @@ class CpuRounds:
 
     def round(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
         """The new tokens of a round with k guesses, given or the draft's, and whether their logits were finite."""
-        self._catch_up()
+        for at in range(self.position - self.late, self.position):
+            self.draft.start(self.plain.tokens[0, at : at + 1], [at], [self.seed])
+            self.draft.replay()
         new, finite = self._verify(k, guesses)
         self.known, self.position = self.position + min(len(new), k), self.position + len(new)
         return new, finite
 
     def steps(self, n: int) -> tuple[list[int], bool]:
         """The new tokens of n plain steps, and whether the last one's logits were finite."""
-        at = self.position
         for _ in range(n):
             self.plain.replay()
         self.position += n
-        new = self.plain.tokens[0, at + 1 : at + 1 + n].tolist()
+        new = self.plain.tokens[0, self.position + 1 - n : self.position + 1].tolist()
         return new, bool(self.plain.logits[0, : self.n_vocab].amax().isfinite())
 
-    def _verifier(self, k: int):
-        if k not in self.verifiers:
-            self.verifiers[k] = self.make_verifier(k)
-        return self.verifiers[k]
-
-    def _catch_up(self) -> None:
-        for at in range(self.position - self.late, self.position):
-            self.draft.start(self.plain.tokens[0, at : at + 1], [at], [self.seed])
-            self.draft.replay()
-
     def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
-        at, text = self.position, self.plain.tokens[0]
+        at, text, verifier = self.position, self.plain.numbers[0], self.verifier(k)
         if self.draft:
-            self.draft.start(text[at : at + 1], [at], [self.seed])
+            self.draft.feed([text[at]], at)
             for _ in range(k):
                 self.draft.replay()
-            guesses = self.draft.tokens[0, at + 1 : at + 1 + k].tolist()
+            guesses = self.draft.numbers[0, at + 1 : at + 1 + k].tolist()
 
-        verifier, rows = self._verifier(k), range(k + 1)
-        verifier.start(torch.tensor([text[at].item(), *guesses]), [at + i for i in rows], [self.seed] * (k + 1))
+        verifier.feed([text[at], *guesses], at)
         verifier.replay()
-        drawn = verifier.tokens[rows, [at + 1 + i for i in rows]]
-        new = drawn.tolist()
-        accepted = next((i for i, guess in enumerate(guesses) if guess != new[i]), k)
-
-        new = new[: accepted + 1]
-        self.plain.start(drawn[accepted : accepted + 1], [at + len(new)], [self.seed])
-        text[at + 1 : at + 1 + len(new)] = drawn[: len(new)]
+        new = verifier.numbers.diagonal(at + 1)[: k + 1].tolist()
+        new = new[: next((i for i in range(k) if guesses[i] != new[i]), k) + 1]
+        text[at + 1 : at + 1 + len(new)] = new
+        self.plain.feed(new[-1:], at + len(new))
         return new, bool(verifier.logits[: len(new)].amax(-1).isfinite().all())
 
 
@@ -228,17 +219,11 @@ class GpuRounds(CpuRounds):
         self.guesses = torch.zeros(MAX_DRAFTS, dtype=torch.int64, device=device)
         self.outcome = torch.zeros(MAX_ROWS + 2, dtype=torch.int64, device=device)  # see `launch`
 
-    def start(self, token: Tensor, position: int, seed: int) -> None:
-        super().start(token, position, seed)
-        for step in (self.draft, *self.verifiers.values()):
-            if step:
-                step.seed.fill_(seed)
-
     def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
         if guesses:
             self.guesses[:k] = torch.tensor(guesses)
         if k not in self.graphs:
-            self._verifier(k).seed.fill_(self.seed)
+            self.verifier(k)
             self.graphs[k] = self._capture(k) if self.rows.is_cuda else partial(self.launch, k)
         self.graphs[k]()
         *new, kept, finite = self.outcome.tolist()
@@ -282,6 +267,7 @@ class GpuRounds(CpuRounds):
         plain.tokens[0].index_copy_(0, plain.position + 1 + self.rows[: k + 1], drawn)
         plain.token.copy_(drawn.gather(0, accepted))
         plain.position.add_(accepted + 1)
+
         # for the host: the draws, how many are kept, and whether these come from finite logits
         finite = verifier.top.amax(1).isfinite() | (self.rows[: k + 1] > accepted)
         self.outcome[: k + 1].copy_(drawn)
@@ -302,23 +288,20 @@ class DraftingGenerator(Generator):
     speculate_k: int | None = None
 
     def __post_init__(self):
+        assert self.step == "fused" and self.batch_size == 1
         self.spare = self.speculate_k or MAX_DRAFTS
         super().__post_init__()
-        assert self.step == "fused" and self.batch_size == 1
         own_cache = self.draft is not None and not same_keys(self.draft, self.model)
         if own_cache:
             self.draft.setup_caches(1, self.max_length, self.spare)
         elif self.draft:
+            self.draft.inv_freq = self.model.inv_freq
             for ours, theirs in zip(self.draft.layers, self.model.layers, strict=True):
                 ours.attention.kv_cache = theirs.attention.kv_cache
-            self.draft.inv_freq = self.model.inv_freq
 
         kind, rounds = (FusedCpuStep, CpuRounds) if self.device.type == "cpu" else (FusedGpuStep, GpuRounds)
         draft = self.draft and kind(self.draft, self.temperature, self.top_k)
-
-        def verifier(k: int):
-            return kind(self.model, self.temperature, self.top_k, self.dense, drafts=k + 1)
-
+        verifier = lambda k: kind(self.model, self.temperature, self.top_k, self.dense, drafts=k + 1)  # noqa: E731
         self._rounds, self._length = rounds(self._step, draft, verifier, self.model.config.vocab_size, own_cache), None
 
     def __call__(self, *arguments, **options) -> Generation:
@@ -335,11 +318,11 @@ class DraftingGenerator(Generator):
         return super()._first_token(row, prompt)
 
     def _decode(self, first: Tensor, lengths: list[int], count: int, on_token, eos_ids) -> int:
-        rounds, start = self._rounds, (first.flatten(), lengths[0], self._seeds[0])
-        rounds.start(*start)
+        start = first.flatten(), lengths[0], self._seeds[0]
+        self._rounds.start(*start)
         if self._length is None and count > 1:
             self._length = DraftLength(self._measure(start))
-        patient = self.device.type == "cuda" and not on_token and not eos_ids
+        burst = 1 if self.device.type == "cpu" or on_token or eos_ids else BURST
 
         tokens, seen = first.flatten().tolist(), 0
         while True:
@@ -349,35 +332,29 @@ class DraftingGenerator(Generator):
                     return seen
             if self._lookup:
                 self._lookup.extend(tokens)
-            tokens = self._round(count - seen, patient)
+            tokens = self._round(count - seen, burst)
 
-    def _round(self, left: int, patient: bool) -> list[int]:
-        """The tokens of the next round, where so many are left to be made."""
-        # how many guesses, and which
+    def _round(self, left: int, burst: int) -> list[int]:
+        """The tokens of the next round, or of `burst` plain steps, where so many are left to be made."""
         rounds, length = self._rounds, self._length
         kind, guesses = self._lookup.guess(MAX_DRAFTS) if self._lookup else (0, [])
-        k = self.speculate_k or length.choose(kind, rounds.late)
-        if self._lookup and not guesses:
-            k = 0
+        k = 0
+        if guesses or self.draft:
+            k = self.speculate_k or length.choose(kind, rounds.late)
         if self.device.type == "cpu":  # elsewhere each number has a graph of its own
             k = min(k, left - 1)
 
-        began = time.perf_counter()
-        n = min(BURST, left) if patient else 1
+        began, n = time.perf_counter(), 1 if k else min(burst, left)
         tokens, finite = rounds.round(k, guesses[:k]) if k else rounds.steps(n)
         if not finite:
             raise not_finite(self.model.dtype)
-        length.learn(kind, k, len(tokens) - 1, (time.perf_counter() - began) / (1 if k else n))
-        if k:
-            self._counts.append((k, len(tokens) - 1))
-        else:
-            self._counts += [(0, 0)] * n
+        length.learn(kind, k, len(tokens) - 1, (time.perf_counter() - began) / n)
+        self._counts += [(k, len(tokens) - n)] * n
         return tokens
 
     def _measure(self, start: tuple) -> dict[int, float]:
         """Seconds of a plain step (0) and of rounds by their number of guesses, of which this compiles the kernels."""
-        choices = [self.speculate_k] if self.speculate_k else CHOICES
-        seconds = dict.fromkeys((0, *choices), math.inf)
+        seconds = dict.fromkeys((0, self.speculate_k) if self.speculate_k else (0, *CHOICES), math.inf)
         for k in [*seconds] * 4:
             self._rounds.start(*start)
             began = time.perf_counter()
