@@ -63,6 +63,24 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
     return None if fusable(config) else f"it does not implement {', '.join(unknown_parts(config))}"
 
 
+def record_graph(launch: Callable[[], None], *state: Tensor) -> torch.cuda.CUDAGraph:
+    """Compiles the kernels that `launch` runs and records them; the tensors `state` end as they began."""
+    # what this one run does is undone, but for the cache at its positions, which the first replay writes again
+    before = [tensor.clone() for tensor in state]
+    stream = torch.cuda.Stream(state[0].device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor, value in zip(state, before, strict=True):
+        tensor.copy_(value)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph
+
+
 class FusedGpuStep:
     """Decode steps of 1 to 8 rows on a GPU, through the fused kernels and one CUDA graph.
 
@@ -153,25 +171,8 @@ class FusedGpuStep:
     def replay(self) -> None:
         """One step; the first call records it."""
         if self.graph is None:
-            self.graph = self._capture()
+            self.graph = record_graph(self.step, self.token, self.position)
         self.graph.replay()
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Compiles the kernels and records the graph."""
-        # the one step that this runs is undone, but for the cache at its position, which the first replay writes again
-        token, position = self.token.clone(), self.position.clone()
-        stream = torch.cuda.Stream(self.token.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.token.copy_(token)
-        self.position.copy_(position)
-
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph
 
     def step(self) -> None:
         """Launches the kernels of one step."""
@@ -472,6 +473,7 @@ class Generator:
         model.setup_caches(self.batch_size, self.max_length, self.spare)
         self._cache = model.layers[0].attention.kv_cache
         self._seeds = [(self.seed + row) % 2**32 for row in range(self.batch_size)]
+        self._rounds: list[tuple[int, int]] = []
 
         # the prompt's pass, and the seed that it draws with
         self._prefill, self._row_seed = prefill, torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -525,7 +527,7 @@ class Generator:
 
         new = torch.stack([row[n : n + count] for row, n in zip(self._step.tokens, lengths, strict=True)])
         self._check(new)
-        return Generation(prompts, new, end - start, end - prefilled)
+        return Generation(prompts, new, end - start, end - prefilled, self._rounds)
 
     def _first_token(self, row: int, prompt: Tensor) -> Tensor:
         """The first new token [1, 1] after a prompt [P]: a pass of its own, that depends on that prompt alone."""

@@ -25,7 +25,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -205,17 +205,12 @@ def load_generators(
     """
     ours = step == "fused" or (source.device.type == "cpu" and o.batch_size == 1 and cpu.library() is not None)
     dense_class = SparseTransformer if ours else Transformer
-    rule, model = "no", source.sparse_model if o.draft else None
-    if o.sparsity:
-        model, rule = source.cut_model(o)
-    model = model or source.load(dense_class)
+    dense_model = source.sparse_model if o.draft else None if o.sparsity else source.load(dense_class)
+    model, rule = source.cut_model(o) if o.sparsity else (dense_model, "no")
     options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": static_prompt, "seed": o.seed}
     options["spare"], sizes = spare_positions(o), (o.batch_size, length, o.temperature, o.top_k)
-    if o.draft:
-        drafts = {"draft": draft_model(o, source), "speculate_k": o.speculate_k}
-        generators = [DraftingGenerator(model, *sizes, **options, **drafts)]
-    else:
-        generators = [Generator(model, *sizes, **options)]
+    make = partial(DraftingGenerator, draft=draft_model(o, source), speculate_k=o.speculate_k) if o.draft else Generator
+    generators = [make(model, *sizes, **options)]
     wanted = step == "fused" if o.compare_dense is None else o.compare_dense
     if (o.sparsity or o.draft) and wanted and not o.interactive:
         dense_model = model if step == "fused" else source.load(dense_class)
@@ -246,10 +241,9 @@ def check_draft(o: argparse.Namespace, source: ModelSource) -> Path:
     other = f"--draft {shown(folder)} has another vocabulary than {source.config.name}"
     if config.vocab_size != vocab:
         raise ValueError(f"{other}, of {config.vocab_size} tokens, not {vocab}")
-    if source.folder:
-        ours, theirs = load_tokenizer(source.folder, vocab), load_tokenizer(folder, vocab)
-        if (i := next((i for i in range(vocab) if ours.token_bytes(i) != theirs.token_bytes(i)), None)) is not None:
-            raise ValueError(f"{other}: token {i} is {theirs.token_bytes(i)}, not {ours.token_bytes(i)}")
+    ours, theirs = (load_tokenizer(f, vocab).token_bytes for f in (source.folder or folder, folder))
+    if (i := next((i for i in range(vocab) if ours(i) != theirs(i)), None)) is not None:
+        raise ValueError(f"{other}: token {i} is {theirs(i)}, not {ours(i)}")
     return folder
 
 
@@ -424,8 +418,8 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
         kind = o.draft if o.draft == "prompt" else f"{o.draft} at {o.draft_sparsity:.0%}"
         asked = f"{o.speculate_k} guesses per round" if o.speculate_k else "as many guesses per round as pay"
         shares = " ".join(f"{share:.0%}" for share in r["accepted_by_position"])
-        print(f"Draft      {kind}, {asked}: {r['accept_rate']:.0%} accepted (by position {shares or '-'})")
-        print(f"Rounds     {r['tokens_per_round']:.2f} tokens per round")
+        right = f"{r['accept_rate']:.0%} accepted (by position {shares or '-'})"
+        print(f"Draft      {kind}, {asked}: {right}, {r['tokens_per_round']:.2f} tokens per round")
 
     # bytes, and the sparsity that they come from
     megabytes = r["bytes_per_token"] / 1e6

@@ -98,8 +98,7 @@ def generate(argv: list[str] | None = None) -> Namespace:
     parser.refuse(not o.compile, "unfused draft", "without --compile")
     parser.refuse(o.draft is None, "draft_sparsity speculate_k", "without --draft")
     parser.refuse(o.draft == "prompt", "draft_sparsity", "beside --draft prompt")
-    parser.refuse(o.draft is not None, "prompts unfused", "beside --draft")
-    parser.refuse(o.draft is not None and o.batch_size > 1, "batch_size", "beside --draft")
+    parser.refuse(o.draft is not None, "prompts unfused" + " batch_size" * (o.batch_size > 1), "beside --draft")
     if o.draft == "self" and not o.draft_sparsity:
         raise ValueError("--draft self needs a --draft_sparsity above 0: at 0 it is the model itself")
     if o.draft and o.precision == "float32":

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from decoder import MAX_ROWS, FusedCpuStep, FusedGpuStep, Generation, Generator, not_finite, prefill
+from decoder import MAX_ROWS, FusedCpuStep, FusedGpuStep, Generator, not_finite, prefill, record_graph
 from sparse_model import SparseTransformer
 
 MAX_DRAFTS = MAX_ROWS - 1
@@ -53,12 +53,9 @@ def same_keys(draft: SparseTransformer, model: SparseTransformer) -> bool:
 
 def acceptance(rounds: list[tuple[int, int]]) -> dict:
     """Of rounds (guessed, accepted): the share of guesses that were accepted, in all and at each position."""
-    by_position = []
-    for i in range(max((k for k, _ in rounds), default=0)):
-        tried = [accepted > i for k, accepted in rounds if k > i]
-        by_position.append(sum(tried) / len(tried))
-    guessed, accepted = sum(k for k, _ in rounds), sum(accepted for _, accepted in rounds)
-    return {"accept_rate": accepted / max(guessed, 1), "accepted_by_position": by_position}
+    tried = [[accepted > i for k, accepted in rounds if k > i] for i in range(max((k for k, _ in rounds), default=0))]
+    rate = sum(map(sum, tried)) / max(1, sum(map(len, tried)))
+    return {"accept_rate": rate, "accepted_by_position": [sum(right) / len(right) for right in tried]}
 
 
 class Lookup:
@@ -143,7 +140,7 @@ class DraftLength:
 class CpuRounds:
     """Rounds on a CPU. plain: the step of one row, whose `tokens` hold the text; draft: the same of a draft, or None.
 
-    make_verifier: makes the step that verifies so many guesses. own_cache: the draft's cache is not the verifier's, so
+    make_verifier: makes the step that verifies, of so many `drafts`. own_cache: the draft's cache is not the verifier's, so
     that the draft must be fed each token of the text, too.
     """
 
@@ -163,20 +160,19 @@ class CpuRounds:
             rows = len(step.tokens)
             step.start(token.expand(rows), [position + row for row in range(rows)], [self.seed] * rows)
 
-    def verifier(self, k: int):
-        if k not in self.verifiers:
-            self.verifiers[k] = self.make_verifier(k)
-            self._start(self.verifiers[k], self.plain.tokens[0, self.position :][:1], self.position)
-        return self.verifiers[k]
-
-    @property
     def late(self) -> int:
         """Tokens of the text that the draft has to be fed before it guesses."""
         return self.position - self.known if self.own_cache else 0
 
+    def verifier(self, k: int):
+        if k not in self.verifiers:
+            self.verifiers[k] = self.make_verifier(drafts=k + 1)
+            self._start(self.verifiers[k], self.plain.tokens[0, self.position :][:1], self.position)
+        return self.verifiers[k]
+
     def round(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
         """The new tokens of a round with k guesses, given or the draft's, and whether their logits were finite."""
-        for at in range(self.position - self.late, self.position):
+        for at in range(self.position - self.late(), self.position):
             self.draft.start(self.plain.tokens[0, at : at + 1], [at], [self.seed])
             self.draft.replay()
         new, finite = self._verify(k, guesses)
@@ -224,27 +220,11 @@ class GpuRounds(CpuRounds):
             self.guesses[:k] = torch.tensor(guesses)
         if k not in self.graphs:
             self.verifier(k)
-            self.graphs[k] = self._capture(k) if self.rows.is_cuda else partial(self.launch, k)
+            launch, state = partial(self.launch, k), (self.plain.token, self.plain.position)
+            self.graphs[k] = record_graph(launch, *state).replay if self.rows.is_cuda else launch
         self.graphs[k]()
         *new, kept, finite = self.outcome.tolist()
         return new[:kept], bool(finite)
-
-    def _capture(self, k: int) -> Callable[[], None]:
-        # the round that this runs is undone, but for caches and text behind its position, which the next writes again
-        plain = self.plain
-        token, position = plain.token.clone(), plain.position.clone()
-        stream = torch.cuda.Stream(self.rows.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.launch(k)
-        torch.cuda.current_stream().wait_stream(stream)
-        plain.token.copy_(token)
-        plain.position.copy_(position)
-
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.launch(k)
-        return graph.replay
 
     def launch(self, k: int) -> None:
         """Launches a round of k guesses."""
@@ -282,6 +262,8 @@ class DraftingGenerator(Generator):
     draft: the model that guesses, with its cuts set; None: `Lookup` does. A draft whose keys are like the model's
         reads the model's cache; another gets a cache of its own.
     speculate_k: guesses per round, 1 to MAX_DRAFTS; None: as many as pay, see `DraftLength`, also none.
+
+    A Generation's `rounds` say what became of the guesses.
     """
 
     draft: SparseTransformer | None = None
@@ -301,25 +283,19 @@ class DraftingGenerator(Generator):
 
         kind, rounds = (FusedCpuStep, CpuRounds) if self.device.type == "cpu" else (FusedGpuStep, GpuRounds)
         draft = self.draft and kind(self.draft, self.temperature, self.top_k)
-        verifier = lambda k: kind(self.model, self.temperature, self.top_k, self.dense, drafts=k + 1)  # noqa: E731
-        self._rounds, self._length = rounds(self._step, draft, verifier, self.model.config.vocab_size, own_cache), None
-
-    def __call__(self, *arguments, **options) -> Generation:
-        """As `Generator.__call__`; the Generation's `rounds` say what became of the guesses."""
-        self._counts: list[tuple[int, int]] = []
-        generation = super().__call__(*arguments, **options)
-        generation.rounds = self._counts
-        return generation
+        verifier = partial(kind, self.model, self.temperature, self.top_k, self.dense)
+        self._drafting = rounds(self._step, draft, verifier, self.model.config.vocab_size, own_cache)
+        self._length: DraftLength | None = None
 
     def _first_token(self, row: int, prompt: Tensor) -> Tensor:
         self._lookup = None if self.draft else Lookup(prompt.tolist())
-        if self._rounds.own_cache:
+        if self._drafting.own_cache:
             prefill(self.draft, prompt[None], self._row_seed, 0.0, 1)
         return super()._first_token(row, prompt)
 
     def _decode(self, first: Tensor, lengths: list[int], count: int, on_token, eos_ids) -> int:
-        start = first.flatten(), lengths[0], self._seeds[0]
-        self._rounds.start(*start)
+        self._rounds, start = [], (first.flatten(), lengths[0], self._seeds[0])
+        self._drafting.start(*start)
         if self._length is None and count > 1:
             self._length = DraftLength(self._measure(start))
         burst = 1 if self.device.type == "cpu" or on_token or eos_ids else BURST
@@ -336,11 +312,11 @@ class DraftingGenerator(Generator):
 
     def _round(self, left: int, burst: int) -> list[int]:
         """The tokens of the next round, or of `burst` plain steps, where so many are left to be made."""
-        rounds, length = self._rounds, self._length
+        rounds, length = self._drafting, self._length
         kind, guesses = self._lookup.guess(MAX_DRAFTS) if self._lookup else (0, [])
         k = 0
         if guesses or self.draft:
-            k = self.speculate_k or length.choose(kind, rounds.late)
+            k = self.speculate_k or length.choose(kind, rounds.late())
         if self.device.type == "cpu":  # elsewhere each number has a graph of its own
             k = min(k, left - 1)
 
@@ -349,21 +325,21 @@ class DraftingGenerator(Generator):
         if not finite:
             raise not_finite(self.model.dtype)
         length.learn(kind, k, len(tokens) - 1, (time.perf_counter() - began) / n)
-        self._counts += [(k, len(tokens) - n)] * n
+        self._rounds += [(k, len(tokens) - n)] * n
         return tokens
 
     def _measure(self, start: tuple) -> dict[int, float]:
         """Seconds of a plain step (0) and of rounds by their number of guesses, of which this compiles the kernels."""
         seconds = dict.fromkeys((0, self.speculate_k) if self.speculate_k else (0, *CHOICES), math.inf)
         for k in [*seconds] * 4:
-            self._rounds.start(*start)
+            self._drafting.start(*start)
             began = time.perf_counter()
-            self._rounds.round(k, [0] * k) if k else self._rounds.steps(1)
+            self._drafting.round(k, [0] * k) if k else self._drafting.steps(1)
             seconds[k] = min(seconds[k], time.perf_counter() - began)
-        self._rounds.start(*start)
+        self._drafting.start(*start)
         return seconds
 
     @property
     def left_grid(self) -> bool:
-        steps = (self._step, *self._rounds.verifiers.values())
+        steps = (self._step, *self._drafting.verifiers.values())
         return any(isinstance(step, FusedGpuStep) and step.left_grid for step in steps)
