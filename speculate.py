@@ -140,8 +140,8 @@ class DraftLength:
 class CpuRounds:
     """Rounds on a CPU. plain: the step of one row, whose `tokens` hold the text; draft: the same of a draft, or None.
 
-    make_verifier: makes the step that verifies, of so many `drafts`. own_cache: the draft's cache is not the verifier's, so
-    that the draft must be fed each token of the text, too.
+    make_verifier: makes the step that verifies, of so many `drafts`. own_cache: the draft's cache is not the verifier's,
+    so that the draft must be fed each token of the text, too.
     """
 
     def __init__(self, plain, draft, make_verifier: Callable, n_vocab: int, own_cache: bool):
