@@ -151,11 +151,12 @@ def test_weights_are_shared_and_cuts_are_not():
     [
         ([], (0, [])),
         ([1, 2, 3], (0, [])),
-        ([1, 2, 3, 1], (1, [2, 3, 1, 2])),  # what followed, then the guesses themselves
-        ([1, 2, 9, 1, 2, 3, 1, 2], (2, [3, 1, 2, 3])),  # the latest of two
-        ([7, 1, 2, 8, 3, 2, 9, 1, 2], (2, [8, 3, 2, 9])),  # the longest suffix before the latest
-        ([1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5], (4, [6, 1, 2, 3])),
-        ([5, 5], (1, [5, 5, 5, 5])),
+        ([1, 2, 3, 1], (0, [])),  # one token is too little
+        ([1, 2, 3, 1, 2], (1, [3, 1, 2, 3])),  # what followed, then the guesses themselves
+        ([1, 2, 9, 1, 2, 3, 1, 2], (1, [3, 1, 2, 3])),  # the latest of two
+        ([7, 1, 2, 8, 3, 1, 2, 9, 7, 1, 2], (2, [8, 3, 1, 2])),  # the longest suffix before the latest
+        ([0, 1, 2, 3, 4, 5, 6, 7, 9, 0, 1, 2, 3, 4, 5, 6, 7], (4, [9, 0, 1, 2])),
+        ([5, 5, 5], (1, [5, 5, 5, 5])),
     ],
 )
 def test_lookup(text, guess):
