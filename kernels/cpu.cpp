@@ -9,6 +9,7 @@
 // the plain torch path rounds them; only the inside of attention keeps float32.
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -172,22 +173,6 @@ struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the l
 };
 
 template <typename T>
-void load(const T* from, Floats& first, Floats& second) {
-  if constexpr (APART<T>)
-    T::load(from, first, second);
-  else
-    first = T::load(from), second = T::load(from + LANES);
-}
-
-template <typename T>
-float at(const T* weights, int64_t output) {
-  if constexpr (std::is_same_v<T, Int4>)
-    return weights[output / 2].at(output % 2);
-  else
-    return weights[output];
-}
-
-template <typename T>
 float rounded(float value) {
   return T::from(value);
 }
@@ -298,65 +283,54 @@ struct Texts {
   F* operator[](int64_t text) const { return of_first + text * apart; }
 };
 
-// sums[b][j] += plus[b] + value(b, k) * row[k][j] over N rows, for B texts and outputs begin .. end. Meanwhile it fetches
-// next[k] into the second-level cache, since the first has too few misses in flight: a step of SmolLM2-135M at 50 %,
-// bfloat16, takes 7.0 to 7.5 ms on two cores of an EPYC, 8.9 to 9.8 with the first.
-template <int N, int B, typename W, typename Value>
-inline __attribute__((always_inline)) void add_outputs(const Row<W>* row, const Row<W>* next, Value value,
-                                                       const float* plus, Texts<float> sums, int64_t begin,
-                                                       int64_t end) {
-  constexpr int64_t IN_ONE = LINE<W> * sizeof(W) / 64;  // outputs in a W
-  const W *weights[N], *later[N];  // copies stay in registers; else each store of a sum might change them
-  for (int k = 0; k < N; k++) weights[k] = row[k].weights, later[k] = next[k].weights;
-  int64_t j = begin;
-  for (; j + 2 * LANES <= end; j += 2 * LANES) {
-    for (int64_t line = j; line < j + 2 * LANES; line += LINE<W>)
-      for (int k = 0; k < N && line % LINE<W> < 2 * LANES; k++) __builtin_prefetch(later[k] + line / IN_ONE, 0, 2);
-    Floats even[B], odd[B];  // or first and second
-#pragma GCC unroll 8
-    for (int b = 0; b < B; b++) {
-      even[b] = read<Floats>(sums[b] + j), odd[b] = read<Floats>(sums[b] + j + LANES);
-      if (plus) even[b] += plus[b], odd[b] += plus[b];
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < N; k++) {
-      Floats even_weights, odd_weights;
-      load(weights[k] + j / IN_ONE, even_weights, odd_weights);
-#pragma GCC unroll 8
-      for (int b = 0; b < B; b++) {
-        even[b] = fma(value(b, k), even_weights, even[b]);
-        odd[b] = fma(value(b, k), odd_weights, odd[b]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; b++) {
-      std::memcpy(sums[b] + j, &even[b], sizeof(Floats));
-      std::memcpy(sums[b] + j + LANES, &odd[b], sizeof(Floats));
-    }
-  }
-  for (; j < end; j++)
-    for (int b = 0; b < B; b++) {
-      Floats total = sums[b][j] + (plus ? plus[b] : 0.0f) - Floats{};
-      for (int k = 0; k < N; k++) total = fma(value(b, k), at(weights[k], j) - Floats{}, total);
-      sums[b][j] = total[0];
-    }
-}
-
-// sums[b][j] += value[b][k] * row[k][j].
-template <int N, int B, typename W>
-  requires(!std::is_same_v<W, Int4>)
-void add_rows(const Row<W>* row, const Row<W>* next, Texts<const float> value, Texts<float> sums, int64_t width,
+// sums[b][j] += value[b][k] * row[k][j] over N rows, for B texts. Meanwhile it fetches next[k] into the second-level
+// cache, since the first has too few misses in flight: a step of SmolLM2-135M at 50 %, bfloat16, takes 7.0 to 7.5 ms on
+// two cores of an EPYC, 8.9 to 9.8 with the first.
+template <int N, int B, typename T>
+  requires(!std::is_same_v<T, Int4>)
+void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, Texts<float> sums, int64_t width,
               int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
-  constexpr bool COPIED = N * B <= 16;  // so many stay in registers
-  Floats copies[COPIED ? B : 1][N];
+  // what stands in registers is copied: else each store of a sum might change it
+  const T *weights[N], *later[N];
+  for (int k = 0; k < N; k++) weights[k] = row[k].weights, later[k] = next[k].weights;
+  constexpr bool COPIED = N * B <= 16;
+  Floats copies[COPIED ? B : 0][N];
   for (int b = 0; COPIED && b < B; b++)
     for (int k = 0; k < N; k++) copies[b][k] = value[b][k] - Floats{};
-  const auto at = [&](int b, int k) { return COPIED ? copies[b][k] : value[b][k] - Floats{}; };
-  add_outputs<N, B>(row, next, at, nullptr, sums, 0, width);
+
+  constexpr int VECTORS = APART<T> ? 2 : 1;
+  int64_t j = 0;
+  for (; j + VECTORS * LANES <= width; j += VECTORS * LANES) {
+    if (j % LINE<T> == 0)
+      for (int k = 0; k < N; k++) __builtin_prefetch(later[k] + j, 0, 2);
+    Floats total[B][VECTORS];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++)
+      for (int v = 0; v < VECTORS; v++) total[b][v] = read<Floats>(sums[b] + j + v * LANES);
+#pragma GCC unroll 8
+    for (int k = 0; k < N; k++) {
+      Floats vectors[2];
+      if constexpr (APART<T>)
+        T::load(weights[k] + j, vectors[0], vectors[1]);
+      else
+        vectors[0] = T::load(weights[k] + j);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++)
+        for (int v = 0; v < VECTORS; v++)
+          total[b][v] = fma(COPIED ? copies[b][k] : value[b][k] - Floats{}, vectors[v], total[b][v]);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++)
+      for (int v = 0; v < VECTORS; v++) std::memcpy(sums[b] + j + v * LANES, &total[b][v], sizeof(Floats));
+  }
+  for (; j < width; j++)
+    for (int b = 0; b < B; b++)
+      for (int k = 0; k < N; k++) sums[b][j] = fma(value[b][k], float(weights[k][j]), sums[b][j]);
 }
 
 // The same of int4's codes, whole groups at a time, whose sums start at `start`. A code is taken less 8, and its group's
-// minimum more by 8 scales, since smaller products have a finer grid.
+// minimum more by 8 scales, since smaller products have a finer grid. It leaves the sums of even and odd outputs apart;
+// `in_order` puts them in their places.
 template <int N, int B>
 void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> value, Texts<float> sums, int64_t width,
               int64_t group, const float (*start)[GROUPS / B]) {
@@ -377,11 +351,38 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> va
       }
     }
   }
-  for (int64_t g = 0; g < groups; g++) {
-    float plus[B];
-    for (int b = 0; b < B; b++) plus[b] = minimum[b][g] - start[b][g];
-    const auto at = [&](int b, int k) { return scale[b][k][g] - Floats{}; };
-    add_outputs<N, B>(row, next, at, plus, sums, g * group, (g + 1) * group);
+  for (int b = 0; b < B; b++)
+    for (int64_t g = 0; g < groups; g++) minimum[b][g] -= start[b][g];
+
+  for (int64_t g = 0, begin = 0; g < groups; begin = ++g * group) {
+    // two vectors of outputs at a time, then what is left of the group one by one
+    int64_t j = begin;
+    for (; j + 2 * LANES <= begin + group; j += 2 * LANES) {
+      if (j % LINE<Int4> < 2 * LANES)
+        for (int k = 0; k < N; k++) __builtin_prefetch(next[k].weights + j / 2, 0, 2);
+      Floats even[B], odd[B];
+      for (int b = 0; b < B; b++) {
+        even[b] = read<Floats>(sums[b] + j) + minimum[b][g];
+        odd[b] = read<Floats>(sums[b] + j + LANES) + minimum[b][g];
+      }
+      for (int k = 0; k < N; k++) {
+        Floats even_codes, odd_codes;
+        Int4::load(row[k].weights + j / 2, even_codes, odd_codes);
+        for (int b = 0; b < B; b++) {
+          even[b] = fma(scale[b][k][g], even_codes, even[b]);
+          odd[b] = fma(scale[b][k][g], odd_codes, odd[b]);
+        }
+      }
+      for (int b = 0; b < B; b++) {
+        std::memcpy(sums[b] + j, &even[b], sizeof(Floats));
+        std::memcpy(sums[b] + j + LANES, &odd[b], sizeof(Floats));
+      }
+    }
+    for (; j < begin + group; j++)
+      for (int b = 0; b < B; b++) {
+        sums[b][j] += minimum[b][g];
+        for (int k = 0; k < N; k++) sums[b][j] = fma(scale[b][k][g], row[k].weights[j / 2].at(j % 2), sums[b][j]);
+      }
   }
 }
 
@@ -410,7 +411,7 @@ void apart(float* v, int64_t width) {
 // A row's products with the x of B texts. One row after the other is one stream, which the CPU fetches ahead by itself:
 // it reads 28 to 33 GB/s, four rows at a time 10 to 15 (113 MB, two cores of an EPYC).
 template <int B, typename T>
-void dots(const T* row, Texts<const float> x, int64_t width, float* results) {
+inline __attribute__((always_inline)) void dots(const T* row, Texts<const float> x, int64_t width, float* results) {
   Floats total[B][4] = {};
   int64_t j = 0;
   for (; j + 4 * LANES <= width; j += 4 * LANES)
@@ -428,7 +429,7 @@ void dots(const T* row, Texts<const float> x, int64_t width, float* results) {
   }
 }
 template <typename T>
-float dot(const T* row, const float* x, int64_t width) {
+__attribute__((noinline)) float dot(const T* row, const float* x, int64_t width) {
   float result;
   dots<1>(row, {x, 0}, width, &result);
   return result;
@@ -463,7 +464,8 @@ struct Kept {
   int norm[BATCH];                  // each text's `log_norm`, of its own kept inputs
 
   Kept(int64_t batch, int64_t most, int64_t group)
-      : batch(batch), index(most + LANES + ROWS_AHEAD), value(BATCH * index.size()), block(COLUMNS + BATCH * (group + LANES)) {}
+      : batch(batch), index(most + LANES + ROWS_AHEAD), value(std::bit_ceil(uint64_t(batch)) * index.size()),
+        block(COLUMNS + BATCH * (group + LANES)) {}
 
   Texts<float> values() { return {value.data(), int64_t(index.size())}; }  // with room to write behind the last one
 
@@ -475,8 +477,7 @@ struct Kept {
     const Texts<float> to = values();
     const int64_t texts = std::min<int64_t>(batch, B);  // more are copies of the first
     float squares[B] = {};
-    first = n = 0;
-    int64_t i = 0;
+    int64_t i = 0, n = 0;
 #if defined(__AVX512F__)  // 16 at a time: the loop below takes a nanosecond for each
     const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i lowest_bit = _mm512_set1_epi32(any_order);
@@ -516,6 +517,7 @@ struct Kept {
     }
     if (any_order)
       for (int b = 0; b < B; b++) norm[b] = log_norm(squares[b]);
+    this->first = 0, this->n = n;
   }
 
   // Keeps only the part of the list that a thread takes.
@@ -533,7 +535,6 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
   const int64_t columns = groups ? std::max(matrix.group, MOST / matrix.group * matrix.group) : MOST;
   const int64_t n = kept.n;
   int32_t* const index = kept.index.data() + kept.first;
-  for (int64_t r = 0; r < ROWS_AHEAD; r++) index[n + r] = n ? index[r % n] : 0;  // behind the last row comes the first
   const Texts<const float> value{kept.value.data() + kept.first, kept.values().apart};
   float starts[B][GROUPS / B] = {};  // of int4's groups
   for (int64_t column = begin; column < end; column += columns) {
@@ -562,6 +563,7 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
 
     // ROWS rows at a time, then the rest one by one; behind the last come the next columns' first ones
     const int64_t jump = column + columns < end ? columns : 0;
+    for (int64_t r = 0; n && r < ahead; r++) index[n + r] = index[jump ? std::min(r, n - 1) : n - 1];
     const auto later = [&](int64_t r) { return matrix.row(index[r + ahead], column + (r + ahead < n ? 0 : jump)); };
     int64_t r = 0;
     for (; r + ROWS <= n; r += ROWS) {
@@ -578,13 +580,16 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
     for (int b = 0; b < std::min<int64_t>(B, kept.batch); b++) {
       float* const to = sums[b] + column - begin;
       const int64_t length = groups ? matrix.group : width;
-      for (int64_t j = 0; j < width; j += length) {
+      for (int64_t j = 0; APART<W> && j < width; j += length) {
         in_order<W>(block[b] + j, to + j, length);
         for (int64_t i = j; groups && i < j + length; i++) to[i] -= starts[b][j / length];
       }
+      const float* const from = APART<W> ? to : block[b];
       if (!groups && log_norms)
 #pragma omp simd
-        for (int64_t j = 0; j < width; j++) to[j] -= start_of_sum(log_norms[j], kept.norm[b]);
+        for (int64_t j = 0; j < width; j++) to[j] = from[j] - start_of_sum(log_norms[j], kept.norm[b]);
+      else if (from != to)
+        std::copy_n(from, width, to);
     }
   }
 }
@@ -849,7 +854,7 @@ class Worker {
          float* partials, int64_t most)
       : m(m), batch(batch), positions(positions), thread(thread), threads(threads), barrier(barrier),
         partials(partials), most(most), kept(batch, std::max({m.dim, m.hidden, q}), m.layers[0].w2.group),
-        x(BATCH * m.dim), shifted(batch * kept.index.size()), sums(std::max({batch * GROUP, m.dim, 2 * m.hidden})),
+        x(std::bit_ceil(uint64_t(batch)) * m.dim), shifted(batch * kept.index.size()), sums(std::max({batch * GROUP, m.dim, 2 * m.hidden})),
         scores(*std::max_element(positions, positions + batch) + 1), cos(batch * m.head_dim / 2), sin(cos.size()),
         head(3 * m.head_dim) {}
 
