@@ -12,7 +12,7 @@ Why a fused step on a GPU records its own CUDA graph: README, "How it works".
 import ctypes
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
 
@@ -63,6 +63,24 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
     if device.type == "cuda" and top_k > MAX_TOP_K:
         return f"it sorts a top_k of at most {MAX_TOP_K}"
     return None if fusable(config) else f"it does not implement {', '.join(unknown_parts(config))}"
+
+
+def record_graph(launch: Callable[[], None], *state: Tensor) -> torch.cuda.CUDAGraph:
+    """Compiles the kernels that `launch` runs and records them; the tensors `state` end as they began."""
+    # what this one run does is undone, but for the cache at its positions, which the first replay writes again
+    before = [tensor.clone() for tensor in state]
+    stream = torch.cuda.Stream(state[0].device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor, value in zip(state, before, strict=True):
+        tensor.copy_(value)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph
 
 
 class FusedGpuStep:
@@ -147,25 +165,8 @@ class FusedGpuStep:
     def replay(self) -> None:
         """One step; the first call records it."""
         if self.graph is None:
-            self.graph = self._capture()
+            self.graph = record_graph(self.step, self.token, self.position)
         self.graph.replay()
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Compiles the kernels and records the graph."""
-        # the one step that this runs is undone, but for the cache at its position, which the first replay writes again
-        token, position = self.token.clone(), self.position.clone()
-        stream = torch.cuda.Stream(self.token.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.token.copy_(token)
-        self.position.copy_(position)
-
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph
 
     def step(self) -> None:
         """Launches the kernels of one step."""
@@ -222,6 +223,7 @@ class FusedCpuStep:
         self._tensors = []  # those that only the structures point to
         self.logits = torch.zeros(rows, config.vocab_size)
         self.tokens = torch.zeros(rows, cache.shape[2] + 1, dtype=torch.int64)
+        self.numbers = self.tokens.numpy()  # the same: Python reads and writes them sooner
 
         # the layers
         layers = (cpu.Layer * config.n_layer)()
@@ -277,6 +279,12 @@ class FusedCpuStep:
         self.seeds = (ctypes.c_uint32 * len(seeds))(*seeds)
         self.tokens[range(len(positions)), positions] = tokens
         self._threads = torch.get_num_threads()
+
+    def feed(self, tokens: list[int], position: int) -> None:
+        """Sets the rows' tokens to feed next, at positions from this one on; the rest is as `start` left it."""
+        for row, token in enumerate(tokens):
+            self.numbers[row, position + row] = token
+            self.positions[row] = position + row
 
     def replay(self) -> None:
         """One step. Raises MemoryError: too little for it; the positions are the same then."""
@@ -410,12 +418,14 @@ class Generation:
     """Prompts, one [P] per row, and their new tokens [B, N].
 
     total_s, decode_s: wall time of the call and, of that, of the N - 1 steps after the first tokens were on the host.
+    rounds: of drafts, see speculate.py: how many were guessed and how many of them accepted.
     """
 
     prompts: list[Tensor]
     new: Tensor
     total_s: float
     decode_s: float
+    rounds: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def tokens(self) -> Tensor:
@@ -437,6 +447,7 @@ class Generator:
     static_prompt: prompts keep their length, so that beside a fused step the prompt's pass is a CUDA graph too. Else
         a compiled pass serves every length from 2 on.
     seed: of the draws, modulo 2^32; row r of a batch draws with seed + r.
+    spare: positions of the cache behind max_length, for drafts of a Generator that shares the model.
     """
 
     model: Transformer
@@ -449,13 +460,15 @@ class Generator:
     dense: bool = False
     static_prompt: bool = True
     seed: int = 0
+    spare: int = 0
 
     def __post_init__(self):
         model, self.device = self.model, self.model.device
         self.temperature = self.temperature if self.temperature > LEAST_TEMPERATURE else 0.0
-        model.setup_caches(self.batch_size, self.max_length)
+        model.setup_caches(self.batch_size, self.max_length, self.spare)
         self._cache = model.layers[0].attention.kv_cache
         self._seeds = [(self.seed + row) % 2**32 for row in range(self.batch_size)]
+        self._rounds: list[tuple[int, int]] = []
 
         # the prompt's pass, and the seed that it draws with
         self._prefill, self._row_seed = prefill, torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -490,7 +503,7 @@ class Generator:
         """
         prompts = list(prompts)
         lengths = [len(prompt) for prompt in prompts]
-        rows, _, positions, _ = self._cache.k_cache.shape
+        rows, positions = self.batch_size, self.max_length
         if len(prompts) != rows or max(lengths) + max_new_tokens > positions:
             raise ValueError(
                 f"{len(prompts)} rows of {max(lengths)} tokens and {max_new_tokens} new ones do not fit this "
@@ -511,7 +524,7 @@ class Generator:
 
         new = torch.stack([row[n : n + count] for row, n in zip(self._step.tokens, lengths, strict=True)])
         self._check(new)
-        return Generation(prompts, new, end - start, end - prefilled)
+        return Generation(prompts, new, end - start, end - prefilled, self._rounds)
 
     def _first_token(self, row: int, prompt: Tensor) -> Tensor:
         """The first new token [1, 1] after a prompt [P]: a pass of its own, that depends on that prompt alone."""

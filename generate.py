@@ -5,6 +5,8 @@ python generate.py --sparsity 0.5 --compile --checkpoint_path checkpoints/ORG/NA
 python generate.py --sparsity 0.5 --compile --random_init llama-3-8b # latency alone, random weights
 python generate.py --sparsity 0.5 --compile --prompts FILE           # a prompt per line, each a row of one batch
 python generate.py --sparsity 0.4 --compile --interactive            # a chat
+python generate.py --draft self --compile                            # the dense model's tokens, guessed by a sparse one
+python generate.py --draft prompt --compile                          # guessed from the text before
 
 Samples of a run repeat the same draws, so that only their time differs; row r of a batch draws with --seed + r. The
 JSON's `text` is the last sample's first row, `prompt_tokens` its prompt's; of --prompts both are lists, by row.
@@ -23,7 +25,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -41,7 +43,8 @@ from formats.text import read_text
 from kernels import cpu
 from model import ModelArgs, Transformer, read_config
 from sparse_model import SparseTransformer
-from thresholds import Statistics, cuts_for, recorded_perplexity
+from speculate import MAX_DRAFTS, DraftingGenerator, acceptance, same_weights
+from thresholds import Cuts, Statistics, cuts_for, recorded_perplexity
 from tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_QUESTION = "How do plants make their food?"  # where the model has a chat template
@@ -83,10 +86,13 @@ class ModelSource:
 
     def cut_model(self, o: argparse.Namespace) -> tuple[SparseTransformer, str]:
         """`sparse_model` with the cuts that the options ask for, and the rule's name. Raises as `cuts_for` does."""
-        given = o.statistics is not None
-        rule, cuts = cuts_for(o.thresholds, o.sparsity, self.folder, lambda: self.statistics(o.statistics), given)
+        rule, cuts = self.cuts(o.sparsity, o.thresholds, o.statistics)
         self.sparse_model.set_cuts(cuts)
         return self.sparse_model, rule
+
+    def cuts(self, sparsity: float, thresholds: str = "best", statistics: Path | None = None) -> tuple[str, Cuts]:
+        given = statistics is not None
+        return cuts_for(thresholds, sparsity, self.folder, lambda: self.statistics(statistics), given)
 
 
 @dataclass
@@ -148,20 +154,26 @@ def read_prompts(o: argparse.Namespace, tokenizer: Tokenizer | None, config: Mod
 def cache_length(prompts: list[Prompt], o: argparse.Namespace, config: ModelArgs) -> int:
     """Positions of the cache. Raises ValueError if they exceed the model's context."""
     if o.interactive:
-        return min(config.block_size, CHAT_CONTEXT)
+        return min(config.block_size - spare_positions(o), CHAT_CONTEXT)
     longest = max(len(prompt.ids) for prompt in prompts)
     length = longest + o.max_new_tokens
-    if length > config.block_size:
-        both = f"a prompt of {longest} tokens and {o.max_new_tokens} new ones"
+    if length + spare_positions(o) > config.block_size:
+        guesses = f", with room for {spare_positions(o)} guesses," if o.draft else ""
+        both = f"a prompt of {longest} tokens and {o.max_new_tokens} new ones{guesses}"
         advice = "shorten the prompt or lower --max_new_tokens"
         raise ValueError(f"{both} do not fit {config.name}'s context of {config.block_size}: {advice}")
     return length
 
 
+def spare_positions(o: argparse.Namespace) -> int:
+    """Positions of the cache that guesses need behind the text."""
+    return (o.speculate_k or MAX_DRAFTS) if o.draft else 0
+
+
 def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, one_length: bool = True) -> str:
     """The form of the decode step, "fused", "compiled" or "eager"; says on stderr why it is not fused.
 
-    Raises ValueError if it is not, though prompts are not of `one_length`.
+    Raises ValueError if it is not, though prompts are not of `one_length`, or there is a draft.
     """
     if device.type == "cpu" and cpu.find_compiler() and not any(cpu.cache_folder().glob("*.so")):
         print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
@@ -169,6 +181,8 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, 
     if not one_length and (reason or o.unfused or not o.compile):
         why = f"not fused here: {reason}" if reason else "fused with --compile, without --unfused"
         raise ValueError(f"--prompts of different lengths (in tokens) need fused steps; a step is {why}")
+    if o.draft and reason:
+        raise ValueError(f"--draft needs fused steps; a step is not fused here: {reason}")
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
         print("--compile is left out: it needs a C++ compiler that works (g++, or CXX)", file=sys.stderr)
         o.compile = o.compile_prefill = False
@@ -191,15 +205,46 @@ def load_generators(
     """
     ours = step == "fused" or (source.device.type == "cpu" and o.batch_size == 1 and cpu.library() is not None)
     dense_class = SparseTransformer if ours else Transformer
-    model, rule = source.cut_model(o) if o.sparsity else (source.load(dense_class), "no")
+    dense_model = source.sparse_model if o.draft else None if o.sparsity else source.load(dense_class)
+    model, rule = source.cut_model(o) if o.sparsity else (dense_model, "no")
     options = {"step": step, "compile_prefill": o.compile_prefill, "static_prompt": static_prompt, "seed": o.seed}
-    sizes = o.batch_size, length, o.temperature, o.top_k
-    generators = [Generator(model, *sizes, **options)]
+    options["spare"], sizes = spare_positions(o), (o.batch_size, length, o.temperature, o.top_k)
+    make = partial(DraftingGenerator, draft=draft_model(o, source), speculate_k=o.speculate_k) if o.draft else Generator
+    generators = [make(model, *sizes, **options)]
     wanted = step == "fused" if o.compare_dense is None else o.compare_dense
-    if o.sparsity and wanted and not o.interactive:
+    if (o.sparsity or o.draft) and wanted and not o.interactive:
         dense_model = model if step == "fused" else source.load(dense_class)
         generators.append(Generator(dense_model, *sizes, **options, dense=True))
     return generators, rule
+
+
+def draft_model(o: argparse.Namespace, source: ModelSource) -> SparseTransformer | None:
+    """What `--draft` guesses with, cut at `--draft_sparsity`; None: no model. Raises ValueError for one that cannot."""
+    if o.draft == "prompt":
+        return None
+    if o.draft == "self":
+        draft, cuts = same_weights(source.sparse_model), (o.draft_sparsity, o.thresholds, o.statistics)
+    else:
+        source = ModelSource(source.device, source.dtype, check_draft(o, source))
+        draft, cuts = source.sparse_model, (o.draft_sparsity,)
+    if o.draft_sparsity:
+        draft.set_cuts(source.cuts(*cuts)[1])
+    return draft
+
+
+def check_draft(o: argparse.Namespace, source: ModelSource) -> Path:
+    """The folder of the checkpoint `--draft`. Raises ValueError if it has another vocabulary, or no fused step."""
+    folder = resolve_checkpoint(Path(o.draft))
+    config, vocab = read_config(folder), source.config.vocab_size
+    if reason := why_unfused(config, source.device, 1, o.top_k):
+        raise ValueError(f"--draft {shown(folder)} has no fused step: {reason}")
+    other = f"--draft {shown(folder)} has another vocabulary than {source.config.name}"
+    if config.vocab_size != vocab:
+        raise ValueError(f"{other}, of {config.vocab_size} tokens, not {vocab}")
+    ours, theirs = (load_tokenizer(f, vocab).token_bytes for f in (source.folder or folder, folder))
+    if (i := next((i for i in range(vocab) if ours(i) != theirs(i)), None)) is not None:
+        raise ValueError(f"{other}: token {i} is {theirs(i)}, not {ours(i)}")
+    return folder
 
 
 def dense_backend(step: str, dense_model: Transformer) -> str:
@@ -323,10 +368,14 @@ def summary(o: argparse.Namespace, step: str, generators: list[Generator], runs:
     result = {"model": model.config.name, "device": name, "dtype": o.precision, "sparsity": o.sparsity}
     result |= {"achieved_sparsity": model.achieved_sparsity() if o.sparsity else 0.0, "tokens_per_sec": speed}
     result |= {"ms_per_token": ms, "ttft_ms": 1e3 * stats.median(g.total_s - g.decode_s for g in runs[0])}
-    result |= {"bytes_per_token": read, "bandwidth_gbps": read / ms / 1e6 if ms else None}
+    result |= {"bytes_per_token": read, "bandwidth_gbps": read / ms / 1e6 if ms and not o.draft else None}
     lengths = [len(prompt) for prompt in runs[0][-1].prompts]
     result |= {"peak_memory_gb": peak_memory_gb(device), "prompt_tokens": lengths if o.prompts else lengths[0]}
     result |= {"new_tokens": o.max_new_tokens, "batch": o.batch_size}
+    if o.draft:
+        rounds = [r for g in runs[0] for r in g.rounds]
+        result |= {"draft": o.draft, "speculate_k": o.speculate_k} | acceptance(rounds)
+        result["tokens_per_round"] = sum(g.new.shape[1] - 1 for g in runs[0]) / max(len(rounds), 1)
     if o.compare_dense:
         dense, backend = tokens_per_sec(runs[-1]), dense_backend(step, generators[-1].model)
         result |= {"dense_tokens_per_sec": dense, "speedup": speed / dense, "dense_backend": backend}
@@ -346,7 +395,8 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
     # speed, alone and against dense
     per_step, rate = "no decode step", ""
     if r["ms_per_token"] is not None:
-        per_step, rate = f"{r['ms_per_token']:.2f} ms per decode step", f" = {r['bandwidth_gbps']:,.1f} GB/s"
+        per_step = f"{r['ms_per_token']:.2f} ms per {'token' if o.draft else 'decode step'}"
+        rate = f" = {r['bandwidth_gbps']:,.1f} GB/s" if r["bandwidth_gbps"] else ""
     rows, per_row = "", ""
     if r["batch"] > 1:
         rows, per_row = f" x {r['batch']} rows", f" ({r['tokens_per_sec'] / r['batch']:.1f} per row)"
@@ -360,7 +410,16 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
         print(f"Dense      {dense}: speed-up {r['speedup']:.2f}x")
     elif brief and all(brief):
         ours, dense = brief
-        print(f"Dense      {dense:.2f} ms per decode step, where sparse took {ours:.2f}: speed-up {dense / ours:.2f}x")
+        this = "this run took {:.2f} per token" if o.draft else "sparse took {:.2f}"
+        print(f"Dense      {dense:.2f} ms per decode step, where {this.format(ours)}: speed-up {dense / ours:.2f}x")
+
+    # what was guessed
+    if o.draft:
+        kind = o.draft if o.draft == "prompt" else f"{o.draft} at {o.draft_sparsity:.0%}"
+        asked = f"{o.speculate_k} guesses per round" if o.speculate_k else "as many guesses per round as pay"
+        shares = " ".join(f"{share:.0%}" for share in r["accepted_by_position"])
+        right = f"{r['accept_rate']:.0%} accepted (by position {shares or '-'})"
+        print(f"Draft      {kind}, {asked}: {right}, {r['tokens_per_round']:.2f} tokens per round")
 
     # bytes, and the sparsity that they come from
     megabytes = r["bytes_per_token"] / 1e6

@@ -357,15 +357,17 @@ class Transformer(UncastBuffers):
         small += sum(buffer.nbytes for name, buffer in self.named_buffers() if name.endswith(".scale"))
         return sum(module.weight.nbytes for module in self.sites) + self.output_weight.nbytes + small
 
-    def setup_caches(self, batch_size: int, seq_length: int) -> None:
-        """Gives every layer a static KV cache [batch_size, n_local_heads, seq_length, head_dim], unless it has that.
+    def setup_caches(self, batch_size: int, seq_length: int, spare: int = 0) -> None:
+        """Gives every layer a static KV cache [batch_size, n_local_heads, positions, head_dim], unless it has that.
 
+        positions: seq_length of a text, and `spare` ones for tokens that may turn out not to be of it.
         All share the tensor `row`, by which a pass from_start of batch 1 can be each row's in turn. The frequencies
         become those of texts of that length, see `rope`. Raises ValueError beyond the model's context.
         """
-        if seq_length > self.config.block_size:
-            raise ValueError(f"{seq_length} positions do not fit the model's context of {self.config.block_size}")
-        shape = (batch_size, self.config.n_local_heads, seq_length, self.config.head_dim)
+        positions = seq_length + spare
+        if positions > self.config.block_size:
+            raise ValueError(f"{positions} positions do not fit the model's context of {self.config.block_size}")
+        shape = (batch_size, self.config.n_local_heads, positions, self.config.head_dim)
         row = torch.zeros(1, dtype=torch.int64, device=self.device) if batch_size > 1 else None
         for attention in (block.attention for block in self.layers):
             if attention.kv_cache is None or attention.kv_cache.k_cache.shape != shape:

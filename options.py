@@ -19,6 +19,7 @@ TASKS = ("perplexity", "wikitext")  # of eval.py itself; all others are lm-eval'
 QUALITY_RULES = ("dense", "uniform", "greedy", "refined", "norms", "cats", "relu", "up-input", "up-output")
 GATED = ("cats", "up-output")  # of them, those with thresholds of gates, which are calibrated on a text
 MAX_BATCH = 1024  # rows
+MAX_DRAFTS = 7  # guesses per round: a step has 8 rows
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # that finetune.py tunes
 CACHE, PROMPT = 512, 5  # positions of benchmarks.cpu_decode's cache, and its prompt
 SWEEP = (0.0, 0.25, 0.4, 0.5, 0.65)
@@ -73,6 +74,12 @@ def generate(argv: list[str] | None = None) -> Namespace:
     add("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
     cli.refuse_old_flag(parser, "--deterministic", "the only way that it runs; leave it out")
 
+    # guessed ahead
+    add("--draft", metavar="{self,prompt,PATH}", help="guess tokens, verify them in one step (default: no guesses)")
+    add("--draft_sparsity", action=cli.SPARSITY, default=0.5, help="of the draft's model")
+    drafts = number(int, lambda k: 1 <= k <= MAX_DRAFTS, f"is outside 1 to {MAX_DRAFTS}")
+    add("--speculate_k", action=drafts, metavar="K", help="guesses per round (default: as many as pay)")
+
     # what is measured
     add("--compare_dense", action=BooleanOptionalAction, help="time the dense model too (default: in short fused runs)")
     add("--profile", type=output_path, metavar="FILE", help="write a Chrome trace of one generation (default: none)")
@@ -86,8 +93,16 @@ def generate(argv: list[str] | None = None) -> Namespace:
     parser.refuse(o.prompts is not None, "prompt batch_size interactive", "beside --prompts")
     parser.refuse(o.interactive, "prompt num_samples batch_size compare_dense profile json", "beside --interactive")
     parser.refuse(o.random_init is not None, "statistics", "beside --random_init")
-    parser.refuse("sparsity" not in parser.given, "thresholds statistics", "without --sparsity")
-    parser.refuse(not o.compile, "unfused", "without --compile")
+    model_drafts = o.draft not in (None, "prompt")
+    parser.refuse("sparsity" not in parser.given and not model_drafts, "thresholds statistics", "without --sparsity")
+    parser.refuse(not o.compile, "unfused draft", "without --compile")
+    parser.refuse(o.draft is None, "draft_sparsity speculate_k", "without --draft")
+    parser.refuse(o.draft == "prompt", "draft_sparsity", "beside --draft prompt")
+    parser.refuse(o.draft is not None, "prompts unfused" + " batch_size" * (o.batch_size > 1), "beside --draft")
+    if o.draft == "self" and not o.draft_sparsity:
+        raise ValueError("--draft self needs a --draft_sparsity above 0: at 0 it is the model itself")
+    if o.draft and o.precision == "float32":
+        raise ValueError("--draft needs bfloat16 or float16: what float32 adds up depends on the number of guesses")
     return o
 
 
