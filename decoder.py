@@ -65,24 +65,6 @@ def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k:
     return None if fusable(config) else f"it does not implement {', '.join(unknown_parts(config))}"
 
 
-def record_graph(launch: Callable[[], None], *state: Tensor) -> torch.cuda.CUDAGraph:
-    """Compiles the kernels that `launch` runs and records them; the tensors `state` end as they began."""
-    # what this one run does is undone, but for the cache at its positions, which the first replay writes again
-    before = [tensor.clone() for tensor in state]
-    stream = torch.cuda.Stream(state[0].device)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        launch()
-    torch.cuda.current_stream().wait_stream(stream)
-    for tensor, value in zip(state, before, strict=True):
-        tensor.copy_(value)
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        launch()
-    return graph
-
-
 class FusedGpuStep:
     """Decode steps of 1 to 8 rows on a GPU, through the fused kernels and one CUDA graph.
 
@@ -165,7 +147,7 @@ class FusedGpuStep:
     def replay(self) -> None:
         """One step; the first call records it."""
         if self.graph is None:
-            self.graph = record_graph(self.step, self.token, self.position)
+            self.graph = self.kernels.record_graph(self.step, self.token, self.position)
         self.graph.replay()
 
     def step(self) -> None:

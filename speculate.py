@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from decoder import MAX_ROWS, FusedCpuStep, FusedGpuStep, Generator, not_finite, prefill, record_graph
+from decoder import MAX_ROWS, FusedCpuStep, FusedGpuStep, Generator, not_finite, prefill
 from sparse_model import SparseTransformer
 
 MAX_DRAFTS = MAX_ROWS - 1
@@ -222,7 +222,7 @@ class GpuRounds(CpuRounds):
         if k not in self.graphs:
             self.verifier(k)
             launch, state = partial(self.launch, k), (self.plain.token, self.plain.position)
-            self.graphs[k] = record_graph(launch, *state).replay if self.rows.is_cuda else launch
+            self.graphs[k] = self.plain.kernels.record_graph(launch, *state).replay if self.rows.is_cuda else launch
         self.graphs[k]()
         *new, kept, finite = self.outcome.tolist()
         return new[:kept], bool(finite)

@@ -15,6 +15,7 @@ being added to (during attention: h without o's part), a norm's last rstd and o'
 an ordinary one, so no steps overlap.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -617,3 +618,24 @@ def launch_sample(
         GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.shape[1]), GROUP=HEAD_ROWS, CAPACITY=groups.shape[1],
         PDL=pdl, num_warps=16, launch_pdl=pdl,
     )
+
+
+# ---- the graph
+
+
+def record_graph(launch: Callable[[], None], *state: Tensor) -> torch.cuda.CUDAGraph:
+    """Compiles the kernels that `launch` runs and records them; the tensors `state` end as they began."""
+    # what this one run does is undone, but for the cache at its positions, which the first replay writes again
+    before = [tensor.clone() for tensor in state]
+    stream = torch.cuda.Stream(state[0].device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor, value in zip(state, before, strict=True):
+        tensor.copy_(value)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph

@@ -311,8 +311,8 @@ def test_drafts_that_cannot_be(tiny, copy):
     change_config(copy, vocab_size=301)
     with pytest.raises(ValueError, match="has another vocabulary than tiny, of 301 tokens, not 300"):
         generate.main(flags(**run))
-    change_config(copy, vocab_size=300, attention_bias=True, model_type="llama")
-    with pytest.raises(ValueError, match="no fused step: it does not implement o_bias"):
+    change_config(copy, vocab_size=300, architectures=["Olmo2ForCausalLM"], model_type="olmo2")
+    with pytest.raises(ValueError, match="no fused step: it does not implement pre_norm = False"):
         generate.main(flags(**run))
     with pytest.raises(ValueError, match="--draft needs fused steps; a step is not fused here: it does not implement"):
         generate.main(flags(**(run | {"checkpoint_path": copy, "draft": "prompt", "draft_sparsity": None})))
