@@ -4,8 +4,7 @@ A round starts from the text's last token t at position p. Guesses d1 ... dk com
 verifier, or from earlier text. One step feeds t, d1, ..., dk at positions p ... p + k. The draw behind d1 ... di is
 plain decoding's if those i guesses are right. So guess d(i+1) is accepted where it equals that draw, and the first draw
 that differs from its guess is one token more. A draw is a hash of seed, position and token (`decoder.random_bits`), and
-a row of a fused step equals a step of that row alone, to the bit. So the text is plain decoding's, sampled or greedy,
-whatever the guesses and their number: they change its time alone.
+a row of a fused step equals a step of that row alone, to the bit. So the text is plain decoding's, whatever the guesses.
 """
 
 import copy
@@ -35,13 +34,10 @@ BURST = 8  # plain steps on a GPU between two looks, where nobody waits for toke
 
 
 def same_weights(model: SparseTransformer) -> SparseTransformer:
-    """A model that shares the weights of this one and has cuts of its own; it has no cache yet."""
+    """A model that shares the weights of this one, and its cache if there is one, and has cuts of its own."""
     shared = [*model.parameters(), *(module.scale for module in model.sites), model.output]
     shared += [block.attention.kv_cache for block in model.layers]
-    view = copy.deepcopy(model, {id(part): part for part in shared if part is not None})
-    for block in view.layers:
-        block.attention.kv_cache = None
-    return view
+    return copy.deepcopy(model, {id(part): part for part in shared if part is not None})
 
 
 def same_keys(draft: SparseTransformer, model: SparseTransformer) -> bool:
@@ -158,7 +154,7 @@ class CpuRounds:
     def _start(self, step, token: Tensor, position: int) -> None:
         if step is not None:
             rows = len(step.tokens)
-            step.start(token.expand(rows), [position + row for row in range(rows)], [self.seed] * rows)
+            step.start(token.expand(rows), list(range(position, position + rows)), [self.seed] * rows)
 
     def late(self) -> int:
         """Tokens of the text that the draft has to be fed before it guesses."""
