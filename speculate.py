@@ -4,7 +4,7 @@ A round starts from the text's last token t at position p. Guesses d1 ... dk com
 verifier, or from earlier text. One step feeds t, d1, ..., dk at positions p ... p + k. The draw behind d1 ... di is
 plain decoding's if those i guesses are right. So guess d(i+1) is accepted where it equals that draw, and the first draw
 that differs from its guess is one token more. A draw is a hash of seed, position and token (`decoder.random_bits`), and
-a row of a fused step equals a step of that row alone, to the bit. So the text is plain decoding's, whatever the guesses.
+a row of a fused step equals a step of that row alone, to the bit. So the text is plain decoding's, whatever is guessed.
 """
 
 import copy
