@@ -5,8 +5,7 @@ python generate.py --sparsity 0.5 --compile --checkpoint_path checkpoints/ORG/NA
 python generate.py --sparsity 0.5 --compile --random_init llama-3-8b # latency alone, random weights
 python generate.py --sparsity 0.5 --compile --prompts FILE           # a prompt per line, each a row of one batch
 python generate.py --sparsity 0.4 --compile --interactive            # a chat
-python generate.py --draft self --compile                            # the dense model's tokens, guessed by a sparse one
-python generate.py --draft prompt --compile                          # guessed from the text before
+python generate.py --draft self --compile                            # the dense model's text, guessed ahead; or prompt
 
 Samples of a run repeat the same draws, so that only their time differs; row r of a batch draws with --seed + r. The
 JSON's `text` is the last sample's first row, `prompt_tokens` its prompt's; of --prompts both are lists, by row.

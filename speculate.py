@@ -4,8 +4,7 @@ A round starts from the text's last token t at position p. Guesses d1 ... dk com
 verifier, or from earlier text. One step feeds t, d1, ..., dk at positions p ... p + k. The draw behind d1 ... di is
 plain decoding's if those i guesses are right. So guess d(i+1) is accepted where it equals that draw, and the first draw
 that differs from its guess is one token more. A draw is a hash of seed, position and token (`decoder.random_bits`), and
-a row of a fused step equals a step of that row alone, to the bit. So the text is plain decoding's, sampled or greedy,
-whatever the guesses and their number: they change its time alone.
+a row of a fused step equals a step of that row alone, to the bit. So the text is plain decoding's, whatever is guessed.
 """
 
 import copy
@@ -29,19 +28,16 @@ SUFFIXES = (2, 3, 4, 8)  # tokens that are looked up; behind one token alone a g
 # guesses' worth that is.
 EXPECTED, WEIGHT = (0.8, 0.35, 0.5, 0.6, 0.9), 4.0
 MEMORY = 0.97  # share of the acceptance seen so far that stays in each round
-RETRY = 0.02  # share of plain decoding's time that is spent on finding out whether guesses pay by now
+RETRY = 0.01  # share of plain decoding's time that is spent on finding out whether guesses pay by now
 PLAIN_EVERY = 32  # rounds
-BURST = 8  # plain steps on a GPU between two looks, where nobody waits for tokens
+BURST = 8  # plain steps on a GPU between two looks, where nobody waits for tokens and no guess was accepted lately
 
 
 def same_weights(model: SparseTransformer) -> SparseTransformer:
-    """A model that shares the weights of this one and has cuts of its own; it has no cache yet."""
+    """A model that shares the weights of this one, and its cache if there is one, and has cuts of its own."""
     shared = [*model.parameters(), *(module.scale for module in model.sites), model.output]
     shared += [block.attention.kv_cache for block in model.layers]
-    view = copy.deepcopy(model, {id(part): part for part in shared if part is not None})
-    for block in view.layers:
-        block.attention.kv_cache = None
-    return view
+    return copy.deepcopy(model, {id(part): part for part in shared if part is not None})
 
 
 def same_keys(draft: SparseTransformer, model: SparseTransformer) -> bool:
@@ -116,18 +112,17 @@ class DraftLength:
         seconds = {k: s + feeding * (k > 0) for k, s in self.seconds.items()}
         best = max(seconds, key=lambda k: tokens[k] / seconds[k])
         if best == 0:
-            self.plain_s[kind] += plain
             lost = {k: s - tokens[k] * plain for k, s in seconds.items() if k}
             least = min(lost, key=lost.get)
             best = least if lost[least] < RETRY * self.plain_s[kind] else 0
         elif self.rounds - self.measured[0] > PLAIN_EVERY:  # plain steps may be quicker by now
-            return 0
-        self.plain_s[kind] *= best == 0
+            best = 0
         return best
 
     def learn(self, kind: int, k: int, accepted: int, seconds: float) -> None:
         """What a round with k guesses came to."""
         self.rounds += 1
+        self.plain_s[kind] = 0.0 if k else self.plain_s[kind] + self.seconds[0]
         if k in self.seconds:
             before, age = self.seconds[k], self.rounds - self.measured[k]
             weight = min(max(age / PLAIN_EVERY, 0.1), 0.5)
@@ -159,7 +154,7 @@ class CpuRounds:
     def _start(self, step, token: Tensor, position: int) -> None:
         if step is not None:
             rows = len(step.tokens)
-            step.start(token.expand(rows), [position + row for row in range(rows)], [self.seed] * rows)
+            step.start(token.expand(rows), list(range(position, position + rows)), [self.seed] * rows)
 
     def late(self) -> int:
         """Tokens of the text that the draft has to be fed before it guesses."""
@@ -321,12 +316,16 @@ class DraftingGenerator(Generator):
         if self.device.type == "cpu":  # elsewhere each number has a graph of its own
             k = min(k, left - 1)
 
-        began, n = time.perf_counter(), 1 if k else min(burst, left)
+        if k or any(accepted for _, accepted in self._rounds[-BURST:]):
+            burst = 1
+        began, n = time.perf_counter(), min(burst, left)
         tokens, finite = rounds.round(k, guesses[:k]) if k else rounds.steps(n)
         if not finite:
             raise not_finite(self.model.dtype)
-        length.learn(kind, k, len(tokens) - 1, (time.perf_counter() - began) / n)
-        self._rounds += [(k, len(tokens) - n)] * n
+        seconds = (time.perf_counter() - began) / n
+        for _ in range(n):
+            length.learn(kind, k, len(tokens) - n, seconds)
+            self._rounds.append((k, len(tokens) - n))
         return tokens
 
     def _measure(self, start: tuple) -> dict[int, float]:
