@@ -205,7 +205,7 @@ switches = {"qk_norm": "head", "activation": "gelu", "o_bias": True, "mlp_bias":
 switches |= {"residual_multiplier": 0.22, "logits_scaling": 7.0, "rotary_share": 0.5}
 switches["rope_scaling"] = {"rope_type": "longrope", "original_max_position_embeddings": 300, "attention_factor": 1.2}
 switches["rope_scaling"] |= {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16}
-for quant, others in (("none", {}), ("int8", {}), ("int4", {}), ("none", switches)):
+for quant, others in (("none", {}), ("int8", {}), ("int4", {}), ("none", switches))[: 4 if capability == 90 else 3]:
     config = ModelArgs(
         block_size=256, vocab_size=1000, n_layer=1, n_head=8, n_local_heads=8, dim=512, quant=quant,
         intermediate_size=4224 if quant == "int4" else 5120, groupsize=64, **others,
@@ -218,26 +218,22 @@ for quant, others in (("none", {}), ("int8", {}), ("int4", {}), ("none", switche
     for sparsity, resident in ((0.0, 80), (0.5, 80), (0.7, 80), (0.5, 2112)) if every else ((0.5, 80),):
         kernels.plan.RESIDENT = resident  # 2112: small tiles
         model.sparsity = sparsity
-        for drafts in (0, 3) if (sparsity, resident) == (0.5, 80) else (0,):
+        for drafts in (0, 3) if capability == 90 and (sparsity, resident) == (0.5, 80) else (0,):
             decoder = FusedGpuStep(model, temperature=0.8, top_k=200, drafts=drafts)
             decoder.pdl = capability >= 90
             decoder.step()
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90, 120])
-def test_a_step_compiles_for_a_gpu_that_is_absent(capability, tmp_path):
+def test_a_step_compiles_for_gpus_that_are_absent(tmp_path):
     """The interpreter takes more than the compiler does, and no dependent launch. Relies on Triton's own classes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(capability)],
-        cwd=Path(__file__).parents[1],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command, root = [sys.executable, "-c", COMPILE], Path(__file__).parents[1]
+    start = partial(subprocess.Popen, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+    for compiling in [start([*command, capability]) for capability in ("90", "80", "120")]:  # side by side
+        _, errors = compiling.communicate(timeout=600)
+        assert compiling.returncode == 0, errors[-2000:]
 
 
 def test_infinite_inputs_end_in_not_a_number_instead_of_a_hang():
