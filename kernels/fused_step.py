@@ -1,12 +1,12 @@
-"""Fused kernels of one decode step at batch 1, in Triton: five launches a layer, each dependent on the one before.
+"""Fused kernels of a decode step of 1 to 8 rows, in Triton. One row takes five launches per layer, each dependent on
+the one before (a product of several rows takes two, see `kernels.few_rows`):
 
     norm + qkv | norms of q and k + rope + cache + attention | o + residual | norm + gate, up
         | activation x up + down + residual
 
 then norm + lm_head, and the sampling. Products accumulate in float32 by atomics: many programs of one warp keep the
 most loads in flight, and none waits for another but for a norm's rstd. Their sums lie on grids (`kernels.grids`), so
-that the order of the atomics changes nothing. A buffer that a product adds to is zeroed by an
-earlier launch.
+that the order of the atomics changes nothing. A buffer that a product adds to is zeroed by an earlier launch.
 
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
 at `gdc_wait`. What comes before that line may use only what no earlier launch of this step writes: weights, gains,

@@ -47,7 +47,8 @@ def bound_after_norm(
 
 def _probed(model: Module) -> list:
     """The layers of a dense pass over random tokens, all of which have run."""
-    tokens = torch.randint(model.config.vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    length = min(PROBE_TOKENS, model.config.block_size)  # learned positions end there
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     layers = list(model.walk([tokens]))
     assert layers[-1].outputs
     return layers
@@ -78,7 +79,10 @@ def set_site_grids(model: Module) -> None:
     Its outputs are taken to stay within SPARE times the largest in a dense pass, as the residual stream is.
     """
     peaks: list[Tensor] = []
-    keep_peak = lambda _module, _inputs, y: peaks.append(y[0, 1:].abs().amax(0).float())  # noqa: E731
+
+    def keep_peak(_module, _inputs, y: Tensor) -> None:
+        peaks.append(y[0, 1:].abs().amax(0).float())
+
     hooks = [module.register_forward_hook(keep_peak) for module in model.sites]
     _probed(model)
     for module, hook, peak in zip(model.sites, hooks, peaks, strict=True):

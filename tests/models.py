@@ -1,6 +1,7 @@
 """The tiny models that all tests share: their shapes, and what builds them in memory and as a checkpoint."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -106,6 +107,14 @@ def write_checkpoint(folder: Path, config: dict, text: str | None = None, std: f
         tokenizer.train_from_iterator([text] * 4, vocab_size=config["vocab_size"], show_progress=False)
         tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def copy_with_text(checkpoint: Path, folder: Path) -> Path:
+    """A copy of a checkpoint in `folder`, with 200 lines of text.txt in it."""
+    copy = shutil.copytree(checkpoint, folder / checkpoint.name)
+    lines = [f"Hello, my name is Ann and story {i} is of rivers." for i in range(200)]
+    (copy / "text.txt").write_text("\n".join(lines))
+    return copy
 
 
 def edit_json(path: Path, **changes) -> None:

@@ -419,8 +419,11 @@ def test_shifted_and_trailing_bytes_of_a_gguf_file(tmp_path, small_gguf, damage)
 
 
 def test_a_missing_pre_is_the_default_with_a_line(tmp_path, small_gguf):
+    convert(gguf=edit_gguf(small_gguf, tokenizer__ggml__pre="default"), output_dir=tmp_path / "default")
     with pytest.warns(UserWarning, match=r"without tokenizer.ggml.pre"):
         convert(gguf=edit_gguf(small_gguf, tokenizer__ggml__pre=None), output_dir=tmp_path / "out")
+    written = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("default", "out")]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SMALL, TINY, build, change_config, flags, random_tokens, write_checkpoint
+from models import SMALL, TINY, build, change_config, copy_with_text, flags, random_tokens, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -185,9 +185,7 @@ def tune(folder: Path, **changes) -> Path:
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory) -> Path:
     """A checkpoint with a text and a cut table of two levels."""
-    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("base") / "tiny")
-    lines = [f"Hello, my name is Ann and story {i} is of rivers." for i in range(200)]
-    (folder / "text.txt").write_text("\n".join(lines))
+    folder = copy_with_text(tiny, tmp_path_factory.mktemp("base"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refine, "LEVELS", (0.3, 0.6))
         o = {"data": folder / "text.txt", "num_tokens": 800, "updates": 0, "precision": "float32", "device": "cpu"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SMALL, flags, random_tokens
+from models import SMALL, copy_with_text, flags, random_tokens
 from models import build as build_model
 
 import refine
@@ -236,9 +236,7 @@ def make(folder: Path, **changes) -> CutTable:
 @pytest.fixture(scope="module")
 def made(tiny, tmp_path_factory) -> Path:
     """A checkpoint with a text and a cut table."""
-    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("refined") / "tiny")
-    lines = [f"Hello, my name is Ann and story {i} is of rivers." for i in range(200)]
-    (folder / "text.txt").write_text("\n".join(lines))
+    folder = copy_with_text(tiny, tmp_path_factory.mktemp("refined"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refine, "LEVELS", (0.3, 0.6))
         make(folder)
