@@ -215,7 +215,7 @@ def _load_block(
     for i in tl.static_range(8):
         if not WIDE:
             for word in tl.static_range(4):
-                step: tl.constexpr = 4 * word if QUADS else 4 * (word % 2) + 64 * (word // 2)
+                step = 4 * word if QUADS else 4 * (word % 2) + 64 * (word // 2)
                 mask = ((kept & (1 << i)) != 0) & (piece + step < last)
                 at_word = (at + i * n_out + step).to(tl.pointer_type(tl.int32))
                 weights = weights + (tl.load(at_word, mask=mask, other=0, eviction_policy="evict_first"),)
