@@ -114,7 +114,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _kept_by_any(kept_ptr, block, n_rows, ROWS: tl.constexpr, OP: tl.constexpr):
+def kept_by_any(kept_ptr, block, n_rows, ROWS: tl.constexpr, OP: tl.constexpr):
     """Bits of a block's inputs that any of the rows keeps; none beyond the last block."""
     n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
     if OP.cut:
@@ -138,8 +138,6 @@ def _zeros(OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr):
         acc = (tl.zeros((STRANDS, WORDS), tl.float32),) * ROWS
     else:
         acc = (tl.zeros((WORDS,), tl.float32),) * (ROWS * PACK)
-        ones = (0.0,) * ROWS
-    if OP.bits == 4:
         ones = (tl.zeros((WORDS // 2,), tl.float32),) * ROWS
         low = ones
     return acc, ones, low
@@ -156,7 +154,7 @@ def _fetch_x(x_ptr, X_WORDS: tl.constexpr):
 
 @triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs], of integers as `add_products` has them; ones and low too
+    # sums, a tuple of each row's in turn: [strands, outputs], of int4 as `add_products` has them; ones and low too
     acc, ones, low,
     # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
     # bits of 1.0
@@ -202,30 +200,23 @@ def _add_rows(
                     sums = sums + (acc[r] + unpacked(some, r, OP.dtype)[:, None] * weight,)  # noqa: RUF005
             else:
                 # integers are widened once for all rows, see `fraction`
-                word = weights[j]
-                if OP.bits == 8:
-                    word = word ^ -0x7F7F7F80  # the sign's bit flipped: 128 too large
                 fractions = ()
                 for k in tl.static_range(PACK):
-                    fractions = fractions + (fraction(word, one, k, OP.bits),)  # noqa: RUF005
-                # int4's x is multiplied by the scale of its group
+                    fractions = fractions + (fraction(weights[j], one, k),)  # noqa: RUF005
+                # x is multiplied by the scale of its group
                 for r in tl.static_range(ROWS):
                     if r % IN_WORD == 0:
                         some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
                     x = unpacked(some, r, OP.dtype)
-                    if OP.bits == 4:
-                        new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
-                        x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
+                    new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
+                    x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
                     new_ones = new_ones + (ones[r] + x,)  # noqa: RUF005
-                    if OP.bits == 4:
-                        x = tl.interleave(x, x)
+                    x = tl.interleave(x, x)
                     for k in tl.static_range(PACK):
                         sums = sums + (acc[r * PACK + k] + x * fractions[k],)  # noqa: RUF005
             acc = sums
-            if OP.bits < 16:
-                ones = new_ones
             if OP.bits == 4:
-                low = new_low
+                ones, low = new_ones, new_low
     return acc, ones, low
 
 
@@ -270,7 +261,7 @@ def _rows_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
-    kept = _kept_by_any(kept_ptr, block, n_rows, ROWS, OP)
+    kept = kept_by_any(kept_ptr, block, n_rows, ROWS, OP)
     summed = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
     acc, ones, low = _zeros(OP, PLAN, ROWS)
     for _block in range(BLOCKS):
@@ -279,7 +270,7 @@ def _rows_kernel(
         if OP.bits == 4:
             scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
         # the next block's inputs come while this one's weights do
-        next_kept = _kept_by_any(kept_ptr, block + 1, n_rows, ROWS, OP)
+        next_kept = kept_by_any(kept_ptr, block + 1, n_rows, ROWS, OP)
         if PDL:
             _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
         x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
@@ -293,16 +284,13 @@ def _rows_kernel(
             summed = sums
             acc, ones, low = _zeros(OP, PLAN, ROWS)
 
-    # the outputs in their order, with int8's scale and the offsets, on their grid
+    # the outputs in their order, with the offsets, on their grid
     for r in tl.static_range(ROWS):
         out = summed[r]
         if PLAN.chained:
             if OP.bits == 4:
                 acc_r = acc[r * PACK : r * PACK + PACK]
-                out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]), OP.bits)
-            elif OP.bits == 8:
-                out = joined(acc[r * PACK : r * PACK + PACK], ones[r], -128 * ones[r], OP.bits)
-                out *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
+                out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]))
             else:
                 out = tl.sum(acc[r], axis=0)
         if offset_ptr is not None:
@@ -316,7 +304,10 @@ def _rows_kernel(
 
 
 class Prepared(NamedTuple):
-    """Room for the inputs of a product: made [most], in the model's dtype, and which are kept, one bit each, int32."""
+    """Room for the inputs of a product: made [most], in the model's dtype, and which are kept, one bit each, int32.
+
+    int8 keeps its own inputs there, 16 bits each, and their scales behind what is kept, see `kernels.int8_mma`.
+    """
 
     made: Tensor
     kept: Tensor
@@ -342,11 +333,9 @@ def launch_rows(
     plan = plan_for(prologue, n_in, segments, product.sparsity, form, pdl)
     plan = rows_plan(plan, segments, form.bits, share, pdl)
 
-    # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
-    if form.name != "none":
-        weight = weight.view(torch.int32)
+    # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
     if form.name == "int4":
-        weight_scale = weight_scale.view(torch.int32)
+        weight, weight_scale = weight.view(torch.int32), weight_scale.view(torch.int32)
     starts = starts_of(segments)
     tiles = starts_of([triton.cdiv(width, plan.block_out) for width in segments])
     _rows_kernel[(tiles[-1] * shares, triton.cdiv(n_in, BLOCK_IN * plan.blocks))](

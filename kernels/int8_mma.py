@@ -1,21 +1,28 @@
-"""int8 products of 1 to 8 rows of x on a GPU: exact sums of integers, on its tensor cores, in Triton.
+"""int8 products on a GPU: x on 16-bit fixed point, and exact sums of integers on the tensor cores. 1 to 8 rows of x.
 
-A warp takes PLAN.blocks of 32 inputs x 128 outputs. Per row of x and program the inputs are put on 16-bit fixed point,
-with one power of two as their scale, so that no sum rounds and no order matters. That costs at most 2^-15 of the largest
-input; bfloat16's own rounding costs 2^-9 of every input. An x that is not finite makes the outputs not a number.
+A program is one warp. It takes PLAN.blocks of 32 inputs and a tile of 128 outputs. Each row's inputs of one program
+share a power of two as their scale. No sum of integers rounds, so no order matters, and every number of rows has the
+same sums. Fixed point costs at most 2^-16 of the largest input of the program; bfloat16 itself costs 2^-9 of each. An
+input that is kept and not finite makes the outputs of its programs not a number.
 
-No weight is widened or moved. A word of W is 4 neighbouring outputs of one input, but the tensor core takes the 4 bytes
-of a word for 4 inputs of one output. So each byte of x is multiplied four times, each time beside three zeros, that is,
-with each of the 4 outputs alone. The 8 columns of the small operand are 4 such places times the 2 bytes of x:
+The tensor core multiplies A [16 x 32 bytes] with B [32 x 8 bytes]. Lane 4 g + t of the warp holds A's rows g and g + 8,
+columns 4 t .. 4 t + 3, one word each, and gets columns 2 t and 2 t + 1 of these rows of A B. It takes the 4 bytes of a
+word for 4 inputs of one output, but a word of W [in, out] is 4 outputs of one input. Yet no weight is moved or widened.
+Instead B holds each byte of x four times, each time alone in the place of one of the 4 outputs:
 
-    lane 4 g + t loads 16 bytes, outputs 16 g .. 16 g + 15, of inputs 8 t + i, for i = 0 .. 7
-    column 2 j + p, p = 0 the high byte of x and 1 the low one: in place j of the word
-    so lane 4 g + t gets for each word c the two sums of output 16 g + 4 c + t, which differ by a factor of 256
+    lane 4 g + t loads outputs 16 g .. 16 g + 15 of inputs 8 t .. 8 t + 7, 4 words c of each: word c is A's
 
-A tensor of 32 numbers is one register of the warp's 32 lanes: these kernels are written lane by lane.
+                    columns of B:   0    1    2    3    4    5    6    7      h, l: high and low byte of x,
+    the word's 4  { output 4 c      h    l                                    x = 256 h + l in fixed point;
+    places, of    { output 4 c + 1            h    l                          all else is 0
+    one input     { output 4 c + 2                      h    l
+                  { output 4 c + 3                                h    l
+
+    so lane 4 g + t gets, for each c, the sums of h and of l times the weights of output 16 g + 4 c + t
+
+These kernels are written lane by lane: a tensor of 32 numbers is one register of the warp.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -23,92 +30,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.few_rows import Prepared, kept_by_any
+from kernels.plan import INT8_OUT, plan_for
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
-    RSTD_BUFFER,
     Norm,
     Product,
-    _prefetch_tile,
     inputs,
     load_constants,
     load_inputs,
     outputs_of_tile,
-    prefetch,
+    prefetch_tile,
     rstd_of,
     shared_rstd,
     snap,
     starts_of,
 )
 
-TILE = tl.constexpr(128)  # outputs of a program
+TILE = tl.constexpr(INT8_OUT)  # outputs of a program
 PART = 256  # inputs that a program of the launch before several rows makes
-LANEWISE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the interpreter knows no assembly
-SPLIT = tl.constexpr(12582912.0)  # 1.5 2^23: what is added to it is rounded to an integer
+CACHED = tl.constexpr("@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+ONCE = tl.constexpr("@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
+ONCE_IN_HALVES = tl.constexpr(
+    "@p ld.global.L1::no_allocate.v2.b32 {$0, $1}, [$4]; @p ld.global.L1::no_allocate.v2.b32 {$2, $3}, [$4 + 64];"
+)
 
 
-class IntegerPlan(NamedTuple):
-    """One launch: `blocks` of 32 inputs share a scale of x, which belongs to the sums; the rest to the launch alone."""
+class Lanes(NamedTuple):
+    """How a tile lies in the lanes of its warp."""
 
-    blocks: int
-    groups: int = 1  # how often a program takes `blocks`
-    block_out: int = 128
-    registers: int | None = None
-    prefetch: int = 0  # see `kernels.plan.Plan`
-    prefetch_blocks: int = 1
-    guess: bool = False
-    early: bool = True  # dense: weights are loaded before the wait
-    quads: bool = False  # a lane's 16 outputs lie side by side, else 8 of them 64 on
+    halves: bool  # a lane's outputs are 8 g .. 8 g + 7 and those 64 on, not 16 g .. 16 g + 15
+    full: bool  # segments end where a tile does
+    by_word: bool  # segments are no multiples of 16 bytes: words are loaded alone
+    add_four: bool  # the GPU adds 4 neighbours at once
 
 
-# ---- one register per lane
-
-
-@triton.jit
-def _load_words(at, wanted, QUADS: tl.constexpr, ALL: tl.constexpr):
-    """Four words at each lane's address, or two there and two 64 bytes on. ALL: `wanted` is not 0, else anything."""
-    if ALL:
-        if QUADS:
-            return tl.inline_asm_elementwise(
-                "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "ld.global.L1::no_allocate.v2.b32 {$0, $1}, [$4]; ld.global.L1::no_allocate.v2.b32 {$2, $3}, [$4 + 64];",
-                "=&r,=&r,=&r,=&r,l", [at.to(tl.int64)],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-            )
-    elif QUADS:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $5, 0; @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }",
-            "=r,=r,=r,=r,l,r", [at.to(tl.int64), wanted], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False, pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $5, 0; @p ld.global.L1::no_allocate.v2.b32 {$0, $1}, [$4]; "
-            "@p ld.global.L1::no_allocate.v2.b32 {$2, $3}, [$4 + 64]; }",
-            "=&r,=&r,=&r,=&r,l,r", [at.to(tl.int64), wanted], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False, pack=1,
-        )
+# ---- assembly, of one register per lane
 
 
 @triton.jit
-def _load_4_floats(at, wanted, other: tl.constexpr):
-    """Four float32 at each lane's address, where wanted is not 0; else `other`, 0 or 1."""
+def _load_four(HOW: tl.constexpr, at, wanted):
+    """Four words at each lane's address, int32, where wanted is not 0; else anything."""
     return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.f32 $0, $6; mov.f32 $1, $6; mov.f32 $2, $6; mov.f32 $3, $6; "
-        "@p ld.global.v4.f32 {$0, $1, $2, $3}, [$4]; }",
-        "=&f,=&f,=&f,=&f,l,r,f", [at.to(tl.int64), wanted, 1.0 * other],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+        "{ .reg .pred p; setp.ne.s32 p, $5, 0; " + HOW + " }", "=&r,=&r,=&r,=&r,l,r", [at.to(tl.int64), wanted],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
     )
 
 
 @triton.jit
-def _add_4_floats(at, wanted, v):
+def _add_four(at, wanted, v):
+    """Adds four float32 to those at each lane's address, where wanted is not 0."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p red.relaxed.gpu.global.add.v4.f32 [$1], {$3, $4, $5, $6}; mov.u32 $0, 0; }",
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.u32 $0, 0; "
+        "@p red.relaxed.gpu.global.add.v4.f32 [$1], {$3, $4, $5, $6}; }",
         "=r,l,r,f,f,f,f", [at.to(tl.int64), wanted, v[0], v[1], v[2], v[3]], dtype=tl.int32, is_pure=False, pack=1,
     )
 
@@ -121,41 +96,29 @@ def _from_lane(x, lane):
 
 
 @triton.jit
-def _from_neighbour(x, distance: tl.constexpr):
-    """x of the lane whose number differs by the bit `distance`."""
-    if distance == 1:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _byte_in_place(word, choice):
+def _pick_bytes(word, choice):
+    """Of each lane's word the bytes that the digits of `choice`, 16 bits, name; 4 is a zero."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [word, choice], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def _multiply_add(sums, a0, a1, a2, a3, b0, b1):
-    """sums + A B, a step of a tensor core: 16 x 32 bytes times 32 x 8, to 16 x 8 int32."""
+def _multiply_add(sums, a0, a1, b0):
+    """sums + A B of half the depth: 16 x 16 bytes times 16 x 8, to 16 x 8 int32."""
     return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a0, a1, a2, a3, b0, b1, sums[0], sums[1], sums[2], sums[3]],
+        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r", [a0, a1, b0, sums[0], sums[1], sums[2], sums[3]],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
     )
 
 
 @triton.jit
-def _multiply_add_half(sums, a0, a1, b0):
-    """The same of 16 x 16 bytes and 16 x 8."""
+def _multiply_add_two(sums, a0, a1, a2, a3, b0, b1):
+    """`_multiply_add` of two inputs: (a0, a1) times b0 and (a2, a3) times b1."""
     return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};",
-        "=r,=r,=r,=r,r,r,r,r,r,r,r", [a0, a1, b0, sums[0], sums[1], sums[2], sums[3]],
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a0, a1, a2, a3, b0, b1, sums[0], sums[1], sums[2], sums[3]],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
     )
 
@@ -178,149 +141,115 @@ def scales_of(largest):
 
 @triton.jit
 def fixed(x, up):
-    """x 2^s rounded to integers, int32."""
-    return (x * up + SPLIT).to(tl.int32, bitcast=True) - 0x4B400000
-
-
-@triton.jit
-def two_bytes(n):
-    """Signed bytes h and l, in the low half of a word, of which 256 h + l = n."""
+    """x 2^s rounded to an integer 256 h + l, as the signed bytes h and l in the low half of an int32."""
+    n = (x * up + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # what is added to 1.5 2^23 loses its fraction
     return ((n + 128) & 0xFF00) | (n & 0xFF)
 
 
-# ---- the tile
+# ---- a tile
 
 
 @triton.jit
-def _lane_outputs(first, QUADS: tl.constexpr):
-    """The first output of each lane's weights, and of the 4 neighbours that it adds up in the end."""
+def _outputs_of_lane(first, LANES: tl.constexpr):
+    """The first output of each lane's weights, and the first of the 4 neighbours that it adds in the end."""
     lane = tl.arange(0, BLOCK)
-    if QUADS:
-        return first + lane // 4 * 16, first + lane * 4
-    else:
+    if LANES.halves:
         return first + lane // 4 * 8, first + lane // 4 * 8 + lane % 2 * 4 + lane % 4 // 2 * 64
+    else:
+        return first + lane // 4 * 16, first + lane * 4
 
 
 @triton.jit
-def _load_block(
-    weights, at, kept, piece, last, n_out, WIDE: tl.constexpr, ALL: tl.constexpr, QUADS: tl.constexpr
-):
-    """weights, a tuple, and the lane's 8 x 4 words of a block; kept: bits of its inputs.
-
-    at: of the lane's first input and output, `piece`. WIDE: whether all segments end where a tile does.
-    ALL: all inputs are kept.
-    """
+def _load_block(weights, weight_ptr, row, kept, piece, last, n_out, ALL: tl.constexpr, LANES: tl.constexpr):
+    """The tuple `weights`, and each lane's 8 x 4 words of the block at `row`; kept: bits of its inputs, or ALL."""
     lane = tl.arange(0, BLOCK)
+    at = weight_ptr + (row + lane % 4 * 8).to(tl.int64) * n_out + piece
     kept = kept >> (lane % 4 * 8)
+    if not LANES.full:
+        kept = tl.where(piece < last, kept, 0)
     for i in tl.static_range(8):
-        if not WIDE:
-            for word in tl.static_range(4):
-                step = 4 * word if QUADS else 4 * (word % 2) + 64 * (word // 2)
-                mask = ((kept & (1 << i)) != 0) & (piece + step < last)
-                at_word = (at + i * n_out + step).to(tl.pointer_type(tl.int32))
-                weights = weights + (tl.load(at_word, mask=mask, other=0, eviction_policy="evict_first"),)
+        wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
+        if LANES.by_word:
+            for c in tl.static_range(4):
+                mask = (wanted != 0) & (piece + 4 * c < last)
+                at_word = (at + i * n_out + 4 * c).to(tl.pointer_type(tl.int32))
+                weights = weights + (tl.load(at_word, mask=mask, other=0),)  # noqa: RUF005 (Triton knows no stars)
         else:
-            a, b, c, d = _load_words(at + i * n_out, kept & (1 << i), QUADS, ALL)
-            weights = weights + (a, b, c, d)
+            weights = weights + _load_four(ONCE_IN_HALVES if LANES.halves else ONCE, at + i * n_out, wanted)
     return weights
 
 
 @triton.jit
-def _add_block(low, high, weights, block: tl.constexpr, x, QUADS: tl.constexpr):
+def _add_block(low, high, weights, block: tl.constexpr, x, LANES: tl.constexpr):
     """Adds a block's products to the sums of words 0, 1 and 2, 3; x: 4 words of 2 numbers, inputs 8 t .. 8 t + 7."""
-    lane = tl.arange(0, BLOCK)
-    column = lane // 4
-    shift = column // 2 * 4
-    choice = 0x4444 ^ ((4 ^ (1 - column % 2)) << shift)  # the byte of x in its place, zeros elsewhere
-    other_choice = choice + (2 << shift)
+    column = tl.arange(0, BLOCK) // 4
+    place = column // 2 * 4
+    choice = 0x4444 ^ ((4 ^ (1 - column % 2)) << place)  # byte 1 or 0 in its place
     for pair in tl.static_range(4):
         w = weights[block * 32 + pair * 8 : block * 32 + pair * 8 + 8]
-        b0, b1 = _byte_in_place(x[pair], choice), _byte_in_place(x[pair], other_choice)
-        if QUADS:
-            low = _multiply_add_half(low, w[0], w[1], b0)
-            high = _multiply_add_half(high, w[2], w[3], b0)
-            low = _multiply_add_half(low, w[4], w[5], b1)
-            high = _multiply_add_half(high, w[6], w[7], b1)
-        else:
-            low = _multiply_add(low, w[0], w[1], w[4], w[5], b0, b1)
-            high = _multiply_add(high, w[2], w[3], w[6], w[7], b0, b1)
+        b0, b1 = _pick_bytes(x[pair], choice), _pick_bytes(x[pair], choice + (2 << place))
+        if LANES.halves:
+            low = _multiply_add_two(low, w[0], w[1], w[4], w[5], b0, b1)
+            high = _multiply_add_two(high, w[2], w[3], w[6], w[7], b0, b1)
+        else:  # 16 bytes come to registers of which the deeper product would have to copy some
+            low = _multiply_add(low, w[0], w[1], b0)
+            high = _multiply_add(high, w[2], w[3], b0)
+            low = _multiply_add(low, w[4], w[5], b1)
+            high = _multiply_add(high, w[6], w[7], b1)
     return low, high
 
 
 @triton.jit
 def _in_order(low, high):
-    """The sums of the lane's outputs 16 g + 4 t .. 16 g + 4 t + 3: both bytes' put together, changed among 4 lanes."""
+    """The sums of both bytes joined, and transposed among each 4 lanes, of which each then has 4 neighbours."""
     lane = tl.arange(0, BLOCK)
     odd, upper = lane % 2 != 0, lane % 4 >= 2
     v0, v1 = low[0] * 256 + low[1], low[2] * 256 + low[3]
     v2, v3 = high[0] * 256 + high[1], high[2] * 256 + high[3]
-    r0, r2 = _from_neighbour(tl.where(odd, v0, v1), 1), _from_neighbour(tl.where(odd, v2, v3), 1)
+    r0, r2 = _from_lane(tl.where(odd, v0, v1), lane ^ 1), _from_lane(tl.where(odd, v2, v3), lane ^ 1)
     v0, v1 = tl.where(odd, r0, v0), tl.where(odd, v1, r0)
     v2, v3 = tl.where(odd, r2, v2), tl.where(odd, v3, r2)
-    r0, r1 = _from_neighbour(tl.where(upper, v0, v2), 2), _from_neighbour(tl.where(upper, v1, v3), 2)
+    r0, r1 = _from_lane(tl.where(upper, v0, v2), lane ^ 2), _from_lane(tl.where(upper, v1, v3), lane ^ 2)
     return tl.where(upper, r0, v0), tl.where(upper, r1, v1), tl.where(upper, v2, r0), tl.where(upper, v3, r1)
 
 
 @triton.jit
-def _of_outputs(ptr, first, last, other: tl.constexpr, QUADS: tl.constexpr):
-    """What belongs to the lane's 4 outputs (in the interpreter, to all of the tile's), a tuple; None: `other`."""
+def _load_factors(ptr, at, last):
+    """What belongs to each lane's 4 outputs, bits of float32; zeros where ptr is None."""
     if ptr is None:
-        if LANEWISE:
-            return (other, other, other, other)
-        else:
-            return (other,)
-    elif LANEWISE:
-        _piece, at = _lane_outputs(first, QUADS)
-        a, b, c, d = _load_4_floats(ptr + at, (at < last).to(tl.int32), other)
-        return (a, b, c, d)
+        z = tl.zeros((BLOCK,), tl.int32)
+        return z, z, z, z
     else:
-        at = first + tl.arange(0, TILE)
-        return (tl.load(ptr + at, mask=at < last, other=other),)
+        return _load_four(CACHED, ptr + at, (at < last).to(tl.int32))
 
 
 @triton.jit
-def _on_grid(sums, down, scales, offsets, finenesses, OFFSET: tl.constexpr, GRID: tl.constexpr, MULTIPLIER: tl.constexpr):
-    """The outputs, of their sums of integers."""
-    out = ()
-    for i in tl.static_range(4 if LANEWISE else 1):
-        x = sums[i].to(tl.float32) * down * scales[i]
+def _add_sums(
+    low, high, down, scales, offsets, finenesses, out_ptr, at, last,
+    OP: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr, GRID: tl.constexpr,
+):
+    """Adds the sums, scaled and put on the grid, to the 4 outputs from `at` on. The first programs add the offsets."""
+    sums, out = _in_order(low, high), ()
+    for i in tl.static_range(4):
+        x = sums[i].to(tl.float32) * down
+        scale = scales[i].to(tl.float32, bitcast=True)
         if OFFSET:
-            x = tl.fma(sums[i].to(tl.float32) * down, scales[i], offsets[i])
-        if MULTIPLIER != 1.0:
-            x *= MULTIPLIER
+            x = tl.fma(x, scale, tl.where(tl.program_id(1) == 0, offsets[i].to(tl.float32, bitcast=True), 0.0))
+        else:
+            x *= scale
+        if OP.multiplier != 1.0:
+            x *= OP.multiplier
         if GRID:
-            x = snap(x, finenesses[i])
-        out = out + (x,)
-    return out
-
-
-@triton.jit
-def _add_outputs(out_ptr, first, last, out, QUADS: tl.constexpr):
-    if LANEWISE:
-        _piece, at = _lane_outputs(first, QUADS)
-        _add_4_floats(out_ptr + at, (at < last).to(tl.int32), out)
+            x = snap(x, finenesses[i].to(tl.float32, bitcast=True))
+        out = out + (x,)  # noqa: RUF005
+    if LANES.add_four:
+        _add_four(out_ptr + at, (at < last).to(tl.int32), out)
     else:
-        at = first + tl.arange(0, TILE)
-        tl.atomic_add(out_ptr + at, out[0], mask=at < last, sem="relaxed")
-
-
-@triton.jit
-def _interpreted_block(weight_ptr, first, last, n_out, kept, n):
-    """The block's sums of all outputs; n: fixed-point numbers [32]."""
-    row, at = tl.arange(0, BLOCK), first + tl.arange(0, TILE)
-    mask = ((kept >> row) & 1 != 0)[:, None] & (at < last)[None, :]
-    weight = tl.load(weight_ptr + row[:, None] * n_out + at[None, :], mask=mask, other=0).to(tl.int32)
-    return tl.sum(weight * n[:, None], axis=0)
+        for i in tl.static_range(4):
+            tl.atomic_add(out_ptr + at + i, out[i], mask=at < last, sem="relaxed")
 
 
 # ---- one row of x
-
-
-@triton.jit
-def _bits_in_range(row, n_in):
-    """Bits of a block's inputs, from `row` on, that there are."""
-    there = tl.minimum(tl.maximum(n_in - row, 0), BLOCK)
-    return tl.where(there == BLOCK, -1, (1 << there) - 1)
 
 
 @triton.jit
@@ -330,49 +259,44 @@ def _one_row_kernel(
     fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
-    # compiled in; ZERO: how much of zero_ptr each program fills; WIDE: see `_load_block`
-    OP: tl.constexpr, PLAN: tl.constexpr, ZERO: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    # compiled in; ZERO: how much of zero_ptr each program fills
+    OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
-    """`kernels.triton_gemv._gemv_kernel` for int8."""
+    """out += m (W^T cut(x - shift) + offset), as `kernels.triton_gemv` has it of other forms."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = PLAN.blocks
-    GROUPS: tl.constexpr = 1
+    ALL: tl.constexpr = not OP.cut and LANES.full and OP.n_in % (32 * BLOCKS) == 0
     lane = tl.arange(0, BLOCK)
-    tile = tl.program_id(0)
-    program = tl.program_id(1) * tl.num_programs(0) + tile
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     x_ptr += tl.program_id(2) * OP.n_in
     out_ptr += tl.program_id(2) * n_out
-    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, TILE)
+    segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, n_out, TILE)
+    piece, at = _outputs_of_lane(first, LANES)
     threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
-    row = tl.program_id(1) * BLOCKS * BLOCK
-    piece, _outputs = _lane_outputs(first, PLAN.quads)
-    at = weight_ptr + (row + lane % 4 * 8).to(tl.int64) * n_out + piece
+    block = tl.program_id(1) * BLOCKS
+    rows = block * BLOCK + lane
 
-    # before the wait: what no launch of this step writes: constants, dense weights, and rows that a guess names
-    constants = ()
+    # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
+    constants, weights = (), ()
     for b in tl.static_range(BLOCKS):
-        gain, threshold, shift = load_constants(row + b * BLOCK + lane, gain_ptr, threshold_ptr, OP)
-        constants = constants + ((gain, threshold, shift),)
+        gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
+        constants = constants + ((gain, threshold, shift),)  # noqa: RUF005
     if PLAN.prefetch > 0:
         if program < PLAN.prefetch:
             last_rstd = 1.0
-            if PLAN.guess and OP.prologue == "norm":
+            if OP.prologue == "norm":
                 last_rstd = tl.load(last_rstd_ptr)
-            _prefetch_tile(
-                row + lane, constants[0], first, n_out,
-                x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
+            prefetch_tile(
+                rows, constants[0], first, n_out, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN
             )
-    weights = ()
-    EARLY: tl.constexpr = LANEWISE and PLAN.early and not OP.cut
-    ALL: tl.constexpr = not OP.cut and OP.n_in % (32 * BLOCKS * GROUPS) == 0
-    if EARLY:
+    if not OP.cut:
         for b in tl.static_range(BLOCKS):
-            there = _bits_in_range(row + b * BLOCK, OP.n_in)
-            weights = _load_block(weights, at + b * BLOCK * n_out, there, piece, last, n_out, WIDE, ALL, PLAN.quads)
-    scales = _of_outputs(weight_scale_ptr, first, last, 0, PLAN.quads)
-    finenesses = _of_outputs(fineness_ptr, first, last, 1, PLAN.quads)
-    offsets = _of_outputs(offset_ptr, first, tl.where(tl.program_id(1) == 0, last, 0), 0, PLAN.quads)
+            there = kept_by_any(None, block + b, 1, 1, OP)
+            weights = _load_block(weights, weight_ptr, (block + b) * BLOCK, there, piece, last, n_out, ALL, LANES)
+    scales = _load_factors(weight_scale_ptr, at, last)
+    finenesses = _load_factors(fineness_ptr, at, last)
+    offsets = _load_factors(offset_ptr, at, tl.where(tl.program_id(1) == 0, last, 0))
 
     # the launch before has ended
     if PDL:
@@ -382,8 +306,8 @@ def _one_row_kernel(
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
     operands = ()
     for b in tl.static_range(BLOCKS):
-        a, up = load_inputs(row + b * BLOCK + lane, x_ptr, OP, "")
-        operands = operands + ((a, up),)
+        a, up = load_inputs(rows + b * BLOCK, x_ptr, OP, "")
+        operands = operands + ((a, up),)  # noqa: RUF005
     rstd = 1.0
     if OP.prologue == "norm":
         rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
@@ -391,46 +315,33 @@ def _one_row_kernel(
             if program == 0:
                 tl.store(last_rstd_ptr, rstd)
 
-    # x, the kept ones' weights, and the scale of x
-    made, kept = (), ()
-    largest = tl.zeros((BLOCK,), tl.int32)
+    # x and its scale, and the weights that it keeps
+    made, largest = (), tl.zeros((BLOCK,), tl.int32)
     for b in tl.static_range(BLOCKS):
-        x, keep = inputs(row + b * BLOCK + lane, operands[b], constants[b], rstd, OP)
+        x, keep = inputs(rows + b * BLOCK, operands[b], constants[b], rstd, OP)
         x = tl.where(keep, x, 0.0)
-        made = made + (x,)
-        bits = tl.sum(keep.to(tl.int32) << lane, axis=0)
-        kept = kept + (bits,)
-        if LANEWISE and not EARLY:
-            weights = _load_block(weights, at + b * BLOCK * n_out, bits, piece, last, n_out, WIDE, ALL, PLAN.quads)
+        made = made + (x,)  # noqa: RUF005
+        if OP.cut:
+            kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
+            weights = _load_block(weights, weight_ptr, (block + b) * BLOCK, kept, piece, last, n_out, ALL, LANES)
         largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
     up, down = scales_of(tl.max(largest, axis=0))
 
-    # the sums
-    if LANEWISE:
-        z = tl.zeros((BLOCK,), tl.int32)
-        low, high = (z, z, z, z), (z, z, z, z)
-        for b in tl.static_range(BLOCKS):
-            n = two_bytes(fixed(made[b], up))
-            n = n | (_from_neighbour(n, 1) << 16)
-            source = lane % 4 * 8
-            x0, x1 = _from_lane(n, source), _from_lane(n, source + 2)
-            x2, x3 = _from_lane(n, source + 4), _from_lane(n, source + 6)
-            low, high = _add_block(low, high, weights, b, (x0, x1, x2, x3), PLAN.quads)
-        s0, s1, s2, s3 = _in_order(low, high)
-        sums = (s0, s1, s2, s3)
-    else:
-        total = tl.zeros((TILE,), tl.int32)
-        for b in tl.static_range(BLOCKS):
-            w_ptr = weight_ptr + (row + b * BLOCK) * n_out
-            total += _interpreted_block(w_ptr, first, last, n_out, kept[b], fixed(made[b], up))
-        sums = (total,)
-    out = _on_grid(
-        sums, down, scales, offsets, finenesses, offset_ptr is not None, fineness_ptr is not None, OP.multiplier
+    # the sums; every lane takes 8 numbers of x, two a word
+    z = tl.zeros((BLOCK,), tl.int32)
+    low, high, t = (z, z, z, z), (z, z, z, z), lane % 4 * 8
+    for b in tl.static_range(BLOCKS):
+        n = fixed(made[b], up)
+        n = n | (_from_lane(n, lane ^ 1) << 16)
+        x = _from_lane(n, t), _from_lane(n, t + 2), _from_lane(n, t + 4), _from_lane(n, t + 6)
+        low, high = _add_block(low, high, weights, b, x, LANES)
+    _add_sums(
+        low, high, down, scales, offsets, finenesses, out_ptr, at, last,
+        OP, LANES, offset_ptr is not None, fineness_ptr is not None,
     )
-    _add_outputs(out_ptr, first, last, out, PLAN.quads)
 
 
-# ---- several rows
+# ---- several rows of x: one launch makes them, another multiplies
 
 
 @triton.jit
@@ -441,8 +352,8 @@ def _fixed_kernel(
 ):
     """PART inputs of one row of x and one segment on fixed point, their scales, and which are kept, one bit each.
 
-    made [segments, rows, ROOM] int16, as `two_bytes`; down [segments, rows, ROOM / GROUP] float32; kept [segments,
-    rows, ROOM / 32] int32.
+    made: [segments, rows, ROOM] int16, as `fixed`; down: [segments, rows, ROOM / GROUP] float32; kept: [segments, rows,
+    blocks] int32.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -465,224 +376,108 @@ def _fixed_kernel(
     x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
     x = tl.reshape(tl.where(keep, x, 0.0), (PART // GROUP, GROUP))
     up, down = scales_of(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1))
-    n = tl.reshape(two_bytes(fixed(x, up[:, None])), (PART,))
+    n = tl.reshape(fixed(x, up[:, None]), (PART,))
     tl.store(made_ptr + copy * ROOM + i, n.to(tl.int16), mask=i < ROOM)
     group = tl.program_id(0) * (PART // GROUP) + tl.arange(0, PART // GROUP)
     tl.store(down_ptr + copy * (ROOM // GROUP) + group, down, mask=group < ROOM // GROUP)
     if OP.cut:
         bits = tl.sum(tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK)), axis=1)
         block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
-        tl.store(kept_ptr + copy * (ROOM // BLOCK) + block, bits, mask=block < ROOM // BLOCK)
-
-
-@triton.jit
-def _kept_by_any(kept_ptr, block, row, N_IN: tl.constexpr, ROWS: tl.constexpr, CUT: tl.constexpr, STRIDE: tl.constexpr):
-    """Bits of a block's inputs, from `row` on, that any row of x keeps."""
-    if CUT:
-        kept = 0
-        for r in tl.static_range(ROWS):
-            kept = kept | tl.load(kept_ptr + r * STRIDE + block)
-    else:
-        kept = _bits_in_range(row, N_IN)
-    return kept
+        n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
+        tl.store(kept_ptr + copy * n_blocks + block, bits, mask=block < n_blocks)
 
 
 @triton.jit
 def _rows_kernel(
     made_ptr, down_ptr, kept_ptr, weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
     n_out, out_stride, tiles_1, tiles_2, start_1, start_2,
-    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):
-    """out += m (W^T x + offset) for ROWS rows of x that `_fixed_kernel` has made: PLAN.groups of them, one tile."""
+    """`_one_row_kernel` for ROWS rows of x that `_fixed_kernel` has made, each with the sums that it has alone."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = PLAN.blocks
-    GROUPS: tl.constexpr = PLAN.groups
+    ALL: tl.constexpr = not OP.cut and LANES.full and OP.n_in % (32 * BLOCKS) == 0
+    GROUPS: tl.constexpr = (OP.n_in + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
     lane = tl.arange(0, BLOCK)
+    group = tl.program_id(1)
     segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, n_out, TILE)
-    group = tl.program_id(1) * GROUPS
-    piece, _outputs = _lane_outputs(first, PLAN.quads)
-    if OP.cut:
-        made_ptr += segment * ROWS * ROOM
-        down_ptr += segment * ROWS * (ROOM // (BLOCKS * BLOCK))
-        kept_ptr += segment * ROWS * (ROOM // BLOCK)
+    piece, at = _outputs_of_lane(first, LANES)
+    if OP.cut:  # each segment has inputs of its own
+        made_ptr += segment * (ROWS * GROUPS * BLOCKS * BLOCK)
+        down_ptr += segment * (ROWS * GROUPS)
+        kept_ptr += segment * (ROWS * ((OP.n_in + BLOCK - 1) // BLOCK))
 
-    # before the wait: dense weights
-    EARLY: tl.constexpr = LANEWISE and PLAN.early and not OP.cut
-    ALL: tl.constexpr = not OP.cut and OP.n_in % (32 * BLOCKS * GROUPS) == 0
+    # dense weights come before the wait, others when it is known which rows of x keep them
+    if PDL and OP.cut:
+        tl.extra.cuda.gdc_wait()
     weights = ()
-    if PLAN.prefetch > 0:
-        if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PLAN.prefetch:
-            rows = group * (BLOCKS * BLOCK) + lane
-            prefetch(weight_ptr + rows.to(tl.int64) * n_out + first, rows < OP.n_in, TILE)
-    if EARLY:
-        for b in tl.static_range(BLOCKS):
-            row = (group * BLOCKS + b) * BLOCK
-            at = weight_ptr + (row + lane % 4 * 8).to(tl.int64) * n_out + piece
-            weights = _load_block(weights, at, _bits_in_range(row, OP.n_in), piece, last, n_out, WIDE, ALL, PLAN.quads)
-    scales = _of_outputs(weight_scale_ptr, first, last, 0, PLAN.quads)
-    finenesses = _of_outputs(fineness_ptr, first, last, 1, PLAN.quads)
-    offsets = _of_outputs(offset_ptr, first, tl.where(group == 0, last, 0), 0, PLAN.quads)
-    if PDL:
+    for b in tl.static_range(BLOCKS):
+        block = group * BLOCKS + b
+        kept = kept_by_any(kept_ptr, block, ROWS, ROWS, OP)
+        weights = _load_block(weights, weight_ptr, block * BLOCK, kept, piece, last, n_out, ALL, LANES)
+    scales = _load_factors(weight_scale_ptr, at, last)
+    finenesses = _load_factors(fineness_ptr, at, last)
+    offsets = _load_factors(offset_ptr, at, tl.where(group == 0, last, 0))
+    if PDL and not OP.cut:
         tl.extra.cuda.gdc_wait()
 
-    totals = ()
-    for g in tl.static_range(GROUPS):
-        # this group's weights
-        kept = ()
-        if not EARLY or g > 0:
-            weights = ()
-            for b in tl.static_range(BLOCKS):
-                block = (group + g) * BLOCKS + b
-                bits = 0
-                if (group + g) * (BLOCKS * BLOCK) < OP.n_in:
-                    bits = _kept_by_any(kept_ptr, block, block * BLOCK, OP.n_in, ROWS, OP.cut, ROOM // BLOCK)
-                kept = kept + (bits,)
-                if LANEWISE:
-                    at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * n_out + piece
-                    weights = _load_block(weights, at, bits, piece, last, n_out, WIDE, ALL, PLAN.quads)
-
-        # each row's sums, on the grid
-        new_totals = ()
-        there = tl.minimum(group + g, (ROOM // (BLOCKS * BLOCK)) - 1)
-        for r in tl.static_range(ROWS):
-            down = tl.load(down_ptr + r * (ROOM // (BLOCKS * BLOCK)) + there)
-            if LANEWISE:
-                z = tl.zeros((BLOCK,), tl.int32)
-                low, high = (z, z, z, z), (z, z, z, z)
-                for b in tl.static_range(BLOCKS):
-                    at = made_ptr + r * ROOM + (there * BLOCKS + b) * BLOCK + lane % 4 * 8
-                    x0, x1, x2, x3 = _load_made(at)
-                    low, high = _add_block(low, high, weights, b, (x0, x1, x2, x3), PLAN.quads)
-                s0, s1, s2, s3 = _in_order(low, high)
-                sums = (s0, s1, s2, s3)
-            else:
-                total = tl.zeros((TILE,), tl.int32)
-                for b in tl.static_range(BLOCKS):
-                    n = tl.load(made_ptr + r * ROOM + (there * BLOCKS + b) * BLOCK + lane).to(tl.int32)
-                    low_byte = ((n & 0xFF) ^ 128) - 128
-                    n = (n >> 8) * 256 + low_byte
-                    w_ptr = weight_ptr + ((group + g) * BLOCKS + b) * BLOCK * n_out
-                    total += _interpreted_block(w_ptr, first, last, n_out, kept[b], n)
-                sums = (total,)
-            out = _on_grid(
-                sums, down, scales, offsets, finenesses, offset_ptr is not None, fineness_ptr is not None,
-                OP.multiplier,
-            )
-            if g > 0:
-                more = ()
-                for i in tl.static_range(4 if LANEWISE else 1):
-                    more = more + (totals[r][i] + tl.where(group + g == there, out[i], 0.0),)
-                out = more
-            new_totals = new_totals + (out,)
-        totals = new_totals
-        if offset_ptr is not None:
-            offsets = _of_outputs(offset_ptr, first, 0, 0, PLAN.quads)
+    z = tl.zeros((BLOCK,), tl.int32)
     for r in tl.static_range(ROWS):
-        _add_outputs(out_ptr + r * out_stride, first, last, totals[r], PLAN.quads)
-
-
-@triton.jit
-def _load_made(at):
-    """8 neighbouring numbers of x at each lane's address, in 4 words."""
-    return tl.inline_asm_elementwise(
-        "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [at.to(tl.int64)],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-    )
+        low, high = (z, z, z, z), (z, z, z, z)
+        for b in tl.static_range(BLOCKS):
+            x_at = made_ptr + ((r * GROUPS + group) * BLOCKS + b) * BLOCK + lane % 4 * 8
+            x = _load_four(CACHED, x_at, tl.full((BLOCK,), 1, tl.int32))
+            low, high = _add_block(low, high, weights, b, x, LANES)
+        _add_sums(
+            low, high, tl.load(down_ptr + r * GROUPS + group), scales, offsets, finenesses,
+            out_ptr + r * out_stride, at, last, OP, LANES, offset_ptr is not None, fineness_ptr is not None,
+        )
 
 
 # ---- launching it
 
 
-BLOCKS = None  # in place of `integer_plan`'s
-CHANGES: dict = {}
-PROGRAMS = 2112
-
-
-def integer_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, rows: int, dependent: bool) -> IntegerPlan:
-    """How to launch an int8 product; `blocks` is the same for every number of rows."""
-    tiles, n_blocks = sum(triton.cdiv(width, TILE.value) for width in segments), triton.cdiv(n_in, BLOCK.value)
-    blocks = BLOCKS
-    if blocks is None:
-        blocks = next((b for b in (4, 2) if tiles * (n_blocks // b) >= PROGRAMS), 1)
-    plan = IntegerPlan(blocks)
-    divides = all(width % TILE.value == 0 for width in segments) and n_in % (BLOCK.value * blocks) == 0
-    if dependent and divides and sparsity and rows == 1:
-        plan = plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True)
-    return plan._replace(**CHANGES.get("one" if rows == 1 else "few", {}))
-
-
-def _checked(product: Product, out: Tensor) -> bool:
-    """Whether all segments end where a tile does."""
+def launch_int8(
+    prologue: str, x: Tensor, product: Product, out: Tensor, *,
+    prepared: Prepared | None = None, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype,
+    pdl: bool = False,
+) -> None:
+    """`kernels.triton_gemv.launch_gemv` of an int8 weight, and `kernels.few_rows.launch_rows`, with `prepared`."""
     product.check()
-    assert out.data_ptr() % 16 == 0 and out.stride(0) % 4 == 0 and product.weight.data_ptr() % 16 == 0
-    return all(width % TILE.value == 0 for width in product.segments)
-
-
-def launch_one_row(
-    prologue: str, x: Tensor, product: Product, out: Tensor, *,
-    norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype | None = None, pdl: bool = False,
-) -> None:
-    """`kernels.triton_gemv.launch_gemv` of an int8 weight."""
-    wide, n_in = _checked(product, out), len(product.weight)
+    weight, segments, n_in, rows = product.weight, product.segments, len(product.weight), len(x)
+    read = product.offset, product.weight_scale, product.fineness
+    assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, *read)) and out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
-    plan = integer_plan(prologue, n_in, product.segments, product.sparsity, 1, pdl)
-    if plan.guess and prologue == "norm" and last_rstd is None:
-        plan = plan._replace(guess=False, prefetch=0)
-    starts = starts_of(product.segments)
-    tiles = starts_of([triton.cdiv(width, TILE.value) for width in product.segments])
-    grid = (tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks), x.shape[0] if prologue == "given" else 1)
-    n_zero = 0 if zero is None else zero.numel()
-    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
-    operation = product.operation(prologue, dtype or product.weight.dtype)._replace(pack=1)
-    _one_row_kernel[grid](
-        x, gain, product.weight, product.threshold, out, zero, last_rstd, product.offset, product.weight_scale,
-        product.fineness,
-        starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
-        OP=operation, PLAN=plan, ZERO=zero_block, WIDE=wide, PDL=pdl,
-        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
-    )
+    plan = plan_for(prologue, n_in, segments, product.sparsity, product.form, pdl, last_rstd is not None)
+    operation, full = product.operation(prologue, dtype), not any(width % TILE.value for width in segments)
+    hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
+    lanes = Lanes(plan.blocks == 4 and full, full, any(width % 16 for width in segments), hopper)
 
-
-class Fixed(NamedTuple):
-    """Room for what `_fixed_kernel` makes."""
-
-    made: Tensor
-    down: Tensor
-    kept: Tensor
-
-    @classmethod
-    def empty(cls, n: int, device) -> "Fixed":
-        """n: inputs of all segments and rows, each in whole PARTs."""
-        def buffer(n, dtype):
-            return torch.zeros(n, device=device, dtype=dtype)
-        return cls(buffer(n, torch.int16), buffer(n // 32, torch.float32), buffer(n // 32, torch.int32))
-
-
-def launch_few_rows(
-    prologue: str, x: Tensor, product: Product, out: Tensor, *,
-    prepared: Fixed, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
-) -> None:
-    """`kernels.few_rows.launch_rows` of an int8 weight: the sums that `launch_one_row` gives each row, to the bit."""
-    wide, (n_in, rows) = _checked(product, out), (len(product.weight), len(x))
-    gain, eps, _ = norm or (None, 0.0, None)
-    plan = integer_plan(prologue, n_in, product.segments, product.sparsity, rows, pdl)
+    # a launch's programs fill `zero` together
     group = BLOCK.value * plan.blocks
-    room = triton.cdiv(n_in, group) * group
-    operation = product.operation(prologue, dtype)._replace(pack=1)
-    grid = (triton.cdiv(room, PART), rows, len(product.threshold) if operation.cut else 1)
+    groups, tiles = triton.cdiv(n_in, group), starts_of([triton.cdiv(width, TILE.value) for width in segments])
+    grid = (tiles[-1], groups, rows if prologue == "given" else 1)
+    if prepared:
+        grid = (triton.cdiv(groups * group, PART), rows, len(product.threshold) if operation.cut else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1] * grid[2])) if n_zero else 0
+    options = {"OP": operation, "PDL": pdl, "num_warps": 1, "launch_pdl": pdl}
+    starts = starts_of(segments)
+    sizes = *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS]
+    if not prepared:
+        _one_row_kernel[grid](
+            x, gain, weight, product.threshold, out, zero, last_rstd, *read, starts[-1], n_zero, *sizes, eps,
+            PLAN=plan, LANES=lanes, ZERO=zero_block, **options,
+        )
+        return
+
+    kept, down = prepared.kept.view(2, -1)
+    made = prepared.made.view(torch.int16), down.view(torch.float32), kept
     _fixed_kernel[grid](
-        x, gain, product.threshold, zero, *prepared, x.stride(0), n_zero, eps,
-        OP=operation, GROUP=group, ROOM=room, PART=PART, ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        x, gain, product.threshold, zero, *made, x.stride(0), n_zero, eps,
+        GROUP=group, ROOM=groups * group, PART=PART, ZERO=zero_block, **options,
     )
-    starts = starts_of(product.segments)
-    tiles = starts_of([triton.cdiv(width, TILE.value) for width in product.segments])
-    _rows_kernel[(tiles[-1], triton.cdiv(room, group * plan.groups))](
-        *prepared, product.weight, out, product.offset, product.weight_scale, product.fineness,
-        starts[-1], out.stride(0), *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS],
-        OP=operation, PLAN=plan, ROWS=rows, ROOM=room, WIDE=wide, PDL=pdl,
-        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
+    _rows_kernel[tiles[-1], groups](
+        *made, weight, out, *read, starts[-1], out.stride(0), *sizes, PLAN=plan, LANES=lanes, ROWS=rows, **options
     )

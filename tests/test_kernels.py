@@ -11,7 +11,8 @@ from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 
 pytest.importorskip("triton")
 
-from kernels.triton_gemv import Product, launch_gemv, launch_sparse_gemv
+from kernels.products import launch_sparse_gemv
+from kernels.triton_gemv import Product, launch_gemv
 from model import ModelArgs
 
 INF, NAN = float("inf"), float("nan")
