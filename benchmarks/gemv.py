@@ -35,8 +35,8 @@ from torch import Tensor
 
 import options
 from benchmarks.results import provenance, write_rows
-from kernels.quantized import dequantize, form_of
 from kernels.products import launch_product
+from kernels.quantized import dequantize, form_of
 from kernels.triton_gemv import Product
 from model import ModelArgs
 

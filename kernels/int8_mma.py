@@ -160,10 +160,13 @@ def _outputs_of_lane(first, LANES: tl.constexpr):
 
 
 @triton.jit
-def _load_block(weights, weight_ptr, row, kept, piece, last, n_out, ALL: tl.constexpr, LANES: tl.constexpr):
-    """The tuple `weights`, and each lane's 8 x 4 words of the block at `row`; kept: bits of its inputs, or ALL."""
+def _load_block(weights, at, kept, piece, last, n_out, ALL: tl.constexpr, LANES: tl.constexpr):
+    """The tuple `weights`, and each lane's 8 x 4 words of a block; kept: bits of its inputs, or ALL of them are.
+
+    at: of the lane's first input and output, `piece`. Made from one address per program: were it computed here, the
+    compiler would put the loads off until their products.
+    """
     lane = tl.arange(0, BLOCK)
-    at = weight_ptr + (row + lane % 4 * 8).to(tl.int64) * n_out + piece
     kept = kept >> (lane % 4 * 8)
     if not LANES.full:
         kept = tl.where(piece < last, kept, 0)
@@ -276,6 +279,7 @@ def _one_row_kernel(
     threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
     block = tl.program_id(1) * BLOCKS
     rows = block * BLOCK + lane
+    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * n_out + piece
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
     constants, weights = (), ()
@@ -293,7 +297,7 @@ def _one_row_kernel(
     if not OP.cut:
         for b in tl.static_range(BLOCKS):
             there = kept_by_any(None, block + b, 1, 1, OP)
-            weights = _load_block(weights, weight_ptr, (block + b) * BLOCK, there, piece, last, n_out, ALL, LANES)
+            weights = _load_block(weights, weights_at + b * BLOCK * n_out, there, piece, last, n_out, ALL, LANES)
     scales = _load_factors(weight_scale_ptr, at, last)
     finenesses = _load_factors(fineness_ptr, at, last)
     offsets = _load_factors(offset_ptr, at, tl.where(tl.program_id(1) == 0, last, 0))
@@ -323,7 +327,7 @@ def _one_row_kernel(
         made = made + (x,)  # noqa: RUF005
         if OP.cut:
             kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
-            weights = _load_block(weights, weight_ptr, (block + b) * BLOCK, kept, piece, last, n_out, ALL, LANES)
+            weights = _load_block(weights, weights_at + b * BLOCK * n_out, kept, piece, last, n_out, ALL, LANES)
         largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
     up, down = scales_of(tl.max(largest, axis=0))
 
@@ -403,6 +407,7 @@ def _rows_kernel(
     group = tl.program_id(1)
     segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, n_out, TILE)
     piece, at = _outputs_of_lane(first, LANES)
+    weights_at = weight_ptr + (group * (BLOCKS * BLOCK) + lane % 4 * 8).to(tl.int64) * n_out + piece
     if OP.cut:  # each segment has inputs of its own
         made_ptr += segment * (ROWS * GROUPS * BLOCKS * BLOCK)
         down_ptr += segment * (ROWS * GROUPS)
@@ -413,9 +418,8 @@ def _rows_kernel(
         tl.extra.cuda.gdc_wait()
     weights = ()
     for b in tl.static_range(BLOCKS):
-        block = group * BLOCKS + b
-        kept = kept_by_any(kept_ptr, block, ROWS, ROWS, OP)
-        weights = _load_block(weights, weight_ptr, block * BLOCK, kept, piece, last, n_out, ALL, LANES)
+        kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, ROWS, OP)
+        weights = _load_block(weights, weights_at + b * BLOCK * n_out, kept, piece, last, n_out, ALL, LANES)
     scales = _load_factors(weight_scale_ptr, at, last)
     finenesses = _load_factors(fineness_ptr, at, last)
     offsets = _load_factors(offset_ptr, at, tl.where(group == 0, last, 0))

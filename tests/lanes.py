@@ -21,26 +21,31 @@ def register(values: np.ndarray) -> tl.tensor:
     )
 
 
-def memory(address: int, n_bytes: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_byte * n_bytes).from_address(int(address)), np.int32)
+def gather(at: np.ndarray, wanted: np.ndarray, offsets: list[int], alignment: int) -> tuple[np.ndarray, np.ndarray]:
+    """The memory in which all wanted words lie, and where they do: words at these offsets of each lane's address."""
+    at = at[wanted].astype(np.int64)
+    assert not (at % alignment).any()
+    first, last = int(at.min()), int(at.max()) + 4 * max(offsets) + 4
+    words = np.frombuffer((ctypes.c_byte * (last - first)).from_address(first), np.int32)
+    return words, (at - first)[:, None] // 4 + offsets
 
 
 def load_four(HOW, at, wanted):
     """Lanes that want nothing get nonsense."""
-    words = np.random.default_rng(0).integers(-(2**31), 2**31, (4, 32))
-    halves = ".v2" in tl.core._unwrap_if_constexpr(HOW)
-    for lane in np.flatnonzero(data(wanted)):
-        address = int(data(at)[lane])
-        assert address % (8 if halves else 16) == 0
-        parts = [memory(address, 8), memory(address + 64, 8)] if halves else [memory(address, 16)]
-        words[:, lane] = np.concatenate(parts)
-    return tuple(map(register, words))
+    out, wanted = np.full((32, 4), 0x5A5A5A5A), np.flatnonzero(data(wanted))
+    if wanted.size:
+        halves = ".v2" in tl.core._unwrap_if_constexpr(HOW)
+        offsets = [0, 1, 16, 17] if halves else [0, 1, 2, 3]
+        words, where = gather(data(at), wanted, offsets, 8 if halves else 16)
+        out[wanted] = words[where]
+    return tuple(map(register, out.T))
 
 
 def add_four(at, wanted, v):
-    for lane in np.flatnonzero(data(wanted)):
-        assert data(at)[lane] % 16 == 0
-        memory(data(at)[lane], 16).view(np.float32)[:] += [data(x)[lane] for x in v]
+    wanted = np.flatnonzero(data(wanted))
+    if wanted.size:
+        words, where = gather(data(at), wanted, [0, 1, 2, 3], 16)
+        words.view(np.float32)[where] += np.stack([data(x)[wanted] for x in v], axis=1)
 
 
 def from_lane(x, lane):

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from decoder import FusedGpuStep, Generator, random_bits
 from kernels import fused_step, grids
-from kernels.quantized import dequantize
 from kernels.products import launch_product
+from kernels.quantized import dequantize
 from kernels.triton_gemv import RSTD_BUFFER, Norm, Product, snap
 from model import Transformer
 from sparse_model import SparseTransformer
