@@ -1,4 +1,4 @@
-"""int8 products on a GPU: the exact sums of integers that they must give, to the bit, whatever the shape and the rows."""
+"""int8 products on a GPU: the exact sums of integers, to the bit, of every shape and number of rows."""
 
 import pytest
 import torch
