@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.plan import BLOCK_IN, Plan, plan_for
+from kernels.plan import BLOCK_IN, Plan
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
@@ -361,8 +361,7 @@ def launch_rows(
     operation = product.operation(prologue, dtype)
     room = x_words(rows, operation.dtype) * 64 // operation.dtype.primitive_bitwidth
     launch_prepare(x, operation, product.threshold, prepared, room, norm=norm, zero=zero, pdl=pdl)
-    plan = plan_for(prologue, n_in, segments, product.sparsity, form, pdl)
-    plan = rows_plan(plan, n_in, segments, form.bits, rows, pdl)
+    plan = rows_plan(product.plan(prologue, pdl), n_in, segments, form.bits, rows, pdl)
 
     # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
     if form.name != "none":

@@ -102,9 +102,9 @@ def launch_embed(
     token: Tensor, embedding: Tensor, multiplier: float, residual: Residual, logits: Tensor, pdl: bool
 ) -> None:
     """h = multiplier embedding[token] of each row; readies `logits` of one row for `launch_head`."""
-    n_vocab, dim = embedding.shape
+    dim = embedding.shape[1]
     _embed_kernel[(triton.cdiv(dim, 1024), len(token))](
-        token, embedding, *residual, logits[0, n_vocab:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER,
+        token, embedding, *residual, logits[0, -RSTD_BUFFER:], DIM=dim, BLOCK=1024, RSTD_BUFFER=RSTD_BUFFER,
         MULTIPLIER=torch.tensor(multiplier, dtype=embedding.dtype).item(), PDL=pdl,
     )
 
