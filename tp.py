@@ -20,10 +20,11 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, permutations, starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cli import rank_count
 from decoder import FusedCpuStep, FusedGpuStep
 from kernels import cpu
 from model import LayerPass, ModelArgs, Projection, TransformerBlock, init_modules
@@ -38,7 +40,7 @@ from sparse_model import SITES, SparseProjection, SparseTransformer
 from thresholds import Cuts
 
 UNIT = 64  # hidden units, and tokens of the lm_head, that stay together: a program's inputs, and cpu.GROUP
-reduction = "peer"  # how GPUs add up: "peer" or "nccl"; see `choose_reduction`
+reduction = "peer"  # how ranks add up in a GPU's step: by "peer" memory, or "nccl"
 
 
 def rank() -> int:
@@ -50,14 +52,17 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start(device: str | None) -> None:
+def start(device: str | None, how: str = "peer") -> None:
     """Joins the ranks that torchrun has started, if it has, on a GPU of its own or, for "cpu" or without GPUs, the CPU.
 
+    how: the `reduction`; "peer" becomes "nccl", with a warning, where a GPU cannot write to another.
     Raises ValueError: ranks of several hosts, a device that is no kind, too few GPUs.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    global reduction
+    ranks = rank_count()
     if ranks == 1 or dist.is_initialized():
         return
+    reduction = how
     if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):
         raise ValueError(f"{ranks} ranks on several hosts: ranks share one host's memory")
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,6 +72,9 @@ def start(device: str | None) -> None:
         if (found := torch.cuda.device_count()) < ranks:
             raise ValueError(f"{ranks} ranks need {ranks} GPUs, there are {found}: lower --nproc_per_node")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if how == "peer" and not all(starmap(torch.cuda.can_device_access_peer, permutations(range(ranks), 2))):
+            warnings.warn("a GPU cannot write to another's memory: NCCL adds (--reduce nccl)", stacklevel=2)
+            reduction = "nccl"
     os.environ |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
 
