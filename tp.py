@@ -65,18 +65,20 @@ def start(device: str | None, how: str = "peer") -> None:
     reduction = how
     if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):
         raise ValueError(f"{ranks} ranks on several hosts: ranks share one host's memory")
+    own = None
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {kind}: each rank has a device of its own; give cpu or cuda")
     if kind == "cuda":
         if (found := torch.cuda.device_count()) < ranks:
             raise ValueError(f"{ranks} ranks need {ranks} GPUs, there are {found}: lower --nproc_per_node")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
         if how == "peer" and not all(starmap(torch.cuda.can_device_access_peer, permutations(range(ranks), 2))):
             warnings.warn("a GPU cannot write to another's memory: NCCL adds (--reduce nccl)", stacklevel=2)
             reduction = "nccl"
     os.environ |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=own)
 
 
 def total(value: float, device: torch.device) -> float:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.fused_step import HEAD_ROWS
 
-# Values of a program and its warps. A program of one warp polls without meeting other warps.
-SUM_BLOCK, GATHER_BLOCK = 128, 512
+# Values of a program: one per thread, since a thread waits for its values one after the other.
+SUM_BLOCK, GATHER_BLOCK = 32, 128
 
 
 @triton.jit
@@ -32,24 +32,58 @@ def _put(at, word, mask, ASM: tl.constexpr):
 
 
 @triton.jit
-def _send(inboxes_ptr, start, i, value, mask, tag, RANKS: tl.constexpr, ASM: tl.constexpr):
-    """Writes values [BLOCK], with their tag, to place start + i of every rank's inbox."""
-    word = (tag.to(tl.int64) << 32) | (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+def _load_inboxes(inboxes_ptr, RANKS: tl.constexpr):
+    """Where each rank's inbox lies, a tuple."""
+    inboxes = ()
     for r in tl.static_range(RANKS):
-        inbox = tl.load(inboxes_ptr + r).to(tl.pointer_type(tl.int64))
-        _put(inbox + start + i, word, mask, ASM)
+        inboxes = inboxes + (tl.load(inboxes_ptr + r).to(tl.pointer_type(tl.int64)),)  # noqa: RUF005 (no stars)
+    return inboxes
 
 
 @triton.jit
-def _receive(at, mask, tag):
-    """The values at these places of this rank's inbox, once they have the tag."""
-    missing = 1
-    word = tl.zeros_like(at.to(tl.int64))
-    while missing > 0:
-        word = tl.load(at, mask=mask, other=0, volatile=True)
-        late = mask & ((word >> 32).to(tl.int32) != tag)
-        missing = tl.sum(late.to(tl.int32), axis=0)
-    return word.to(tl.int32).to(tl.float32, bitcast=True)
+def _send(inboxes, start, value, mask, tag, RANKS: tl.constexpr, ASM: tl.constexpr):
+    """Writes values [BLOCK], with their tag, to these places of every rank's inbox."""
+    word = (tag.to(tl.int64) << 32) | (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+    for r in tl.static_range(RANKS):
+        _put(inboxes[r] + start, word, mask, ASM)
+
+
+@triton.constexpr_function
+def _wait_and_add(ranks):
+    """PTX of $0 = $1 and the values of words at $4, $5, ... added, once all have tag $2; $3 = 0: of $1 alone."""
+    words = range(ranks)
+    lines = ["{ .reg .pred p; .reg .b32 tag; .reg .f32 value, sum;", f".reg .b64 {', '.join(f'w{r}' for r in words)};"]
+    lines += ["mov.f32 sum, $1; setp.eq.s32 p, $3, 0; @p bra DONE;", "WAIT:"]
+    lines += [f"ld.relaxed.sys.global.b64 w{r}, [${4 + r}];" for r in words]
+    lines += [f"mov.b64 {{value, tag}}, w{r}; setp.ne.s32 p, tag, $2; @p bra WAIT;" for r in words]
+    lines += [f"mov.b64 {{value, tag}}, w{r}; add.f32 sum, sum, value;" for r in words]
+    return " ".join([*lines, "DONE: mov.f32 $0, sum; }"])
+
+
+@triton.constexpr_function
+def _constraints(ranks):
+    return "=f,f,r,r" + ",l" * ranks
+
+
+@triton.jit
+def _receive(x, inbox, start, room, mask, tag, RANKS: tl.constexpr, ASM: tl.constexpr):
+    """x [BLOCK] and the values that RANKS ranks wrote, `room` words apart, to place start of this inbox, added."""
+    at = inbox + start
+    if ASM:
+        operands = (x, tag, mask.to(tl.int32))
+        for r in tl.static_range(RANKS):
+            operands = operands + ((at + r * room).to(tl.int64),)  # noqa: RUF005 (Triton knows no stars)
+        x = tl.inline_asm_elementwise(
+            _wait_and_add(RANKS), _constraints(RANKS), operands, dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        for r in tl.static_range(RANKS):
+            late = 1
+            while late > 0:
+                word = tl.load(at + r * room, mask=mask, other=0, volatile=True)
+                late = tl.sum((mask & ((word >> 32).to(tl.int32) != tag)).to(tl.int32), axis=0)
+            x += tl.load(at + r * room, mask=mask, other=0).to(tl.int32).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit(do_not_specialize=["rank", "exchange"])
@@ -60,19 +94,21 @@ def _sum_kernel(
     """h += the sum of all ranks' parts; zeroes this rank's."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     tag = tl.load(epoch_ptr) * PER_STEP + exchange
+    inboxes = _load_inboxes(inboxes_ptr, RANKS)
+    inbox = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.int64))
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
     slot = (tag & 1) * RANKS * room
-    part = tl.load(part_ptr + i, mask=mask, other=0.0)
-    _send(inboxes_ptr, slot + rank * room, i, part, mask, tag, RANKS, ASM)
-    tl.store(part_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask)
 
+    # the product has ended
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    part = tl.load(part_ptr + i, mask=mask, other=0.0)
     h = tl.load(h_ptr + i, mask=mask, other=0.0)
-    inbox = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.int64))
-    for r in tl.static_range(RANKS):
-        h += _receive(inbox + slot + r * room + i, mask, tag)
+    _send(inboxes, slot + rank * room + i, part, mask, tag, RANKS, ASM)
+    tl.store(part_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask)
+    h = _receive(h, inbox, slot + i, room, mask, tag, RANKS, ASM)
     tl.store(h_ptr + i, h, mask=mask)
 
 
@@ -100,13 +136,13 @@ def _gather_kernel(
     slot = (tag & 1) * RANKS * room
     n_own = first_of(n_vocab, rank + 1, RANKS, UNIT) - first_of(n_vocab, rank, RANKS, UNIT)
     own = tl.load(own_ptr + at, mask=i < n_own, other=0.0)
-    _send(inboxes_ptr, slot + rank * room, at, own, i < n_own, tag, RANKS, ASM)
+    _send(_load_inboxes(inboxes_ptr, RANKS), slot + rank * room + at, own, i < n_own, tag, RANKS, ASM)
 
     inbox = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.int64))
     for r in tl.static_range(RANKS):
         first = first_of(n_vocab, r, RANKS, UNIT)
         mask = i < first_of(n_vocab, r + 1, RANKS, UNIT) - first
-        logits = _receive(inbox + slot + r * room + at, mask, tag)
+        logits = _receive(tl.zeros((BLOCK,), tl.float32), inbox, slot + r * room + at, room, mask, tag, 1, ASM)
         tl.store(logits_ptr + row * logits_stride + first + i, logits, mask=mask)
         top = tl.max(tl.reshape(tl.where(mask, logits, float("-inf")), (BLOCK // GROUP, GROUP)), axis=1)
         group = tl.program_id(0) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
@@ -134,13 +170,14 @@ class Inboxes:
         self.exchanges += 1
         ranks, asm = len(self.pointers), self.pointers.is_cuda
         compiled = {"PER_STEP": self.per_step, "RANKS": ranks, "ASM": asm, "PDL": self.pdl}
-        return compiled | {"num_warps": 1, "launch_pdl": self.pdl}
+        return compiled | {"launch_pdl": self.pdl}
 
     def add(self, part: Tensor, h: Tensor) -> None:
         """h += the sum of all ranks' parts, both [rows, dim] float32; the part becomes 0."""
         n, exchange = h.numel(), self.exchanges
         _sum_kernel[(triton.cdiv(n, SUM_BLOCK),)](
-            part, h, self.pointers, self.epoch, n, self.room, self.rank, exchange, BLOCK=SUM_BLOCK, **self._options()
+            part, h, self.pointers, self.epoch, n, self.room, self.rank, exchange,
+            BLOCK=SUM_BLOCK, num_warps=SUM_BLOCK // 32, **self._options(),
         )
 
     def gather(self, own: Tensor, logits: Tensor, top: Tensor, n_vocab: int, unit: int) -> None:
@@ -148,5 +185,6 @@ class Inboxes:
         most, exchange = triton.cdiv(triton.cdiv(n_vocab, unit), len(self.pointers)) * unit, self.exchanges
         _gather_kernel[(triton.cdiv(most, GATHER_BLOCK), len(own))](
             own, logits, top, self.pointers, self.epoch, n_vocab, own.stride(0), logits.stride(0), top.stride(0),
-            self.room, self.rank, exchange, UNIT=unit, GROUP=HEAD_ROWS, BLOCK=GATHER_BLOCK, **self._options(),
+            self.room, self.rank, exchange, UNIT=unit, GROUP=HEAD_ROWS, BLOCK=GATHER_BLOCK,
+            num_warps=GATHER_BLOCK // 32, **self._options(),
         )
