@@ -113,14 +113,14 @@ class FusedGpuStep:
         made = buffer((rows + 3) // 4 * 4 * most, dtype=model.dtype)
         self.prepared = few_rows.Prepared(made, buffer(rows * most // 32, dtype=torch.int32))
 
-        # what o and down add to, and what the lm_head writes: parts of it, where ranks share a step, see tp.py
-        self.added, self.own_logits = self.residual.h, self.logits
-
         # the sampling's room, and what goes from step to step
-        self.top = self.own_top = buffer(rows, -(-config.vocab_size // fused_step.HEAD_ROWS))
+        self.top = buffer(rows, -(-config.vocab_size // fused_step.HEAD_ROWS))
         self.groups = buffer(rows, 1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
         self.seed, self.position, self.token = (buffer(rows, dtype=torch.int64) for _ in range(3))
         self.tokens = buffer(rows, cache_length + 1, dtype=torch.int64)
+
+        # what o and down add to, and what the lm_head writes: parts, where ranks share a step (tp.py)
+        self.added, self.head_out = self.residual.h, (self.logits, self.top)
 
         # what the launches multiply and normalise with
         self.last_rstds = buffer(2 * config.n_layer, 1)
@@ -160,7 +160,7 @@ class FusedGpuStep:
         gemv, rows = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl), len(h)
         if rows > 1:
             gemv = partial(self.few_rows.launch_rows, prepared=self.prepared, dtype=model.dtype, pdl=pdl)
-        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, self.own_logits, pdl)
+        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, self.head_out[0], pdl)
 
         for i, block in enumerate(model.layers):
             attention, feed_forward, y = block.attention, block.feed_forward, self.y[i]
@@ -184,8 +184,7 @@ class FusedGpuStep:
             options = {"norm": norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
             self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)
             norm = None
-        own = self.own_logits, self.own_top
-        kernels.launch_head(x, norm, model.output_weight, scale, config.logits_scaling, *own, pdl)
+        kernels.launch_head(x, norm, model.output_weight, scale, config.logits_scaling, *self.head_out, pdl)
         self.join_logits()
         state = self.seed, self.position, self.token, self.tokens
         kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)

@@ -325,8 +325,8 @@ class Transformer(UncastBuffers):
         self.norm = make_norm(config, config.dim, device, dtype)
         self.output = None
         if not config.tie_embeddings:
-            segments = {"output": config.vocab_size}
-            self.output = Projection(config.dim, segments, False, device, dtype, config.sensitive_quant)
+            form = (False, device, dtype, config.sensitive_quant)
+            self.output = Projection(config.dim, {"output": config.vocab_size}, *form)
         self.register_buffer("inv_freq", rope_inverse_frequencies(config).to(device), persistent=False)
         local = inverse_frequencies(config.local_rope_base, config.rotary_dim) if config.local_rope_base else None
         self.register_buffer("local_inv_freq", local if local is None else local.to(device), persistent=False)
@@ -508,7 +508,7 @@ class Transformer(UncastBuffers):
 
 
 def init_modules(root: nn.Module, generator: torch.Generator, std: float) -> None:
-    """See `Transformer.init_weights`."""
+    # see `Transformer.init_weights`
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 2:

@@ -2,17 +2,16 @@
 
     torchrun --nproc_per_node 2 generate.py --random_init llama-3-70b --sparsity 0.5 --compile
 
-    weight     each rank holds                              and then
-    qkv        its heads' outputs (key/value heads repeat
-               where there are more ranks)                  attends with these heads
-    o          its heads' inputs                            ranks add up their parts of the output
-    gate|up    its hidden units' outputs                    activates these
-    down       its hidden units' inputs                     ranks add up their parts of the output
-    lm_head    its tokens' rows                             every rank gets all logits and draws the same token
+    weight     a rank holds                        and then
+    qkv        the outputs of its heads            attends with them; key/value heads repeat where they are fewer
+    o          the inputs of its heads             ranks add up their parts of the output
+    gate|up    the outputs of its hidden units     activates them
+    down       the inputs of its hidden units      ranks add up their parts of the output
+    lm_head    the rows of its tokens              every rank gets all logits and draws the same token
 
-Embedding and norms are on every rank. From equal caches, a fused step of any number of ranks gives the same bits: what
-is added lies on grids, and these are made of whole weights. On a CPU the threads of all ranks are one team with common
-memory. On GPUs ranks write their parts into each other's memory (`kernels.exchange`), or NCCL adds them.
+Embedding and norms are on every rank. From equal caches, fused steps of any number of ranks give the same bits: what is
+added lies on grids, which are made of whole weights. On a CPU the threads of all ranks are one team with common memory.
+GPUs write their parts into each other's memory (`kernels.exchange`), or NCCL adds them.
 """
 
 import ctypes
@@ -24,13 +23,13 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise, permutations, starmap
+from itertools import permutations, starmap
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from cli import rank_count
 from decoder import FusedCpuStep, FusedGpuStep
@@ -39,8 +38,12 @@ from model import LayerPass, ModelArgs, Projection, TransformerBlock, init_modul
 from sparse_model import SITES, SparseProjection, SparseTransformer
 from thresholds import Cuts
 
-UNIT = 64  # hidden units, and tokens of the lm_head, that stay together: a program's inputs, and cpu.GROUP
-reduction = "peer"  # how ranks add up in a GPU's step: by "peer" memory, or "nccl"
+UNIT = 64  # hidden units, and tokens, that stay together: the most inputs of a sum before its grid, and cpu.GROUP
+BY_INPUTS = ("o", "down")
+# The dimension along which a site's tensors are split; others are on every rank. Of int8 the scale is one per output.
+OUTPUT_DIMS = {"weight": 1, "scale": 1, "bias": 0, "offset": 0}
+INPUT_DIMS = {"weight": 0, "scale": 0, "threshold": 1, "shift": 0}
+reduction = "peer"  # how the ranks of a GPU's step add up: by "peer" memory, or "nccl"
 
 
 def rank() -> int:
@@ -59,14 +62,12 @@ def start(device: str | None, how: str = "peer") -> None:
     Raises ValueError: ranks of several hosts, a device that is no kind, too few GPUs.
     """
     global reduction
-    ranks = rank_count()
+    ranks, own = rank_count(), None
     if ranks == 1 or dist.is_initialized():
         return
-    reduction = how
     if ranks != int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):
-        raise ValueError(f"{ranks} ranks on several hosts: ranks share one host's memory")
-    own = None
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        raise ValueError(f"{ranks} ranks on several hosts: all must be on one")
+    kind, reduction = device or ("cuda" if torch.cuda.is_available() else "cpu"), how
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {kind}: each rank has a device of its own; give cpu or cuda")
     if kind == "cuda":
@@ -75,24 +76,22 @@ def start(device: str | None, how: str = "peer") -> None:
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
         if how == "peer" and not all(starmap(torch.cuda.can_device_access_peer, permutations(range(ranks), 2))):
-            warnings.warn("a GPU cannot write to another's memory: NCCL adds (--reduce nccl)", stacklevel=2)
+            warnings.warn("a GPU cannot write to another's memory, so NCCL adds: --reduce nccl", stacklevel=2)
             reduction = "nccl"
     os.environ |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=own)
+    dist.init_process_group("nccl" if own else "gloo", device_id=own)
 
 
 def total(value: float, device: torch.device) -> float:
     """The sum of a number of each rank."""
-    numbers = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(numbers)
-    return numbers.item()
+    return add_up(torch.tensor([value], dtype=torch.float64, device=device), torch.float64).item()
 
 
-def add_up(x: Tensor) -> Tensor:
-    """The sum of all ranks' x, taken in float32."""
-    x32 = x.float().contiguous()
-    dist.all_reduce(x32)
-    return x32.to(x.dtype)
+def add_up(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sum of all ranks' x, taken in this dtype."""
+    wide = x.to(dtype).contiguous()
+    dist.all_reduce(wide)
+    return wide.to(x.dtype)
 
 
 # ---- which part of a model a rank has
@@ -104,79 +103,65 @@ def edges(n: int, unit: int, ranks: int) -> list[int]:
 
 
 class Part(NamedTuple):
-    """A rank's part of a model: its config, and by projection which outputs it has, of o and down which inputs."""
+    """A rank's part: the config, which outputs of a projection, of o and down which inputs, which tokens' logits."""
 
     config: ModelArgs
     spans: dict[str, tuple[int, int]]
-    tokens: tuple[int, int]  # of the lm_head
+    tokens: slice
 
 
 def part_of(config: ModelArgs, r: int, ranks: int) -> Part:
     """The part of rank r. Raises ValueError if a model cannot be split over so many."""
-    heads, kv = config.n_head, config.n_local_heads
-    units = math.lcm(UNIT, config.groupsize if config.quant == "int4" else 1)
-    model = f"{config.name or 'the model'} over {ranks} ranks"
-    if heads % ranks or (kv % ranks and ranks % kv):
-        raise ValueError(f"{model}: they do not divide its {heads} heads and {kv} key/value heads")
-    if min(config.intermediate_size // units, config.vocab_size // UNIT) < ranks:
-        raise ValueError(f"{model}: its {config.intermediate_size} hidden units are too few, {units} stay together")
-    if config.qk_norm == "whole":
-        raise ValueError(f"{model}: it normalises queries over all heads, which is not implemented for ranks")
+    heads, kv, hidden = config.n_head, config.n_local_heads, config.intermediate_size
+    unit, name = math.lcm(UNIT, config.groupsize if config.quant == "int4" else 1), config.name or "the model"
+    if heads % ranks or (kv % ranks and ranks % kv) or config.qk_norm == "whole":
+        norm = ", and a norm over all heads" * (config.qk_norm == "whole")
+        raise ValueError(f"{name} has {heads} heads, {kv} key/value heads{norm}: {ranks} ranks cannot share them")
+    if min(-(-hidden // unit), -(-config.vocab_size // UNIT)) < ranks:
+        raise ValueError(f"{name} has {hidden} hidden units, of which {unit} stay together, too few for {ranks} ranks")
 
-    heads, kv_heads = heads // ranks, max(1, kv // ranks)
-    hidden = edges(config.intermediate_size, units, ranks)[r : r + 2]
-    shape = {"n_head": heads, "n_local_heads": kv_heads, "intermediate_size": hidden[1] - hidden[0]}
-    first_kv = r * kv // ranks
-    q = r * heads * config.head_dim, (r + 1) * heads * config.head_dim
-    k = first_kv * config.head_dim, (first_kv + kv_heads) * config.head_dim
-    spans = {"q": q, "k": k, "v": k, "o": q} | dict.fromkeys(("gate", "up", "down"), tuple(hidden))
-    return Part(replace(config, **shape), spans, tuple(edges(config.vocab_size, UNIT, ranks)[r : r + 2]))
-
-
-def _pairs(whole: Tensor, part: Tensor, dim: int, widths: list[int], spans: list) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of what a part has of each segment: in the whole tensor, and in the part's."""
-    packed, start, at = sum(widths) // whole.shape[dim], 0, 0  # outputs of an element: int4's 2, or of a scale a group
-    for width, (first, end) in zip(widths, spans, strict=True):
-        size = (end - first) // packed
-        yield whole.narrow(dim, (start + first) // packed, size), part.narrow(dim, at, size)
-        start, at = start + width, at + size
+    kv_heads, first_kv = max(1, kv // ranks), r * kv // ranks
+    units, tokens = (edges(n, u, ranks)[r : r + 2] for n, u in ((hidden, unit), (config.vocab_size, UNIT)))
+    shape = {"n_head": heads // ranks, "n_local_heads": kv_heads, "intermediate_size": units[1] - units[0]}
+    q, k = (
+        (first * config.head_dim, (first + n) * config.head_dim)
+        for first, n in ((r * heads // ranks, heads // ranks), (first_kv, kv_heads))
+    )
+    spans = {"q": q, "k": k, "v": k, "o": q} | dict.fromkeys(("gate", "up", "down"), tuple(units))
+    return Part(replace(config, **shape), spans, slice(*tokens))
 
 
-def _shared_tensors(whole: nn.Module, part: nn.Module, spans: dict) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of views that are alike in a whole block and in a rank's."""
-    sites = {}
+def _site_views(whole: SparseProjection, part: SparseProjection, spans: dict, names: str) -> Iterator[tuple]:
+    """Pairs of views, of a whole site's tensors and of a rank's part, that hold the same numbers."""
+    by_inputs = next(iter(whole.segments)) in BY_INPUTS
+    widths = [whole.threshold.shape[1]] if by_inputs else whole.widths
+    for name in names.split():
+        x, y = getattr(whole, name), getattr(part, name)
+        if x is None:
+            continue
+        dim = (INPUT_DIMS if by_inputs else OUTPUT_DIMS).get(name)
+        if name == "scale" and x.dim() == 1:  # int8's
+            dim = None if by_inputs else 0
+        if dim is None:
+            yield x, y
+            continue
+        packed, start, at = sum(widths) // x.shape[dim], 0, 0  # numbers of an element: int4's 2, or a group of a scale
+        for width, (first, end) in zip(widths, map(spans.get, whole.segments), strict=True):
+            size = (end - first) // packed
+            yield x.narrow(dim, (start + first) // packed, size), y.narrow(dim, at, size)
+            start, at = start + width, at + size
+
+
+def _block_views(whole: TransformerBlock, part: TransformerBlock, spans: dict) -> Iterator[tuple]:
+    """The same of all that a checkpoint holds of a block."""
     for site in SITES.values():
-        a, b = (block.get_submodule(site.module) for block in (whole, part))
-        sites |= {id(p): 0 for p in (a.weight, a.bias) if p is not None}
-        by_inputs = "o" in a.segments or "down" in a.segments
-        own = [spans[name] for name in a.segments]
-        for name in ("weight", "scale", "bias"):
-            x, y = getattr(a, name), getattr(b, name)
-            if x is None:
-                continue
-            if not by_inputs:
-                yield from _pairs(x, y, min(1, x.dim() - 1), a.widths, own)
-            elif x.dim() > 1:
-                yield from _pairs(x, y, 0, [len(x)], own)
-            else:
-                yield x, y
-    others = ((p, n) for n, p in whole.named_parameters() if id(p) not in sites)
-    yield from ((p, part.get_parameter(name)) for p, name in others)
-
-
-class Whole(NamedTuple):
-    """Of o or down: where this rank's inputs begin, and what a CPU's step needs of all ranks' inputs."""
-
-    first: int
-    bias: Tensor | None = None
-    log_norms: Tensor | None = None  # see `cpu.column_norms`
-    threshold: Tensor | None = None  # [1, in]
-    shift: Tensor | None = None
-    offset: Tensor | None = None
+        yield from _site_views(*(b.get_submodule(site.module) for b in (whole, part)), spans, "weight scale bias")
+    sites = tuple(site.module for site in SITES.values())
+    yield from ((x, part.get_parameter(n)) for n, x in whole.named_parameters() if not n.startswith(sites))
 
 
 class RankTransformer(SparseTransformer):
-    """A rank's part of a SparseTransformer, with the whole one's logits. `config` is that of the part.
+    """A rank's part of a SparseTransformer, with the logits of all ranks. `config` is that of the part.
 
     A pass over several tokens adds up parts rounded to the model's dtype: to the bit it differs from that of one rank.
     """
@@ -186,12 +171,18 @@ class RankTransformer(SparseTransformer):
         super().__init__(part.config, device, dtype)
         self.whole_config, self.part = config, part
         if self.output is not None:
-            tokens = part.tokens[1] - part.tokens[0]
-            self.output = Projection(config.dim, {"output": tokens}, False, device, dtype, config.sensitive_quant)
-        for block in self.layers:
-            for module, name in ((block.attention.wo, "o"), (block.feed_forward.w2, "down")):
-                module.whole = Whole(part.spans[name][0])
+            self.output = self._head(part.tokens.stop - part.tokens.start)
+        for module in self.sites:
+            if next(iter(module.segments)) in BY_INPUTS:
+                module.whole = {}  # of all ranks' inputs, what a CPU's step needs
                 module.register_forward_hook(lambda _module, _inputs, y: add_up(y))
+
+    def _head(self, tokens: int) -> Projection:
+        quant = self.config.sensitive_quant
+        return Projection(self.config.dim, {"output": tokens}, False, self.device, self.dtype, quant)
+
+    def _block(self, config: ModelArgs) -> TransformerBlock:
+        return TransformerBlock(config, SparseProjection, self.device, self.dtype).requires_grad_(False)
 
     @property
     def fused_class(self) -> type:
@@ -200,12 +191,12 @@ class RankTransformer(SparseTransformer):
     @property
     def output_weight(self) -> Tensor:
         """The rows of the lm_head that this rank has."""
-        return self.tok_embeddings.weight[slice(*self.part.tokens)] if self.output is None else self.output.weight
+        return self.tok_embeddings.weight[self.part.tokens] if self.output is None else self.output.weight
 
     def head(self, x: Tensor) -> Tensor:
         own = super().head(x)
         logits = own.new_zeros(*own.shape[:-1], self.config.vocab_size)
-        logits[..., slice(*self.part.tokens)] = own
+        logits[..., self.part.tokens] = own
         return add_up(logits)
 
     def achieved_sparsity(self) -> float:
@@ -217,35 +208,6 @@ class RankTransformer(SparseTransformer):
 
     # ---- weights come whole, a layer at a time
 
-    def _block(self, config: ModelArgs) -> TransformerBlock:
-        return TransformerBlock(config, SparseProjection, self.device, self.dtype).requires_grad_(False)
-
-    @torch.no_grad()
-    def _take(self, block: TransformerBlock, whole: TransformerBlock) -> None:
-        """Fills this rank's block from a whole one. A bias of o and down is added by the first rank alone."""
-        for x, y in _shared_tensors(whole, block, self.part.spans):
-            y.copy_(x)
-        for path in (SITES["o"].module, SITES["down"].module):
-            module, source, norms = block.get_submodule(path), whole.get_submodule(path), None
-            if self.device.type == "cpu" and cpu.library() is not None:
-                norms = cpu.column_norms(source.weight, source.scale, self.dtype)
-            module.whole = module.whole._replace(bias=source.bias, log_norms=norms)
-            if module.bias is not None and rank() > 0:
-                module.bias.zero_()
-
-    @torch.no_grad()
-    def whole_block(self, i: int) -> TransformerBlock:
-        """A copy of layer i's whole block, on every rank."""
-        whole = self._block(self.whole_config)
-        for r in reversed(range(count())):  # the first rank's biases come last
-            part = part_of(self.whole_config, r, count())
-            block = self.layers[i] if r == rank() else self._block(part.config)
-            for x, y in _shared_tensors(whole, block, part.spans):
-                sent = y.detach().contiguous()
-                dist.broadcast(sent.view(torch.uint8), r)
-                x.copy_(sent)
-        return whole
-
     def load_state_dict(self, state_dict: dict[str, Tensor], *_) -> None:
         """Takes this rank's part of a whole model's weights. Raises RuntimeError for missing or foreign ones."""
         layers, rest = defaultdict(dict), {}
@@ -253,7 +215,7 @@ class RankTransformer(SparseTransformer):
             if match := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
                 layers[int(match[1])][match[2]] = tensor
             else:
-                rest[name] = tensor[slice(*self.part.tokens)] if name.startswith("output.") else tensor
+                rest[name] = tensor[self.part.tokens] if name.startswith("output.") else tensor
         found = super().load_state_dict(rest, strict=False)
         if wrong := [*(n for n in found.missing_keys if not n.startswith("layers.")), *found.unexpected_keys]:
             raise RuntimeError(f"missing or foreign: {', '.join(wrong)}")
@@ -265,26 +227,50 @@ class RankTransformer(SparseTransformer):
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Takes this rank's part of what a whole model gets of this seed."""
-        generator, config = torch.Generator(self.device).manual_seed(seed), self.whole_config
+        generator = torch.Generator(self.device).manual_seed(seed)
         for name, child in self.named_children():
-            if name == "layers":
-                for block in child:
-                    whole = self._block(config)
-                    init_modules(whole, generator, std)
-                    self._take(block, whole)
-            elif name == "output":
-                shape = config.dim, {name: config.vocab_size}, False, self.device, self.dtype, config.sensitive_quant
-                whole = Projection(*shape).requires_grad_(False)
+            for block in child if name == "layers" else ():
+                whole = self._block(self.whole_config)
+                init_modules(whole, generator, std)
+                self._take(block, whole)
+            if name == "output":
+                whole = self._head(self.config.vocab_size).requires_grad_(False)
                 init_modules(whole, generator, std)
                 for kind, tensor in whole.state_dict().items():
-                    getattr(child, kind).copy_(tensor[slice(*self.part.tokens)])
-            else:
+                    getattr(child, kind).copy_(tensor[self.part.tokens])
+            elif name != "layers":
                 init_modules(child, generator, std)
 
-    # ---- and where numbers must be those of one rank, they go whole through a layer
+    @torch.no_grad()
+    def _take(self, block: TransformerBlock, whole: TransformerBlock) -> None:
+        """Fills this rank's block from a whole one. The first rank alone adds a bias of o and down."""
+        for x, y in _block_views(whole, block, self.part.spans):
+            y.copy_(x)
+        for path in ("attention.wo", "feed_forward.w2"):
+            module, source = block.get_submodule(path), whole.get_submodule(path)
+            module.whole["bias"] = source.bias
+            if self.device.type == "cpu" and cpu.library() is not None:
+                module.whole["log_norms"] = cpu.column_norms(source.weight, source.scale, self.dtype)
+            if module.bias is not None and rank() > 0:
+                module.bias.zero_()
+
+    # ---- and go whole where the numbers must be those of one rank
+
+    @torch.no_grad()
+    def whole_block(self, i: int) -> TransformerBlock:
+        """A copy of layer i's whole block, on every rank."""
+        whole = self._block(self.whole_config)
+        for r in reversed(range(count())):  # the first rank's biases come last
+            part = part_of(self.whole_config, r, count())
+            block = self.layers[i] if r == rank() else self._block(part.config)
+            for x, y in _block_views(whole, block, part.spans):
+                sent = y.detach().contiguous()
+                dist.broadcast(sent.view(torch.uint8), r)
+                x.copy_(sent)
+        return whole
 
     def walk(self, batches: Sequence[Tensor], cached: bool = False) -> Iterator[LayerPass]:
-        """See `Transformer.walk`. Each block is the whole one while the walk is at it: every rank computes the same."""
+        """See `Transformer.walk`. A block is whole while the walk is at it, and all ranks compute the same."""
         assert not cached
         for layer in super().walk(batches):
             own, layer.block = layer.block, self.whole_block(layer.index)
@@ -294,37 +280,23 @@ class RankTransformer(SparseTransformer):
 
     @torch.no_grad()
     def set_cuts(self, cuts: Cuts) -> None:
-        """Sets this rank's part of a whole model's cuts; see `SparseTransformer.set_cuts`."""
-        inputs = {"o": self.whole_config.n_head * self.whole_config.head_dim}
-        inputs["down"] = self.whole_config.intermediate_size
-        parts: list[tuple] = []
-        for module, threshold, shift in zip(self.sites, cuts.thresholds, cuts.shifts, strict=False):
-            if n_in := inputs.get(next(iter(module.segments))):
-                if threshold.shape != (1, 1) and threshold.shape != (1, n_in):
-                    parts = []  # of another model, as the check will say
-                    break
-                module.whole = module.whole._replace(threshold=threshold.expand(1, n_in).float().contiguous())
-                own = slice(module.whole.first, module.whole.first + len(module.weight))
-                threshold, shift = module.whole.threshold[:, own], None if shift is None else shift[own]
-            parts.append((threshold, shift))
-        thresholds, shifts = ([part[i] for part in parts] for i in (0, 1))
-        super().set_cuts(Cuts(cuts.sparsity, thresholds, shifts))
-
-        # offsets are sums over all inputs
+        """Sets this rank's part of a whole model's cuts. Raises as `SparseTransformer.set_cuts`."""
+        SparseTransformer(self.whole_config, "meta", self.dtype).set_cuts(cuts)
         for i, block in enumerate(self.layers):
-            if all(shift is None for shift in cuts.shifts[4 * i : 4 * i + 4]):
-                continue
-            whole = self.whole_block(i)
-            for j, site in enumerate(SITES.values()):
+            here = slice(len(SITES) * i, len(SITES) * (i + 1))
+            shifted = any(shift is not None for shift in cuts.shifts[here])
+            whole = self.whole_block(i) if shifted else self._block(self.whole_config)  # offsets are products
+            for site, threshold, shift in zip(SITES.values(), cuts.thresholds[here], cuts.shifts[here], strict=True):
                 module, source = block.get_submodule(site.module), whole.get_submodule(site.module)
-                source.set_cut(cuts.thresholds[4 * i + j], cuts.shifts[4 * i + j])
-                if hasattr(module, "whole"):
-                    module.whole = module.whole._replace(shift=source.shift, offset=source.offset)
-                    module.offset = source.offset if rank() == 0 else None
-                else:
-                    spans = [self.part.spans[name] for name in module.segments]
-                    for x, y in _pairs(source.offset, module.offset, 0, source.widths, spans):
-                        y.copy_(x)
+                source.set_cut(threshold, shift)
+                for name, n in (("shift", module.threshold.shape[1]), ("offset", sum(module.widths))):
+                    setattr(module, name, None if shift is None else source.shift.new_empty(n))
+                for x, y in _site_views(source, module, self.part.spans, "threshold shift offset"):
+                    y.copy_(x)
+                if next(iter(module.segments)) in BY_INPUTS:
+                    module.whole |= {name: getattr(source, name) for name in ("threshold", "shift", "offset")}
+                    module.offset = module.offset if rank() == 0 else None
+        self.sparsity = cuts.sparsity
 
 
 # ---- the fused steps
@@ -346,51 +318,50 @@ def common_memory(n_bytes: int) -> Tensor:
 
 
 class RankCpuStep(FusedCpuStep):
-    """A rank's part of a step on a CPU: its threads are some of the team's, as many as every other rank's."""
+    """A rank's part of a step on a CPU: its threads are part of a team, as many as every other rank's."""
 
     adaptive = False
 
     def __init__(self, model: RankTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
+        self._part = model.part
         super().__init__(model, temperature, top_k, dense, drafts)
-        config, own, ranks = model.whole_config, self._model, count()
+        config, own, ranks, rows = model.whole_config, self._model, count(), len(self.tokens)
         threads = torch.tensor(torch.get_num_threads())
         dist.all_reduce(threads, dist.ReduceOp.MIN)
         self._team = threads.item()
 
-        # what the threads of all ranks read and write
-        rows, q = len(self.tokens), config.n_head * config.head_dim
-        width = (own.n_head + 2 * own.n_local_heads) * own.head_dim
-        room = 2 * ranks * self._team * rows * max(config.dim, 2 * config.intermediate_size, width)
-        sizes = {"barrier": 32, "pids": 2 * ranks, "partials": room, "h": rows * config.dim, "y": rows * q}
-        sizes |= {"act": rows * config.intermediate_size, "logits": self.logits.numel()}
+        # what the threads of all ranks read and write, in float32, each from a cache line on
+        hidden, q = config.intermediate_size, config.n_head * config.head_dim
+        widest = max(config.dim, 2 * hidden, (own.n_head + 2 * own.n_local_heads) * own.head_dim)
+        sizes = {"barrier": 32, "pids": 2 * ranks, "partials": 2 * ranks * self._team * rows * widest}
+        sizes |= {"h": rows * config.dim, "y": rows * q, "act": rows * hidden, "logits": self.logits.numel()}
         sizes["tops"] = rows * -(-config.vocab_size // cpu.GROUP)
-        parts = common_memory(4 * sum(-(-n // 32) * 32 for n in sizes.values())).view(torch.float32)
-        parts = dict(zip(sizes, parts.split([-(-n // 32) * 32 for n in sizes.values()]), strict=True))
-        for name in ("h", "y", "act", "logits", "tops"):
-            setattr(own, name, self._pointer(parts[name]))
+        room = [-(-n // 32) * 32 for n in sizes.values()]
+        parts = dict(zip(sizes, common_memory(4 * sum(room)).view(torch.float32).split(room), strict=True))
         self.logits = parts["logits"][: self.logits.numel()].view_as(self.logits)
         parts["pids"].view(torch.int64)[rank()] = os.getpid()
         dist.barrier()
 
         # this rank among them, and its rows of the lm_head
-        pointers = {name: self._pointer(parts[name]) for name in ("partials", "barrier", "pids")}
-        first, _ = model.part.spans["down"]
-        self._ranks = cpu.Ranks(rank(), ranks, config.intermediate_size, first, **pointers)
+        pointers = {name: self._pointer(tensor) for name, tensor in parts.items()}
+        for name in ("h", "y", "act", "logits", "tops"):
+            setattr(own, name, pointers.pop(name))
+        self._ranks = cpu.Ranks(rank(), ranks, hidden, self._part.spans["down"][0], **pointers)
         own.ranks, own.pace = ctypes.addressof(self._ranks), None
-        own.output -= model.part.tokens[0] * model.output_weight[0].nbytes
+        own.output -= self._part.tokens.start * model.output_weight[0].nbytes
         if own.output_scale:
-            own.output_scale -= 4 * model.part.tokens[0]
+            own.output_scale -= 4 * self._part.tokens.start
         self._run, self._decode = self._decode, self._checked
 
     def _projection(self, module: SparseProjection) -> cpu.Projection:
         """Of o and down: what belongs to all inputs, and where the weights of the first one would be."""
-        projection, whole = super()._projection(module), getattr(module, "whole", None)
-        if whole is not None:
-            for name in ("threshold", "shift", "offset", "bias", "log_norms"):
-                setattr(projection, name, self._pointer(getattr(whole, name)))
-            projection.weight -= whole.first * module.weight[0].nbytes
+        projection, name = super()._projection(module), next(iter(module.segments))
+        if name in BY_INPUTS:
+            for kind, tensor in module.whole.items():
+                setattr(projection, kind, self._pointer(tensor))
+            projection.weight -= self._part.spans[name][0] * module.weight[0].nbytes
             if module.scale is not None and module.scale.dim() > 1:
-                projection.scale -= whole.first * module.scale[0].nbytes
+                projection.scale -= self._part.spans[name][0] * module.scale[0].nbytes
         return projection
 
     def start(self, *arguments) -> None:
@@ -404,63 +375,63 @@ class RankCpuStep(FusedCpuStep):
 
 
 class RankGpuStep(FusedGpuStep):
-    """A rank's part of a step on a GPU, whose launches are those of one rank, with two sums per layer between."""
+    """A rank's part of a step on a GPU: the launches of one rank, with two sums per layer and the logits between."""
 
     def __init__(self, model: RankTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         super().__init__(model, temperature, top_k, dense, drafts)
-        from kernels.exchange import Inboxes
+        from kernels.exchange import Exchanges
         from kernels.triton_gemv import RSTD_BUFFER
 
-        # the sums of a product are those of the whole one
-        whole = TransformerBlock(model.whole_config, SparseProjection, device="meta")
-        sites = [whole.get_submodule(site.module) for site in SITES.values()]
+        # a product adds up as the whole one does
+        block = TransformerBlock(model.whole_config, SparseProjection, device="meta")
+        sites = [block.get_submodule(site.module) for site in SITES.values()]
         for i, module in enumerate(model.sites):
-            shape = len(sites[i % 4].weight), sites[i % 4].widths
-            self.products[module] = self.products[module]._replace(whole=shape)
+            whole = sites[i % len(SITES)]
+            self.products[module] = self.products[module]._replace(whole=(len(whole.weight), whole.widths))
 
-        # what o, down and the lm_head leave to be exchanged
-        h, (first, end), vocab = self.residual.h, model.part.tokens, model.config.vocab_size
-        most, own = max(b - a for a, b in pairwise(edges(vocab, UNIT, count()))), end - first
-        self.added = torch.zeros_like(h)
-        self.own_logits = h.new_zeros(len(h), most + RSTD_BUFFER)[:, : own + RSTD_BUFFER]
-        self.own_top = h.new_zeros(len(h), -(-own // self.kernels.HEAD_ROWS))
-        self.inboxes = None
+        # what o, down and the lm_head leave
+        h, n_own, vocab = self.residual.h, len(model.output_weight), model.config.vocab_size
+        groups, self.added = -(-n_own // self.kernels.HEAD_ROWS), torch.zeros_like(h)
+        self.head_out = h.new_zeros(len(h), n_own + RSTD_BUFFER), h.new_zeros(len(h), groups)
+        self.logits[:, vocab:] = -math.inf  # the last group's room
+        self.exchanges = None
         if reduction == "peer":
-            room = max(h.numel(), len(h) * (most + RSTD_BUFFER))
-            pointers, self._memory = peer_memory(2 * count() * room, h.device)
-            self.inboxes = Inboxes(pointers, rank(), room, 2 * model.config.n_layer + 1, self.pdl)
+            room = len(h) * max(h.shape[1], -(-vocab // count()))
+            inboxes, self._memory = peer_memory(2 * count() * room, h.device)
+            starts = torch.tensor(edges(vocab, UNIT, count()), dtype=torch.int32, device=h.device)
+            self.exchanges = Exchanges(inboxes, starts, rank(), room, 2 * model.config.n_layer + 1, self.pdl)
 
     def step(self) -> None:
-        if self.inboxes:
-            self.inboxes.begin_step()
+        if self.exchanges:
+            self.exchanges.begin_step()
         super().step()
 
     def sum_parts(self) -> None:
-        if self.inboxes:
-            self.inboxes.add(self.added, self.residual.h)
-            return
-        dist.all_reduce(self.added)
-        self.residual.h.add_(self.added)
-        self.added.zero_()
+        if self.exchanges:
+            self.exchanges.add(self.added, self.residual.h)
+        else:
+            dist.all_reduce(self.added)
+            self.residual.h.add_(self.added)
+            self.added.zero_()
 
     def join_logits(self) -> None:
-        (first, end), vocab = self.model.part.tokens, self.model.config.vocab_size
-        if self.inboxes:
-            self.inboxes.gather(self.own_logits, self.logits, self.top, vocab, UNIT)
-            return
-        self.logits.zero_()
-        self.logits[:, first:end] = self.own_logits[:, : end - first]
-        dist.all_reduce(self.logits)
-        group = self.kernels.HEAD_ROWS
-        padded = nn.functional.pad(self.logits[:, :vocab], (0, -vocab % group), value=-math.inf)
-        torch.amax(padded.unflatten(1, (-1, group)), 2, out=self.top)
+        tokens, vocab = self.model.part.tokens, self.model.config.vocab_size
+        if self.exchanges:
+            self.exchanges.gather(self.head_out[0], self.logits, vocab)
+        else:
+            logits = torch.zeros_like(self.logits[:, :vocab])
+            logits[:, tokens] = self.head_out[0][:, : tokens.stop - tokens.start]
+            dist.all_reduce(logits)
+            self.logits[:, :vocab] = logits
+        groups, group = self.top.shape[1], self.kernels.HEAD_ROWS
+        torch.amax(self.logits[:, : groups * group].unflatten(1, (groups, group)), 2, out=self.top)
 
 
 def peer_memory(words: int, device: torch.device) -> tuple[Tensor, object]:
     """Where each rank's memory of so many words of 64 bits lies, zeroed, [ranks] int64; and what must be kept."""
     if device.type == "cpu":
-        memory = common_memory(8 * words * count())
-        pointers, kept = [memory.data_ptr() + 8 * words * r for r in range(count())], memory
+        kept = common_memory(8 * words * count())
+        pointers = [kept.data_ptr() + 8 * words * r for r in range(count())]
     else:
         import torch.distributed._symmetric_memory as symmetric
 
