@@ -180,10 +180,9 @@ class FusedGpuStep:
 
         scale, norm, x = model.output and model.output.scale, self.head_norm, h
         if rows > 1:
-            x, prepared = self.x, self.prepared._replace(made=self.x)
-            options = {"norm": norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
+            x, norm, prepared = self.x, None, self.prepared._replace(made=self.x)
+            options = {"norm": self.head_norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
             self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)
-            norm = None
         kernels.launch_head(x, norm, model.output_weight, scale, config.logits_scaling, *self.head_out, pdl)
         self.join_logits()
         state = self.seed, self.position, self.token, self.tokens
