@@ -5,6 +5,7 @@ Neither this nor options.py imports torch before a model needs it: `--help` and 
 
 import argparse
 import ast
+import gc
 import os
 import re
 import signal
@@ -201,14 +202,25 @@ def one_voice() -> Iterator[None]:
     rank, stderr, silence = int(os.environ["RANK"]), sys.stderr, open(os.devnull, "w")
     if rank:
         sys.stdout = sys.stderr = silence
+
+    def ranks():  # once they have joined
+        torch = sys.modules.get("torch")
+        return torch.distributed if torch and torch.distributed.is_initialized() else None
+
     try:
         yield
+        signal.alarm(20)  # the end of this process, which may wait for a GPU that waits for another rank
+        if joined := ranks():
+            gc.collect()  # graphs first
+            joined.barrier()
+            joined.destroy_process_group()
+        signal.alarm(0)
     except BaseException as error:
-        signal.alarm(5)  # the end of this process: else it may wait for a GPU that waits for another rank
-        ranks, first = sys.modules.get("torch.distributed"), rank == 0
-        if ranks and ranks.is_initialized():
+        signal.alarm(5)
+        first = rank == 0
+        if joined := ranks():
             with suppress(RuntimeError):
-                first = ranks.distributed_c10d._get_default_store().add("failed", 1) == 1
+                first = joined.distributed_c10d._get_default_store().add("failed", 1) == 1
         sys.stderr = stderr if first else silence
         if isinstance(error, RuntimeError) and re.search("gloo|NCCL|store", str(error)):
             raise ValueError(f"another rank has ended: {_line(error)[:200]}") from None
