@@ -389,42 +389,43 @@ class RankGpuStep(FusedGpuStep):
             whole = sites[i % len(SITES)]
             self.products[module] = self.products[module]._replace(whole=(len(whole.weight), whole.widths))
 
-        # what o, down and the lm_head leave
+        # what o and down leave, and the lm_head, whose other tokens stay 0
         h, n_own, vocab = self.residual.h, len(model.output_weight), model.config.vocab_size
-        groups, self.added = -(-n_own // self.kernels.HEAD_ROWS), torch.zeros_like(h)
+        self.added, self.own_logits = torch.zeros_like(h), torch.zeros_like(self.logits)
+        self.no_logits = torch.zeros_like(self.logits)
+        self.no_logits[:, vocab:] = -math.inf  # beyond the last token
+        groups = -(-n_own // self.kernels.HEAD_ROWS)
         self.head_out = h.new_zeros(len(h), n_own + RSTD_BUFFER), h.new_zeros(len(h), groups)
-        self.logits[:, vocab:] = -math.inf  # the last group's room
         self.exchanges = None
         if reduction == "peer":
-            room = len(h) * max(h.shape[1], -(-vocab // count()))
+            room = max(h.numel(), self.logits.numel())
             inboxes, self._memory = peer_memory(2 * count() * room, h.device)
-            starts = torch.tensor(edges(vocab, UNIT, count()), dtype=torch.int32, device=h.device)
-            self.exchanges = Exchanges(inboxes, starts, rank(), room, 2 * model.config.n_layer + 1, self.pdl)
+            self.exchanges = Exchanges(inboxes, rank(), room, 2 * model.config.n_layer + 1, self.pdl)
 
     def step(self) -> None:
         if self.exchanges:
             self.exchanges.begin_step()
         super().step()
 
-    def sum_parts(self) -> None:
+    def _add(self, part: Tensor, total: Tensor) -> None:
+        """total += the sum of all ranks' parts; the part becomes 0."""
         if self.exchanges:
-            self.exchanges.add(self.added, self.residual.h)
+            self.exchanges.add(part, total)
         else:
-            dist.all_reduce(self.added)
-            self.residual.h.add_(self.added)
-            self.added.zero_()
+            dist.all_reduce(part)
+            total.add_(part)
+            part.zero_()
+
+    def sum_parts(self) -> None:
+        self._add(self.added, self.residual.h)
 
     def join_logits(self) -> None:
-        tokens, vocab = self.model.part.tokens, self.model.config.vocab_size
-        if self.exchanges:
-            self.exchanges.gather(self.head_out[0], self.logits, vocab)
-        else:
-            logits = torch.zeros_like(self.logits[:, :vocab])
-            logits[:, tokens] = self.head_out[0][:, : tokens.stop - tokens.start]
-            dist.all_reduce(logits)
-            self.logits[:, :vocab] = logits
-        groups, group = self.top.shape[1], self.kernels.HEAD_ROWS
-        torch.amax(self.logits[:, : groups * group].unflatten(1, (groups, group)), 2, out=self.top)
+        tokens, group = self.model.part.tokens, self.kernels.HEAD_ROWS
+        self.own_logits[:, tokens] = self.head_out[0][:, : tokens.stop - tokens.start]
+        self.logits.copy_(self.no_logits)
+        self._add(self.own_logits, self.logits)
+        groups = self.logits[:, : self.top.shape[1] * group].unflatten(1, (-1, group))
+        torch.amax(groups, 2, out=self.top)
 
 
 def peer_memory(words: int, device: torch.device) -> tuple[Tensor, object]:

@@ -1,4 +1,4 @@
-"""What GPUs tell each other in a decode step that they share, in Triton: the parts of a sum, and their logits.
+"""What GPUs tell each other in a decode step that they share, in Triton: their parts of a sum.
 
 A rank writes each float32 into every rank's inbox as one word of 64 bits: the value, and above it a tag that no other
 exchange has. Who waits looks at the words themselves, so neither a barrier nor a fence is needed: such a word arrives
@@ -33,128 +33,80 @@ def _constraints(ranks):
     return "=f,f,r,r" + ",l" * ranks
 
 
-@triton.jit
-def _tag_and_inboxes(epoch_ptr, exchange, inboxes_ptr, PER_STEP: tl.constexpr, RANKS: tl.constexpr):
-    """Of this exchange; where each rank's inbox lies. What both are read from is the same during a step."""
+@triton.jit(do_not_specialize=["rank", "exchange"])
+def _sum_kernel(
+    part_ptr, total_ptr, n, inboxes_ptr, epoch_ptr, room, rank, exchange,
+    PER_STEP: tl.constexpr, RANKS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):
+    """total += the sum of all ranks' parts; zeroes this rank's."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    # where the parts go to; these numbers are the same during a step
+    tag = tl.load(epoch_ptr) * PER_STEP + exchange
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask, place = i < n, (tag & 1) * RANKS * room + i
     inboxes = ()
     for r in tl.static_range(RANKS):
-        inboxes = inboxes + (tl.load(inboxes_ptr + r).to(tl.pointer_type(tl.int64)),)  # noqa: RUF005 (no stars)
-    return tl.load(epoch_ptr) * PER_STEP + exchange, inboxes
+        inboxes = inboxes + (tl.load(inboxes_ptr + r).to(tl.pointer_type(tl.int64)) + place,)  # noqa: RUF005 (no stars)
+    own_inbox = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.int64)) + place
 
+    # the product has ended
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    part = tl.load(part_ptr + i, mask=mask, other=0.0)
+    total = tl.load(total_ptr + i, mask=mask, other=0.0)
+    tl.store(part_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask)
 
-@triton.jit
-def _send(inboxes, place, value, mask, tag, RANKS: tl.constexpr, ASM: tl.constexpr):
-    """Writes values [BLOCK], with their tag, to these places of every rank's inbox."""
-    word = (tag.to(tl.int64) << 32) | (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+    # write it, with its tag, into every rank's inbox
+    word = (tag.to(tl.int64) << 32) | (part.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
     for r in tl.static_range(RANKS):
-        if ASM:  # whole, and seen by other GPUs
+        if ASM:
             tl.inline_asm_elementwise(
                 "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }",
-                "=r,l,l,r", [(inboxes[r] + place).to(tl.int64), word, mask.to(tl.int32)], dtype=tl.int32,
+                "=r,l,l,r", [(inboxes[r] + rank * room).to(tl.int64), word, mask.to(tl.int32)], dtype=tl.int32,
                 is_pure=False, pack=1,
             )
         else:
-            tl.store(inboxes[r] + place, word, mask=mask)
+            tl.store(inboxes[r] + rank * room, word, mask=mask)
 
-
-@triton.jit
-def _receive(x, at, apart, mask, tag, RANKS: tl.constexpr, ASM: tl.constexpr):
-    """x [BLOCK] and the values that RANKS ranks write here, `apart` words from each other, added."""
+    # add what all ranks write here
     if ASM:
-        operands = (x, tag, mask.to(tl.int32))
+        operands = (total, tag, mask.to(tl.int32))
         for r in tl.static_range(RANKS):
-            operands = operands + ((at + r * apart).to(tl.int64),)  # noqa: RUF005 (Triton knows no stars)
-        x = tl.inline_asm_elementwise(
+            operands = operands + ((own_inbox + r * room).to(tl.int64),)  # noqa: RUF005
+        total = tl.inline_asm_elementwise(
             _wait_and_add(RANKS), _constraints(RANKS), operands, dtype=tl.float32, is_pure=False, pack=1
         )
     else:
         for r in tl.static_range(RANKS):
             late = 1
             while late > 0:
-                word = tl.load(at + r * apart, mask=mask, other=0, volatile=True)
+                word = tl.load(own_inbox + r * room, mask=mask, other=0, volatile=True)
                 late = tl.sum((mask & ((word >> 32).to(tl.int32) != tag)).to(tl.int32), axis=0)
-            x += tl.load(at + r * apart, mask=mask, other=0).to(tl.int32).to(tl.float32, bitcast=True)
-    return x
-
-
-@triton.jit(do_not_specialize=["rank", "exchange"])
-def _sum_kernel(
-    part_ptr, h_ptr, n, inboxes_ptr, epoch_ptr, room, rank, exchange,
-    PER_STEP: tl.constexpr, RANKS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-):
-    """h += the sum of all ranks' parts; zeroes this rank's."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    tag, inboxes = _tag_and_inboxes(epoch_ptr, exchange, inboxes_ptr, PER_STEP, RANKS)
-    own_inbox = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.int64))
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask, place = i < n, (tag & 1) * RANKS * room + i
-
-    # the product has ended
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    part = tl.load(part_ptr + i, mask=mask, other=0.0)
-    h = tl.load(h_ptr + i, mask=mask, other=0.0)
-    _send(inboxes, place + rank * room, part, mask, tag, RANKS, ASM)
-    tl.store(part_ptr + i, tl.zeros((BLOCK,), tl.float32), mask=mask)
-    tl.store(h_ptr + i, _receive(h, own_inbox + place, room, mask, tag, RANKS, ASM), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rank", "exchange"])
-def _gather_kernel(
-    own_ptr, logits_ptr, starts_ptr, n_vocab, own_stride, logits_stride,
-    inboxes_ptr, epoch_ptr, room, rank, exchange,
-    PER_STEP: tl.constexpr, RANKS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-):
-    """A row's logits: a program takes BLOCK tokens of one rank, which starts_ptr tells."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    tag, inboxes = _tag_and_inboxes(epoch_ptr, exchange, inboxes_ptr, PER_STEP, RANKS)
-    own_inbox = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.int64))
-    row = tl.program_id(1)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask, place = i < n_vocab, (tag & 1) * RANKS * room + row * n_vocab + i
-    owner, start = 0, 0
-    for r in tl.static_range(1, RANKS):
-        next_start = tl.load(starts_ptr + r)
-        owner = tl.where(tl.program_id(0) * BLOCK >= next_start, r, owner)
-        start = tl.where(tl.program_id(0) * BLOCK >= next_start, next_start, start)
-
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if owner == rank:
-        own = tl.load(own_ptr + row * own_stride + i - start, mask=mask, other=0.0)
-        _send(inboxes, place, own, mask, tag, RANKS, ASM)
-    logits = _receive(tl.zeros((BLOCK,), tl.float32), own_inbox + place, 0, mask, tag, 1, ASM)
-    tl.store(logits_ptr + row * logits_stride + i, logits, mask=mask)
+            word = tl.load(own_inbox + r * room, mask=mask, other=0)
+            total += word.to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(total_ptr + i, total, mask=mask)
 
 
 class Exchanges:
     """The exchanges of a step. All ranks make the same ones in the same order.
 
     inboxes: [ranks] int64, on the device: where the inbox of each lies, [2, ranks, room] words, zeros at first.
-    starts: [ranks + 1] int32, on the device: the first token of each rank, multiples of BLOCK.
     """
 
-    def __init__(self, inboxes: Tensor, starts: Tensor, rank: int, room: int, per_step: int, pdl: bool):
-        self.inboxes, self.starts, self.pdl, self.made = inboxes, starts, pdl, 0
-        epoch = torch.zeros(1, dtype=torch.int32, device=inboxes.device)  # steps so far, this one included
-        self.common = inboxes, epoch, room, rank
+    def __init__(self, inboxes: Tensor, rank: int, room: int, per_step: int, pdl: bool):
+        self.inboxes, self.rank, self.room, self.pdl, self.made = inboxes, rank, room, pdl, 0
+        self.epoch = torch.zeros(1, dtype=torch.int32, device=inboxes.device)  # steps so far, this one included
         self.compiled = {"PER_STEP": per_step, "RANKS": len(inboxes), "ASM": inboxes.is_cuda, "PDL": pdl}
 
     def begin_step(self) -> None:
-        self.common[1].add_(1)
+        self.epoch.add_(1)
         self.made = 0
 
-    def _launch(self, kernel, grid: tuple, *own) -> None:
-        kernel[grid](*own, *self.common, self.made, **self.compiled, num_warps=1, launch_pdl=self.pdl)
+    def add(self, part: Tensor, total: Tensor) -> None:
+        """total += the sum of all ranks' parts, both contiguous, float32; the part becomes 0."""
+        _sum_kernel[(triton.cdiv(total.numel(), BLOCK.value),)](
+            part, total, total.numel(), self.inboxes, self.epoch, self.room, self.rank, self.made,
+            **self.compiled, num_warps=1, launch_pdl=self.pdl,
+        )
         self.made += 1
-
-    def add(self, part: Tensor, h: Tensor) -> None:
-        """h += the sum of all ranks' parts, both [rows, dim] float32; the part becomes 0."""
-        self._launch(_sum_kernel, (triton.cdiv(h.numel(), BLOCK.value),), part, h, h.numel())
-
-    def gather(self, own: Tensor, logits: Tensor, n_vocab: int) -> None:
-        """logits [rows, vocab and room] float32 of every rank's own [rows, its part and room]."""
-        grid = triton.cdiv(n_vocab, BLOCK.value), len(own)
-        self._launch(_gather_kernel, grid, own, logits, self.starts, n_vocab, own.stride(0), logits.stride(0))
