@@ -78,7 +78,7 @@ class FusedGpuStep:
         Each sees the keys of those before it: its logits are those of a step of one row there. 0: every row of the
         cache is a text of its own.
     tokens: [rows, positions of the cache + 1], int64; those from `start` on are valid.
-    logits: [rows, vocab and room for a norm's rstd], float32, of the last step.
+    logits: [rows, vocab], float32, of the last step.
     """
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
@@ -108,13 +108,13 @@ class FusedGpuStep:
         self.y = buffer(config.n_layer, rows, q, dtype=model.dtype)
         arrived = buffer(rows, config.n_local_heads, dtype=torch.int32)
         self.chunks = fused_step.Chunks(buffer(rows, splits, q), buffer(rows, splits, config.n_head), arrived)
-        self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size + rstd_buffer)
+        self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size)
         most = max(len(m.widths) * (-(-len(m.weight) // 32) * 32) for m in model.sites)  # inputs of all segments
         made = buffer((rows + 3) // 4 * 4 * most, dtype=model.dtype)
         self.prepared = few_rows.Prepared(made, buffer(rows * most // 32, dtype=torch.int32))
 
         # the sampling's room, and what goes from step to step
-        self.top = buffer(rows, -(-config.vocab_size // fused_step.HEAD_ROWS))
+        self.top = buffer(rows, -(-config.vocab_size // fused_step.GROUP))
         self.groups = buffer(rows, 1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
         self.seed, self.position, self.token = (buffer(rows, dtype=torch.int64) for _ in range(3))
         self.tokens = buffer(rows, cache_length + 1, dtype=torch.int64)
@@ -160,7 +160,7 @@ class FusedGpuStep:
         gemv, rows = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl), len(h)
         if rows > 1:
             gemv = partial(self.few_rows.launch_rows, prepared=self.prepared, dtype=model.dtype, pdl=pdl)
-        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, self.head_out[0], pdl)
+        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, pdl)
 
         for i, block in enumerate(model.layers):
             attention, feed_forward, y = block.attention, block.feed_forward, self.y[i]
@@ -178,12 +178,9 @@ class FusedGpuStep:
             gemv(config.activation, self.gate_up, products[feed_forward.w2], self.added)
             self.sum_parts()
 
-        scale, norm, x = model.output and model.output.scale, self.head_norm, h
-        if rows > 1:
-            x, norm, prepared = self.x, None, self.prepared._replace(made=self.x)
-            options = {"norm": self.head_norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
-            self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)
-        kernels.launch_head(x, norm, model.output_weight, scale, config.logits_scaling, *self.head_out, pdl)
+        scale, prepared = model.output and model.output.scale, self.prepared._replace(made=self.x)
+        self.few_rows.launch_prepare(h, self.head_operation, None, prepared, norm=self.head_norm, pdl=pdl)
+        kernels.launch_head(self.x, model.output_weight, scale, config.logits_scaling, *self.head_out, pdl)
         self.join_logits()
         state = self.seed, self.position, self.token, self.tokens
         kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from cli import rank_count
@@ -380,7 +381,6 @@ class RankGpuStep(FusedGpuStep):
     def __init__(self, model: RankTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         super().__init__(model, temperature, top_k, dense, drafts)
         from kernels.exchange import Exchanges
-        from kernels.triton_gemv import RSTD_BUFFER
 
         # a product adds up as the whole one does
         block = TransformerBlock(model.whole_config, SparseProjection, device="meta")
@@ -390,12 +390,9 @@ class RankGpuStep(FusedGpuStep):
             self.products[module] = self.products[module]._replace(whole=(len(whole.weight), whole.widths))
 
         # what o and down leave, and the lm_head, whose other tokens stay 0
-        h, n_own, vocab = self.residual.h, len(model.output_weight), model.config.vocab_size
+        h, n_own = self.residual.h, len(model.output_weight)
         self.added, self.own_logits = torch.zeros_like(h), torch.zeros_like(self.logits)
-        self.no_logits = torch.zeros_like(self.logits)
-        self.no_logits[:, vocab:] = -math.inf  # beyond the last token
-        groups = -(-n_own // self.kernels.HEAD_ROWS)
-        self.head_out = h.new_zeros(len(h), n_own + RSTD_BUFFER), h.new_zeros(len(h), groups)
+        self.head_out = h.new_zeros(len(h), n_own), h.new_zeros(len(h), -(-n_own // self.kernels.GROUP))
         self.exchanges = None
         if reduction == "peer":
             room = max(h.numel(), self.logits.numel())
@@ -420,11 +417,10 @@ class RankGpuStep(FusedGpuStep):
         self._add(self.added, self.residual.h)
 
     def join_logits(self) -> None:
-        tokens, group = self.model.part.tokens, self.kernels.HEAD_ROWS
+        tokens, group = self.model.part.tokens, self.kernels.GROUP
         self.own_logits[:, tokens] = self.head_out[0][:, : tokens.stop - tokens.start]
-        self.logits.copy_(self.no_logits)
-        self._add(self.own_logits, self.logits)
-        groups = self.logits[:, : self.top.shape[1] * group].unflatten(1, (-1, group))
+        self._add(self.own_logits, self.logits.zero_())
+        groups = F.pad(self.logits, (0, -self.logits.shape[1] % group), value=-math.inf).unflatten(1, (-1, group))
         torch.amax(groups, 2, out=self.top)
 
 

@@ -215,6 +215,21 @@ def prefetch_gate_up(
         prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
 
 
+@triton.jit
+def unpacked(word, i: tl.constexpr, DTYPE: tl.constexpr):
+    """The i-th number, as float32, of a run of DTYPE, from the word of 64 bits that holds it."""
+    if DTYPE == tl.float32:
+        bits = (word >> 32 * (i % 2)).to(tl.int32)
+        x = bits.to(tl.float32, bitcast=True)
+    elif DTYPE == tl.bfloat16:  # half the work of a conversion
+        half = (word >> 32 * (i // 2 % 2)).to(tl.int32)
+        half = half & -65536 if i % 2 else half << 16
+        x = half.to(tl.float32, bitcast=True)
+    else:
+        x = (word >> 16 * (i % 4)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return x
+
+
 # ---- integers: sums of x times integer, taken without converting the integers
 
 
