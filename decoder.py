@@ -120,6 +120,9 @@ class FusedGpuStep:
         self.seed, self.position, self.token = (buffer(rows, dtype=torch.int64) for _ in range(3))
         self.tokens = buffer(rows, cache_length + 1, dtype=torch.int64)
 
+        # what o and down add to, and what the lm_head writes: parts, where ranks share a step (tp.py)
+        self.added, self.head_out = self.residual.h, (self.logits, self.top)
+
         # what the launches multiply and normalise with
         self.last_rstds = buffer(2 * config.n_layer, 1)
         norms = [norm for block in model.layers for norm in (block.attention_norm, block.ffn_norm)]
@@ -169,16 +172,21 @@ class FusedGpuStep:
             if shared:
                 kernels.launch_cache(*read, config.n_head, pdl)
             kernels.launch_attention(*read, self.chunks, y, self.residual, ahead, pdl, shared)
-            multiply("given", y, products[attention.wo], h)
+            multiply("given", y, products[attention.wo], self.added)
+            self.sum_parts()
             multiply("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
-            multiply(config.activation, self.gate_up, products[feed_forward.w2], h)
+            multiply(config.activation, self.gate_up, products[feed_forward.w2], self.added)
+            self.sum_parts()
 
         scale, prepared = model.output and model.output.scale, self.prepared._replace(made=self.x)
         self.launch_prepare(h, self.head_operation, None, prepared, norm=self.head_norm, pdl=pdl)
-        head = model.output_weight, scale, config.logits_scaling, self.logits, self.top
-        kernels.launch_head(self.x, *head, pdl)
+        kernels.launch_head(self.x, model.output_weight, scale, config.logits_scaling, *self.head_out, pdl)
+        self.join_logits()
         state = self.seed, self.position, self.token, self.tokens
         kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)
+
+    # where ranks share a step, see tp.py: add all their parts of `added` to the residual stream; gather their logits
+    sum_parts = join_logits = staticmethod(lambda: None)
 
 
 class FusedCpuStep:
@@ -458,7 +466,7 @@ class Generator:
 
         # the step, in the form that was asked for
         if self.step == "fused":
-            fused_class = FusedCpuStep if self.device.type == "cpu" else FusedGpuStep
+            fused_class = getattr(model, "fused_class", FusedCpuStep if self.device.type == "cpu" else FusedGpuStep)
             self._step = fused_class(model, self.temperature, self.top_k, self.dense)
         else:
             run, mode = decode_one_token, "reduce-overhead" if self.device.type == "cuda" else "default"

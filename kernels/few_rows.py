@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.plan import BLOCK_IN, Plan, plan_for
+from kernels.plan import BLOCK_IN, Plan
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
@@ -330,8 +330,7 @@ def launch_rows(
     share = triton.cdiv(rows, shares)
     room = x_words(share, operation.dtype) * 64 // operation.dtype.primitive_bitwidth
     launch_prepare(x, operation, product.threshold, prepared, room, share, norm=norm, zero=zero, pdl=pdl)
-    plan = plan_for(prologue, n_in, segments, product.sparsity, form, pdl)
-    plan = rows_plan(plan, segments, form.bits, share, pdl)
+    plan = rows_plan(product.plan(prologue, pdl), segments, form.bits, share, pdl)
 
     # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
     if form.name == "int4":
