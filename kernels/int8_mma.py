@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any
-from kernels.plan import INT8_OUT, plan_for
+from kernels.plan import INT8_OUT
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
@@ -453,7 +453,7 @@ def launch_int8(
     read = product.offset, product.weight_scale, product.fineness
     assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, *read)) and out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
-    plan = plan_for(prologue, n_in, segments, product.sparsity, product.form, pdl, last_rstd is not None)
+    plan = product.plan(prologue, pdl, last_rstd is not None)
     operation, full = product.operation(prologue, dtype), not any(width % TILE.value for width in segments)
     hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
     lanes = Lanes(plan.blocks == 4 and full, full, any(width % 16 for width in segments), hopper)

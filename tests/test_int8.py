@@ -6,7 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernels import grids, plan
+from kernels import grids
 from kernels.few_rows import Prepared
 from kernels.int8_mma import launch_int8
 from kernels.triton_gemv import RSTD_BUFFER, Norm, Product
@@ -70,8 +70,8 @@ if DEVICE == "cuda":
 @pytest.mark.parametrize(("n_in", "segments", "blocks", "sparsity"), CASES)
 def test_sums_are_exact_for_every_number_of_rows(n_in, segments, blocks, sparsity, monkeypatch):
     """In the interpreter by the assembly in numpy, see `lanes`."""
-    chosen = plan.plan_for("given", n_in, segments, sparsity, case(32, [16], 0, 1)[1].form, HOPPER)
-    monkeypatch.setattr("kernels.int8_mma.plan_for", lambda *_: chosen._replace(blocks=blocks))
+    choose = Product.plan
+    monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(blocks=blocks))
     sizes = (2, 3, 8) if DEVICE == "cuda" else (2,)
     x, product = case(n_in, segments, sparsity, max(sizes), offset=n_in % 64 == 0)
     want = expected(cut(x, product), product, blocks)
