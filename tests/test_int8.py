@@ -60,11 +60,10 @@ def cut(x: Tensor, product: Product) -> Tensor:
 
 
 SHAPES = [(64, [128], 2), (96, [48, 16], 1), (160, [128], 4), (100, [36], 2)]  # each way that a tile lies in its lanes
-LARGE = [(576, [576, 192, 192]), (1536, [576]), (4096, [4096]), (4096, [4096, 1024, 1024]), (14336, [4096])]
 CASES = [(*shape, 0.5 * (i % 2)) for i, shape in enumerate(SHAPES)]
 if DEVICE == "cuda":
-    shapes = LARGE + [shape[:2] for shape in SHAPES]
-    CASES = [(*shape, blocks, sparsity) for shape in shapes for blocks in (1, 2, 4) for sparsity in (0.0, 0.5)]
+    SHAPES += [(576, [576, 192, 192], 1), (4096, [4096], 2), (4096, [4096, 1024, 1024], 4), (14336, [4096], 4)]
+    CASES = [(*shape, sparsity) for shape in SHAPES for sparsity in (0.0, 0.5)]
 
 
 @pytest.mark.parametrize(("n_in", "segments", "blocks", "sparsity"), CASES)
@@ -72,7 +71,7 @@ def test_sums_are_exact_for_every_number_of_rows(n_in, segments, blocks, sparsit
     """In the interpreter by the assembly in numpy, see `lanes`."""
     choose = Product.plan
     monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(blocks=blocks))
-    sizes = (2, 3, 8) if DEVICE == "cuda" else (2,)
+    sizes = (3, 8) if DEVICE == "cuda" else (2,)
     x, product = case(n_in, segments, sparsity, max(sizes), offset=n_in % 64 == 0)
     want = expected(cut(x, product), product, blocks)
     for rows in sizes:
