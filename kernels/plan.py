@@ -77,7 +77,7 @@ def plan_for(
     """
     if form.name == "int8":
         guessed = dependent and (prologue != "norm" or last_rstd)
-        return _int8_plan(n_in, segments, sparsity, guessed and not any(width % INT8_OUT for width in part or segments))
+        return _int8_plan(prologue, n_in, segments, sparsity, guessed and not any(width % INT8_OUT for width in part or segments))
     n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
     blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
 
@@ -94,7 +94,7 @@ def plan_for(
     return Plan(blocks, block_out, rows, registers, prefetch, prefetch_blocks, guess)
 
 
-def _int8_plan(n_in: int, segments: list[int], sparsity: float, prefetched: bool) -> Plan:
+def _int8_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, prefetched: bool) -> Plan:
     """That of an int8 product; its blocks share a scale of x, so they are the same for every number of rows of x.
 
     prefetched: whether rows can be, where some are cut; dense weights themselves are loaded before the wait.
@@ -104,7 +104,8 @@ def _int8_plan(n_in: int, segments: list[int], sparsity: float, prefetched: bool
     o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %.
     """
     wide, tiles = sum(segments) > WIDE, sum(-(-width // INT8_OUT) for width in segments)
-    most = 4 if sparsity and (not wide or sparsity > MOSTLY_CUT) else 2
+    # o has at most two: ranks split its inputs at heads, multiples of 64
+    most = 4 if sparsity and prologue != "given" and (not wide or sparsity > MOSTLY_CUT) else 2
     programs = tiles * -(-n_in // BLOCK_IN)
     blocks = next((b for b in (4, 2) if b <= most and programs >= b * RESIDENT // 2), 1)
 
