@@ -76,8 +76,9 @@ def plan_for(
     part: segments of a rank's part of the weight, which is multiplied with the sums of the whole.
     """
     if form.name == "int8":
-        guessed = dependent and (prologue != "norm" or last_rstd)
-        return _int8_plan(prologue, n_in, segments, sparsity, guessed and not any(width % INT8_OUT for width in part or segments))
+        unknown = prologue == "norm" and not last_rstd
+        prefetched = dependent and not unknown and math.gcd(*(part or segments)) % INT8_OUT == 0
+        return _int8_plan(prologue, n_in, segments, sparsity, prefetched)
     n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
     blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
 
