@@ -112,7 +112,8 @@ class FusedGpuStep:
         self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size)
         most = max(len(m.widths) * (-(-len(m.weight) // 128) * 128) for m in model.sites)  # inputs of all segments
         made = buffer((rows + 3) // 4 * 4 * most, dtype=model.dtype)
-        self.prepared = few_rows.Prepared(made, buffer(2 * rows * most // 32, dtype=torch.int32))
+        kept, down = buffer(rows * most // 32, dtype=torch.int32), buffer(rows * most // 32)
+        self.prepared = few_rows.Prepared(made, kept, down)
 
         # the sampling's room, and what goes from step to step
         self.top = buffer(rows, -(-config.vocab_size // fused_step.GROUP))

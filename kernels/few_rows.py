@@ -21,6 +21,7 @@ from kernels.triton_gemv import (
     Norm,
     Operation,
     Product,
+    fixed,
     fraction,
     inputs,
     joined,
@@ -29,6 +30,7 @@ from kernels.triton_gemv import (
     outputs_of_tile,
     prefetch,
     rstd_of,
+    scales_of,
     snap,
     starts_of,
     unpacked,
@@ -78,9 +80,9 @@ def x_words(rows, dtype):
 
 @triton.jit
 def _prepare_kernel(
-    x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, x_stride, n_zero, eps,
-    # compiled in: strides of made, inputs of it with those beyond the last, which are 0
-    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr, SHARE: tl.constexpr,
+    x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, down_ptr, x_stride, n_zero, eps,
+    # compiled in: strides of made, inputs of it with those beyond the last, which are 0; int8's inputs with one scale
+    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr,
     OP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """Inputs of one row of x, PART of them, and which are kept by one segment: 0 where cut, one bit each in kept."""
@@ -105,7 +107,14 @@ def _prepare_kernel(
         rstd = rstd_of(x_ptr, eps, OP.n_in)
     x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
     share = segment * tl.cdiv(tl.num_programs(1), SHARE) + row // SHARE
-    tl.store(made_ptr + row % SHARE * ROW + (share * MADE + i) * INPUT, tl.where(keep, x, 0.0), mask=i < MADE)
+    x = tl.where(keep, x, 0.0)
+    if GROUP > 0:
+        x = tl.reshape(x, (PART // GROUP, GROUP))
+        up, down = scales_of(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1))
+        x = tl.reshape(fixed(x, up[:, None]), (PART,)).to(tl.int16)
+        group = tl.program_id(0) * (PART // GROUP) + tl.arange(0, PART // GROUP)
+        tl.store(down_ptr + copy * (MADE // GROUP) + group, down, mask=group < MADE // GROUP)
+    tl.store(made_ptr + row % SHARE * ROW + (share * MADE + i) * INPUT, x, mask=i < MADE)
     if OP.cut:
         bits = tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK))
         block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
@@ -306,11 +315,12 @@ def _rows_kernel(
 class Prepared(NamedTuple):
     """Room for the inputs of a product: made [most], in the model's dtype, and which are kept, one bit each, int32.
 
-    int8 keeps its own inputs there, 16 bits each, and their scales behind what is kept, see `kernels.int8_mma`.
+    Of int8 its own inputs, 16 bits each, and their scales `down`, float32.
     """
 
     made: Tensor
     kept: Tensor
+    down: Tensor | None = None
 
 
 def launch_rows(
@@ -347,22 +357,24 @@ def launch_rows(
 
 def launch_prepare(
     x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, share: int = 8, *,
-    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
+    group: int = 0, norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
 ) -> None:
     """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
 
     room: rows that lie side by side in what is made, [segments, shares, inputs in whole blocks, room]; 0: it is
         [rows, in].
     share: rows that one program of the product takes.
+    group: int8's inputs that have one scale: it makes [segments, rows, inputs in whole groups] and as many scales.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)
     grid = (triton.cdiv(operation.n_in, PREPARED), len(x), len(threshold) if operation.cut else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1] * grid[2])) if n_zero else 0
-    made = triton.cdiv(operation.n_in, BLOCK_IN) * BLOCK_IN if room else operation.n_in
+    whole = group or (BLOCK_IN if room else 1)
+    made = triton.cdiv(operation.n_in, whole) * whole
     _prepare_kernel[grid](
         x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,
-        ROW=1 if room else made, INPUT=room or 1, MADE=made, SHARE=share, OP=operation, PART=PREPARED,
-        ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        ROW=1 if room else made, INPUT=room or 1, MADE=made, SHARE=share, GROUP=group, OP=operation,
+        PART=PREPARED, ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )

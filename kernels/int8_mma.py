@@ -5,22 +5,8 @@ share a power of two as their scale. No sum of integers rounds, so no order matt
 same sums. Fixed point costs at most 2^-16 of the largest input of the program; bfloat16 itself costs 2^-9 of each. An
 input that is kept and not finite makes the outputs of its programs not a number.
 
-The tensor core multiplies A [16 x 32 bytes] with B [32 x 8 bytes]. Lane 4 g + t of the warp holds A's rows g and g + 8,
-columns 4 t .. 4 t + 3, one word each, and gets columns 2 t and 2 t + 1 of these rows of A B. It takes the 4 bytes of a
-word for 4 inputs of one output, but a word of W [in, out] is 4 outputs of one input. Yet no weight is moved or widened.
-Instead B holds each byte of x four times, each time alone in the place of one of the 4 outputs:
-
-    lane 4 g + t loads outputs 16 g .. 16 g + 15 of inputs 8 t .. 8 t + 7, 4 words c of each: word c is A's
-
-                    columns of B:   0    1    2    3    4    5    6    7      h, l: high and low byte of x,
-    the word's 4  { output 4 c      h    l                                    x = 256 h + l in fixed point;
-    places, of    { output 4 c + 1            h    l                          all else is 0
-    one input     { output 4 c + 2                      h    l
-                  { output 4 c + 3                                h    l
-
-    so lane 4 g + t gets, for each c, the sums of h and of l times the weights of output 16 g + 4 c + t
-
-These kernels are written lane by lane: a tensor of 32 numbers is one register of the warp.
+No weight is moved or widened for that: see "a tile" below. These kernels are written lane by lane: a tensor of 32
+numbers is one register of the warp.
 """
 
 from typing import NamedTuple
@@ -30,26 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.few_rows import Prepared, kept_by_any
+from kernels.few_rows import Prepared, kept_by_any, launch_prepare
 from kernels.plan import INT8_OUT
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
     Norm,
     Product,
+    fixed,
     inputs,
     load_constants,
     load_inputs,
     outputs_of_tile,
     prefetch_tile,
-    rstd_of,
+    scales_of,
     shared_rstd,
     snap,
     starts_of,
 )
 
 TILE = tl.constexpr(INT8_OUT)  # outputs of a program
-PART = 256  # inputs that a program of the launch before several rows makes
 CACHED = tl.constexpr("@p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 ONCE = tl.constexpr("@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
 ONCE_IN_HALVES = tl.constexpr(
@@ -123,30 +109,22 @@ def _multiply_add_two(sums, a0, a1, a2, a3, b0, b1):
     )
 
 
-# ---- x on fixed point
-
-
-@triton.jit
-def scales_of(largest):
-    """(2^s, 2^-s) such that |x| 2^s stays below 32,640 where the bits of |x| are at most `largest`, int32.
-
-    The second is not a number if x is not finite.
-    """
-    exponent = (largest.to(tl.float32, bitcast=True) * 1.004).to(tl.int32, bitcast=True) >> 23
-    exponent = tl.maximum(exponent, 15)
-    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    return up, tl.where(exponent >= 255, float("nan"), down)
-
-
-@triton.jit
-def fixed(x, up):
-    """x 2^s rounded to an integer 256 h + l, as the signed bytes h and l in the low half of an int32."""
-    n = (x * up + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # what is added to 1.5 2^23 loses its fraction
-    return ((n + 128) & 0xFF00) | (n & 0xFF)
-
-
 # ---- a tile
+#
+# The tensor core multiplies A [16 x 32 bytes] with B [32 x 8 bytes]. A warp's lane 4 g + t holds A's rows g and
+# g + 8, of each columns 4 t .. 4 t + 3 as one word, and gets columns 2 t and 2 t + 1 of these rows of A B. It takes a word's 4
+# bytes for 4 inputs of one output, but a word of W [in, out] is 4 outputs of one input. No weight is moved all the same.
+# Instead B holds each byte of x four times, each time alone in the place of one of the 4 outputs:
+#
+#     lane 4 g + t loads outputs 16 g .. 16 g + 15 of inputs 8 t .. 8 t + 7, 4 words c of each: word c is A's
+#
+#                     columns of B:   0    1    2    3    4    5    6    7      h, l: high and low byte of x,
+#     the word's 4  { output 4 c      h    l                                    x = 256 h + l in fixed point;
+#     places, of    { output 4 c + 1            h    l                          all else is 0
+#     one input     { output 4 c + 2                      h    l
+#                   { output 4 c + 3                                h    l
+#
+#     so lane 4 g + t gets, for each c, the sums of h and of l times the weights of output 16 g + 4 c + t
 
 
 @triton.jit
@@ -345,59 +323,16 @@ def _one_row_kernel(
     )
 
 
-# ---- several rows of x: one launch makes them, another multiplies
-
-
-@triton.jit
-def _fixed_kernel(
-    x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, down_ptr, kept_ptr, x_stride, n_zero, eps,
-    OP: tl.constexpr, GROUP: tl.constexpr, ROOM: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """PART inputs of one row of x and one segment on fixed point, their scales, and which are kept, one bit each.
-
-    made: [segments, rows, ROOM] int16, as `fixed`; down: [segments, rows, ROOM / GROUP] float32; kept: [segments, rows,
-    blocks] int32.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    copy = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-    program = copy * tl.num_programs(0) + tl.program_id(0)
-    i = tl.program_id(0) * PART + tl.arange(0, PART)
-    if OP.cut:
-        threshold_ptr += tl.program_id(2) * (2 * OP.n_in if OP.shift else OP.n_in)
-    constants = load_constants(i, gain_ptr, threshold_ptr, OP)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if ZERO > 0:
-        z = program * ZERO + tl.arange(0, ZERO)
-        tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-
-    x_ptr += tl.program_id(1) * x_stride
-    rstd = 1.0
-    if OP.prologue == "norm":
-        rstd = rstd_of(x_ptr, eps, OP.n_in)
-    x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
-    x = tl.reshape(tl.where(keep, x, 0.0), (PART // GROUP, GROUP))
-    up, down = scales_of(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1))
-    n = tl.reshape(fixed(x, up[:, None]), (PART,))
-    tl.store(made_ptr + copy * ROOM + i, n.to(tl.int16), mask=i < ROOM)
-    group = tl.program_id(0) * (PART // GROUP) + tl.arange(0, PART // GROUP)
-    tl.store(down_ptr + copy * (ROOM // GROUP) + group, down, mask=group < ROOM // GROUP)
-    if OP.cut:
-        bits = tl.sum(tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK)), axis=1)
-        block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
-        n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
-        tl.store(kept_ptr + copy * n_blocks + block, bits, mask=block < n_blocks)
+# ---- several rows of x, made by `kernels.few_rows.launch_prepare`
 
 
 @triton.jit
 def _rows_kernel(
-    made_ptr, down_ptr, kept_ptr, weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
+    made_ptr, kept_ptr, down_ptr, weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
     n_out, out_stride, tiles_1, tiles_2, start_1, start_2,
     OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):
-    """`_one_row_kernel` for ROWS rows of x that `_fixed_kernel` has made, each with the sums that it has alone."""
+    """`_one_row_kernel` for ROWS rows of x that have been made, each with the sums that it has alone."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = PLAN.blocks
@@ -458,30 +393,21 @@ def launch_int8(
     hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
     lanes = Lanes(plan.blocks == 4 and full, full, any(width % 16 for width in segments), hopper)
 
-    # a launch's programs fill `zero` together
-    group = BLOCK.value * plan.blocks
+    group, starts = BLOCK.value * plan.blocks, starts_of(segments)
     groups, tiles = triton.cdiv(n_in, group), starts_of([triton.cdiv(width, TILE.value) for width in segments])
-    grid = (tiles[-1], groups, rows if prologue == "given" else 1)
-    if prepared:
-        grid = (triton.cdiv(groups * group, PART), rows, len(product.threshold) if operation.cut else 1)
-    n_zero = 0 if zero is None else zero.numel()
-    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1] * grid[2])) if n_zero else 0
-    options = {"OP": operation, "PDL": pdl, "num_warps": 1, "launch_pdl": pdl}
-    starts = starts_of(segments)
     sizes = *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS]
-    if not prepared:
-        _one_row_kernel[grid](
-            x, gain, weight, product.threshold, out, zero, last_rstd, *read, starts[-1], n_zero, *sizes, eps,
-            PLAN=plan, LANES=lanes, ZERO=zero_block, **options,
+    options = {"OP": operation, "PLAN": plan, "LANES": lanes, "PDL": pdl, "num_warps": 1, "launch_pdl": pdl}
+    if prepared:
+        prepared = prepared._replace(made=prepared.made.view(torch.int16))
+        launch_prepare(x, operation, product.threshold, prepared, share=1, group=group, norm=norm, zero=zero, pdl=pdl)
+        _rows_kernel[tiles[-1], groups](
+            *prepared, weight, out, *read, starts[-1], out.stride(0), *sizes, ROWS=rows, **options
         )
         return
 
-    kept, down = prepared.kept.view(2, -1)
-    made = prepared.made.view(torch.int16), down.view(torch.float32), kept
-    _fixed_kernel[grid](
-        x, gain, product.threshold, zero, *made, x.stride(0), n_zero, eps,
-        GROUP=group, ROOM=groups * group, PART=PART, ZERO=zero_block, **options,
-    )
-    _rows_kernel[tiles[-1], groups](
-        *made, weight, out, *read, starts[-1], out.stride(0), *sizes, PLAN=plan, LANES=lanes, ROWS=rows, **options
+    n_zero = 0 if zero is None else zero.numel()
+    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, tiles[-1] * groups)) if n_zero else 0
+    _one_row_kernel[tiles[-1], groups, rows if prologue == "given" else 1](
+        x, gain, weight, product.threshold, out, zero, last_rstd, *read, starts[-1], n_zero, *sizes, eps,
+        ZERO=zero_block, **options,
     )

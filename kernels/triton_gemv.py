@@ -148,6 +148,29 @@ def inputs(rows, operands, constants, rstd, OP: tl.constexpr):
     return x, keep
 
 
+# ---- int8: x on 16-bit fixed point, see `kernels.int8_mma`
+
+
+@triton.jit
+def scales_of(largest):
+    """(2^s, 2^-s) such that |x| 2^s stays below 32,640 where the bits of |x| are at most `largest`, int32.
+
+    The second is not a number if x is not finite.
+    """
+    exponent = (largest.to(tl.float32, bitcast=True) * 1.004).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.maximum(exponent, 15)
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return up, tl.where(exponent >= 255, float("nan"), down)
+
+
+@triton.jit
+def fixed(x, up):
+    """x 2^s rounded to an integer 256 h + l, as the signed bytes h and l in the low half of an int32."""
+    n = (x * up + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # what is added to 1.5 2^23 loses its fraction
+    return ((n + 128) & 0xFF00) | (n & 0xFF)
+
+
 # ---- prefetching rows to L2, while the launch before still runs
 
 

@@ -51,7 +51,8 @@ def case(n_in: int, segments: list[int], sparsity: float, rows: int, offset: boo
 def room(rows: int, n_in: int, segments: int = 3) -> Prepared:
     n = rows * segments * -(-n_in // 128) * 128
     made = torch.zeros(n, device=DEVICE, dtype=torch.bfloat16)
-    return Prepared(made, torch.zeros(2 * n // 32, device=DEVICE, dtype=torch.int32))
+    kept, down = (torch.zeros(n // 32, device=DEVICE, dtype=dtype) for dtype in (torch.int32, torch.float32))
+    return Prepared(made, kept, down)
 
 
 def cut(x: Tensor, product: Product) -> Tensor:
