@@ -111,7 +111,7 @@ def _multiply_add_two(sums, a0, a1, a2, a3, b0, b1):
 
 # ---- a tile
 #
-# The tensor core multiplies A [16 x 32 bytes] with B [32 x 8 bytes]. A warp's lane 4 g + t holds A's rows g and g + 8, of
+# The tensor core multiplies A [16 x 32 bytes] with B [32 x 8 bytes]. A lane 4 g + t holds of A rows g and g + 8, of
 # each columns 4 t .. 4 t + 3 as one word, and gets columns 2 t and 2 t + 1 of these rows of A B. It takes a word's 4
 # bytes for 4 inputs of one output, but a word of W [in, out] is 4 outputs of one input. Still no weight is moved.
 # Instead B holds each byte of x four times, each time alone in the place of one of the 4 outputs:
