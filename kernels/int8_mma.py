@@ -230,109 +230,22 @@ def _add_sums(
             tl.atomic_add(out_ptr + at + i, out[i], mask=at < last, sem="relaxed")
 
 
-# ---- one row of x
+# ---- the product
 
 
 @triton.jit
-def _one_row_kernel(
+def _int8_kernel(
+    # what makes one row of x; several, made by `kernels.few_rows.launch_prepare`
+    x_ptr, gain_ptr, threshold_ptr, made_ptr, kept_ptr, down_ptr,
     # read and written
-    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr,
-    fineness_ptr,
+    weight_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
-    n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
-    # compiled in; ZERO: how much of zero_ptr each program fills
-    OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+    n_out, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
+    # compiled in; ROWS: of those made, or 0; ZERO: how much of zero_ptr each program fills
+    OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out += m (W^T cut(x - shift) + offset), as `kernels.triton_gemv` has it of other forms."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    BLOCKS: tl.constexpr = PLAN.blocks
-    ALL: tl.constexpr = not OP.cut and LANES.full and OP.n_in % (32 * BLOCKS) == 0
-    lane = tl.arange(0, BLOCK)
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    x_ptr += tl.program_id(2) * OP.n_in
-    out_ptr += tl.program_id(2) * n_out
-    segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, n_out, TILE)
-    piece, at = _outputs_of_lane(first, LANES)
-    threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
-    block = tl.program_id(1) * BLOCKS
-    rows = block * BLOCK + lane
-    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * n_out + piece
-
-    # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
-    constants, weights = (), ()
-    for b in tl.static_range(BLOCKS):
-        gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
-        constants = constants + ((gain, threshold, shift),)  # noqa: RUF005
-    if PLAN.prefetch > 0:
-        if program < PLAN.prefetch:
-            last_rstd = 1.0
-            if OP.prologue == "norm":
-                last_rstd = tl.load(last_rstd_ptr)
-            prefetch_tile(
-                rows, constants[0], first, n_out, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN
-            )
-    if not OP.cut:
-        for b in tl.static_range(BLOCKS):
-            there = kept_by_any(None, block + b, 1, 1, OP)
-            weights = _load_block(weights, weights_at + b * BLOCK * n_out, there, piece, last, n_out, ALL, LANES)
-    scales = _load_factors(weight_scale_ptr, at, last)
-    finenesses = _load_factors(fineness_ptr, at, last)
-    offsets = _load_factors(offset_ptr, at, tl.where(tl.program_id(1) == 0, last, 0))
-
-    # the launch before has ended
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if ZERO > 0:
-        z = program * ZERO + tl.arange(0, ZERO)
-        tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    operands = ()
-    for b in tl.static_range(BLOCKS):
-        a, up = load_inputs(rows + b * BLOCK, x_ptr, OP, "")
-        operands = operands + ((a, up),)  # noqa: RUF005
-    rstd = 1.0
-    if OP.prologue == "norm":
-        rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
-        if PLAN.guess:
-            if program == 0:
-                tl.store(last_rstd_ptr, rstd)
-
-    # x and its scale, and the weights that it keeps
-    made, largest = (), tl.zeros((BLOCK,), tl.int32)
-    for b in tl.static_range(BLOCKS):
-        x, keep = inputs(rows + b * BLOCK, operands[b], constants[b], rstd, OP)
-        x = tl.where(keep, x, 0.0)
-        made = made + (x,)  # noqa: RUF005
-        if OP.cut:
-            kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
-            weights = _load_block(weights, weights_at + b * BLOCK * n_out, kept, piece, last, n_out, ALL, LANES)
-        largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
-    up, down = scales_of(tl.max(largest, axis=0))
-
-    # the sums; every lane takes 8 numbers of x, two a word
-    z = tl.zeros((BLOCK,), tl.int32)
-    low, high, t = (z, z, z, z), (z, z, z, z), lane % 4 * 8
-    for b in tl.static_range(BLOCKS):
-        n = fixed(made[b], up)
-        n = n | (_from_lane(n, lane ^ 1) << 16)
-        x = _from_lane(n, t), _from_lane(n, t + 2), _from_lane(n, t + 4), _from_lane(n, t + 6)
-        low, high = _add_block(low, high, weights, b, x, LANES)
-    _add_sums(
-        low, high, down, scales, offsets, finenesses, out_ptr, at, last,
-        OP, LANES, offset_ptr is not None, fineness_ptr is not None,
-    )
-
-
-# ---- several rows of x, made by `kernels.few_rows.launch_prepare`
-
-
-@triton.jit
-def _rows_kernel(
-    made_ptr, kept_ptr, down_ptr, weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
-    n_out, out_stride, tiles_1, tiles_2, start_1, start_2,
-    OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
-):
-    """`_one_row_kernel` for ROWS rows of x that have been made, each with the sums that it has alone."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = PLAN.blocks
@@ -340,37 +253,93 @@ def _rows_kernel(
     GROUPS: tl.constexpr = (OP.n_in + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
     lane = tl.arange(0, BLOCK)
     group = tl.program_id(1)
+    program = group * tl.num_programs(0) + tl.program_id(0)
     segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, n_out, TILE)
     piece, at = _outputs_of_lane(first, LANES)
+    rows = group * (BLOCKS * BLOCK) + lane
     weights_at = weight_ptr + (group * (BLOCKS * BLOCK) + lane % 4 * 8).to(tl.int64) * n_out + piece
-    if OP.cut:  # each segment has inputs of its own
-        made_ptr += segment * (ROWS * GROUPS * BLOCKS * BLOCK)
-        down_ptr += segment * (ROWS * GROUPS)
-        kept_ptr += segment * (ROWS * ((OP.n_in + BLOCK - 1) // BLOCK))
 
-    # dense weights come before the wait, others when it is known which rows of x keep them
-    if PDL and OP.cut:
-        tl.extra.cuda.gdc_wait()
-    weights = ()
-    for b in tl.static_range(BLOCKS):
-        kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, ROWS, OP)
-        weights = _load_block(weights, weights_at + b * BLOCK * n_out, kept, piece, last, n_out, ALL, LANES)
+    # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
+    weights, constants = (), ()
+    if ROWS == 0:
+        x_ptr += tl.program_id(2) * OP.n_in
+        out_ptr += tl.program_id(2) * n_out
+        threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
+        for b in tl.static_range(BLOCKS):
+            gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
+            constants = constants + ((gain, threshold, shift),)  # noqa: RUF005
+        if PLAN.prefetch > 0:
+            if program < PLAN.prefetch:
+                last_rstd = 1.0
+                if OP.prologue == "norm":
+                    last_rstd = tl.load(last_rstd_ptr)
+                prefetch_tile(
+                    rows, constants[0], first, n_out, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN
+                )
+    if not OP.cut:
+        for b in tl.static_range(BLOCKS):
+            there = kept_by_any(None, group * BLOCKS + b, 1, 1, OP)
+            weights = _load_block(weights, weights_at + b * BLOCK * n_out, there, piece, last, n_out, ALL, LANES)
     scales = _load_factors(weight_scale_ptr, at, last)
     finenesses = _load_factors(fineness_ptr, at, last)
     offsets = _load_factors(offset_ptr, at, tl.where(group == 0, last, 0))
-    if PDL and not OP.cut:
-        tl.extra.cuda.gdc_wait()
 
-    z = tl.zeros((BLOCK,), tl.int32)
-    for r in tl.static_range(ROWS):
+    # the launch before has ended
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if ZERO > 0:
+        z = program * ZERO + tl.arange(0, ZERO)
+        tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
+
+    # one row: x and its scale, and the weights that it keeps
+    made, down = (), 1.0
+    if ROWS == 0:
+        operands, largest, rstd = (), tl.zeros((BLOCK,), tl.int32), 1.0
+        for b in tl.static_range(BLOCKS):
+            a, up = load_inputs(rows + b * BLOCK, x_ptr, OP, "")
+            operands = operands + ((a, up),)  # noqa: RUF005
+        if OP.prologue == "norm":
+            rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
+            if PLAN.guess:
+                if program == 0:
+                    tl.store(last_rstd_ptr, rstd)
+        for b in tl.static_range(BLOCKS):
+            x, keep = inputs(rows + b * BLOCK, operands[b], constants[b], rstd, OP)
+            x = tl.where(keep, x, 0.0)
+            made = made + (x,)  # noqa: RUF005
+            if OP.cut:
+                kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
+                weights = _load_block(weights, weights_at + b * BLOCK * n_out, kept, piece, last, n_out, ALL, LANES)
+            largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
+        scale, down = scales_of(tl.max(largest, axis=0))
+
+    # several: the weights that any of them keeps; where inputs are cut, each segment has its own
+    elif OP.cut:
+        made_ptr += segment * (ROWS * GROUPS * BLOCKS * BLOCK)
+        down_ptr += segment * (ROWS * GROUPS)
+        kept_ptr += segment * (ROWS * ((OP.n_in + BLOCK - 1) // BLOCK))
+        for b in tl.static_range(BLOCKS):
+            kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, ROWS, OP)
+            weights = _load_block(weights, weights_at + b * BLOCK * n_out, kept, piece, last, n_out, ALL, LANES)
+
+    # each row's sums; every lane takes 8 numbers of x, two a word
+    z, t = tl.zeros((BLOCK,), tl.int32), lane % 4 * 8
+    for r in tl.static_range(max(ROWS, 1)):
         low, high = (z, z, z, z), (z, z, z, z)
         for b in tl.static_range(BLOCKS):
-            x_at = made_ptr + ((r * GROUPS + group) * BLOCKS + b) * BLOCK + lane % 4 * 8
-            x = _load_four(CACHED, x_at, tl.full((BLOCK,), 1, tl.int32))
+            if ROWS == 0:
+                n = fixed(made[b], scale)
+                n = n | (_from_lane(n, lane ^ 1) << 16)
+                x = _from_lane(n, t), _from_lane(n, t + 2), _from_lane(n, t + 4), _from_lane(n, t + 6)
+            else:
+                x_at = made_ptr + ((r * GROUPS + group) * BLOCKS + b) * BLOCK + t
+                x = _load_four(CACHED, x_at, tl.full((BLOCK,), 1, tl.int32))
             low, high = _add_block(low, high, weights, b, x, LANES)
+        if ROWS > 0:
+            down = tl.load(down_ptr + r * GROUPS + group)
         _add_sums(
-            low, high, tl.load(down_ptr + r * GROUPS + group), scales, offsets, finenesses,
-            out_ptr + r * out_stride, at, last, OP, LANES, offset_ptr is not None, fineness_ptr is not None,
+            low, high, down, scales, offsets, finenesses, out_ptr + r * out_stride, at, last,
+            OP, LANES, offset_ptr is not None, fineness_ptr is not None,
         )
 
 
@@ -395,19 +364,15 @@ def launch_int8(
 
     group, starts = BLOCK.value * plan.blocks, starts_of(segments)
     groups, tiles = triton.cdiv(n_in, group), starts_of([triton.cdiv(width, TILE.value) for width in segments])
-    sizes = *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS]
-    options = {"OP": operation, "PLAN": plan, "LANES": lanes, "PDL": pdl, "num_warps": 1, "launch_pdl": pdl}
+    grid, n_zero, zero_block = [tiles[-1], groups, rows if prologue == "given" else 1], 0, 0
     if prepared:
-        prepared = prepared._replace(made=prepared.made.view(torch.int16))
+        prepared, grid[2] = prepared._replace(made=prepared.made.view(torch.int16)), 1
         launch_prepare(x, operation, product.threshold, prepared, share=1, group=group, norm=norm, zero=zero, pdl=pdl)
-        _rows_kernel[tiles[-1], groups](
-            *prepared, weight, out, *read, starts[-1], out.stride(0), *sizes, ROWS=rows, **options
-        )
-        return
-
-    n_zero = 0 if zero is None else zero.numel()
-    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, tiles[-1] * groups)) if n_zero else 0
-    _one_row_kernel[tiles[-1], groups, rows if prologue == "given" else 1](
-        x, gain, weight, product.threshold, out, zero, last_rstd, *read, starts[-1], n_zero, *sizes, eps,
-        ZERO=zero_block, **options,
+    elif zero is not None:
+        n_zero, zero_block = zero.numel(), triton.next_power_of_2(triton.cdiv(zero.numel(), tiles[-1] * groups))
+    _int8_kernel[tuple(grid)](
+        x, gain, product.threshold, *(prepared or (None, None, None)), weight, out, zero, last_rstd, *read,
+        starts[-1], out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
+        OP=operation, PLAN=plan, LANES=lanes, ROWS=rows if prepared else 0, ZERO=zero_block, PDL=pdl,
+        num_warps=1, launch_pdl=pdl,
     )
