@@ -110,8 +110,8 @@ def _int8_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, p
     programs = tiles * -(-n_in // BLOCK_IN)
     blocks = next((b for b in (4, 2) if b <= most and programs >= b * RESIDENT // 2), 1)
 
-    # 1,056 programs prefetch all their blocks: 1.024 ms at 50 %, none 1.072, 2,112 of them 1.026. The compiler's registers
-    # are as good as any bound: 128 dense (96: 1.518 -> 1.550 ms), 96 for two blocks, 168 for four.
+    # 1,056 programs prefetch all their blocks: 1.024 ms at 50 %, none 1.072, 2,112 of them 1.026. Registers are the
+    # compiler's: 128 dense (96: 1.518 -> 1.550 ms), 96 for two blocks, 168 for four.
     plan = Plan(blocks, INT8_OUT, 0)
     return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if prefetched and sparsity else plan
 
