@@ -28,11 +28,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 import options
 from cli import placement
-from decoder import check_finite, sample
+from decoder import Generator, check_finite
 from formats.default_model import resolve_checkpoint
 from formats.text import task_tokens
 from generate import ModelSource
@@ -43,7 +43,7 @@ from tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_WINDOWS = 128  # of a perplexity, also where a short text makes them alike
 GPU_WINDOWS = 4  # windows a forward pass on a GPU; logits are 4 x 512 x vocabulary in float32
-WRITTEN_ROWS, TOP_K = 64, 200  # texts that are written at once; as generate.py's default
+WRITTEN_ROWS = 64  # texts that are written at once
 
 
 def window_starts(num_tokens: int, context: int, window: int, num_windows: int) -> list[int]:
@@ -94,26 +94,6 @@ def token_losses(model: Transformer, batch: Tensor, window: int, **options) -> T
     return losses.view(len(batch), window)
 
 
-@torch.no_grad()
-def go_on(model: Transformer, prompts: Tensor, count: int, seeds: Tensor) -> Tensor:
-    """What the model writes after prompts [B, P], `count` tokens [B, count], drawn with seeds [B, 1].
-
-    A SparseTransformer cuts them and counts them. Raises ValueError for output that is not finite.
-    """
-    length = prompts.shape[1]
-    model.setup_caches(len(prompts), length + count)
-    positions, text = torch.arange(length + count, device=model.device), prompts
-    for i in range(length, length + count):
-        first = 0 if i == length else i - 1  # the prompt is dense, and then one token at a time is cut
-        options = {"dense_prefix": 0 if first else length} if isinstance(model, SparseTransformer) else {}
-        logits = model(text[:, first:], positions[first:i], num_logits=1, **options)
-        check_finite(logits, model.dtype)
-        text = torch.cat((text, sample(logits[:, -1], seeds, i, TEMPERATURE, TOP_K)), 1)
-    for block in model.layers:
-        block.attention.kv_cache = None
-    return text[:, length:]
-
-
 def repetition(text: list[int], n: int = 4) -> float:
     """The share of a text's sequences of n tokens that it had before; 0 where it is shorter."""
     sequences = list(zip(*(text[i:] for i in range(n)), strict=False))
@@ -130,32 +110,32 @@ def evaluate_text(o: argparse.Namespace, model: Transformer, tokens: Tensor) -> 
     return {"perplexity": value, "tokens": counted}, f"the first {dense_prefix} tokens of every window are dense"
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate_generation(o: argparse.Namespace, model: Transformer, tokens: Tensor, eos_ids: tuple) -> tuple[dict, str]:
     """Lets the model write, measures and prints what it wrote; returns the JSON keys, and what was left dense."""
     starts = window_starts(len(tokens), o.context, o.window, o.num_windows)
     judge = Transformer.from_checkpoint(resolve_checkpoint(o.judge), *placement(o)) if o.judge else model
     if judge.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"--judge {o.judge} has another vocabulary; give the checkpoint that this one was made from")
-    device = model.device
     dense = {"dense_prefix": o.context + o.window} if isinstance(judge, SparseTransformer) else {}
 
     losses, texts = [], []
-    for rows in tqdm(torch.arange(o.num_windows).split(WRITTEN_ROWS), desc="writing and judging", unit="batch"):
-        prompts = torch.stack([tokens[starts[row] : starts[row] + o.context] for row in rows]).to(device)
-        new = go_on(model, prompts, o.window, rows[:, None].to(device))
-        batches = torch.cat((prompts, new), 1).split(GPU_WINDOWS)
-        judged = torch.cat([token_losses(judge, batch, o.window, **dense) for batch in batches])
+    for first in trange(0, o.num_windows, WRITTEN_ROWS, desc="writing and judging", unit="batch"):
+        prompts = [tokens[start : start + o.context].to(model.device) for start in starts[first:][:WRITTEN_ROWS]]
+        generator = Generator(model, len(prompts), o.context + o.window, TEMPERATURE, seed=first)
+        written = generator(prompts, o.window)
+        texts += written.new.tolist()
+        for batch in written.tokens.split(GPU_WINDOWS):
+            losses += token_losses(judge, batch, o.window, **dense).tolist()
+            if o.sparsity:  # a pass that counts
+                model(batch[:, :-1], num_logits=1, dense_prefix=o.context)
 
-        # what stands behind the end of a text is left out
-        ended = torch.isin(new, torch.tensor(eos_ids, device=device)).cumsum(1)
-        lengths = (ended == 0).sum(1).add(1).clamp_max(o.window).tolist()
-        losses += [row[:n].double().sum().item() for row, n in zip(judged, lengths, strict=True)]
-        texts += [row[:n] for row, n in zip(new.tolist(), lengths, strict=True)]
-
-    counted = sum(map(len, texts))
-    value, repeated = math.exp(sum(losses) / counted), sum(map(repetition, texts)) / len(texts)
-    print(f"{counted} tokens of {model.config.name}, {o.precision} on {device.type}, after {len(texts)} prompts:")
+    # what stands behind the end of a text is left out
+    ends = [next((i for i, token in enumerate(text, 1) if token in eos_ids), o.window) for text in texts]
+    counted = sum(ends)
+    value = math.exp(sum(sum(row[:end]) for row, end in zip(losses, ends, strict=True)) / counted)
+    repeated = sum(repetition(text[:end]) for text, end in zip(texts, ends, strict=True)) / len(texts)
+    print(f"{counted} tokens of {model.config.name}, {o.precision} on {model.device.type}, after {len(texts)} prompts:")
     print(f"perplexity {value:.4f} under the dense model {judge.config.name}, repetition {repeated:.1%}")
     return {"perplexity": value, "repetition": repeated, "tokens": counted}, "prompts are dense"
 
@@ -165,9 +145,9 @@ def evaluate_tasks(o: argparse.Namespace, model: Transformer, tokenizer: Tokeniz
     import harness
 
     runner = harness.HarnessModel(model, tokenizer, o.sparse_fraction if o.sparsity else None, o.batch_size)
-    results = {}
+    runner.run_code, results = o.confirm_run_unsafe_code, {}
     for name in o.tasks.split(","):
-        results |= harness.evaluate(runner, name, o.data, o.num_fewshot, o.limit, o.confirm_run_unsafe_code)
+        results |= harness.evaluate(runner, name, o.data, o.num_fewshot, o.limit)
     print(f"{model.config.name}, {o.precision} on {model.device.type}")
     for name, scores in results.items():
         print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in scores.items()))

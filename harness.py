@@ -37,6 +37,7 @@ from decoder import check_finite
 from formats.files import one_line, shown
 from formats.text import read_records, read_text
 from model import Transformer
+from options import TASKS
 from tokenizer import Tokenizer
 
 # Examples before the question in TEAL's evaluation (arXiv 2408.14690, section 5.1); other tasks: as the harness has it.
@@ -65,6 +66,8 @@ def batches(same_input: dict[tuple[Hashable, tuple], list], size: int, doing: st
 
 class HarnessModel(TemplateLM):
     """lm-eval's model interface over a Transformer or, if `sparse_fraction` is given, a SparseTransformer."""
+
+    run_code = False  # consent to run code that the model writes, on this machine, as HumanEval does
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, sparse_fraction: float | None, batch_size: int):
         super().__init__()
@@ -188,8 +191,7 @@ def load_task(name: str, data: Path | None) -> tuple[str | dict, TaskManager]:
     if not name.endswith((".yaml", ".yml")):
         manager = task_manager()
         if not manager.match_tasks([name]):
-            ours = "perplexity, wikitext, generation, a file NAME.yaml"
-            tasks = f"{ours}, lm-eval's ({len(manager.all_tasks)}: lm-eval ls tasks)"
+            tasks = f"{', '.join(TASKS)}, a file NAME.yaml, lm-eval's ({len(manager.all_tasks)}: lm-eval ls tasks)"
             raise ValueError(f"unknown task {shown(name)}: give one of {tasks}")
         return name, manager
 
@@ -238,25 +240,19 @@ def runs_written_code(name: str) -> bool:
 
 
 def evaluate(
-    model: HarnessModel,
-    name: str,
-    data: Path | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    run_code: bool = False,
+    model: HarnessModel, name: str, data: Path | None = None, num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Scores by task and metric of a task, a group of tasks or a task file; of each the first `limit` documents.
     num_fewshot: examples before each question; None: as in `NUM_FEWSHOT`, else the task's own number.
-    run_code: consent to run code that the model writes, on this machine, as HumanEval does.
-    Raises ValueError for an unknown task, one whose data cannot be fetched or read, or one without that consent."""
+    Raises ValueError for an unknown task, one whose data cannot be fetched or read, or that may not run its code."""
     task, manager = load_task(name, data)
-    if run_code:
+    if model.run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     elif runs_written_code(name):
         raise ValueError(f"task {name} runs code that the model writes, here; --confirm_run_unsafe_code allows it")
     fewshot = NUM_FEWSHOT.get(name) if num_fewshot is None else num_fewshot
     options = {"num_fewshot": fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 0}
-    options |= {"confirm_run_unsafe_code": run_code}
+    options["confirm_run_unsafe_code"] = model.run_code
     try:
         results = simple_evaluate(model, tasks=[task], task_manager=manager, **options)["results"]
     except (ValueError, torch.OutOfMemoryError):

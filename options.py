@@ -190,8 +190,7 @@ def eval(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("eval")
     cli.add_sparsity_arguments(parser)
     cli.add_device_arguments(parser)
-    tasks = "perplexity, wikitext, generation, or lm-eval's names or task files (comma between)"
-    add("--tasks", default="perplexity", help=tasks)
+    add("--tasks", default="perplexity", help=f"{', '.join(TASKS)}, or lm-eval's names or task files (comma between)")
     add("--data", type=Path, metavar="FILE", help="text file, or a task file's .jsonl (default: a named task's own)")
     add_protocol_arguments(parser)
     add("--num_fewshot", action=at_least(0), help="examples before a task's question (default: as in the paper)")
@@ -207,10 +206,9 @@ def eval(argv: list[str] | None = None) -> Namespace:
     parser.refuse(o.tasks == "generation", "sparse_fraction", "to --tasks generation, whose prompts are dense")
     parser.refuse(o.tasks != "generation", "judge", "without --tasks generation")
     parser.refuse("sparsity" not in parser.given, "thresholds statistics sparse_fraction", "without --sparsity")
-    parser.refuse(
-        o.tasks in TASKS, "num_fewshot limit batch_size confirm_run_unsafe_code", f"to --tasks {o.tasks[:100]}"
-    )
-    parser.refuse(o.tasks not in TASKS, "context window num_windows", f"to --tasks {o.tasks[:100]}")
+    of_harness, where = "num_fewshot limit batch_size confirm_run_unsafe_code", f"to --tasks {o.tasks[:100]}"
+    parser.refuse(o.tasks in TASKS, of_harness, where)
+    parser.refuse(o.tasks not in TASKS, "context window num_windows", where)
 
     # tasks of the harness
     named = [] if o.tasks in TASKS else o.tasks.split(",")
@@ -275,6 +273,14 @@ def plot(argv: list[str] | None = None) -> Namespace:
     if find_spec("matplotlib") is None:
         raise ValueError("the plots need matplotlib: pip install matplotlib")
     return o
+
+
+def paper(argv: list[str] | None = None) -> Namespace:
+    parser, add = _parser("benchmarks.paper")
+    add("action", choices=("typos", "estimate", "report"), help="(no default)")
+    add("paths", nargs="+", help="see above (no default)")
+    cli.add_device_arguments(parser)
+    return parser.parse_args(argv)
 
 
 def quality(argv: list[str] | None = None) -> Namespace:
