@@ -59,7 +59,7 @@ plan() {
     step 0 "$folder/config.json" convert_hf_checkpoint.py --repo_id "$model" --output_dir "$folder"
   fi
   step "${NUM_TOKENS:-20480}" "$folder/calibration.safetensors" calibrate.py "${from[@]}" "${text[@]}" "${few[@]}"
-  step $((${NUM_TOKENS:-4096} * 500)) "$folder/thresholds_greedy.safetensors" greedy.py "${from[@]}" "${text[@]}" "${few[@]}"
+  step $((${NUM_TOKENS:-4096} * 200)) "$folder/thresholds_greedy.safetensors" greedy.py "${from[@]}" "${text[@]}" "${few[@]}"
   [ -z "$model" ] || step $((UPDATES * 5 * 16384 * 6)) "$folder/thresholds_refined.safetensors" \
     refine.py "${from[@]}" "${text[@]}" --updates "$UPDATES"
 
@@ -85,7 +85,7 @@ plan() {
       step $((cost * LONG / 10240)) "$OUT/robustness/last-512-of-$LONG@$rule.json" \
         "${wikitext[@]}" --context $((LONG - 512)) "${long[@]}" $(cut $rule $level)
     fi
-    step $((PROMPTS * 400)) "$OUT/generation/$rule@$level.json" eval.py "${from[@]}" --json --tasks generation \
+    step $((PROMPTS * 400)) "$OUT/generation/own-text@$rule.json" eval.py "${from[@]}" --json --tasks generation \
       --data "$WIKITEXT" --num_windows "$PROMPTS" $(cut $rule $level)
   done
 
