@@ -53,21 +53,16 @@ TABLES = {
     "perplexity": ("WikiText-2: perplexity (% of the weights cut)", "{perplexity:.2f} ({cut:.1f})"),
     "tasks": ("Tasks: score in %, refined thresholds", "{score:.2f}"),
     "robustness": ("Other texts, 50 %: perplexity (% cut)", "{perplexity:.2f} ({cut:.1f})"),
-    "generation": (
-        "Own text, 50 %: perplexity under the dense model; repetition",
-        "{perplexity:.2f}; {repetition:.1%}",
-    ),
+    "generation": ("Own text, 50 %: perplexity under dense; repetition", "{perplexity:.2f}; {repetition:.1%}"),
     "latency": ("Decoding one text: tokens/s (% cut)", "{tokens_per_sec:.1f} ({cut:.1f})"),
 }
 
 
 def results_of(folder: Path) -> dict[str, dict[str, dict]]:
     """What was printed by row and column, and of each `cut` and a task's `score`, in %."""
-
-    def place(name: str) -> tuple:
-        return ORDER.index(name) if name in ORDER else 9, float(name) if name.isdecimal() else 0, name
-
-    found = sorted((path.stem.split("@") for path in folder.glob("*@*.json")), key=lambda name: [*map(place, name)])
+    place = {name: f"{i:9}" for i, name in enumerate(ORDER)}  # numbers by their size, then names
+    names = [path.stem.split("@") for path in folder.glob("*@*.json")]
+    found = sorted(names, key=lambda pair: [place.get(name, name.rjust(9)) for name in pair])
     rows: dict = {row: {} for row, _ in found}
     for row, column in found:
         result = rows[row][column] = read_json(folder / f"{row}@{column}.json")
