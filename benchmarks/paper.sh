@@ -119,7 +119,11 @@ text = load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', split='test')['t
 open('$WIKITEXT', 'w').write(''.join(text))" || { echo "cannot fetch WikiText-2: WIKITEXT=wiki.test.raw names its file"; exit 1; }
 [ -e "$OUT/typos.txt" ] || python -m benchmarks.paper typos "$WIKITEXT" "$OUT/typos.txt"
 
-mode=list plan | python -m benchmarks.paper estimate "$folder" "${run[@]}"
+# how long it takes, without the download
+described=$folder
+[ -e "$folder/config.json" ] || described=$(dirname "$(python -c "from huggingface_hub import hf_hub_download
+print(hf_hub_download('$model', 'config.json'))")")
+mode=list plan | python -m benchmarks.paper estimate "$described" "${run[@]}"
 [ -z "${ESTIMATE:-}" ] || exit 0
 mode=run plan
 mode=list plan > "$OUT/missing"
