@@ -11,12 +11,12 @@
 #   TASKS="piqa=benchmarks/tasks/multiple_choice.yaml:piqa.jsonl mmlu"  lm-eval's names, or NAME=TASK.yaml:DATA[:FEWSHOT]
 #   DEVICE=cpu PRECISION=bfloat16 OUT=paper/MODEL           where, in which dtype, and where the results go
 # Smaller, which the report says: NUM_WINDOWS=128 (of perplexity) PROMPTS=200 (of generation) LIMIT= (documents of a task)
-#   NUM_TOKENS= (of calibrate and greedy) UPDATES=32 (of refine) NEW_TOKENS=200 (of latency) LONG=8192 (tokens; 0: not)
+#   LEVELS="25 40 50 65" NUM_TOKENS= (of calibrate and greedy) UPDATES=32 (of refine) NEW_TOKENS=200 (of latency) LONG=8192 (tokens; 0: not)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-}
 CALIBRATION=${CALIBRATION:-c4} PRECISION=${PRECISION:-bfloat16} NUM_WINDOWS=${NUM_WINDOWS:-128} PROMPTS=${PROMPTS:-200}
-UPDATES=${UPDATES:-32} NEW_TOKENS=${NEW_TOKENS:-200} LONG=${LONG:-8192} LIMIT=${LIMIT:-} NUM_TOKENS=${NUM_TOKENS:-}
+LEVELS=${LEVELS:-25 40 50 65} UPDATES=${UPDATES:-32} NEW_TOKENS=${NEW_TOKENS:-200} LONG=${LONG:-8192} LIMIT=${LIMIT:-} NUM_TOKENS=${NUM_TOKENS:-}
 TASKS=${TASKS-mmlu arc_challenge hellaswag gsm8k piqa winogrande} TEXTS=${TEXTS:-}
 rules="uniform greedy refined"
 
@@ -67,7 +67,7 @@ plan() {
   local context=$(sed -n 's/.*"max_position_embeddings": *\([0-9]*\).*/\1/p' "$folder/config.json" 2> /dev/null)
   local wikitext=(eval.py "${from[@]}" --json --tasks wikitext --data "$WIKITEXT") cost=$((NUM_WINDOWS * 2560)) rule level
   step $cost "$OUT/perplexity/dense@0.json" "${wikitext[@]}" "${windows[@]}"
-  for rule in $rules; do for level in 25 40 50 65; do
+  for rule in $rules; do for level in $LEVELS; do
     step $cost "$OUT/perplexity/$rule@$level.json" "${wikitext[@]}" "${windows[@]}" $(cut $rule $level)
   done; done
 
@@ -91,7 +91,7 @@ plan() {
 
   # the tasks; latency
   local task name each documents
-  for level in 0 25 40 50 65; do for task in $TASKS; do
+  for level in 0 $LEVELS; do for task in $TASKS; do
     name=${task%%=*}
     case $name in # tokens of a document, all of its choices, and documents
       mmlu) each=700 documents=$((57 * ${LIMIT:-246})) ;;
@@ -105,7 +105,7 @@ plan() {
     step $((each * documents)) "$OUT/tasks/$name@$level.json" eval.py "${from[@]}" --json --tasks "$yaml" \
       ${data:+--data "$data"} ${shots:+--num_fewshot "$shots"} "${limit[@]}" $(cut refined $level)
   done; done
-  for level in 0 25 40 50 65; do
+  for level in 0 $LEVELS; do
     step $((NEW_TOKENS * 500)) "$OUT/latency/refined@$level.json" generate.py "${from[@]}" --json --compile \
       --no-compare_dense --max_new_tokens "$NEW_TOKENS" $(cut refined $level)
   done
