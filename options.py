@@ -280,7 +280,10 @@ def paper(argv: list[str] | None = None) -> Namespace:
     add("action", choices=("typos", "estimate", "report"), help="(no default)")
     add("paths", nargs="+", help="see above (no default)")
     cli.add_device_arguments(parser)
-    return parser.parse_args(argv)
+    o = parser.parse_args(argv)
+    if o.action == "report" and find_spec("matplotlib") is None:
+        raise ValueError("the report needs matplotlib: pip install matplotlib; results stay, so call it again")
+    return o
 
 
 def quality(argv: list[str] | None = None) -> Namespace:

@@ -37,7 +37,7 @@ def with_typos(text: str) -> str:
 
 
 def estimate(folder: Path, steps: list[str], device: torch.device, dtype: torch.dtype) -> str:
-    """How long the steps take on the device, to a factor of two or so: by the time of one large product."""
+    """On what, and how long the steps take there, to a factor of two or so: by the time of one large product."""
     a = torch.ones(2048, 4096, device=device, dtype=dtype)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
@@ -45,7 +45,9 @@ def estimate(folder: Path, steps: list[str], device: torch.device, dtype: torch.
         speed = EFFICIENCY * 2 * 2048**2 * 4096 / (time.perf_counter() - start)
     weights = sum(parameter.numel() for parameter in Transformer(read_config(folder), device="meta").parameters())
     minutes = sum(START + int(step.split()[0]) * 2 * weights / speed for step in steps) / 60
-    return f"{len(steps)} steps are left, about {minutes:.0f} minutes for {weights / 1e6:.0f} M weights on {device}"
+    made = provenance(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+    versions = ", ".join(f"{name} {value}" for name, value in made.items() if value)
+    return f"{versions}: {len(steps)} steps, about {minutes:.0f} minutes for {weights / 1e6:.0f} M weights"
 
 
 # of each table the title, and what a cell shows of a result; see `results_of`
@@ -94,8 +96,7 @@ def draw(path: Path, tables: dict[str, dict]) -> None:
 def report(out: Path, note: str) -> str:
     """Writes report.md and report.png beside the results; the path of the former."""
     tables = {name: results_of(out / name) for name in TABLES}
-    made = provenance(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
-    text = [f"# {out.name}", f"{note}. {', '.join(f'{name} {value}' for name, value in made.items() if value)}."]
+    text = [f"# {out.name}", f"{note}.", (out / "runs").read_text()]
     if missing := (out / "missing").read_text().split()[1::2]:
         text.append(f"**Missing**, because the step failed: {', '.join(missing)}")
 

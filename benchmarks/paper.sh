@@ -5,18 +5,22 @@
 #   benchmarks/paper.sh ORG/MODEL                           of the Hugging Face hub; or a checkpoint's folder
 #   ESTIMATE=1 benchmarks/paper.sh ORG/MODEL                only how long it would take
 # A step whose result is there is skipped, so a run that was stopped goes on. A step that fails is reported, and the rest
-# is done. What is fetched: the model, C4 (one shard), WikiText-2, and the tasks' data, unless files are named here:
+# is done. What is fetched: the model, C4 (one shard), WikiText-2, and the tasks' data, unless files are named here (paths
+# from the repository's root):
 #   CALIBRATION=c4.jsonl WIKITEXT=wiki.test.raw             text files
 #   TEXTS="c4=held_out.jsonl code=code.txt"                 further texts of the robustness table (none by default)
 #   TASKS="piqa=benchmarks/tasks/multiple_choice.yaml:piqa.jsonl mmlu"  lm-eval's names, or NAME=TASK.yaml:DATA[:FEWSHOT]
 #   DEVICE=cpu PRECISION=bfloat16 OUT=paper/MODEL           where, in which dtype, and where the results go
-# Smaller, which the report says: NUM_WINDOWS=128 (of perplexity) PROMPTS=200 (of generation) LIMIT= (documents of a task)
-#   LEVELS="25 40 50 65" NUM_TOKENS= (of calibrate and greedy) UPDATES=32 (of refine) NEW_TOKENS=200 (of latency) LONG=8192 (tokens; 0: not)
+# Smaller, which the report says:
+#   NUM_WINDOWS=128 PROMPTS=200 LIMIT= NEW_TOKENS=200       of perplexity, generation, tasks (documents), latency
+#   NUM_TOKENS= UPDATES=32                                  of calibrate and greedy, of refine
+#   LEVELS="25 40 50 65" LONG=8192                          % cut; tokens of the long windows (0: none)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-}
 CALIBRATION=${CALIBRATION:-c4} PRECISION=${PRECISION:-bfloat16} NUM_WINDOWS=${NUM_WINDOWS:-128} PROMPTS=${PROMPTS:-200}
-LEVELS=${LEVELS:-25 40 50 65} UPDATES=${UPDATES:-32} NEW_TOKENS=${NEW_TOKENS:-200} LONG=${LONG:-8192} LIMIT=${LIMIT:-} NUM_TOKENS=${NUM_TOKENS:-}
+LEVELS=${LEVELS:-25 40 50 65} UPDATES=${UPDATES:-32} NEW_TOKENS=${NEW_TOKENS:-200} LONG=${LONG:-8192}
+LIMIT=${LIMIT:-} NUM_TOKENS=${NUM_TOKENS:-}
 TASKS=${TASKS-mmlu arc_challenge hellaswag gsm8k piqa winogrande} TEXTS=${TEXTS:-}
 rules="uniform greedy refined"
 
@@ -32,8 +36,13 @@ text=(--data $CALIBRATION)
 few=(${NUM_TOKENS:+--num_tokens "$NUM_TOKENS"})
 limit=(${LIMIT:+--limit "$LIMIT"})
 windows=(--num_windows "$NUM_WINDOWS")
-settings="precision $PRECISION, windows $NUM_WINDOWS, prompts $PROMPTS, documents ${LIMIT:-all}, calibration text $(
-  for file in $CALIBRATION; do basename "$file"; done | paste -sd ' '), its tokens ${NUM_TOKENS:-as by default}, updates $UPDATES"
+settings="$folder, $PRECISION, windows $NUM_WINDOWS, prompts $PROMPTS, documents ${LIMIT:-all}, new tokens $NEW_TOKENS, \
+calibration text $CALIBRATION, tokens of it ${NUM_TOKENS:-as by default}, updates $UPDATES"
+if [ -e "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+  echo "paper.sh: $OUT has results of other settings ($(cat "$OUT/settings")), now $settings: give another OUT" >&2
+  exit 1
+fi
+echo "$settings" > "$OUT/settings"
 
 # step COST RESULT COMMAND...: runs it unless the result is there; a result in OUT is the last line of its output.
 # COST: tokens that a forward pass would take as long for. With mode=list it only says what is missing.
@@ -123,8 +132,9 @@ open('$WIKITEXT', 'w').write(''.join(text))" || { echo "cannot fetch WikiText-2:
 described=$folder
 [ -e "$folder/config.json" ] || described=$(dirname "$(python -c "from huggingface_hub import hf_hub_download
 print(hf_hub_download('$model', 'config.json'))")")
-mode=list plan | python -m benchmarks.paper estimate "$described" "${run[@]}"
+mode=list plan | python -m benchmarks.paper estimate "$described" "${run[@]}" | tee -a "$OUT/runs"
 [ -z "${ESTIMATE:-}" ] || exit 0
+echo >> "$OUT/runs"
 mode=run plan
 mode=list plan > "$OUT/missing"
 python -m benchmarks.paper report "$OUT" "$settings"

@@ -252,9 +252,14 @@ def test_the_papers_report(tmp_path):
     )
     (tmp_path / "missing").write_text(f"123 {tmp_path}/tasks/mmlu@0.json\n")
     (tmp_path / "commands.sh").write_text("python eval.py\n")
+    (tmp_path / "runs").write_text("date 2026: 3 steps\n")
     paper.main(["report", str(tmp_path), "windows 2"])
     text = (tmp_path / "report.md").read_text()
-    assert "windows 2. date" in text and "tasks/mmlu@0.json" in text and "```\npython eval.py\n```" in text
+    assert (
+        "\n\nwindows 2.\n\ndate 2026: 3 steps\n" in text
+        and "tasks/mmlu@0.json" in text
+        and "```\npython eval.py\n```" in text
+    )
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert ["perplexity", "0", "25", "50"] in rows and ["dense", "18.70 (0.0)"] in rows
     assert ["refined", "", "18.90 (49.3)", "22.81 (49.3)"] in rows and ["piqa", "70.00", "60.00"] in rows
@@ -290,7 +295,7 @@ echo '{"perplexity": 1}'
     environment |= {"TASKS": "piqa mmlu=task.yaml:mmlu.jsonl:5", "NUM_WINDOWS": "9", "DEVICE": "cpu"}
 
     def run(**changes) -> list[str]:
-        log.unlink(missing_ok=True)
+        log.write_text("")
         command = [str(root / "benchmarks" / "paper.sh"), str(model)]
         run.done = subprocess.run(command, env=environment | changes, capture_output=True, text=True, check=True)
         return [line for line in log.read_text().splitlines() if not line.startswith("-m benchmarks.paper")]
@@ -303,6 +308,9 @@ echo '{"perplexity": 1}'
     assert (out / "commands.sh").read_text().splitlines() == [f"python {line}" for line in first]
     assert run(FAIL="no") == [line for line in first if "--thresholds greedy" in line]
     assert run(FAIL="no") == [] and (out / "missing").read_text() == ""
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run(FAIL="no", NUM_WINDOWS="8")
+    assert "has results of other settings" in error.value.stderr and "windows 8" in error.value.stderr
 
     # the commands themselves
     base = f"--checkpoint_path {model} --precision bfloat16 --device cpu"
