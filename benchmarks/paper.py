@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import options
-from benchmarks.plot import RULES, grid
+from benchmarks.plot import RULES, grid, ticks
 from benchmarks.results import provenance
 from cli import placement
 from formats.files import read_json, write_output
@@ -53,7 +53,7 @@ def estimate(folder: Path, steps: list[str], device: torch.device, dtype: torch.
 # of each table the title, and what a cell shows of a result; see `results_of`
 TABLES = {
     "perplexity": ("WikiText-2: perplexity (% of the weights cut)", "{perplexity:.2f} ({cut:.1f})"),
-    "tasks": ("Tasks: score in %, refined thresholds", "{score:.2f}"),
+    "tasks": ("Tasks: score in % (acc_norm, acc or exact match), refined thresholds", "{score:.2f}"),
     "robustness": ("Other texts, 50 %: perplexity (% cut)", "{perplexity:.2f} ({cut:.1f})"),
     "generation": ("Own text, 50 %: perplexity under dense; repetition", "{perplexity:.2f}; {repetition:.1%}"),
     "latency": ("Decoding one text: tokens/s (% cut)", "{tokens_per_sec:.1f} ({cut:.1f})"),
@@ -87,20 +87,25 @@ def draw(path: Path, tables: dict[str, dict]) -> None:
             # the dense model is where every rule begins
             points = list(found.values()) + list(tables[name].get("dense", {}).values()) * (row in RULES)
             points = sorted((result["cut"], result[value]) for result in points)
-            axis.plot(*zip(*points, strict=True), "o-", color=RULES.get(row), label=row)
+            axis.plot(*zip(*points, strict=True), "o-", color=(RULES | {"dense": "black"}).get(row), label=row)
             axis.legend(fontsize=8)
-        axis.set(xlabel="weights cut, %", ylabel=TABLES[name][0], yscale="log" if name == "perplexity" else "linear")
+        axis.set(xlabel="weights cut, %", ylabel=TABLES[name][0])
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    ticks(axes[0], (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 200, 300, 1000))
+    for axis in axes[1:]:
+        axis.set_ylim(0, None)
     figure.savefig(path, dpi=150)
 
 
 def report(out: Path, note: str) -> str:
     """Writes report.md and report.png beside the results; the path of the former."""
     tables = {name: results_of(out / name) for name in TABLES}
-    text = [f"# {out.name}", f"{note}.", (out / "runs").read_text()]
+    text = [f"# {out.name}", f"{note}.", (out / "runs").read_text().strip()]
     if missing := (out / "missing").read_text().split()[1::2]:
         text.append(f"**Missing**, because the step failed: {', '.join(missing)}")
 
-    for name, (title, cell) in TABLES.items():
+    for name, (title, cell) in ((name, TABLES[name]) for name in TABLES if tables[name]):
         columns = list(dict.fromkeys(column for found in tables[name].values() for column in found))
         lines = [[name, *columns], ["---"] * (1 + len(columns))]
         lines += [[row, *(cell.format(**r[c]) if c in r else "" for c in columns)] for row, r in tables[name].items()]

@@ -54,8 +54,10 @@ step() {
   if [ "$mode" = list ]; then echo "$cost $result"; return; fi
   echo "== python $*" >&2
   if [[ $result != "$OUT"/* ]]; then python "$@" || echo "failed: $result" >&2; return 0; fi
-  if python "$@" > "$result.output"; then tail -n 1 "$result.output" > "$result.new" && mv "$result.new" "$result"
-  else echo "failed: $result" >&2; fi
+  python "$@" > "$result.output" || { echo "failed: $result" >&2; return 0; }
+  tail -n 1 "$result.output" > "$result.new"
+  mv "$result.new" "$result"
+  rm "$result.output"
 }
 
 # cut RULE LEVEL: the flags of a run at LEVEL % of the weights
