@@ -37,7 +37,7 @@ def with_typos(text: str) -> str:
 
 
 def estimate(folder: Path, steps: list[str], device: torch.device, dtype: torch.dtype) -> str:
-    """On what, and how long the steps take there, to a factor of two or so: by the time of one large product."""
+    """On what, and how long the steps take there, rather too long, to a factor of four: by one large product."""
     a = torch.ones(2048, 4096, device=device, dtype=dtype)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
@@ -89,7 +89,7 @@ def draw(path: Path, tables: dict[str, dict]) -> None:
             points = sorted((result["cut"], result[value]) for result in points)
             axis.plot(*zip(*points, strict=True), "o-", color=(RULES | {"dense": "black"}).get(row), label=row)
             axis.legend(fontsize=8)
-        axis.set(xlabel="weights cut, %", ylabel=TABLES[name][0])
+        axis.set(xlabel="weights cut, %", ylabel=TABLES[name][0].split(" (")[0])
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     ticks(axes[0], (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 200, 300, 1000))
