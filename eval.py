@@ -32,7 +32,7 @@ from tqdm import tqdm, trange
 
 import options
 from cli import placement
-from decoder import Generator, check_finite
+from decoder import MAX_ROWS, Generator, check_finite, why_unfused
 from formats.default_model import resolve_checkpoint
 from formats.text import task_tokens
 from generate import ModelSource
@@ -119,10 +119,14 @@ def evaluate_generation(o: argparse.Namespace, model: Transformer, tokens: Tenso
         raise ValueError(f"--judge {o.judge} has another vocabulary; give the checkpoint that this one was made from")
     dense = {"dense_prefix": o.context + o.window} if isinstance(judge, SparseTransformer) else {}
 
+    # on a CPU cut rows that are fused share what they read; each of others reads its own
+    fused = model.device.type == "cpu" and isinstance(model, SparseTransformer)
+    fused = fused and not why_unfused(model.config, model.device, MAX_ROWS, Generator.top_k)
+    step, at_once = ("fused", MAX_ROWS) if fused else ("eager", WRITTEN_ROWS)
     losses, texts = [], []
-    for first in trange(0, o.num_windows, WRITTEN_ROWS, desc="writing and judging", unit="batch"):
-        prompts = [tokens[start : start + o.context].to(model.device) for start in starts[first:][:WRITTEN_ROWS]]
-        generator = Generator(model, len(prompts), o.context + o.window, TEMPERATURE, seed=first)
+    for first in trange(0, o.num_windows, at_once, desc="writing and judging", unit="batch"):
+        prompts = [tokens[start : start + o.context].to(model.device) for start in starts[first:][:at_once]]
+        generator = Generator(model, len(prompts), o.context + o.window, TEMPERATURE, step=step, seed=first)
         written = generator(prompts, o.window)
         texts += written.new.tolist()
         for batch in written.tokens.split(GPU_WINDOWS):
