@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm, trange
 
 import options
+import tp
 from cli import placement
 from decoder import MAX_ROWS, Generator, check_finite, why_unfused
 from formats.default_model import resolve_checkpoint
@@ -114,13 +115,13 @@ def evaluate_text(o: argparse.Namespace, model: Transformer, tokens: Tensor) -> 
 def evaluate_generation(o: argparse.Namespace, model: Transformer, tokens: Tensor, eos_ids: tuple) -> tuple[dict, str]:
     """Lets the model write, measures and prints what it wrote; returns the JSON keys, and what was left dense."""
     starts = window_starts(len(tokens), o.context, o.window, o.num_windows)
-    judge = Transformer.from_checkpoint(resolve_checkpoint(o.judge), *placement(o)) if o.judge else model
+    judge = ModelSource(*placement(o), resolve_checkpoint(o.judge)).load(Transformer) if o.judge else model
     if judge.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"--judge {o.judge} has another vocabulary; give the checkpoint that this one was made from")
     dense = {"dense_prefix": o.context + o.window} if isinstance(judge, SparseTransformer) else {}
 
     # on a CPU cut rows that are fused share what they read; each of others reads its own
-    fused = model.device.type == "cpu" and isinstance(model, SparseTransformer)
+    fused = model.device.type == "cpu" and isinstance(model, SparseTransformer) and tp.count() == 1
     fused = fused and not why_unfused(model.config, model.device, MAX_ROWS, Generator.top_k)
     step, at_once = ("fused", MAX_ROWS) if fused else ("eager", WRITTEN_ROWS)
     losses, texts = [], []
@@ -172,6 +173,7 @@ def main(argv: list[str] | None = None) -> dict:
     o = options.eval(argv)
     if o.tasks not in TASKS:
         check_harness(o.tasks)
+    tp.start(o.device)
     source = ModelSource(*placement(o), resolve_checkpoint(o.checkpoint_path))
 
     # a text that is too short is an error before anything is made

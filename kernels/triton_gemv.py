@@ -215,6 +215,21 @@ def prefetch_gate_up(
         prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
 
 
+@triton.jit
+def unpacked(word, i: tl.constexpr, DTYPE: tl.constexpr):
+    """The i-th number, as float32, of a run of DTYPE, from the word of 64 bits that holds it."""
+    if DTYPE == tl.float32:
+        bits = (word >> 32 * (i % 2)).to(tl.int32)
+        x = bits.to(tl.float32, bitcast=True)
+    elif DTYPE == tl.bfloat16:  # half the work of a conversion
+        half = (word >> 32 * (i // 2 % 2)).to(tl.int32)
+        half = half & -65536 if i % 2 else half << 16
+        x = half.to(tl.float32, bitcast=True)
+    else:
+        x = (word >> 16 * (i % 4)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return x
+
+
 # ---- integers: sums of x times integer, taken without converting the integers
 
 
@@ -464,6 +479,7 @@ class Product(NamedTuple):
     offset: [out], float32, what is added to a product, the shifts' product and a bias; or None.
     fineness: [out], float32, of the outputs' grid, see `kernels.grids`; None: sums depend on the order of the programs.
     multiplier: of the product, the offset included.
+    whole: inputs and segments of the weight that this one is a rank's part of; None: it is no part.
     """
 
     weight: Tensor
@@ -474,10 +490,16 @@ class Product(NamedTuple):
     offset: Tensor | None = None
     fineness: Tensor | None = None
     multiplier: float = 1.0
+    whole: tuple[int, list[int]] | None = None
 
     @property
     def form(self) -> Form:
         return form_of(self.weight, self.weight_scale)
+
+    def plan(self, prologue: str, dependent: bool, last_rstd: bool = True) -> Plan:
+        """See `plan_for`. A part's sums are those of the whole, so that any number of ranks gets the same bits."""
+        shape = self.whole or (len(self.weight), self.segments)
+        return plan_for(prologue, *shape, self.sparsity, self.form, dependent, last_rstd, self.segments)
 
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
@@ -534,7 +556,7 @@ def launch_gemv(
     weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
     gain, eps, last_rstd = norm or (None, 0.0, None)
     if plan is None:
-        plan = plan_for(prologue, n_in, product.segments, product.sparsity, form, pdl, last_rstd is not None)
+        plan = product.plan(prologue, pdl, last_rstd is not None)
 
     # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
     if form.name != "none":
