@@ -355,7 +355,8 @@ def launch_int8(
     product.check()
     weight, segments, n_in, rows = product.weight, product.segments, len(product.weight), len(x)
     read = product.offset, product.weight_scale, product.fineness
-    assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, *read)) and out.stride(0) % 4 == 0
+    assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, *read))
+    assert len(out) == 1 or out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
     plan = product.plan(prologue, pdl, last_rstd is not None)
     operation, full = product.operation(prologue, dtype), not any(width % TILE.value for width in segments)
