@@ -17,14 +17,11 @@ from kernels.plan import BLOCK_IN, Plan
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
-    ONE,
     Norm,
     Operation,
     Product,
     fixed,
-    fraction,
     inputs,
-    joined,
     load_constants,
     load_inputs,
     outputs_of_tile,
@@ -66,7 +63,7 @@ def rows_plan(plan: Plan, segments: list[int], bits: int, rows: int, dependent: 
     if not plan.rows and sum(segments) % 16 == 0:  # else the loads of one row are not vectors
         strands = max(1, (256 if bits == 16 else 128) // plan.block_out)
     few = rows <= 2
-    by_thread = 16 if bits == 4 and few else 8 if bits < 16 or few else 4
+    by_thread = 8 if few else 4
     block_out = 32 * by_thread // strands
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
     at_once = min(16 if few else 8, BLOCK_IN // strands)
@@ -82,7 +79,7 @@ def x_words(rows, dtype):
 @triton.jit
 def _prepare_kernel(
     x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, down_ptr, x_stride, n_zero, eps,
-    # compiled in: strides of made, inputs of it with those beyond the last, which are 0; int8's inputs with one scale
+    # compiled in: strides of made, inputs of it with those beyond the last, which are 0; inputs with one scale
     ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr,
     OP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
@@ -109,7 +106,7 @@ def _prepare_kernel(
     x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
     share = segment * tl.cdiv(tl.num_programs(1), SHARE) + row // SHARE
     x = tl.where(keep, x, 0.0)
-    if GROUP > 0:
+    if OP.bits == 8:
         x = tl.reshape(x, (PART // GROUP, GROUP))
         up, down = scales_of(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1))
         x = tl.reshape(fixed(x, up[:, None]), (PART,)).to(tl.int16)
@@ -138,22 +135,6 @@ def kept_by_any(kept_ptr, block, n_rows, ROWS: tl.constexpr, OP: tl.constexpr):
 
 
 @triton.jit
-def _zeros(OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr):
-    """The sums that `_add_rows` adds to."""
-    PACK: tl.constexpr = OP.pack
-    WORDS: tl.constexpr = PLAN.block_out // PACK
-    ones, low = 0.0, 0.0
-    if OP.bits >= 16:
-        STRANDS: tl.constexpr = PLAN.strands
-        acc = (tl.zeros((STRANDS, WORDS), tl.float32),) * ROWS
-    else:
-        acc = (tl.zeros((WORDS,), tl.float32),) * (ROWS * PACK)
-        ones = (tl.zeros((WORDS // 2,), tl.float32),) * ROWS
-        low = ones
-    return acc, ones, low
-
-
-@triton.jit
 def _fetch_x(x_ptr, X_WORDS: tl.constexpr):
     """Brings a block's x into L1, whose latency every row of W would wait for; nothing waits for the result."""
     at = x_ptr + tl.arange(0, BLOCK) * X_WORDS
@@ -164,83 +145,47 @@ def _fetch_x(x_ptr, X_WORDS: tl.constexpr):
 
 @triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs], of int4 as `add_products` has them; ones and low too
-    acc, ones, low,
-    # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
-    # bits of 1.0
-    kept, x_ptr, weight_ptr, weight_scale_ptr, n_out, first, last, one,
+    # sums of each row, [strands, outputs]
+    acc,
+    # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile
+    kept, x_ptr, weight_ptr, n_out, cols, in_cols,
     OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,
 ):
     """Adds the block's rows of W, PLAN.rows at a time of each strand, to the sums of every row of x."""
-    PACK: tl.constexpr = OP.pack
-    WORDS: tl.constexpr = PLAN.block_out // PACK
     STRANDS: tl.constexpr = PLAN.strands
     AT_ONCE: tl.constexpr = PLAN.rows
     X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
     IN_WORD: tl.constexpr = 64 // OP.dtype.primitive_bitwidth
-    words = first // PACK + tl.arange(0, WORDS)
-    in_words = words < last // PACK
     strand = tl.arange(0, STRANDS)
     for part in range(0, BLOCK // STRANDS, AT_ONCE):
-        # the weights, in int4 with pairs of scale and minimum of two words
-        weights, scales = (), ()
+        weights = ()
         for j in tl.static_range(AT_ONCE):
-            if OP.bits >= 16:
-                i = (part + j) * STRANDS + strand
-                mask = ((kept >> i) & 1 != 0)[:, None] & in_words[None, :]
-                at = weight_ptr + i[:, None] * n_out + words[None, :]
-            else:
-                mask = in_words & ((kept >> (part + j)) & 1 != 0)
-                at = weight_ptr + (part + j) * (n_out // PACK) + words
+            i = (part + j) * STRANDS + strand
+            mask = ((kept >> i) & 1 != 0)[:, None] & in_cols[None, :]
+            at = weight_ptr + i[:, None] * n_out + cols[None, :]
             weights = weights + (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)  # noqa: RUF005
-            if OP.bits == 4:
-                two = first // (2 * PACK) + tl.arange(0, WORDS // 2)
-                at = weight_scale_ptr + (part + j) * (n_out // OP.groupsize) + two * (2 * PACK) // OP.groupsize
-                mask = (two < last // (2 * PACK)) & ((kept >> (part + j)) & 1 != 0)
-                scales = scales + (tl.load(at, mask=mask, other=0),)  # noqa: RUF005 (Triton knows no stars)
 
         # their products with every row of x
         for j in tl.static_range(AT_ONCE):
-            sums, new_ones, new_low = (), (), ()
-            if OP.bits >= 16:
-                weight = weights[j].to(tl.float32)
-                for r in tl.static_range(ROWS):
-                    if r % IN_WORD == 0:
-                        some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
-                    sums = sums + (acc[r] + unpacked(some, r, OP.dtype)[:, None] * weight,)  # noqa: RUF005
-            else:
-                # integers are widened once for all rows, see `fraction`
-                fractions = ()
-                for k in tl.static_range(PACK):
-                    fractions = fractions + (fraction(weights[j], one, k),)  # noqa: RUF005
-                # x is multiplied by the scale of its group
-                for r in tl.static_range(ROWS):
-                    if r % IN_WORD == 0:
-                        some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
-                    x = unpacked(some, r, OP.dtype)
-                    new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
-                    x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
-                    new_ones = new_ones + (ones[r] + x,)  # noqa: RUF005
-                    x = tl.interleave(x, x)
-                    for k in tl.static_range(PACK):
-                        sums = sums + (acc[r * PACK + k] + x * fractions[k],)  # noqa: RUF005
+            sums, weight = (), weights[j].to(tl.float32)
+            for r in tl.static_range(ROWS):
+                if r % IN_WORD == 0:
+                    some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
+                sums = sums + (acc[r] + unpacked(some, r, OP.dtype)[:, None] * weight,)  # noqa: RUF005
             acc = sums
-            if OP.bits == 4:
-                ones, low = new_ones, new_low
-    return acc, ones, low
+    return acc
 
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, kept_ptr, weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
-    n_out, out_stride, n_rows, tiles_1, tiles_2, start_1, start_2, one,
+    x_ptr, kept_ptr, weight_ptr, out_ptr, offset_ptr, fineness_ptr,
+    n_out, out_stride, n_rows, tiles_1, tiles_2, start_1, start_2,
     OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out += m (W^T x + offset) for prepared x: a program takes PLAN.blocks, a tile and ROWS rows, one of SHARES."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    PACK: tl.constexpr = OP.pack
     BLOCKS: tl.constexpr = PLAN.blocks
     BLOCK_OUT: tl.constexpr = PLAN.block_out
     X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
@@ -249,14 +194,13 @@ def _rows_kernel(
     segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
-    n_words = n_out // PACK
     block = tl.program_id(1) * BLOCKS
 
     # before the wait: weights, which no launch writes
     if PREFETCH > 0:
         if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PREFETCH:
             rows = block * BLOCK + tl.arange(0, BLOCK)
-            at = weight_ptr + rows.to(tl.int64) * n_words + first // PACK
+            at = weight_ptr + rows.to(tl.int64) * n_out + first
             prefetch(at, rows < OP.n_in, BLOCK_OUT * OP.bits // 8)
     x_part = share
     if OP.cut:  # each segment has inputs of its own
@@ -273,18 +217,16 @@ def _rows_kernel(
         _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
     kept = kept_by_any(kept_ptr, block, n_rows, ROWS, OP)
     summed = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
-    acc, ones, low = _zeros(OP, PLAN, ROWS)
+    none = tl.zeros((PLAN.strands, BLOCK_OUT), tl.float32)
+    acc = (none,) * ROWS
     for _block in range(BLOCKS):
-        at = weight_ptr + block.to(tl.int64) * (BLOCK * n_words)
-        scale_at = weight_scale_ptr
-        if OP.bits == 4:
-            scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
+        at = weight_ptr + block.to(tl.int64) * (BLOCK * n_out)
         # the next block's inputs come while this one's weights do
         next_kept = kept_by_any(kept_ptr, block + 1, n_rows, ROWS, OP)
         if PDL:
             _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
         x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
-        acc, ones, low = _add_rows(acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS)
+        acc = _add_rows(acc, kept, x_at, at, n_out, cols, in_cols, OP, PLAN, ROWS)
         block += 1
         kept = next_kept
         if not PLAN.chained:
@@ -292,17 +234,13 @@ def _rows_kernel(
             for r in tl.static_range(ROWS):
                 sums = sums + (summed[r] + tl.sum(acc[r], axis=0),)  # noqa: RUF005 (Triton knows no stars)
             summed = sums
-            acc, ones, low = _zeros(OP, PLAN, ROWS)
+            acc = (none,) * ROWS
 
     # the outputs in their order, with the offsets, on their grid
     for r in tl.static_range(ROWS):
         out = summed[r]
         if PLAN.chained:
-            if OP.bits == 4:
-                acc_r = acc[r * PACK : r * PACK + PACK]
-                out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]))
-            else:
-                out = tl.sum(acc[r], axis=0)
+            out = tl.sum(acc[r], axis=0)
         if offset_ptr is not None:
             if tl.program_id(1) == 0:
                 out += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
@@ -334,23 +272,18 @@ def launch_rows(
     out: [rows, out and room], float32.
     """
     product.check()
-    weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
-    rows, segments = len(x), product.segments
+    weight, n_in, rows, segments = product.weight, len(product.weight), len(x), product.segments
     operation = product.operation(prologue, dtype)
     shares = triton.cdiv(rows, SHARE)
     share = triton.cdiv(rows, shares)
     room = x_words(share, operation.dtype) * 64 // operation.dtype.primitive_bitwidth
     launch_prepare(x, operation, product.threshold, prepared, room, share, norm=norm, zero=zero, pdl=pdl)
-    plan = rows_plan(product.plan(prologue, pdl), segments, form.bits, share, pdl)
-
-    # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
-    if form.name == "int4":
-        weight, weight_scale = weight.view(torch.int32), weight_scale.view(torch.int32)
+    plan = rows_plan(product.plan(prologue, pdl), segments, operation.bits, share, pdl)
     starts = starts_of(segments)
     tiles = starts_of([triton.cdiv(width, plan.block_out) for width in segments])
     _rows_kernel[(tiles[-1] * shares, triton.cdiv(n_in, BLOCK_IN * plan.blocks))](
-        prepared.made.view(torch.int64), prepared.kept, weight, out, product.offset, weight_scale, product.fineness,
-        starts[-1], out.stride(0), rows, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], ONE,
+        prepared.made.view(torch.int64), prepared.kept, weight, out, product.offset, product.fineness,
+        starts[-1], out.stride(0), rows, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS],
         OP=operation, PLAN=plan, ROWS=share, SHARES=shares, PREFETCH=PREFETCH * plan.prefetch, PDL=pdl,
         num_warps=1, launch_pdl=pdl,
     )
@@ -365,7 +298,7 @@ def launch_prepare(
     room: rows that lie side by side in what is made, [segments, shares, inputs in whole blocks, room]; 0: it is
         [rows, in].
     share: rows that one program of the product takes.
-    group: int8's inputs that have one scale: it makes [segments, rows, inputs in whole groups] and as many scales.
+    group: integers' inputs of one program: it makes [segments, rows, inputs in whole groups]; int8's scales, too.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)

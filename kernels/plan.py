@@ -35,8 +35,8 @@ VERY_WIDE = 16384
 # 4096 -> 28672 in tiles of 256 outputs, masked / by row: 32.6 / 31.9 us at 65 %, 49.4 / 51.1 at 40 %.
 MOSTLY_CUT = 0.6
 
-# Outputs of an int8 program, see `kernels.int8_mma`.
-INT8_OUT = 128
+# Outputs of an int8 program, and the most of one int4 product of the tensor cores, see `kernels.integer_mma`.
+INT8_OUT, CHUNK = 128, 64
 
 # Weights from which on rows of gate|up are prefetched during attention. llama-3-8b and llama-2-7b gain, see
 # `attention_prefetch`. With it llama-3.2-1b's step went from 0.708 to 0.705 ms at 50 % but from 0.616 to 0.620 at 65 %,
@@ -75,10 +75,11 @@ def plan_for(
     last_rstd: whether a norm's rstd is kept from token to token; without it no row after a norm can be guessed.
     part: segments of a rank's part of the weight, which is multiplied with the sums of the whole.
     """
-    if form.name == "int8":
+    if form.name != "none":
+        plan = _integer_plan(prologue, n_in, segments, sparsity, form)
         unknown = prologue == "norm" and not last_rstd
-        prefetched = dependent and not unknown and math.gcd(*(part or segments)) % INT8_OUT == 0
-        return _int8_plan(prologue, n_in, segments, sparsity, prefetched)
+        none = not dependent or unknown or math.gcd(*(part or segments)) % plan.block_out
+        return plan._replace(prefetch=0, prefetch_blocks=0, guess=False) if none else plan
     n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
     blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
 
@@ -95,25 +96,31 @@ def plan_for(
     return Plan(blocks, block_out, rows, registers, prefetch, prefetch_blocks, guess)
 
 
-def _int8_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, prefetched: bool) -> Plan:
-    """That of an int8 product; its blocks share a scale of x, so they are the same for every number of rows of x.
+def chunk_of(groupsize: int) -> int:
+    """Outputs of an int4 product of the tensor cores, all of one group and whole words."""
+    return next(n for n in range(CHUNK, 0, -8) if groupsize % n == 0)
 
-    prefetched: whether rows can be, where some are cut; dense weights themselves are loaded before the wait.
+
+def _integer_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, form: Form) -> Plan:
+    """That of integers; its blocks share a scale of x, so they are the same for every number of rows of x.
+
+    Where some are cut rows are prefetched; dense weights themselves are loaded before the wait.
 
     Four blocks save instructions, two have more programs. A step of llama-3-8b's 16 layers takes, in two / four blocks,
     1.518 / 1.536 ms dense, 1.019 / 1.020 at 50 % and 0.938 / 0.889 at 65 %; at 50 % qkv (6,144 outputs) 7.48 / 6.03 us,
-    o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %.
+    o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %. (int8)
     """
-    wide, tiles = sum(segments) > WIDE, sum(-(-width // INT8_OUT) for width in segments)
+    wide, chunk = sum(segments) > WIDE, chunk_of(form.groupsize) if form.groupsize else INT8_OUT
+    tile = chunk if form.name == "int8" else 4 * chunk
     # o has at most two: ranks split its inputs at heads, multiples of 64
     most = 4 if sparsity and prologue != "given" and (not wide or sparsity > MOSTLY_CUT) else 2
-    programs = tiles * -(-n_in // BLOCK_IN)
+    programs = sum(-(-width // tile) for width in segments) * -(-n_in // BLOCK_IN)
     blocks = next((b for b in (4, 2) if b <= most and programs >= b * RESIDENT // 2), 1)
 
     # 1,056 programs prefetch all their blocks: 1.024 ms at 50 %, none 1.072, 2,112 of them 1.026. Registers are the
     # compiler's: 128 dense (96: 1.518 -> 1.550 ms), 96 for two blocks, 168 for four.
-    plan = Plan(blocks, INT8_OUT, 0)
-    return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if prefetched and sparsity else plan
+    plan = Plan(blocks, tile, 0)
+    return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if sparsity else plan
 
 
 def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int]:

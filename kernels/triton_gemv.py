@@ -20,7 +20,6 @@ from kernels.quantized import Form, form_of
 MAX_SEGMENTS = 3
 SLOTS, STRIDE = tl.constexpr(64), tl.constexpr(32)  # copies of a norm's rstd, one per cache line of 32 float32
 RSTD_BUFFER = SLOTS.value * STRIDE.value  # behind the outputs of a product with a norm before it
-ONE = 0x3F800000  # bits of 1.0, see `fraction`
 BLOCK = tl.constexpr(BLOCK_IN)
 PIECE_ROWS, PIECE_BYTES = tl.constexpr(AHEAD_ROWS), tl.constexpr(AHEAD_BYTES)
 
@@ -34,7 +33,6 @@ class Operation(NamedTuple):
     n_in: int
     dtype: tl.dtype  # in which inputs are rounded and compared
     bits: int = 16  # of a weight
-    pack: int = 1  # outputs of a word, as it is loaded
     groupsize: int = 0  # int4's outputs per scale
     multiplier: float = 1.0  # of the sums
 
@@ -148,7 +146,7 @@ def inputs(rows, operands, constants, rstd, OP: tl.constexpr):
     return x, keep
 
 
-# ---- int8: x on 16-bit fixed point, see `kernels.int8_mma`
+# ---- integers: x on 16-bit fixed point, see `kernels.integer_mma`
 
 
 @triton.jit
@@ -167,8 +165,8 @@ def scales_of(largest):
 @triton.jit
 def fixed(x, up):
     """x 2^s rounded to an integer 256 h + l, as the signed bytes h and l in the low half of an int32."""
-    n = (x * up + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # what is added to 1.5 2^23 loses its fraction
-    return ((n + 128) & 0xFF00) | (n & 0xFF)
+    # what is added to 1.5 2^23 loses its fraction; 128 more, and a byte that counts from -128 becomes a signed one
+    return (x * up + 12583040.0).to(tl.int32, bitcast=True) ^ 0x80
 
 
 # ---- prefetching rows to L2, while the launch before still runs
@@ -185,8 +183,8 @@ def prefetch(rows_ptr, wanted, n_bytes):
 
 @triton.jit
 def prefetch_tile(
-    # the tile's first inputs and their constants, its first output, and the words of a row
-    rows, constants, first, n_words,
+    # the tile's first inputs and their constants, its first output, and the outputs of a row
+    rows, constants, first, n_out,
     # what guesses which rows are kept, and the rows
     x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr,
     OP: tl.constexpr, PLAN: tl.constexpr,
@@ -203,7 +201,8 @@ def prefetch_tile(
             if block > 0:
                 ahead_constants = load_constants(ahead, gain_ptr, threshold_ptr, OP)
             _x, wanted = inputs(ahead, load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
+        at = ahead.to(tl.int64) * n_out + first
+        prefetch(weight_ptr + (at >> 1 if OP.bits == 4 else at), wanted, TILE_BYTES)
 
 
 @triton.jit
@@ -253,44 +252,6 @@ def unpacked(word, i: tl.constexpr, DTYPE: tl.constexpr):
     return x
 
 
-# ---- int4: sums of x times integer, taken without converting the integers
-
-
-@triton.jit
-def fraction(word, one, k: tl.constexpr):
-    """1 + n / 2^(23 - PLACE) as float32, where n is the k-th integer of 4 bits of each int32 word.
-
-    n becomes part of the mantissa. That takes a shift for every two integers and one operation at the full rate (LOP3);
-    a conversion instruction runs at a quarter of it. At lower places float32 sums of these fractions would lose too
-    much of n. `one` holds the bits of 1.0, and is an argument because the compiler makes two operations of LOP3's two
-    constants.
-    """
-    PLACE: tl.constexpr = 15 + 4 * (k % 2)
-    SHIFT: tl.constexpr = 4 * k - PLACE
-    word = word >> SHIFT if SHIFT > 0 else word << -SHIFT
-    return ((word & (15 << PLACE)) | one).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def add_products(acc, x, word, one):
-    """acc[k] + x * the `fraction` of the k-th integer of each word, for all k."""
-    out = ()
-    for k in tl.static_range(8):
-        out = out + (acc[k] + x * fraction(word, one, k),)  # noqa: RUF005 (Triton knows no stars)
-    return out
-
-
-@triton.jit
-def joined(acc, ones, low):
-    """The sums of x * integer, plus `low`, in the outputs' order, from those of x * fraction and `ones`, that of x."""
-    s = ()
-    for k in tl.static_range(8):
-        s = s + ((acc[k] - ones) * 2.0 ** (8 - 4 * (k % 2)) + low,)  # noqa: RUF005
-    even = tl.interleave(tl.interleave(s[0], s[4]), tl.interleave(s[2], s[6]))
-    odd = tl.interleave(tl.interleave(s[1], s[5]), tl.interleave(s[3], s[7]))
-    return tl.interleave(even, odd)
-
-
 @triton.jit
 def lowest_bit(bits):
     """Index of the lowest bit set of an int32; below 0 for 0."""
@@ -320,17 +281,10 @@ def outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: 
 
 @triton.jit
 def _add_kept_rows(
-    # sums of the tile so far, see `_add_products`; `ones` and `low` of int4 alone
-    acc, ones, low,
-    # the block's inputs, its rows, and the end of the tile's segment of outputs
-    x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one,
-    OP: tl.constexpr, PLAN: tl.constexpr,
+    # sums of the tile so far, the block's inputs, its rows, and the end of the tile's segment of outputs
+    acc, x, keep, weight_ptr, n_out, cols, last, ROWS: tl.constexpr,
 ):
-    """Adds the block's kept rows, some at a time, each loaded by the whole warp; a cut row costs no instruction."""
-    PACK: tl.constexpr = OP.pack
-    WORDS: tl.constexpr = PLAN.block_out // PACK
-    ROWS: tl.constexpr = PLAN.rows
-    words = first // PACK + tl.arange(0, WORDS)
+    """Adds the block's kept rows, ROWS at a time, each loaded by the whole warp; a cut row costs no instruction."""
     lane = tl.arange(0, BLOCK)
     kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
     while kept != 0:
@@ -338,22 +292,11 @@ def _add_kept_rows(
             i = lowest_bit(kept)
             x_i = tl.sum(tl.where(lane == i, x.to(tl.int32, bitcast=True), 0), axis=0)
             x_i = x_i.to(tl.float32, bitcast=True)
-            mask = words < tl.where(kept != 0, last // PACK, 0)
-            at = weight_ptr + i * (n_out // PACK) + words
-            word = tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
-
-            if OP.bits >= 16:
-                acc = (acc[0] + x_i * word.to(tl.float32),)
-            else:  # two bfloat16, a scale and a minimum, for two words
-                pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
-                at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
-                pair = tl.load(at, mask=pairs < tl.where(kept != 0, last // (2 * PACK), 0), other=0)
-                low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
-                x_i *= (pair << 16).to(tl.float32, bitcast=True)
-                ones += x_i
-                acc = add_products(acc, tl.interleave(x_i, x_i), word, one)
+            mask = cols < tl.where(kept != 0, last, 0)
+            weight = tl.load(weight_ptr + i * n_out + cols, mask=mask, other=0, eviction_policy="evict_first")
+            acc += x_i * weight.to(tl.float32)
             kept = kept & (kept - 1)
-    return acc, ones, low
+    return acc
 
 
 @triton.jit
@@ -368,26 +311,23 @@ def _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols):
 @triton.jit
 def _gemv_kernel(
     # read and written
-    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr,
-    fineness_ptr,
+    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i
     n_out, n_zero, tiles_1, tiles_2, start_1, start_2,
-    # the norm's epsilon, and the bits of 1.0, see `fraction`
-    eps, one,
+    # the norm's epsilon
+    eps,
     # compiled in; ZERO: how much of zero_ptr each program fills
     OP: tl.constexpr, PLAN: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """out += m (W^T cut(x - shift) + offset): a program takes PLAN.blocks of inputs, a tile of outputs, a row of x.
 
-    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. int4 comes
-    as int32 words of eight outputs, by row only. int8 has kernels of its own, see `kernels.int8_mma`.
+    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. int8 and
+    int4 have a kernel of their own, see `kernels.integer_mma`.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    PACK: tl.constexpr = OP.pack
     BLOCKS: tl.constexpr = PLAN.blocks
     BLOCK_OUT: tl.constexpr = PLAN.block_out
-    tl.static_assert(PACK == 1 or PLAN.rows > 0)
 
     # the program's tile: inputs from `row` on, outputs from `first` on
     tile = tl.program_id(0)
@@ -399,7 +339,6 @@ def _gemv_kernel(
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
     row = tl.program_id(1) * BLOCKS * BLOCK
-    n_words = n_out // PACK
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
     rows = row + tl.arange(0, BLOCK)
@@ -410,7 +349,7 @@ def _gemv_kernel(
     if PLAN.prefetch > 0:
         if program < PLAN.prefetch:
             prefetch_tile(
-                rows, constants, first, n_words,
+                rows, constants, first, n_out,
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
     # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
@@ -438,15 +377,9 @@ def _gemv_kernel(
             if program == 0:
                 tl.store(last_rstd_ptr, rstd)
 
-    # sums of x times weight, of every output that a word holds; int4's scales lie beside the rows
-    acc = (tl.zeros((BLOCK_OUT // PACK,), tl.float32),) * PACK
-    weight_ptr += row.to(tl.int64) * n_words
-    ones, low = 0.0, 0.0
-    if OP.bits == 4:
-        ones = tl.zeros((BLOCK_OUT // (2 * PACK),), tl.float32)
-        low = ones
-        weight_scale_ptr += row.to(tl.int64) * (n_out // OP.groupsize)
-
+    # sums of x times weight
+    total = tl.zeros((BLOCK_OUT,), tl.float32)
+    weight_ptr += row.to(tl.int64) * n_out
     for _block in tl.static_range(BLOCKS):
         x, keep = inputs(rows, operands, constants, rstd, OP)
         if BLOCKS > 1:  # the next block's inputs come while this one's weights do
@@ -455,20 +388,13 @@ def _gemv_kernel(
             constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
 
         if PLAN.rows > 0:
-            acc, ones, low = _add_kept_rows(
-                acc, ones, low, x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one, OP, PLAN
-            )
+            total = _add_kept_rows(total, x, keep, weight_ptr, n_out, cols, last, PLAN.rows)
         else:
             x = tl.where(keep, x, 0.0) if OP.cut else x
-            acc = (acc[0] + _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols),)
-        weight_ptr += BLOCK * n_words
-        if OP.bits == 4:
-            weight_scale_ptr += BLOCK * (n_out // OP.groupsize)
+            total += _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols)
+        weight_ptr += BLOCK * n_out
 
-    # the sums of the outputs in their order; the first row of programs adds the offsets
-    total = acc[0]
-    if OP.bits == 4:
-        total = joined(acc, tl.interleave(ones, ones), tl.interleave(low, low))
+    # the first row of programs adds the offsets
     if offset_ptr is not None:
         total += offset
     if OP.multiplier != 1.0:
@@ -517,10 +443,9 @@ class Product(NamedTuple):
 
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
-        operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
-        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 8 if bits == 4 else 1
-        operation = operation._replace(cut=cut, shift=shift, bits=bits, pack=pack)
-        return operation._replace(groupsize=self.form.groupsize, multiplier=self.multiplier)
+        cut, shift, form = self.sparsity > 0, self.threshold.dim() == 3, self.form
+        operation = operation_of(prologue, len(self.weight), dtype)._replace(cut=cut, shift=shift, bits=form.bits)
+        return operation._replace(groupsize=form.groupsize, multiplier=self.multiplier)
 
     def check(self) -> None:
         """Asserts what the kernel relies on."""
@@ -567,15 +492,11 @@ def launch_gemv(
     pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
     """
     product.check()
-    assert product.form.name != "int8"
-    weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
+    assert product.form.name == "none"
+    weight, n_in = product.weight, len(product.weight)
     gain, eps, last_rstd = norm or (None, 0.0, None)
     if plan is None:
         plan = product.plan(prologue, pdl, last_rstd is not None)
-
-    # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
-    if form.name == "int4":
-        weight, weight_scale = weight.view(torch.int32), weight_scale.view(torch.int32)
 
     # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
     starts = starts_of(product.segments)
@@ -585,9 +506,8 @@ def launch_gemv(
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
 
     _gemv_kernel[grid](
-        x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, weight_scale,
-        product.fineness,
-        starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
+        x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, product.fineness,
+        starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )
