@@ -210,12 +210,12 @@ def _spread(x):
 
 
 @triton.jit
-def _load_factors(ptr, at, last, N: tl.constexpr):
+def _load_factors(ptr, at, there, N: tl.constexpr):
     """What belongs to each lane's N outputs, bits of float32; zeros where ptr is None."""
     if ptr is None:
         return (tl.zeros((BLOCK,), tl.int32),) * N
     else:
-        return _load(ptr + at, (at < last).to(tl.int32), N, N, ZERO=True)
+        return _load(ptr + at, there, N, N, ZERO=True)
 
 
 @triton.jit
@@ -231,11 +231,11 @@ def _add_to(out_at, wanted, sums, finenesses, N: tl.constexpr, OP: tl.constexpr,
         out = out + (x,)
     if not LANES.add_vectors:
         for i in tl.static_range(N):
-            tl.atomic_add(out_at + i, out[i], mask=wanted, sem="relaxed")
+            tl.atomic_add(out_at + i, out[i], mask=wanted != 0, sem="relaxed")
     elif N == 4:
-        _add_four(out_at, wanted.to(tl.int32), out)
+        _add_four(out_at, wanted, out)
     else:
-        _add_two(out_at, wanted.to(tl.int32), out)
+        _add_two(out_at, wanted, out)
 
 
 # ---- int8
@@ -308,8 +308,8 @@ def _int4_sums(codes, pairs, made, c: tl.constexpr, BLOCKS: tl.constexpr, LANES:
     for i in tl.static_range(5):  # the same order everywhere, and in the interpreter
         lows += _from_lane(lows.to(tl.int32, bitcast=True), lane ^ (16 >> i)).to(tl.float32, bitcast=True)
 
-    # inputs of two blocks meet in one product
-    sums = (z, z, z, z)
+    # inputs of two blocks meet in one product; two sums, so that a product need not wait for the one before
+    sums, others = (z, z, z, z), (z, z, z, z)
     scaled = scaled + (z.to(tl.float32),)
     for b in tl.static_range(0, BLOCKS, 2):
         both = _pick_bytes(fixed(scaled[b], scale), fixed(scaled[b + 1], scale), 0x5410)
@@ -319,8 +319,12 @@ def _int4_sums(codes, pairs, made, c: tl.constexpr, BLOCKS: tl.constexpr, LANES:
             two = one
             if b + 1 < BLOCKS:
                 two = codes[16 * b + 16 + 2 * i : 16 * b + 18 + 2 * i]
-            sums = _multiply_add_two(sums, one[0], one[1], two[0], two[1], b0, b1, SIGNED=False)
-    even, odd = (sums[0] * 256 + sums[1]).to(tl.float32), (sums[2] * 256 + sums[3]).to(tl.float32)
+            if i % 2:
+                others = _multiply_add_two(others, one[0], one[1], two[0], two[1], b0, b1, SIGNED=False)
+            else:
+                sums = _multiply_add_two(sums, one[0], one[1], two[0], two[1], b0, b1, SIGNED=False)
+    even = ((sums[0] + others[0]) * 256 + (sums[1] + others[1])).to(tl.float32)
+    odd = ((sums[2] + others[2]) * 256 + (sums[3] + others[3])).to(tl.float32)
     return tl.fma(even, down, lows), tl.fma(odd, down * 0.0625, lows)
 
 
@@ -353,7 +357,8 @@ def _integer_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = PLAN.blocks
-    ALL: tl.constexpr = not OP.cut and LANES.full and not LANES.by_word and OP.n_in % (32 * BLOCKS) == 0
+    WHOLE: tl.constexpr = LANES.full and not LANES.by_word  # every lane has all its outputs
+    ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (32 * BLOCKS) == 0
     GROUPS: tl.constexpr = (OP.n_in + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
     CHUNKS: tl.constexpr = 1 if OP.bits == 8 else LANES.words
     N: tl.constexpr = 4 if OP.bits == 8 else 2  # outputs that a lane adds, of each chunk
@@ -404,13 +409,14 @@ def _integer_kernel(
             )
     finenesses, offsets, scales = (), (), ()
     for c in tl.static_range(CHUNKS):
-        at_chunk, last_chunk = at + c * LANES.chunk, last
-        if OP.bits == 4:
-            last_chunk = tl.minimum(last, first + (c + 1) * LANES.chunk)
-        finenesses = finenesses + _load_factors(fineness_ptr, at_chunk, last_chunk, N)
-        offsets = offsets + _load_factors(offset_ptr, at_chunk, tl.where(group == 0, last_chunk, 0), N)
-    if OP.bits == 8:
-        scales = _load_factors(weight_scale_ptr, at, last, N)
+        at_chunk, there = at + c * LANES.chunk, tl.full((BLOCK,), 1, tl.int32)
+        if not WHOLE:
+            last_chunk = tl.minimum(last, first + (c + 1) * LANES.chunk) if OP.bits == 4 else last
+            there = (at_chunk < last_chunk).to(tl.int32)
+        finenesses = finenesses + _load_factors(fineness_ptr, at_chunk, there, N)
+        offsets = offsets + _load_factors(offset_ptr, at_chunk, tl.where(group == 0, there, 0), N)
+        if OP.bits == 8:
+            scales = _load_factors(weight_scale_ptr, at, there, N)
 
     # the launch before has ended
     if PDL:
@@ -460,10 +466,13 @@ def _integer_kernel(
 
     # each row's sums
     for c in tl.static_range(CHUNKS):
-        codes, at_chunk, last_chunk = (), at + c * LANES.chunk, last
+        codes, at_chunk, there = (), at + c * LANES.chunk, tl.full((BLOCK,), 1, tl.int32)
         if OP.bits == 4:
             codes = _codes_of_chunk(weights, c, BLOCKS, LANES.words)
-            last_chunk = tl.minimum(last, first + (c + 1) * LANES.chunk)
+        if not WHOLE:
+            last_chunk = tl.minimum(last, first + (c + 1) * LANES.chunk) if OP.bits == 4 else last
+            there = (at_chunk < last_chunk).to(tl.int32)
+        of_rows = ()
         for r in tl.static_range(max(ROWS, 1)):
             made_at, sums = made_ptr, ()
             if ROWS > 0:
@@ -489,10 +498,10 @@ def _integer_kernel(
                     even += offsets[2 * c].to(tl.float32, bitcast=True)
                     odd += offsets[2 * c + 1].to(tl.float32, bitcast=True)
                 sums = even, odd
-            _add_to(
-                out_ptr + r * out_stride + at_chunk, at_chunk < last_chunk, sums, finenesses[c * N : c * N + N],
-                N, OP, LANES, GRID,
-            )
+            of_rows = of_rows + (sums,)
+        for r in tl.static_range(max(ROWS, 1)):
+            out_at, fine = out_ptr + r * out_stride + at_chunk, finenesses[c * N : c * N + N]
+            _add_to(out_at, there, of_rows[r], fine, N, OP, LANES, GRID)
 
 
 # ---- launching it

@@ -37,6 +37,7 @@ MOSTLY_CUT = 0.6
 
 # Outputs of an int8 program, and the most of one int4 product of the tensor cores, see `kernels.integer_mma`.
 INT8_OUT, CHUNK = 128, 64
+INT4_SIZES = ((4, 2), (2, 4), (2, 2), (1, 2), (1, 1))
 
 # Weights from which on rows of gate|up are prefetched during attention. llama-3-8b and llama-2-7b gain, see
 # `attention_prefetch`. With it llama-3.2-1b's step went from 0.708 to 0.705 ms at 50 % but from 0.616 to 0.620 at 65 %,
@@ -78,18 +79,16 @@ def plan_for(
     if form.name != "none":
         plan = _integer_plan(prologue, n_in, segments, sparsity, form)
         unknown = prologue == "norm" and not last_rstd
-        none = not dependent or unknown or math.gcd(*(part or segments)) % plan.block_out
+        whole = math.gcd(*(part or segments)) % plan.block_out == 0 and plan.block_out * form.bits % 128 == 0
+        none = not dependent or unknown or not whole
         return plan._replace(prefetch=0, prefetch_blocks=0, guess=False) if none else plan
-    n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
-    blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
-
-    # Only tiles that divide every segment are prefetched. int4's wide ones keep their size all the same: 512 outputs do
-    # not divide llama-2-7b's gate, but 256 make its step 4 to 6 % longer.
-    if dependent and common % 128 == 0 and not (bits == 4 and n_out > WIDE):
+    n_out, common = sum(segments), math.gcd(*segments)
+    blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity)
+    if dependent and common % 128 == 0:  # only tiles that divide every segment are prefetched
         block_out = min(block_out, common & -common)
 
-    registers = _registers(prologue, sparsity, bits, blocks, block_out, rows)
-    prefetch, prefetch_blocks, guess = _prefetch(prologue, n_out, sparsity, bits, min(blocks, 3))
+    registers = _registers(prologue, sparsity, form.bits, blocks, rows)
+    prefetch, prefetch_blocks, guess = _prefetch(prologue, n_out, sparsity, min(blocks, 3))
     unknown = guess and prologue == "norm" and not last_rstd
     if not dependent or unknown or math.gcd(*(part or segments)) % block_out:
         return Plan(blocks, block_out, rows, registers)
@@ -110,38 +109,38 @@ def _integer_plan(prologue: str, n_in: int, segments: list[int], sparsity: float
     1.518 / 1.536 ms dense, 1.019 / 1.020 at 50 % and 0.938 / 0.889 at 65 %; at 50 % qkv (6,144 outputs) 7.48 / 6.03 us,
     o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %. (int8)
     """
-    wide, chunk = sum(segments) > WIDE, chunk_of(form.groupsize) if form.groupsize else INT8_OUT
-    tile = chunk if form.name == "int8" else 4 * chunk
     # o has at most two: ranks split its inputs at heads, multiples of 64
-    most = 4 if sparsity and prologue != "given" and (not wide or sparsity > MOSTLY_CUT) else 2
-    programs = sum(-(-width // tile) for width in segments) * -(-n_in // BLOCK_IN)
-    blocks = next((b for b in (4, 2) if b <= most and programs >= b * RESIDENT // 2), 1)
+    most = 4 if sparsity and prologue != "given" and (sum(segments) <= WIDE or sparsity > MOSTLY_CUT) else 2
+    chunk, sizes = INT8_OUT, ((4, 1), (2, 1), (1, 1))  # blocks and chunks, the best first
+    if form.name == "int4":
+        chunk, most = chunk_of(form.groupsize), 2 if prologue == "given" else 4
+        sizes = INT4_SIZES if chunk == CHUNK else ((2, 4), (1, 4))  # words that are loaded alone end anywhere
+
+    def fits(blocks: int, chunks: int) -> bool:
+        programs = sum(-(-width // (chunk * chunks)) for width in segments) * -(-n_in // BLOCK_IN)
+        divides = chunk != CHUNK or not math.gcd(*segments) % (chunk * chunks)
+        return blocks <= most and divides and programs >= blocks * RESIDENT // 2
+
+    blocks, chunks = next((size for size in sizes if fits(*size)), sizes[-1])
 
     # 1,056 programs prefetch all their blocks: 1.024 ms at 50 %, none 1.072, 2,112 of them 1.026. Registers are the
     # compiler's: 128 dense (96: 1.518 -> 1.550 ms), 96 for two blocks, 168 for four.
-    plan = Plan(blocks, tile, 0)
+    plan = Plan(blocks, chunk * chunks, 0)
     return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if sparsity else plan
 
 
-def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int]:
+def _tile(prologue: str, n_in: int, n_out: int, sparsity: float) -> tuple[int, int, int]:
     """(blocks, block_out, rows) of a `Plan`, before the tile is made to divide the segments."""
     blocks, tiles, given = -(-n_in // BLOCK_IN), -(-n_out // 128), prologue == "given"
-    wide = n_out > WIDE or (bits >= 16 and not sparsity and n_out > DENSE_WIDE)
-    # int4 goes by row: converting rows that are not needed costs what skipping them saves.
-    rows = 0 if bits >= 16 else 4 if sparsity else 16
+    wide = n_out > WIDE or (not sparsity and n_out > DENSE_WIDE)
 
     # A small product, see RESIDENT. Beyond half of what fits, 64 outputs gain nothing more (llama-3.2-1b at 50 %: 0.708
-    # ms with 128, 0.710 with 64); int4 gains nothing from 128 there (0.626 ms with 512, 0.649 with 128).
+    # ms with 128, 0.710 with 64).
     if not wide and blocks * -(-n_out // 64) <= RESIDENT // 2:
-        return 1, 64, rows
-    if not wide and blocks * tiles <= RESIDENT and bits >= 16:
-        return 1, 128, rows
+        return 1, 64, 0
+    if not wide and blocks * tiles <= RESIDENT:
+        return 1, 128, 0
 
-    # int4, dense, wants 1,024 outputs of gate|up (a step of 2.529 instead of 2.544 ms) and 256 of o and down.
-    if bits == 4:
-        return 1, 512 if sparsity else 1024 if wide else 256, rows
-
-    # wide, of 16 bits
     if wide and sparsity > MOSTLY_CUT:
         return 1 if given or n_out <= VERY_WIDE else 2, 256, 16
     if wide and (not sparsity or n_out > VERY_WIDE):
@@ -152,7 +151,7 @@ def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> t
     return 3 if three and sparsity and prologue in ("given", "norm") else 2, 128, 0
 
 
-def _registers(prologue: str, sparsity: float, bits: int, blocks: int, block_out: int, rows: int) -> int | None:
+def _registers(prologue: str, sparsity: float, bits: int, blocks: int, rows: int) -> int | None:
     """Most registers per thread, where the compiler's own choice is slower.
 
     Of products by row and of dense ones it takes 64, so that 32 programs fit a multiprocessor. With more a program has
@@ -161,35 +160,29 @@ def _registers(prologue: str, sparsity: float, bits: int, blocks: int, block_out
     if bits > 16:
         return None
 
-    # Dense: int4's step 2.534 -> 2.506 ms with 72, but not its gate|up; o and down of 16 bits with 128 5.163 -> 5.145
-    # (llama-3-8b).
-    if not sparsity and bits < 16:
-        return None if block_out > 512 else 72
+    # Dense o and down: llama-3-8b's step 5.163 -> 5.145 ms with 128.
     if not sparsity:
         return 128 if blocks > 1 else None
 
-    # By row after a norm: llama-3-8b's step at 65 % 2.398 -> 2.363 ms with 96, int4's at 50 % 1.816 -> 1.789 with 72.
+    # By row after a norm: llama-3-8b's step at 65 % 2.398 -> 2.363 ms with 96.
     if rows:
-        return (72 if bits < 16 else 96) if prologue == "norm" else None
+        return 96 if prologue == "norm" else None
 
     # Three unrolled blocks take 134 by themselves, of which not RESIDENT programs fit: 4096 -> 6144 11.5 instead of 9.4
     # us. After a norm the compiler needs no bound.
     return 128 if prologue == "given" and blocks == 3 else None
 
 
-def _prefetch(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int) -> tuple[int, int, bool]:
+def _prefetch(prologue: str, n_out: int, sparsity: float, blocks: int) -> tuple[int, int, bool]:
     """(prefetch, prefetch_blocks, guess) of a `Plan`.
 
     The memory is idle before a launch may begin. A guess comes from x as it is at that moment: from what the launch
     before has added up so far, or, given (o's x comes at once, at the end), from the last token's. The numbers are a
     step of llama-3-8b at 50 % unless said otherwise.
     """
-    # All rows where all are needed: dense 5.28 -> 5.14 ms. And before o and down of int4, where a guess costs what it
-    # saves.
+    # All rows where all are needed: dense 5.28 -> 5.14 ms.
     if not sparsity:
         return 528, 1, False
-    if prologue != "norm" and bits < 16:
-        return 264, 1, False
 
     # o: a guess takes 3.005 to 2.988 ms with both blocks of 1,056 programs. 1,320 programs of all blocks but the last
     # cost the step 0.35 % of that, but serve all shapes best alone (4096 -> 6144: 9.3 us, 9.5 with 1,056).
@@ -201,9 +194,7 @@ def _prefetch(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int
         return 2112, 1, True
 
     # qkv, gate|up. The second blocks of qkv's 528 programs: 3.005 -> 2.988 ms.
-    if bits >= 16:
-        return 528, blocks, True
-    return 1056 if n_out > VERY_WIDE else 264, blocks, True
+    return 528, blocks, True
 
 
 # A program that prefetches during attention asks for AHEAD_BYTES of each of AHEAD_ROWS rows of gate or up. Pieces of 1,
