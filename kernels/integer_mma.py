@@ -1,13 +1,13 @@
 """int8 and int4 products on a GPU: x on 16-bit fixed point, and exact sums of integers on the tensor cores.
 
-For 1 to 8 rows of x. A program is one warp. It takes PLAN.blocks of 32 inputs and a tile of PLAN.block_out outputs. Each
-row's inputs of one program share a power of two as their scale. No sum of integers rounds, so no order matters, and
-every number of rows has the same sums. Fixed point moves an input by at most 2^-15 of the largest one of the program;
-bfloat16 itself moves each by up to 2^-9 of it. An input that is kept and not finite makes the outputs of its programs
-not a number.
+For 1 to 8 rows of x. A program is one warp. It takes PLAN.blocks of 32 inputs and a tile of PLAN.block_out outputs.
+Each row's inputs of one program share a power of two as their scale. No sum of integers rounds, so no order matters,
+and every number of rows has the same sums. Fixed point moves an input by at most 2^-15 of the largest one of the
+program; bfloat16 itself moves each by up to 2^-9 of it. An input that is kept and not finite makes the outputs of its
+programs not a number.
 
-In int4 an input is first multiplied by its group's s, and it is these products that share a scale, in each group. Inputs
-times m are added up in float32, in one order.
+In int4 an input is first multiplied by its group's s, and it is these products that share a scale, in each group.
+Inputs times m are added up in float32, in one order.
 
 No weight is moved or converted for that: see "a tile" below. These kernels are written lane by lane: a tensor of 32
 numbers is one register of the warp.
@@ -111,6 +111,18 @@ def _from_lane(x, lane):
 
 
 @triton.jit
+def _zero_after_loads(at):
+    """An int32 of each lane that is 0, which is only known when all loads before this have begun; at: of a word.
+
+    The compiler moves no load across the wait, and cannot know that lane 31 has no lower lanes to be its bit 31.
+    """
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 z; griddepcontrol.wait; ld.global.b32 $0, [$1]; mov.u32 z, %lanemask_lt; shr.u32 z, z, 31; "
+        "and.b32 $0, $0, z; }", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )
+
+
+@triton.jit
 def _pick_bytes(word, other, choice):
     """Of each lane's two words the bytes that the digits of `choice`, 16 bits, name; 4 to 7 are the other's."""
     return tl.inline_asm_elementwise(
@@ -163,19 +175,20 @@ def _multiply_add_two(sums, a0, a1, a2, a3, b0, b1, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load_block(
-    weights, pairs, at, scale_at, kept, piece, last, n_bytes, first, ALL: tl.constexpr, OP: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """The tuples `weights`, and each lane's 8 inputs' words of a block, and `pairs`, int4's scales of a lane's input.
+def _load_block(weights, pairs, kept, b: tl.constexpr, tile, ALL: tl.constexpr, OP: tl.constexpr, LANES: tl.constexpr):
+    """The tuples `weights`, and each lane's 8 inputs' words of block b, and `pairs`, int4's s and m of a lane's input.
 
-    at: of the lane's first input and output, `piece`; scale_at: of its own input. Made from one address per program:
-    were they computed here, the compiler would put the loads off until their products.
-    kept: bits of the block's inputs, or ALL of them are; n_bytes: of an input's weights.
+    kept: bits of the block's inputs, or ALL of them are.
+    tile: addresses of the lane's first weights and scales; made from one address per program: else the compiler would
+        put the loads off until their products. Then the lane's first output, the tile's first, the segment's end, and
+        the outputs of an input.
     """
+    at, scale_at, piece, first, last, n_out = tile
     lane = tl.arange(0, BLOCK)
+    n_bytes = n_out if OP.bits == 8 else n_out >> 1
     if OP.bits == 4:
         own = (kept >> lane) & 1
+        scale_at += b * BLOCK * (n_out // OP.groupsize)
         if LANES.scales == LANES.words:
             at_pair = scale_at + first // OP.groupsize
             pairs = pairs + _load(at_pair, own, WORDS=LANES.words, VECTOR=LANES.scales, ZERO=True)
@@ -189,14 +202,15 @@ def _load_block(
     if not LANES.full:
         kept = tl.where(piece < last, kept, 0)
     for i in tl.static_range(8):
+        at_input = at + (b * BLOCK + i) * n_bytes
         wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
         if LANES.by_word:
             for c in tl.static_range(LANES.words):
                 output = piece + c * (4 if OP.bits == 8 else LANES.chunk)
                 there = tl.where(output < last, wanted, 0)
-                weights = weights + _load(at + i * n_bytes + c * LANES.apart, there, WORDS=1, VECTOR=1)
+                weights = weights + _load(at_input + c * LANES.apart, there, WORDS=1, VECTOR=1)
         else:
-            weights = weights + _load(at + i * n_bytes, wanted, LANES.words, LANES.vector, LANES.apart, ONCE=True)
+            weights = weights + _load(at_input, wanted, LANES.words, LANES.vector, LANES.apart, ONCE=True)
     return weights, pairs
 
 
@@ -219,7 +233,9 @@ def _load_factors(ptr, at, there, N: tl.constexpr):
 
 
 @triton.jit
-def _add_to(out_at, wanted, sums, finenesses, N: tl.constexpr, OP: tl.constexpr, LANES: tl.constexpr, GRID: tl.constexpr):
+def _add_to(
+    out_at, there, sums, finenesses, N: tl.constexpr, OP: tl.constexpr, LANES: tl.constexpr, GRID: tl.constexpr
+):
     """Adds N sums of each lane, put on the grid, to its outputs."""
     out = ()
     for i in tl.static_range(N):
@@ -231,11 +247,11 @@ def _add_to(out_at, wanted, sums, finenesses, N: tl.constexpr, OP: tl.constexpr,
         out = out + (x,)
     if not LANES.add_vectors:
         for i in tl.static_range(N):
-            tl.atomic_add(out_at + i, out[i], mask=wanted != 0, sem="relaxed")
+            tl.atomic_add(out_at + i, out[i], mask=there != 0, sem="relaxed")
     elif N == 4:
-        _add_four(out_at, wanted, out)
+        _add_four(out_at, there, out)
     else:
-        _add_two(out_at, wanted, out)
+        _add_two(out_at, there, out)
 
 
 # ---- int8
@@ -273,8 +289,11 @@ def _in_order(low, high):
 
 
 @triton.jit
-def _int8_sums(weights, made, scale, x_ptr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
-    """Sums of row r of x, int32, of each lane's 4 outputs; every lane takes 8 numbers of x, two a word."""
+def _int8_sums(
+    weights, made, scale, down, x_ptr, scales, offsets, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """Sums of a row of x of each lane's 4 outputs; every lane takes 8 numbers of x, two a word."""
     lane = tl.arange(0, BLOCK)
     z, t = tl.zeros((BLOCK,), tl.int32), lane % 4 * 8
     low, high = (z, z, z, z), (z, z, z, z)
@@ -286,14 +305,24 @@ def _int8_sums(weights, made, scale, x_ptr, ROWS: tl.constexpr, BLOCKS: tl.const
         else:
             x = _load(x_ptr + b * BLOCK + t, tl.full((BLOCK,), 1, tl.int32), 4, 4)
         low, high = _add_block(low, high, weights, b, x, LANES)
-    return _in_order(low, high)
+
+    sums, total = (), _in_order(low, high)
+    for i in tl.static_range(4):
+        x, factor = total[i].to(tl.float32) * down, scales[i].to(tl.float32, bitcast=True)
+        if OFFSET:
+            sums = sums + (tl.fma(x, factor, offsets[i].to(tl.float32, bitcast=True)),)
+        else:
+            sums = sums + (x * factor,)
+    return sums
 
 
 # ---- int4
 
 
 @triton.jit
-def _int4_sums(codes, pairs, made, c: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
+def _int4_sums(
+    codes, pairs, made, offsets, c: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr
+):
     """Sums of a row `made` of x, float32, of the lane's 2 outputs of chunk c; codes: rows of A, of every input two."""
     lane = tl.arange(0, BLOCK)
     z = tl.zeros((BLOCK,), tl.int32)
@@ -325,7 +354,11 @@ def _int4_sums(codes, pairs, made, c: tl.constexpr, BLOCKS: tl.constexpr, LANES:
                 sums = _multiply_add_two(sums, one[0], one[1], two[0], two[1], b0, b1, SIGNED=False)
     even = ((sums[0] + others[0]) * 256 + (sums[1] + others[1])).to(tl.float32)
     odd = ((sums[2] + others[2]) * 256 + (sums[3] + others[3])).to(tl.float32)
-    return tl.fma(even, down, lows), tl.fma(odd, down * 0.0625, lows)
+    even, odd = tl.fma(even, down, lows), tl.fma(odd, down * 0.0625, lows)
+    if OFFSET:
+        even += offsets[0].to(tl.float32, bitcast=True)
+        odd += offsets[1].to(tl.float32, bitcast=True)
+    return even, odd
 
 
 @triton.jit
@@ -363,6 +396,7 @@ def _integer_kernel(
     CHUNKS: tl.constexpr = 1 if OP.bits == 8 else LANES.words
     N: tl.constexpr = 4 if OP.bits == 8 else 2  # outputs that a lane adds, of each chunk
     GRID: tl.constexpr = fineness_ptr is not None
+    OFFSET: tl.constexpr = offset_ptr is not None
     lane = tl.arange(0, BLOCK)
     group = tl.program_id(1)
     program = group * tl.num_programs(0) + tl.program_id(0)
@@ -376,12 +410,13 @@ def _integer_kernel(
         piece, at = first + lane // 4 * 8, first + lane // 4 * 8 + lane % 2 * 4 + lane % 4 // 2 * 64
     else:
         piece, at = first + lane // 4 * 16, first + lane * 4
-    n_bytes = n_out if OP.bits == 8 else n_out >> 1
-    weights_at = weight_ptr + (group * (BLOCKS * BLOCK) + lane % 4 * 8).to(tl.int64) * n_bytes + (piece if OP.bits == 8 else piece >> 1)
-    scale_at, scale_step = weight_scale_ptr, 0
-    if OP.bits == 4:
-        scale_at += rows.to(tl.int64) * (n_out // OP.groupsize)
-        scale_step = BLOCK * (n_out // OP.groupsize)
+    at_input = (group * (BLOCKS * BLOCK) + lane % 4 * 8).to(tl.int64)
+    if OP.bits == 8:
+        weights_at, scale_at = weight_ptr + at_input * n_out + piece, weight_scale_ptr
+    else:
+        weights_at = weight_ptr + at_input * (n_out >> 1) + (piece >> 1)
+        scale_at = weight_scale_ptr + rows.to(tl.int64) * (n_out // OP.groupsize)
+    tile = weights_at, scale_at, piece, first, last, n_out
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
     weights, pairs, constants = (), (), ()
@@ -403,20 +438,17 @@ def _integer_kernel(
     if not OP.cut:
         for b in tl.static_range(BLOCKS):
             kept = kept_by_any(None, group * BLOCKS + b, 1, 1, OP)
-            weights, pairs = _load_block(
-                weights, pairs, weights_at + b * BLOCK * n_bytes, scale_at + b * scale_step, kept, piece, last,
-                n_bytes, first, ALL, OP, LANES,
-            )
-    finenesses, offsets, scales = (), (), ()
+            weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
+    finenesses, offsets, scales, there = (), (), (), ()
     for c in tl.static_range(CHUNKS):
-        at_chunk, there = at + c * LANES.chunk, tl.full((BLOCK,), 1, tl.int32)
+        at_chunk, mine = at + c * LANES.chunk, tl.full((BLOCK,), 1, tl.int32)
         if not WHOLE:
-            last_chunk = tl.minimum(last, first + (c + 1) * LANES.chunk) if OP.bits == 4 else last
-            there = (at_chunk < last_chunk).to(tl.int32)
-        finenesses = finenesses + _load_factors(fineness_ptr, at_chunk, there, N)
-        offsets = offsets + _load_factors(offset_ptr, at_chunk, tl.where(group == 0, there, 0), N)
+            mine = (at_chunk < (last if OP.bits == 8 else tl.minimum(last, first + (c + 1) * LANES.chunk))).to(tl.int32)
+        there = there + (mine,)
+        finenesses = finenesses + _load_factors(fineness_ptr, at_chunk, mine, N)
+        offsets = offsets + _load_factors(offset_ptr, at_chunk, tl.where(group == 0, mine, 0), N)
         if OP.bits == 8:
-            scales = _load_factors(weight_scale_ptr, at, there, N)
+            scales = _load_factors(weight_scale_ptr, at, mine, N)
 
     # the launch before has ended
     if PDL:
@@ -443,10 +475,7 @@ def _integer_kernel(
             made = made + (x,)
             if OP.cut:
                 kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
-                weights, pairs = _load_block(
-                    weights, pairs, weights_at + b * BLOCK * n_bytes, scale_at + b * scale_step, kept, piece, last,
-                    n_bytes, first, ALL, OP, LANES,
-                )
+                weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
             largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
         if OP.bits == 8:
             scale, down = scales_of(tl.max(largest, axis=0))
@@ -459,49 +488,38 @@ def _integer_kernel(
             down_ptr += segment * (ROWS * GROUPS)
         for b in tl.static_range(BLOCKS):
             kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, ROWS, OP)
-            weights, pairs = _load_block(
-                weights, pairs, weights_at + b * BLOCK * n_bytes, scale_at + b * scale_step, kept, piece, last,
-                n_bytes, first, ALL, OP, LANES,
-            )
+            weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
 
-    # each row's sums
+    # else the compiler puts some loads off until others have come
+    if OP.cut and PDL:
+        zero = _zero_after_loads(threshold_ptr + rows * 0)
+        if ROWS == 0:
+            late = ()
+            for b in tl.static_range(BLOCKS):
+                late = late + ((made[b].to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True),)
+            made = late
+
+    # each row's sums, chunk by chunk
     for c in tl.static_range(CHUNKS):
-        codes, at_chunk, there = (), at + c * LANES.chunk, tl.full((BLOCK,), 1, tl.int32)
+        codes, sums = (), ()
         if OP.bits == 4:
             codes = _codes_of_chunk(weights, c, BLOCKS, LANES.words)
-        if not WHOLE:
-            last_chunk = tl.minimum(last, first + (c + 1) * LANES.chunk) if OP.bits == 4 else last
-            there = (at_chunk < last_chunk).to(tl.int32)
-        of_rows = ()
         for r in tl.static_range(max(ROWS, 1)):
-            made_at, sums = made_ptr, ()
+            x_at, x = made_ptr, made
             if ROWS > 0:
-                made_at += (r * GROUPS + group) * (BLOCKS * BLOCK)
+                x_at += (r * GROUPS + group) * (BLOCKS * BLOCK)
             if OP.bits == 8:
-                total = _int8_sums(weights, made, scale, made_at, ROWS, BLOCKS, LANES)
                 if ROWS > 0:
                     down = tl.load(down_ptr + r * GROUPS + group)
-                for i in tl.static_range(N):
-                    x, scale_i = total[i].to(tl.float32) * down, scales[i].to(tl.float32, bitcast=True)
-                    if offset_ptr is not None:
-                        sums = sums + (tl.fma(x, scale_i, offsets[i].to(tl.float32, bitcast=True)),)
-                    else:
-                        sums = sums + (x * scale_i,)
+                new = _int8_sums(weights, made, scale, down, x_at, scales, offsets, ROWS, BLOCKS, LANES, OFFSET)
             else:
-                x = made
-                if ROWS > 0:
-                    x = ()
-                    for b in tl.static_range(BLOCKS):
-                        x = x + (tl.load(made_at + b * BLOCK + lane).to(tl.float32),)
-                even, odd = _int4_sums(codes, pairs, x, c, BLOCKS, LANES)
-                if offset_ptr is not None:
-                    even += offsets[2 * c].to(tl.float32, bitcast=True)
-                    odd += offsets[2 * c + 1].to(tl.float32, bitcast=True)
-                sums = even, odd
-            of_rows = of_rows + (sums,)
+                for b in tl.static_range(BLOCKS if ROWS else 0):
+                    x = x + (tl.load(x_at + b * BLOCK + lane).to(tl.float32),)
+                new = _int4_sums(codes, pairs, x, offsets[c * N : c * N + N], c, BLOCKS, LANES, OFFSET)
+            sums = sums + (new,)
         for r in tl.static_range(max(ROWS, 1)):
-            out_at, fine = out_ptr + r * out_stride + at_chunk, finenesses[c * N : c * N + N]
-            _add_to(out_at, there, of_rows[r], fine, N, OP, LANES, GRID)
+            out_at, fine = out_ptr + r * out_stride + at + c * LANES.chunk, finenesses[c * N : c * N + N]
+            _add_to(out_at, there[c], sums[r], fine, N, OP, LANES, GRID)
 
 
 # ---- launching it
