@@ -321,54 +321,71 @@ def _int8_sums(
 
 @triton.jit
 def _int4_sums(
-    codes, pairs, made, offsets, c: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr
+    weights, pairs, made, offsets, first: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    LANES: tl.constexpr, OFFSET: tl.constexpr,
 ):
-    """Sums of a row `made` of x, float32, of the lane's 2 outputs of chunk c; codes: rows of A, of every input two."""
+    """Sums of COUNT chunks from `first` on, of each those of all rows of x, of each those of the lane's 2 outputs.
+
+    made: x of all blocks of all rows. All that is independent comes in turn, since what follows has to wait.
+    """
+    WORDS: tl.constexpr = LANES.words
+    ALL: tl.constexpr = COUNT * ROWS
     lane = tl.arange(0, BLOCK)
     z = tl.zeros((BLOCK,), tl.int32)
-    lows, largest, scaled = z.to(tl.float32), z, ()
-    for b in tl.static_range(BLOCKS):
-        pair = pairs[b * LANES.words + c]
-        lows = tl.fma(made[b], (pair & -65536).to(tl.float32, bitcast=True), lows)
-        x = made[b] * (pair << 16).to(tl.float32, bitcast=True)
-        largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
-        scaled = scaled + (x,)
-    scale, down = scales_of(tl.max(largest, axis=0))
-    for i in tl.static_range(5):  # the same order everywhere, and in the interpreter
-        lows += _from_lane(lows.to(tl.int32, bitcast=True), lane ^ (16 >> i)).to(tl.float32, bitcast=True)
 
-    # inputs of two blocks meet in one product; two sums, so that a product need not wait for the one before
-    sums, others = (z, z, z, z), (z, z, z, z)
-    scaled = scaled + (z.to(tl.float32),)
-    for b in tl.static_range(0, BLOCKS, 2):
-        both = _pick_bytes(fixed(scaled[b], scale), fixed(scaled[b + 1], scale), 0x5410)
-        for i in tl.static_range(8):
-            b0, b1 = _spread(_from_lane(both, lane % 4 * 8 + i))
-            one = codes[16 * b + 2 * i : 16 * b + 2 * i + 2]
-            two = one
+    # x times s, on fixed point; inputs of two blocks share a word, and meet in one product
+    lows, largest, scaled, downs, both = (), (), (), (), ()
+    for c in tl.static_range(COUNT):
+        for r in tl.static_range(ROWS):
+            low, most = z.to(tl.float32), z
+            for b in tl.static_range(BLOCKS):
+                pair, x = pairs[b * WORDS + first + c], made[r * BLOCKS + b]
+                low = tl.fma(x, (pair & -65536).to(tl.float32, bitcast=True), low)
+                x = x * (pair << 16).to(tl.float32, bitcast=True)
+                most = tl.maximum(most, tl.abs(x).to(tl.int32, bitcast=True))
+                scaled = scaled + (x,)
+            lows, largest = lows + (low,), largest + (most,)
+    for j in tl.static_range(ALL):
+        scale, down = scales_of(tl.max(largest[j], axis=0))
+        downs = downs + (down,)
+        for b in tl.static_range(0, BLOCKS, 2):
+            n, other = fixed(scaled[j * BLOCKS + b], scale), z
             if b + 1 < BLOCKS:
-                two = codes[16 * b + 16 + 2 * i : 16 * b + 18 + 2 * i]
-            if i % 2:
-                others = _multiply_add_two(others, one[0], one[1], two[0], two[1], b0, b1, SIGNED=False)
-            else:
-                sums = _multiply_add_two(sums, one[0], one[1], two[0], two[1], b0, b1, SIGNED=False)
-    even = ((sums[0] + others[0]) * 256 + (sums[1] + others[1])).to(tl.float32)
-    odd = ((sums[2] + others[2]) * 256 + (sums[3] + others[3])).to(tl.float32)
-    even, odd = tl.fma(even, down, lows), tl.fma(odd, down * 0.0625, lows)
-    if OFFSET:
-        even += offsets[0].to(tl.float32, bitcast=True)
-        odd += offsets[1].to(tl.float32, bitcast=True)
-    return even, odd
+                other = fixed(scaled[j * BLOCKS + b + 1], scale)
+            both = both + (_pick_bytes(n, other, 0x5410),)
 
+    # the sums over lanes of x times m, in one order
+    for i in tl.static_range(5):
+        new = ()
+        for j in tl.static_range(ALL):
+            theirs = _from_lane(lows[j].to(tl.int32, bitcast=True), lane ^ (16 >> i))
+            new = new + (lows[j] + theirs.to(tl.float32, bitcast=True),)
+        lows = new
 
-@triton.jit
-def _codes_of_chunk(weights, c: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr):
-    """Rows g and g + 8 of A, of every input of the lane."""
-    codes = ()
-    for i in tl.static_range(BLOCKS * 8):
-        word = weights[i * WORDS + c]
-        codes = codes + (word & 0x0F0F0F0F, word & -0x0F0F0F10)
-    return codes
+    # products
+    sums = ((z, z, z, z),) * ALL
+    for b in tl.static_range(0, BLOCKS, 2):
+        for i in tl.static_range(8):
+            new = ()
+            for c in tl.static_range(COUNT):
+                one = weights[(8 * b + i) * WORDS + first + c]
+                two = weights[(8 * min(b + 1, BLOCKS - 1) + i) * WORDS + first + c]
+                a0, a1, a2, a3 = one & 0x0F0F0F0F, one & -0x0F0F0F10, two & 0x0F0F0F0F, two & -0x0F0F0F10
+                for r in tl.static_range(ROWS):
+                    x = _from_lane(both[(c * ROWS + r) * ((BLOCKS + 1) // 2) + b // 2], lane % 4 * 8 + i)
+                    b0, b1 = _spread(x)
+                    new = new + (_multiply_add_two(sums[c * ROWS + r], a0, a1, a2, a3, b0, b1, SIGNED=False),)
+            sums = new
+
+    out = ()
+    for j in tl.static_range(ALL):
+        even, odd = (sums[j][0] * 256 + sums[j][1]).to(tl.float32), (sums[j][2] * 256 + sums[j][3]).to(tl.float32)
+        even, odd = tl.fma(even, downs[j], lows[j]), tl.fma(odd, downs[j] * 0.0625, lows[j])
+        if OFFSET:
+            even += offsets[2 * (first + j // ROWS)].to(tl.float32, bitcast=True)
+            odd += offsets[2 * (first + j // ROWS) + 1].to(tl.float32, bitcast=True)
+        out = out + ((even, odd),)
+    return out
 
 
 # ---- the product
@@ -499,27 +516,29 @@ def _integer_kernel(
                 late = late + ((made[b].to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True),)
             made = late
 
-    # each row's sums, chunk by chunk
-    for c in tl.static_range(CHUNKS):
-        codes, sums = (), ()
-        if OP.bits == 4:
-            codes = _codes_of_chunk(weights, c, BLOCKS, LANES.words)
-        for r in tl.static_range(max(ROWS, 1)):
-            x_at, x = made_ptr, made
-            if ROWS > 0:
-                x_at += (r * GROUPS + group) * (BLOCKS * BLOCK)
+    # each row's sums, of some chunks at once
+    R: tl.constexpr = max(ROWS, 1)
+    COUNT: tl.constexpr = min(CHUNKS, 4 if R <= 2 else 2 if R <= 4 else 1)
+    for first_chunk in tl.static_range(0, CHUNKS, COUNT):
+        sums, x = (), made
+        for r in tl.static_range(ROWS):
+            x_at = made_ptr + (r * GROUPS + group) * (BLOCKS * BLOCK)
             if OP.bits == 8:
-                if ROWS > 0:
-                    down = tl.load(down_ptr + r * GROUPS + group)
+                down = tl.load(down_ptr + r * GROUPS + group)
                 new = _int8_sums(weights, made, scale, down, x_at, scales, offsets, ROWS, BLOCKS, LANES, OFFSET)
+                sums = sums + (new,)
             else:
-                for b in tl.static_range(BLOCKS if ROWS else 0):
+                for b in tl.static_range(BLOCKS):
                     x = x + (tl.load(x_at + b * BLOCK + lane).to(tl.float32),)
-                new = _int4_sums(codes, pairs, x, offsets[c * N : c * N + N], c, BLOCKS, LANES, OFFSET)
-            sums = sums + (new,)
-        for r in tl.static_range(max(ROWS, 1)):
-            out_at, fine = out_ptr + r * out_stride + at + c * LANES.chunk, finenesses[c * N : c * N + N]
-            _add_to(out_at, there[c], sums[r], fine, N, OP, LANES, GRID)
+        if OP.bits == 4:
+            sums = _int4_sums(weights, pairs, x, offsets, first_chunk, COUNT, R, BLOCKS, LANES, OFFSET)
+        elif ROWS == 0:
+            sums = (_int8_sums(weights, made, scale, down, made_ptr, scales, offsets, 0, BLOCKS, LANES, OFFSET),)
+        for c in tl.static_range(COUNT):
+            for r in tl.static_range(R):
+                out_at = out_ptr + r * out_stride + at + (first_chunk + c) * LANES.chunk
+                fine = finenesses[(first_chunk + c) * N : (first_chunk + c) * N + N]
+                _add_to(out_at, there[first_chunk + c], sums[c * R + r], fine, N, OP, LANES, GRID)
 
 
 # ---- launching it
@@ -569,5 +588,5 @@ def launch_integers(
         x, gain, product.threshold, *(prepared or (None, None, None)), weight, out, zero, last_rstd, *read,
         starts[-1], out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         OP=operation, PLAN=plan, LANES=lanes, ROWS=rows if prepared else 0, ZERO=zero_block, PDL=pdl,
-        num_warps=1, launch_pdl=pdl,
+        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )
