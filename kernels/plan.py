@@ -37,7 +37,7 @@ MOSTLY_CUT = 0.6
 
 # Outputs of an int8 program, and the most of one int4 product of the tensor cores, see `kernels.integer_mma`.
 INT8_OUT, CHUNK = 128, 64
-INT4_SIZES = ((4, 2), (2, 4), (2, 2), (1, 2), (1, 1))
+INT4_SIZES = ((2, 4), (2, 2), (1, 2), (1, 1))  # blocks of inputs and chunks of outputs, the best first
 
 # Weights from which on rows of gate|up are prefetched during attention. llama-3-8b and llama-2-7b gain, see
 # `attention_prefetch`. With it llama-3.2-1b's step went from 0.708 to 0.705 ms at 50 % but from 0.616 to 0.620 at 65 %,
@@ -107,26 +107,30 @@ def _integer_plan(prologue: str, n_in: int, segments: list[int], sparsity: float
 
     Four blocks save instructions, two have more programs. A step of llama-3-8b's 16 layers takes, in two / four blocks,
     1.518 / 1.536 ms dense, 1.019 / 1.020 at 50 % and 0.938 / 0.889 at 65 %; at 50 % qkv (6,144 outputs) 7.48 / 6.03 us,
-    o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %. (int8)
+    o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %. That is int8.
+    int4's o, gate|up and down, dense, in 2 blocks x 256 outputs 47.8 us, x 128 outputs 54.1, in 4 x 128 52.0, in
+    1 x 256 53.0.
     """
     # o has at most two: ranks split its inputs at heads, multiples of 64
     most = 4 if sparsity and prologue != "given" and (sum(segments) <= WIDE or sparsity > MOSTLY_CUT) else 2
-    chunk, sizes = INT8_OUT, ((4, 1), (2, 1), (1, 1))  # blocks and chunks, the best first
+    chunk, sizes, enough = INT8_OUT, ((4, 1), (2, 1), (1, 1)), RESIDENT // 2
     if form.name == "int4":
-        chunk, most = chunk_of(form.groupsize), 2 if prologue == "given" else 4
+        chunk, most, enough = chunk_of(form.groupsize), 2, RESIDENT // 4
         sizes = INT4_SIZES if chunk == CHUNK else ((2, 4), (1, 4))  # words that are loaded alone end anywhere
 
     def fits(blocks: int, chunks: int) -> bool:
         programs = sum(-(-width // (chunk * chunks)) for width in segments) * -(-n_in // BLOCK_IN)
         divides = chunk != CHUNK or not math.gcd(*segments) % (chunk * chunks)
-        return blocks <= most and divides and programs >= blocks * RESIDENT // 2
+        return blocks <= most and divides and programs >= blocks * enough
 
     blocks, chunks = next((size for size in sizes if fits(*size)), sizes[-1])
 
     # 1,056 programs prefetch all their blocks: 1.024 ms at 50 %, none 1.072, 2,112 of them 1.026. Registers are the
     # compiler's: 128 dense (96: 1.518 -> 1.550 ms), 96 for two blocks, 168 for four.
+    # int4's gate|up takes 26.1 us with it at 50 %, 18.9 without.
     plan = Plan(blocks, chunk * chunks, 0)
-    return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if sparsity else plan
+    ahead = sparsity and (form.name == "int8" or prologue == "given")
+    return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if ahead else plan
 
 
 def _tile(prologue: str, n_in: int, n_out: int, sparsity: float) -> tuple[int, int, int]:
