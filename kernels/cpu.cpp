@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <memory>
@@ -243,7 +244,7 @@ constexpr int64_t COLUMNS = 6144;  // outputs of all texts summed at a time: 24 
 constexpr int64_t GROUPS = COLUMNS / 16;  // of int4: the most among them
 constexpr int64_t AHEAD = 16384;   // bytes that are fetched before they are used, of at most
 constexpr int64_t ROWS_AHEAD = 64; // rows
-constexpr int64_t HEAD_AHEAD = 8192;  // the same bytes in the lm_head
+constexpr int64_t HEAD_AHEAD = 8192;  // bytes of the lm_head, which is one stream
 constexpr int64_t GRAIN = 32;      // a thread's range is a multiple of this: no cache line of a 2-byte W is read twice
 
 // A row from one of its outputs on.
@@ -394,10 +395,9 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> va
 template <typename T>
 void in_order(const float* from, float* to, int64_t width) {
   int64_t j = 0;
-  for (; APART<T> && j + 2 * LANES <= width; j += 2 * LANES) {
-    const Floats even = read<Floats>(from + j), odd = read<Floats>(from + j + LANES);
-    for (int64_t lane = 0; lane < LANES; lane++) to[j + 2 * lane] = even[lane], to[j + 2 * lane + 1] = odd[lane];
-  }
+  for (; APART<T> && j + 2 * LANES <= width; j += 2 * LANES)
+#pragma omp simd
+    for (int64_t i = j; i < j + LANES; i++) to[2 * i - j] = from[i], to[2 * i - j + 1] = from[i + LANES];
   std::copy(from + j, from + width, to + j);
 }
 
@@ -412,14 +412,16 @@ void apart(float* v, int64_t width) {
   }
 }
 
-// A row's products with the x of B texts. One row after the other is one stream, which the CPU fetches ahead by itself:
-// it reads 28 to 33 GB/s, four rows at a time 10 to 15 (113 MB, two cores of an EPYC).
+// A row's products with the x of B texts. One row after the other is one stream: 28 to 33 GB/s, four rows at a time 10 to
+// 15 (113 MB, two cores of an EPYC). In bfloat16 the CPU fetches it ahead by itself for one text, but for two it reads 17
+// GB/s where 27 are had by asking (one thread).
 template <int B, typename T>
 __attribute__((noinline)) void dots(const T* row, Texts<const float> x, int64_t width, float* results) {
   Floats total[B][4] = {};
   int64_t j = 0;
   for (; j + 4 * LANES <= width; j += 4 * LANES) {
-    for (int64_t line = 0; B > 1 && line < 4 * LANES; line += LINE<T>) __builtin_prefetch(row + j + line + HEAD_AHEAD / sizeof(T), 0, 2);
+    for (int64_t i = 0; (B > 1 || sizeof(T) == 1) && i < 4 * LANES; i += LINE<T>)
+      __builtin_prefetch(row + j + i + HEAD_AHEAD / sizeof(T), 0, 2);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; k++) {
       const Floats weights = T::load(row + j + k * LANES);
@@ -726,7 +728,7 @@ struct Model {
   const void *embedding, *norm, *output;
   const float* output_scale;  // [vocab] of an int8 output, else null
   float *h, *qkv, *y, *act, *logits;  // room for each text's values between the phases of a step
-  float* tops;                        // the largest logit of each GROUP of each text
+  float* tops;                        // the largest logit of each GROUP of each text, NaN where one is
   int64_t* tokens;                    // [texts, cache_length + 1]: a step reads those at its positions, writes the next
   int64_t cut;                        // 0: thresholds, shifts and offsets are left out
   int64_t shared;                     // 1: texts are the same one at positions in ascending order, in one row of caches
@@ -833,19 +835,22 @@ inline uint32_t mixed(uint32_t x) {
 }
 
 // The draw of a text's next token from its logits, by the numbers of decoder.py's `sample`: the largest of the top_k
-// logits over the temperature plus noise, a hash of seed, position and token. Those equal to the top_k-th take part.
+// logits over the temperature plus noise, a hash of seed, position and token. Those equal to the top_k-th take part. -1
+// where the largest logit is not finite or one is not a number.
 int64_t sample(const Model& m, int64_t text, uint32_t seed, int64_t position) {
   const int64_t groups = (m.vocab + GROUP - 1) / GROUP;
   const float *logits = m.logits + text * m.vocab, *tops = m.tops + text * groups;
+  float peak = tops[0];
+  for (int64_t g = 1; g < groups; g++) peak = tops[g] <= peak || peak != peak ? peak : tops[g];
+  if (!std::isfinite(peak)) return -1;
   if (m.temperature == 0) {
     const int64_t v = (std::max_element(tops, tops + groups) - tops) * GROUP;
     return std::max_element(logits + v, logits + std::min(m.vocab, v + GROUP)) - logits;
   }
-  const auto larger = [](float a, float b) { return a > b || (a == a) < (b == b); };  // NaN is least: an order of all
   float bound = -std::numeric_limits<float>::infinity();
   if (m.top_k < groups) {  // the top_k-th largest group has as many logits that are at least its largest
     std::vector<float> largest(tops, tops + groups);
-    std::nth_element(largest.begin(), largest.begin() + m.top_k - 1, largest.end(), larger);
+    std::nth_element(largest.begin(), largest.begin() + m.top_k - 1, largest.end(), std::greater());
     bound = largest[m.top_k - 1] / m.temperature;
   }
 
@@ -865,7 +870,7 @@ int64_t sample(const Model& m, int64_t text, uint32_t seed, int64_t position) {
   // the top_k-th largest of them, and the largest with noise of those that are not below it
   std::vector<float> ordered(best.begin(), best.begin() + n);
   const int64_t last = std::min<int64_t>(m.top_k, n) - 1;
-  std::nth_element(ordered.begin(), ordered.begin() + last, ordered.end(), larger);
+  std::nth_element(ordered.begin(), ordered.begin() + last, ordered.end(), std::greater());
   const uint32_t hash = mixed(mixed(seed) + uint32_t(position));
   int64_t drawn = tokens[0];
   float most = -std::numeric_limits<float>::infinity();
@@ -911,7 +916,7 @@ class Worker {
     const float multiplier = rounded<T>(m.embedding_multiplier);
     const Range mine(m.dim, member, team, GRAIN);
     for (int64_t b = 0; b < batch; b++) {
-      const T* embedding = static_cast<const T*>(m.embedding) + *token(b, 0) * m.dim;
+      const T* embedding = static_cast<const T*>(m.embedding) + std::max<int64_t>(0, *token(b, 0)) * m.dim;
       for (int64_t i = mine.begin; i < mine.end; i++)
         m.h[b * m.dim + i] = rounded<T>(embedding[i] * multiplier);
     }
@@ -959,7 +964,9 @@ class Worker {
         float* logits = m.logits + b * m.vocab + v;
         round_all<T>(sums.data() + b * GROUP, logits, n);
         for (int64_t i = 0; i < n; i++) logits[i] = rounded<T>(logits[i] / m.logits_scaling);
-        m.tops[b * groups + v / GROUP] = *std::max_element(logits, logits + n);
+        float top = logits[0];
+        for (int64_t i = 1; i < n; i++) top = logits[i] <= top || top != top ? top : logits[i];
+        m.tops[b * groups + v / GROUP] = top;
       }
     }
     meet();
@@ -1249,9 +1256,13 @@ int decode(const Model& m, int64_t batch, const int64_t* positions, const uint32
                                       int64_t group, int8_t* log_norms, int threads) {                               \
     if (ANY_ORDER<T>) column_norms<W>({static_cast<const W*>(weight), scale, n_out, group}, n_in, log_norms, threads); \
   }                                                                                                                  \
-  extern "C" int decode_##name(const Model* model, int64_t batch, const int64_t* positions, const uint32_t* seeds,    \
-                               int threads) {                                                                        \
-    return decode<T, W, V>(*model, batch, positions, seeds, threads);                                                 \
+  extern "C" int decode_##name(const Model* model, int64_t batch, int64_t* positions, const uint32_t* seeds,          \
+                               int threads, int64_t steps) {                                                         \
+    for (int failed; steps > 0; steps--) {                                                                           \
+      if ((failed = decode<T, W, V>(*model, batch, positions, seeds, threads))) return failed;                       \
+      for (int64_t b = 0; b < batch; b++) positions[b]++;                                                            \
+    }                                                                                                                \
+    return 0;                                                                                                        \
   }
 EXPORT(bfloat16, BFloat16, BFloat16, BFloat16)
 EXPORT(float16, Float16, Float16, Float16)
