@@ -196,8 +196,7 @@ class FusedCpuStep:
     In bfloat16 and float16 a row's tokens depend neither on other rows nor on the number of threads. A step takes at
     most torch's: fewer while those are quicker, beside other work. Float32 (and a CPU without fused multiply-adds) adds
     in another order with other rows or threads, so it takes all. It reads the model's tensors where they lie, so they
-    must stay there. Arguments and attributes are those of `FusedGpuStep`; logits are rounded to the model's dtype, and a
-    token is -1 where they are not finite.
+    must stay there. Arguments are those of `FusedGpuStep`. Logits are rounded to its dtype; not finite: token -1.
     """
 
     adaptive = True  # False, set before one is made: each step takes torch's number of threads
@@ -569,8 +568,8 @@ class Generator:
 
     def _peaks(self) -> Tensor | None:
         """Each row's largest logit [B] of the last step; None where a token of -1 says that it is not a number."""
-        logits = self._step.logits
-        return None if logits is None or self.device.type == "cpu" else logits[:, : self.model.config.vocab_size].amax(-1)
+        logits = None if self.device.type == "cpu" else self._step.logits
+        return None if logits is None else logits[:, : self.model.config.vocab_size].amax(-1)
 
     @property
     def left_grid(self) -> bool:

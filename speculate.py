@@ -318,9 +318,7 @@ class DraftingGenerator(Generator):
         """The tokens of the next round, or of `burst` plain steps, where so many are left to be made."""
         rounds, length = self._drafting, self._length
         kind, guesses = self._lookup.guess(MAX_DRAFTS) if self._lookup else (0, [])
-        k = 0
-        if guesses or self.draft:
-            k = self.speculate_k or length.choose(kind, rounds.late())
+        k = (self.speculate_k or length.choose(kind, rounds.late())) if guesses or self.draft else 0
         if self.device.type == "cpu":  # elsewhere each number has a graph of its own
             k = min(k, left - 1)
 
