@@ -568,7 +568,7 @@ class Generator:
 
     def _peaks(self) -> Tensor | None:
         """Each row's largest logit [B] of the last step; None where a token of -1 says that it is not a number."""
-        logits = None if self.device.type == "cpu" else self._step.logits
+        logits = None if hasattr(self._step, "numbers") else self._step.logits  # a step on a CPU says so itself
         return None if logits is None else logits[:, : self.model.config.vocab_size].amax(-1)
 
     @property
