@@ -14,8 +14,8 @@ LENGTHS = [70, 3, 40, 65, 1, 20, 33, 64]  # of the rows' prompts
 MODELS = {
     "16 bits": {},
     "window, biases": {"sliding_window": 5, "qkv_bias": True},
-    "switches": SWITCHES | {"shifted": True},
-    "shifted": {"shifted": True},
+    "switches": SWITCHES | {"shifted": True, "intermediate_size": 176},
+    "shifted": {"shifted": True, "intermediate_size": 176},
     "int8, shifted": {"quant": "int8", "shifted": True, "n_layer": 1},
     "int4": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "n_layer": 1},
 }
