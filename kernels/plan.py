@@ -110,7 +110,7 @@ def of_rows(plan: Plan, rows: int) -> Plan:
 
 
 def _int4_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, dependent: bool) -> Plan:
-    """That of an int4 product, whose programs go by row: converting rows that are cut costs what skipping them saves."""
+    """That of an int4 product, by row: converting rows that are cut costs what skipping them saves."""
     n_out, common = sum(segments), math.gcd(*segments)
     wide, rows = n_out > WIDE, 4 if sparsity else 16
 
