@@ -308,8 +308,9 @@ def _half_kernel(
 
 
 def fits_half(product: Product) -> bool:
-    """Whether a product is of 16-bit weights whose segments 8 divides, which a lane's load needs."""
-    return product.form.bits == 16 and not any(width % 8 for width in product.segments)
+    """Whether a product, or the one that it is a part of, is of 16-bit weights whose segments 8 divides."""
+    widths = product.whole[1] if product.whole else product.segments
+    return product.form.bits == 16 and not any(width % 8 for width in widths)
 
 
 def launch_half(
@@ -341,7 +342,7 @@ def launch_half(
 
     # a launch's programs fill `zero` together
     starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
-    grid = (tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks), 1 if prepared else len(x))
+    grid = (tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks), len(x) // rows)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _half_kernel[grid](
