@@ -267,11 +267,13 @@ def _half_kernel(
     if PREPARED:
         tl.debug_barrier()
 
-    # the sums of two rows at a time; each block has a chain of products of its own, for their latency
+    # where a lane's columns of B hold x, 16 bits of it or zeros
     place, low = lane // 4 % 4, 0 if ROWS == 1 else lane // 16
     choice = tl.where(place % 2 == 0, 0x4410 + low * 0x22, 0x1044 + low * 0x2200)
     choice_0, choice_1 = tl.where(place < 2, choice, 0x4444), tl.where(place < 2, 0x4444, choice)
     z = tl.zeros((BLOCK,), tl.float32)
+
+    # the sums of two rows at a time; each block has a chain of products of its own, for their latency
     for q in tl.static_range(PAIRS):
         sums = ()
         for b in tl.static_range(BLOCKS):
@@ -289,6 +291,8 @@ def _half_kernel(
                         weights, weights_at, kept, col, last, n + AT_ONCE, n + AT_ONCE + 1, N_OUT, ALL, FULL, PIECES
                     )
             sums = _added(sums, new, PIECES) if b > 0 else new
+
+        # each lane's outputs
         if ROWS == 1 and PIECES == 2:
             v = ()
             for i in tl.static_range(4):
