@@ -25,7 +25,7 @@ def case(n_in: int, segments: list[int], sparsity: float, rows: int, shift: bool
         shifts = torch.randn(n_in, generator=generator).mul(0.3).to(dtype).float()
         threshold = torch.stack((threshold, shifts.expand_as(threshold)), 2).contiguous()
         offset = torch.randn(n_out, generator=generator).to(DEVICE)
-    fineness = grids.fineness(torch.full((n_out,), 300.0)).to(DEVICE)
+    fineness = grids.fineness(torch.full((n_out,), 10.0 * n_in**0.5)).to(DEVICE)
     weight, threshold = weight.to(DEVICE), threshold.to(DEVICE)
     product = Product(weight, threshold, segments, sparsity, None, offset, fineness, 0.75 if shift else 1.0)
     return x.to(DEVICE), product
