@@ -18,6 +18,8 @@ the number of rows: so a row has the same sums beside any others. Registers that
 times what was there before may not be a number.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -50,6 +52,13 @@ MAKES_ROWS = 4
 RSTD_MAKERS = tl.constexpr(8)  # programs that compute the rstds of rows
 
 
+class Lanes(NamedTuple):
+    """How a tile is loaded and added."""
+
+    full: bool  # segments end where a tile does
+    add_four: bool  # the GPU adds 4 neighbours at once
+
+
 # ---- a tile
 
 
@@ -75,32 +84,49 @@ def _ballot(truth):
 
 
 @triton.jit
-def _load_halves(
-    weights, at, kept, col, last, FIRST: tl.constexpr, END: tl.constexpr,
-    N_OUT: tl.constexpr, ALL: tl.constexpr, FULL: tl.constexpr, PIECES: tl.constexpr,
+def _load_block(
+    weights, at, kept, col, last, FIRST: tl.constexpr, COUNT: tl.constexpr, N_OUT: tl.constexpr, ALL: tl.constexpr,
+    PLAN: tl.constexpr, LANES: tl.constexpr,
 ):
-    """The tuple `weights`, and halves FIRST to END - 1 of blocks: each lane's 4 words of 4 inputs and every piece.
+    """The tuple `weights`, and each lane's 4 words of COUNT of its 8 inputs of a block, from FIRST on, and every piece.
 
-    at: of the lane's input 8 t of the first block and its output `col`; kept: bits of each block's inputs, or ALL are.
+    at: of the lane's first input and its output `col`; kept: bits of the block's inputs, or ALL of them are.
     """
-    for n in tl.static_range(4 * FIRST, 4 * END):
-        for p in tl.static_range(PIECES):
-            wanted = tl.full((BLOCK,), 1, tl.int32)
-            if not ALL:
-                wanted = (kept[n // 8] >> (tl.arange(0, BLOCK) % 4 * 8)) & (1 << n % 8)
-            if not FULL:
+    kept = kept >> (tl.arange(0, BLOCK) % 4 * 8)
+    for i in tl.static_range(FIRST, FIRST + COUNT):
+        for p in tl.static_range(PLAN.block_out // PIECE):
+            wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
+            if not LANES.full:
                 wanted = tl.where(col + p * PIECE < last, wanted, 0)
-            weights = weights + _load_four(ONCE_OR_ZERO, at + ((n // 8 * BLOCK + n % 8) * N_OUT + p * PIECE), wanted)
+            weights = weights + _load_four(ONCE_OR_ZERO, at + (i * N_OUT + p * PIECE), wanted)
     return weights
 
 
 @triton.jit
-def _add_half(sums, weights, n: tl.constexpr, x, choice_0, choice_1, DTYPE: tl.constexpr, PIECES: tl.constexpr):
-    """Each piece's `sums`, and the products of half n; x: 8 words, inputs 8 t + i of two rows."""
-    for i in tl.static_range(n % 2 * 4, n % 2 * 4 + 4):
+def _load_half(
+    weights, n: tl.constexpr, at, kept, col, last,
+    N_OUT: tl.constexpr, ALL: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr,
+):
+    """`_load_block` of the n-th half of a block; `at` and `kept` are of the first block, and of all."""
+    b: tl.constexpr = n // 2
+    return _load_block(
+        weights, at + b * BLOCK * N_OUT, kept[b], col, last, n % 2 * 4, 4, N_OUT, ALL, PLAN, LANES
+    )
+
+
+@triton.jit
+def _add_block(
+    sums, weights, at: tl.constexpr, x, choice_0, choice_1, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    DTYPE: tl.constexpr, PIECES: tl.constexpr,
+):
+    """Each piece's `sums`, and COUNT of a block's products; x: 8 words, inputs 8 t + i of two rows.
+
+    at: the index of the first word of the block in `weights`.
+    """
+    for i in tl.static_range(FIRST, FIRST + COUNT):
         b0, b1, added = _pick_bytes(x[i], choice_0), _pick_bytes(x[i], choice_1), ()
         for p in tl.static_range(PIECES):
-            a = weights[((n // 2 * 8 + i) * PIECES + p) * 4 : ((n // 2 * 8 + i) * PIECES + p) * 4 + 4]
+            a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
             added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
         sums = added
     return sums
@@ -166,10 +192,9 @@ def _half_kernel(
     x_ptr, kept_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
     x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
-    # compiled in; N_OUT: a load's place then needs no arithmetic; FULL: segments end where a tile does; ADD_FOUR: the
-    # GPU adds 4 neighbours at once; ZERO: how much of zero_ptr each program fills
-    N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, FULL: tl.constexpr, ADD_FOUR: tl.constexpr,
-    ROWS: tl.constexpr, PREPARED: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+    # compiled in; N_OUT: so that a load's place needs no arithmetic; ZERO: how much of zero_ptr each program fills
+    N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    PREPARED: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """out += m (W^T cut(x - shift) + offset) for ROWS rows of x, as `kernels.triton_gemv` has it of other forms."""
     if PDL:
@@ -178,14 +203,16 @@ def _half_kernel(
     PIECES: tl.constexpr = PLAN.block_out // PIECE
     PAIRS: tl.constexpr = (ROWS + 1) // 2
     N_BLOCKS: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
-    ALL: tl.constexpr = not OP.cut and FULL and OP.n_in % (32 * BLOCKS) == 0
+    ALL: tl.constexpr = not OP.cut and LANES.full and OP.n_in % (32 * BLOCKS) == 0
     BEFORE: tl.constexpr = not OP.cut and PLAN.prefetch == 0  # dense weights are loaded before the wait, or prefetched
     SETS: tl.constexpr = 1 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
+    HALF: tl.constexpr = 32 * PIECES // 2  # words of half a lane's inputs of a block
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     x_ptr += tl.program_id(2) * x_stride
     out_ptr += tl.program_id(2) * out_stride
-    segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, N_OUT, PLAN.block_out)
+    tile = tl.program_id(0)
+    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, N_OUT, PLAN.block_out)
 
     # the program's inputs, a lane's first weights, and the first of the 4 outputs that it adds
     block = tl.program_id(1) * BLOCKS
@@ -214,12 +241,10 @@ def _half_kernel(
                 last_rstd = tl.load(last_rstd_ptr)
             ahead = constants[0] if PLAN.guess else (0.0, 0.0, 0.0)
             prefetch_tile(rows, ahead, first, N_OUT, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN)
-    kept = ()
-    if not OP.cut:
-        for b in tl.static_range(BLOCKS):
-            kept = kept + (kept_by_any(None, block + b, 1, 1, OP),)  # noqa: RUF005
     if BEFORE:
-        weights = _load_halves(weights, weights_at, kept, col, last, 0, 2 * BLOCKS, N_OUT, ALL, FULL, PIECES)
+        for b in tl.static_range(BLOCKS):
+            there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_OUT
+            weights = _load_block(weights, block_at, there, col, last, 0, 8, N_OUT, ALL, PLAN, LANES)
     for p in tl.static_range(SETS):
         finenesses = finenesses + (_load_factors(fineness_ptr, at + p * PIECE, last),)  # noqa: RUF005
         first_ones = tl.where(tl.program_id(1) == 0, last, 0)
@@ -243,7 +268,7 @@ def _half_kernel(
                     tl.store(last_rstd_ptr, rstds[0])
 
     # x: a word per two rows, of a block's input `lane`; and the weights that any row keeps
-    made = ()
+    made, kept = (), ()
     for b in tl.static_range(BLOCKS):
         any_keeps = tl.zeros((BLOCK,), tl.int1)
         if not PREPARED:
@@ -254,15 +279,16 @@ def _half_kernel(
                 any_keeps = any_keeps | keep
                 if r % 2 == 1 or r == ROWS - 1:
                     made = made + (word,)  # noqa: RUF005
-        if PREPARED and OP.cut:
+        if PREPARED or not OP.cut:
             kept = kept + (kept_by_any(kept_ptr, block + b, ROWS, ROWS, OP),)  # noqa: RUF005
-        elif OP.cut:
+        else:
             kept = kept + (_ballot(any_keeps),)  # noqa: RUF005
 
     # PLAN.rows of them are loaded before the first product, in halves of a block; 0: all are
     AT_ONCE: tl.constexpr = 2 * BLOCKS if PLAN.rows == 0 or PAIRS > 1 else PLAN.rows // 16
     if not BEFORE:
-        weights = _load_halves(weights, weights_at, kept, col, last, 0, AT_ONCE, N_OUT, ALL, FULL, PIECES)
+        for n in tl.static_range(AT_ONCE):
+            weights = _load_half(weights, n, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES)
 
     # all loads are under way before a product waits for the first, see `_eight_of`
     if PREPARED:
@@ -285,11 +311,11 @@ def _half_kernel(
             else:
                 x = _eight_of(made[b * PAIRS + q])
             new = ((z, z, z, z),) * PIECES
-            for n in tl.static_range(2 * b, 2 * b + 2):
-                new = _add_half(new, weights, n, x, choice_0, choice_1, OP.dtype, PIECES)
-                if not BEFORE and n + AT_ONCE < 2 * BLOCKS:
-                    weights = _load_halves(
-                        weights, weights_at, kept, col, last, n + AT_ONCE, n + AT_ONCE + 1, N_OUT, ALL, FULL, PIECES
+            for n in tl.static_range(2):
+                new = _add_block(new, weights, b * 2 * HALF, x, choice_0, choice_1, n * 4, 4, OP.dtype, PIECES)
+                if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
+                    weights = _load_half(
+                        weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES
                     )
             sums = _added(sums, new, PIECES) if b > 0 else new
 
@@ -306,7 +332,7 @@ def _half_kernel(
             if offset_ptr is not None:
                 out = _with_offsets(out, offsets[p])
             out_at = out_ptr + row * out_stride
-            _add_scaled(out, finenesses[p], out_at, at + p * PIECE, end, OP, ADD_FOUR, fineness_ptr is not None)
+            _add_scaled(out, finenesses[p], out_at, at + p * PIECE, end, OP, LANES.add_four, fineness_ptr is not None)
 
 
 # ---- launching it
@@ -342,8 +368,8 @@ def launch_half(
     if apart:
         launch_prepare(x, operation, product.threshold, prepared, 2, 2, norm=norm, zero=zero, pdl=pdl)
         made, kept, zero = prepared.made.view(torch.int32), prepared.kept, None
-    full = not any(width % plan.block_out for width in segments)
     hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
+    lanes = Lanes(not any(width % plan.block_out for width in segments), hopper)
 
     # a launch's programs fill `zero` together
     starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
@@ -353,6 +379,6 @@ def launch_half(
     _half_kernel[grid](
         made, kept, gain, weight, product.threshold, out, zero, last_rstd, product.offset, product.fineness,
         x_stride, out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
-        N_OUT=starts[-1], OP=operation, PLAN=plan, FULL=full, ADD_FOUR=hopper, ROWS=rows, PREPARED=apart,
-        ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
+        N_OUT=starts[-1], OP=operation, PLAN=plan, LANES=lanes, ROWS=rows, PREPARED=apart, ZERO=zero_block, PDL=pdl,
+        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )
