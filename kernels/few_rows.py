@@ -28,7 +28,7 @@ PREPARED = 256  # inputs that a program of the first launch makes
 @triton.jit
 def _prepare_kernel(
     x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, down_ptr, x_stride, n_zero, eps,
-    # compiled in: strides of made, inputs of it with those beyond the last, which are 0; int8's inputs with one scale
+    # compiled in: strides of made, inputs of it with those beyond the last, which are 0; inputs with one scale
     ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr,
     OP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
@@ -55,7 +55,7 @@ def _prepare_kernel(
     x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
     share = segment * tl.cdiv(tl.num_programs(1), SHARE) + row // SHARE
     x = tl.where(keep, x, 0.0)
-    if GROUP > 0:
+    if OP.bits == 8:
         x = tl.reshape(x, (PART // GROUP, GROUP))
         up, down = scales_of(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1))
         x = tl.reshape(fixed(x, up[:, None]), (PART,)).to(tl.int16)
@@ -103,7 +103,7 @@ def launch_prepare(
     room: rows that lie side by side in what is made, [segments, shares, inputs in whole blocks, room]; 0: it is
         [rows, in].
     share: rows that one program of the product takes.
-    group: int8's inputs that have one scale: it makes [segments, rows, inputs in whole groups] and as many scales.
+    group: integers' inputs of one program: it makes [segments, rows, inputs in whole groups]; int8's scales, too.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)

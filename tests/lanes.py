@@ -38,7 +38,7 @@ def gather(at: np.ndarray, wanted: np.ndarray, offsets: list[int], alignment: in
 def load(at, wanted, WORDS, VECTOR, APART=0, ONCE=False, ZERO=False):
     """Lanes that want nothing get zeros or nonsense."""
     words, vector, apart = (getattr(n, "value", n) for n in (WORDS, VECTOR, APART))
-    out, wanted = np.full((32, words), 0 if ZERO else 0x7FFF7FFF), np.flatnonzero(data(wanted))
+    out, wanted = np.full((32, words), 0 if ZERO else 0x5A5A5A5A), np.flatnonzero(data(wanted))
     if wanted.size:
         offsets = [i // vector * apart // 4 + i % vector for i in range(words)]
         memory, where = gather(data(at), wanted, offsets, 4 * vector)
