@@ -1,79 +1,28 @@
-"""Products of 2 to 8 rows of x on a GPU, in Triton: a weight row that any row of x keeps is read once.
+"""The inputs of a product of 2 to 8 rows of x on a GPU, and which are kept: made by a launch before it, in Triton.
 
-Two launches: one makes the inputs and lists which are kept, the other multiplies. Every row of x gets the sums that
-`kernels.triton_gemv` gives it alone, to the bit. So the plan of one row says which rows of W are added up, in which
-order, before a sum is put on its grid. Products of 16-bit numbers are exact in float32, and those of an input that a
-row cuts are 0.
+A weight row that any row of x keeps is read once.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.plan import BLOCK_IN, Plan
+from kernels.plan import BLOCK_IN
 from kernels.triton_gemv import (
     BLOCK,
-    MAX_SEGMENTS,
     Norm,
     Operation,
-    Product,
     fixed,
     inputs,
     load_constants,
     load_inputs,
-    outputs_of_tile,
-    prefetch,
     rstd_of,
     scales_of,
-    snap,
-    starts_of,
-    unpacked,
 )
 
 PREPARED = 256  # inputs that a program of the first launch makes
-
-# Rows of x that one program takes at most; what two programs read is read from memory once. More rows need registers
-# that other programs lack then. A layer of llama-3-8b (bfloat16, H100) takes, in one program / in shares: 5 rows dense
-# 214 / 204 us; 8 rows dense 220 / 236, at 50 % 249 / 234.
-SHARE = 4
-PREFETCH = 528  # programs that prefetch the rows of their first block
-
-
-class RowsPlan(NamedTuple):
-    """One launch of the product's kernel. Its first three fields belong to the sums, see `rows_plan`."""
-
-    blocks: int  # of BLOCK_IN inputs between two roundings to the grid
-    strands: int  # a block's rows i, i + strands, ... are added up, then the strands' sums
-    chained: bool  # a block's sum begins with the one before it
-    block_out: int  # outputs of a tile
-    rows: int  # rows of W that each strand loads at once
-    prefetch: bool  # whether the first PREFETCH programs prefetch
-
-
-def rows_plan(plan: Plan, segments: list[int], bits: int, rows: int, dependent: bool) -> RowsPlan:
-    """How to launch a product of several rows of x, with the sums of the `plan` of one.
-
-    Triton lays a masked tile of 16 bits over a warp 8 outputs at a time, so that 256 outputs are one strand, 64 are 4.
-    A thread keeps 4 to 16 outputs of each row in registers.
-    """
-    strands = 1
-    if not plan.rows and sum(segments) % 16 == 0:  # else the loads of one row are not vectors
-        strands = max(1, (256 if bits == 16 else 128) // plan.block_out)
-    few = rows <= 2
-    by_thread = 8 if few else 4
-    block_out = 32 * by_thread // strands
-    ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
-    at_once = min(16 if few else 8, BLOCK_IN // strands)
-    return RowsPlan(plan.blocks, strands, plan.rows > 0, block_out, at_once, ahead)
-
-
-@triton.constexpr_function
-def x_words(rows, dtype):
-    """How many words of 64 bits hold an input of all rows, in the model's dtype."""
-    return -(-rows * dtype.primitive_bitwidth // 64)
 
 
 @triton.jit
@@ -134,123 +83,6 @@ def kept_by_any(kept_ptr, block, n_rows, ROWS: tl.constexpr, OP: tl.constexpr):
     return kept
 
 
-@triton.jit
-def _fetch_x(x_ptr, X_WORDS: tl.constexpr):
-    """Brings a block's x into L1, whose latency every row of W would wait for; nothing waits for the result."""
-    at = x_ptr + tl.arange(0, BLOCK) * X_WORDS
-    tl.inline_asm_elementwise(
-        "ld.global.b32 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _add_rows(
-    # sums of each row, [strands, outputs]
-    acc,
-    # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile
-    kept, x_ptr, weight_ptr, n_out, cols, in_cols,
-    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,
-):
-    """Adds the block's rows of W, PLAN.rows at a time of each strand, to the sums of every row of x."""
-    STRANDS: tl.constexpr = PLAN.strands
-    AT_ONCE: tl.constexpr = PLAN.rows
-    X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
-    IN_WORD: tl.constexpr = 64 // OP.dtype.primitive_bitwidth
-    strand = tl.arange(0, STRANDS)
-    for part in range(0, BLOCK // STRANDS, AT_ONCE):
-        weights = ()
-        for j in tl.static_range(AT_ONCE):
-            i = (part + j) * STRANDS + strand
-            mask = ((kept >> i) & 1 != 0)[:, None] & in_cols[None, :]
-            at = weight_ptr + i[:, None] * n_out + cols[None, :]
-            weights = weights + (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)  # noqa: RUF005
-
-        # their products with every row of x
-        for j in tl.static_range(AT_ONCE):
-            sums, weight = (), weights[j].to(tl.float32)
-            for r in tl.static_range(ROWS):
-                if r % IN_WORD == 0:
-                    some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
-                sums = sums + (acc[r] + unpacked(some, r, OP.dtype)[:, None] * weight,)  # noqa: RUF005
-            acc = sums
-    return acc
-
-
-@triton.jit
-def _rows_kernel(
-    x_ptr, kept_ptr, weight_ptr, out_ptr, offset_ptr, fineness_ptr,
-    n_out, out_stride, n_rows, tiles_1, tiles_2, start_1, start_2,
-    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """out += m (W^T x + offset) for prepared x: a program takes PLAN.blocks, a tile and ROWS rows, one of SHARES."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    BLOCKS: tl.constexpr = PLAN.blocks
-    BLOCK_OUT: tl.constexpr = PLAN.block_out
-    X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
-    n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
-    tile, share = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES
-    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
-    cols = first + tl.arange(0, BLOCK_OUT)
-    in_cols = cols < last
-    block = tl.program_id(1) * BLOCKS
-
-    # before the wait: weights, which no launch writes
-    if PREFETCH > 0:
-        if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PREFETCH:
-            rows = block * BLOCK + tl.arange(0, BLOCK)
-            at = weight_ptr + rows.to(tl.int64) * n_out + first
-            prefetch(at, rows < OP.n_in, BLOCK_OUT * OP.bits // 8)
-    x_part = share
-    if OP.cut:  # each segment has inputs of its own
-        x_part += segment * SHARES
-        kept_ptr += segment * n_rows * n_blocks
-    x_ptr += x_part * n_blocks * (BLOCK * X_WORDS)
-    kept_ptr += share * ROWS * n_blocks
-    n_rows -= share * ROWS  # that are left for this program
-    out_ptr += share * ROWS * out_stride
-
-    # the inputs are made
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
-    kept = kept_by_any(kept_ptr, block, n_rows, ROWS, OP)
-    summed = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
-    none = tl.zeros((PLAN.strands, BLOCK_OUT), tl.float32)
-    acc = (none,) * ROWS
-    for _block in range(BLOCKS):
-        at = weight_ptr + block.to(tl.int64) * (BLOCK * n_out)
-        # the next block's inputs come while this one's weights do
-        next_kept = kept_by_any(kept_ptr, block + 1, n_rows, ROWS, OP)
-        if PDL:
-            _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
-        x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
-        acc = _add_rows(acc, kept, x_at, at, n_out, cols, in_cols, OP, PLAN, ROWS)
-        block += 1
-        kept = next_kept
-        if not PLAN.chained:
-            sums = ()
-            for r in tl.static_range(ROWS):
-                sums = sums + (summed[r] + tl.sum(acc[r], axis=0),)  # noqa: RUF005 (Triton knows no stars)
-            summed = sums
-            acc = (none,) * ROWS
-
-    # the outputs in their order, with the offsets, on their grid
-    for r in tl.static_range(ROWS):
-        out = summed[r]
-        if PLAN.chained:
-            out = tl.sum(acc[r], axis=0)
-        if offset_ptr is not None:
-            if tl.program_id(1) == 0:
-                out += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
-        if OP.multiplier != 1.0:
-            out *= OP.multiplier
-        if fineness_ptr is not None:
-            out = snap(out, tl.load(fineness_ptr + cols, mask=in_cols, other=1.0))
-        tl.atomic_add(out_ptr + r * out_stride + cols, out, mask=in_cols & (r < n_rows), sem="relaxed")
-
-
 class Prepared(NamedTuple):
     """Room for the inputs of a product: made [most], in the model's dtype, and which are kept, one bit each, int32.
 
@@ -262,38 +94,11 @@ class Prepared(NamedTuple):
     down: Tensor | None = None
 
 
-def launch_rows(
-    prologue: str, x: Tensor, product: Product, out: Tensor, *,
-    prepared: Prepared, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
-) -> None:
-    """`kernels.triton_gemv.launch_gemv` for 2 to 8 rows of x, each with the sums that it has alone.
-
-    x: "given" [rows, in]; else float32: h [rows, in] or gate|up [rows, 2 in and room].
-    out: [rows, out and room], float32.
-    """
-    product.check()
-    weight, n_in, rows, segments = product.weight, len(product.weight), len(x), product.segments
-    operation = product.operation(prologue, dtype)
-    shares = triton.cdiv(rows, SHARE)
-    share = triton.cdiv(rows, shares)
-    room = x_words(share, operation.dtype) * 64 // operation.dtype.primitive_bitwidth
-    launch_prepare(x, operation, product.threshold, prepared, room, share, norm=norm, zero=zero, pdl=pdl)
-    plan = rows_plan(product.plan(prologue, pdl), segments, operation.bits, share, pdl)
-    starts = starts_of(segments)
-    tiles = starts_of([triton.cdiv(width, plan.block_out) for width in segments])
-    _rows_kernel[(tiles[-1] * shares, triton.cdiv(n_in, BLOCK_IN * plan.blocks))](
-        prepared.made.view(torch.int64), prepared.kept, weight, out, product.offset, product.fineness,
-        starts[-1], out.stride(0), rows, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS],
-        OP=operation, PLAN=plan, ROWS=share, SHARES=shares, PREFETCH=PREFETCH * plan.prefetch, PDL=pdl,
-        num_warps=1, launch_pdl=pdl,
-    )
-
-
 def launch_prepare(
     x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, share: int = 8, *,
     group: int = 0, norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
 ) -> None:
-    """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
+    """Makes the inputs of a product and lists the kept ones.
 
     room: rows that lie side by side in what is made, [segments, shares, inputs in whole blocks, room]; 0: it is
         [rows, in].

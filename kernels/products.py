@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.few_rows import Prepared, launch_rows
+from kernels.few_rows import Prepared
+from kernels.half_mma import fits_half, launch_half
 from kernels.integer_mma import launch_integers
 from kernels.triton_gemv import Product, launch_gemv
 
@@ -17,8 +18,8 @@ def launch_product(
     """
     if product.form.name != "none":
         launch_integers(prologue, x, product, out, prepared=prepared, **options)
-    elif prepared:
-        launch_rows(prologue, x, product, out, prepared=prepared, **options)
+    elif fits_half(product):
+        launch_half(prologue, x, product, out, prepared=prepared, **options)
     else:
         launch_gemv(prologue, x, product, out, **options)
 

@@ -1,4 +1,4 @@
-"""The sparse product on a GPU, in Triton: a warp takes a tile of inputs x outputs, and masks or skips the cut rows.
+"""What all products on a GPU share, in Triton: their inputs, thresholds and grids; and a product of any float weights.
 
 On an H100 many small programs that add their sums by atomics beat one program that loops down a strip of columns, lists
 of indices, and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and differ in outputs, so that x
@@ -21,6 +21,7 @@ MAX_SEGMENTS = 3
 SLOTS, STRIDE = tl.constexpr(64), tl.constexpr(32)  # copies of a norm's rstd, one per cache line of 32 float32
 RSTD_BUFFER = SLOTS.value * STRIDE.value  # behind the outputs of a product with a norm before it
 BLOCK = tl.constexpr(BLOCK_IN)
+TILE = tl.constexpr(64)  # outputs of a program of the kernel below
 PIECE_ROWS, PIECE_BYTES = tl.constexpr(AHEAD_ROWS), tl.constexpr(AHEAD_BYTES)
 
 
@@ -72,9 +73,20 @@ def shared_rstd(slots_ptr, program, h_ptr, eps, N: tl.constexpr):
     of programs that poll one address queue for it: 4096 -> 6144 at 50 % took 13.5 us so, 12.7 us with 64 (H100).
     """
     if program == 0:
-        rstd = rstd_of(h_ptr, eps, N)
-        tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, rstd + tl.zeros((SLOTS,), tl.float32))
+        share_rstd(slots_ptr, h_ptr, eps, N)
+    return wait_for_rstd(slots_ptr, program)
 
+
+@triton.jit
+def share_rstd(slots_ptr, h_ptr, eps, N: tl.constexpr):
+    """Fills the slots with `rstd_of` h."""
+    rstd = rstd_of(h_ptr, eps, N)
+    tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, rstd + tl.zeros((SLOTS,), tl.float32))
+
+
+@triton.jit
+def wait_for_rstd(slots_ptr, program):
+    """What the slots hold, as soon as it is there."""
     slot = slots_ptr + (program % SLOTS) * STRIDE
     rstd = tl.load(slot, volatile=True)
     while rstd == 0.0:
@@ -237,28 +249,6 @@ def prefetch_gate_up(
         prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
 
 
-@triton.jit
-def unpacked(word, i: tl.constexpr, DTYPE: tl.constexpr):
-    """The i-th number, as float32, of a run of DTYPE, from the word of 64 bits that holds it."""
-    if DTYPE == tl.float32:
-        bits = (word >> 32 * (i % 2)).to(tl.int32)
-        x = bits.to(tl.float32, bitcast=True)
-    elif DTYPE == tl.bfloat16:  # half the work of a conversion
-        half = (word >> 32 * (i // 2 % 2)).to(tl.int32)
-        half = half & -65536 if i % 2 else half << 16
-        x = half.to(tl.float32, bitcast=True)
-    else:
-        x = (word >> 16 * (i % 4)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return x
-
-
-@triton.jit
-def lowest_bit(bits):
-    """Index of the lowest bit set of an int32; below 0 for 0."""
-    low = (bits & -bits).to(tl.uint32).to(tl.float32)
-    return (low.to(tl.int32, bitcast=True) >> 23) - 127
-
-
 # ---- the product
 
 
@@ -280,88 +270,30 @@ def outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: 
 
 
 @triton.jit
-def _add_kept_rows(
-    # sums of the tile so far, the block's inputs, its rows, and the end of the tile's segment of outputs
-    acc, x, keep, weight_ptr, n_out, cols, last, ROWS: tl.constexpr,
-):
-    """Adds the block's kept rows, ROWS at a time, each loaded by the whole warp; a cut row costs no instruction."""
-    lane = tl.arange(0, BLOCK)
-    kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
-    while kept != 0:
-        for _row in tl.static_range(ROWS):
-            i = lowest_bit(kept)
-            x_i = tl.sum(tl.where(lane == i, x.to(tl.int32, bitcast=True), 0), axis=0)
-            x_i = x_i.to(tl.float32, bitcast=True)
-            mask = cols < tl.where(kept != 0, last, 0)
-            weight = tl.load(weight_ptr + i * n_out + cols, mask=mask, other=0, eviction_policy="evict_first")
-            acc += x_i * weight.to(tl.float32)
-            kept = kept & (kept - 1)
-    return acc
-
-
-@triton.jit
-def _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols):
-    """The block's sum by a tile that is loaded at once, its cut rows masked: fewer latencies than row by row."""
-    mask = keep[:, None] & in_cols[None, :]
-    offsets = tl.arange(0, BLOCK)[:, None] * n_out + cols[None, :]
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    return tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
-
-
-@triton.jit
 def _gemv_kernel(
     # read and written
-    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, fineness_ptr,
-    # sizes; tiles_i and start_i: first tile and first output of segment i
-    n_out, n_zero, tiles_1, tiles_2, start_1, start_2,
-    # the norm's epsilon
-    eps,
+    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, offset_ptr, fineness_ptr,
+    # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
+    n_out, x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     # compiled in; ZERO: how much of zero_ptr each program fills
-    OP: tl.constexpr, PLAN: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+    OP: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
-    """out += m (W^T cut(x - shift) + offset): a program takes PLAN.blocks of inputs, a tile of outputs, a row of x.
+    """out += m (W^T cut(x - shift) + offset): a program takes a block of inputs, a tile of outputs, a row of x.
 
-    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. int8 and
-    int4 have a kernel of their own, see `kernels.integer_mma`.
+    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    BLOCKS: tl.constexpr = PLAN.blocks
-    BLOCK_OUT: tl.constexpr = PLAN.block_out
-
-    # the program's tile: inputs from `row` on, outputs from `first` on
     tile = tl.program_id(0)
     program = tl.program_id(1) * tl.num_programs(0) + tile
-    x_ptr += tl.program_id(2) * OP.n_in
-    out_ptr += tl.program_id(2) * n_out
-    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
+    x_ptr += tl.program_id(2) * x_stride
+    out_ptr += tl.program_id(2) * out_stride
+    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, TILE)
     threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
-    cols = first + tl.arange(0, BLOCK_OUT)
+    cols = first + tl.arange(0, TILE)
     in_cols = cols < last
-    row = tl.program_id(1) * BLOCKS * BLOCK
-
-    # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
-    rows = row + tl.arange(0, BLOCK)
-    last_rstd = 1.0
-    if PLAN.guess and OP.prologue == "norm":
-        last_rstd = tl.load(last_rstd_ptr)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
-    if PLAN.prefetch > 0:
-        if program < PLAN.prefetch:
-            prefetch_tile(
-                rows, constants, first, n_out,
-                x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
-            )
-    # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
-    # tile has no registers to hold the grid: qkv of llama-3-8b took 164 instead of 127, so not all programs ran at once
-    offset = tl.zeros((BLOCK_OUT,), tl.float32)
-    fineness = offset
-    EARLY: tl.constexpr = BLOCK_OUT <= 64
-    if fineness_ptr is not None and EARLY:
-        fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
-    if offset_ptr is not None:
-        if tl.program_id(1) == 0:
-            offset = tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
 
     # the launch before has ended
     if PDL:
@@ -369,40 +301,21 @@ def _gemv_kernel(
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    operands = load_inputs(rows, x_ptr, OP, "")
-    rstd = 1.0
+    operands, rstd = load_inputs(rows, x_ptr, OP, ""), 1.0
     if OP.prologue == "norm":
         rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
-        if PLAN.guess:
-            if program == 0:
-                tl.store(last_rstd_ptr, rstd)
+    x, keep = inputs(rows, operands, constants, rstd, OP)
 
-    # sums of x times weight
-    total = tl.zeros((BLOCK_OUT,), tl.float32)
-    weight_ptr += row.to(tl.int64) * n_out
-    for _block in tl.static_range(BLOCKS):
-        x, keep = inputs(rows, operands, constants, rstd, OP)
-        if BLOCKS > 1:  # the next block's inputs come while this one's weights do
-            rows += BLOCK
-            operands = load_inputs(rows, x_ptr, OP, "")
-            constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
-
-        if PLAN.rows > 0:
-            total = _add_kept_rows(total, x, keep, weight_ptr, n_out, cols, last, PLAN.rows)
-        else:
-            x = tl.where(keep, x, 0.0) if OP.cut else x
-            total += _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols)
-        weight_ptr += BLOCK * n_out
-
-    # the first row of programs adds the offsets
+    # the sums; the first row of programs adds the offsets
+    at = weight_ptr + rows.to(tl.int64)[:, None] * n_out + cols[None, :]
+    weight = tl.load(at, mask=keep[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
+    total = tl.sum(tl.where(keep, x, 0.0)[:, None] * weight.to(tl.float32), axis=0)
     if offset_ptr is not None:
-        total += offset
+        total += tl.load(offset_ptr + cols, mask=in_cols & (tl.program_id(1) == 0), other=0.0)
     if OP.multiplier != 1.0:
         total *= OP.multiplier
     if fineness_ptr is not None:
-        if not EARLY:
-            fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
-        total = snap(total, fineness)
+        total = snap(total, tl.load(fineness_ptr + cols, mask=in_cols, other=1.0))
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
@@ -480,34 +393,30 @@ def starts_of(widths: list[int]) -> list[int]:
 def launch_gemv(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype | None = None, pdl: bool = False,
-    plan: Plan | None = None,
 ) -> None:
     """Adds multiplier (W^T cut(x - shift) + offset) to `out`, with x made by the prologue, see `Operation`.
 
-    x: "given" [B, in]; else one row, float32: h [1, in] or gate|up [1, 2 in]. With `pdl` it is read before the launch
-        before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
-    out: [B, out], float32; with "norm" [1, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
+    This kernel is of floating weights of any width, and reads them for each row of x. The others' launchers take the
+    same; with `pdl` they read x before the launch before has ended, too, to guess what is kept.
+
+    x: "given" [B, in]; else float32: h [B, in] or gate|up [B, 2 in and room].
+    out: [B, out and room], float32; with "norm" [B, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
     norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
-    dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
-    pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
+    dtype: in which the inputs are rounded and compared; the weight's, if None.
+    pdl: programmatic dependent launch.
     """
     product.check()
     assert product.form.name == "none"
     weight, n_in = product.weight, len(product.weight)
-    gain, eps, last_rstd = norm or (None, 0.0, None)
-    if plan is None:
-        plan = product.plan(prologue, pdl, last_rstd is not None)
+    gain, eps, _ = norm or (None, 0.0, None)
 
-    # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
+    # one program per tile of outputs, block of inputs and row of x; those of a row together fill `zero`
     starts = starts_of(product.segments)
-    tiles = starts_of([triton.cdiv(width, plan.block_out) for width in product.segments])
-    grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
-    n_zero = 0 if zero is None else zero.numel()
+    tiles = starts_of([triton.cdiv(width, TILE.value) for width in product.segments])
+    grid, n_zero = (tiles[-1], triton.cdiv(n_in, BLOCK_IN), len(x)), 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
-
     _gemv_kernel[grid](
-        x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, product.fineness,
-        starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
-        OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, ZERO=zero_block, PDL=pdl,
-        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
+        x, gain, weight, product.threshold, out, zero, product.offset, product.fineness,
+        starts[-1], x.stride(0), out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
+        OP=product.operation(prologue, dtype or weight.dtype), ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )

@@ -1,8 +1,9 @@
-"""The assembly of `kernels.integer_mma` in numpy, lane by lane as PTX defines it: for Triton's interpreter."""
+"""The assembly of `kernels.integer_mma` and `kernels.half_mma` in numpy, lane by lane, for Triton's interpreter."""
 
 import ctypes
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
@@ -19,6 +20,10 @@ def register(values: np.ndarray) -> tl.tensor:
     return tl.tensor(
         TensorHandle(values.astype(np.int64).astype(np.uint32).view(np.int32), tl.int32), tl.block_type(tl.int32, [32])
     )
+
+
+def floats(values: np.ndarray) -> tl.tensor:
+    return tl.tensor(TensorHandle(values.astype(np.float32), tl.float32), tl.block_type(tl.float32, [32]))
 
 
 def gather(at: np.ndarray, wanted: np.ndarray, offsets: list[int], alignment: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,10 +83,37 @@ def multiply_add_two(sums, a0, a1, a2, a3, b0, b1, SIGNED):
     return multiply_add(multiply_add(sums, a0, a1, b0, SIGNED), a2, a3, b1, SIGNED)
 
 
-def install() -> None:
-    """Lets `kernels.integer_mma` run without a GPU."""
-    from kernels import integer_mma
+def halves(word, dtype: torch.dtype) -> np.ndarray:
+    """[8, 8] of the words that lanes 4 g + t hold, each the 2 numbers of row g and columns 2 t and 2 t + 1."""
+    words = torch.from_numpy(data(word).astype(np.int32).copy())
+    return words.view(dtype).view(8, 8).double().numpy()
 
-    for function in (load, add_four, add_two, from_lane, pick_bytes, multiply_add, multiply_add_two):
-        assert hasattr(integer_mma, f"_{function.__name__}")
-        setattr(integer_mma, f"_{function.__name__}", function)
+
+def multiply_add_half(sums, a, b0, b1, DTYPE):
+    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[tl.core._unwrap_if_constexpr(DTYPE).name])
+    a = np.block([[halves(a[0], dtype), halves(a[2], dtype)], [halves(a[1], dtype), halves(a[3], dtype)]])
+    with np.errstate(invalid="ignore"):
+        product = a @ np.concatenate([halves(b0, dtype).T, halves(b1, dtype).T])
+    at = [product[GROUP + 8 * (i // 2), 2 * THREAD + i % 2] for i in range(4)]
+    return tuple(floats(data(s) + new) for s, new in zip(sums, at, strict=True))
+
+
+def ballot(truth):
+    return register(np.full(32, (data(truth).astype(np.int64) << LANE).sum()))
+
+
+def eight_of(x):
+    return tuple(register(data(x)[THREAD * 8 + i]) for i in range(8))
+
+
+def install() -> None:
+    """Lets `kernels.integer_mma` and `kernels.half_mma` run without a GPU."""
+    from kernels import half_mma, integer_mma
+
+    shared, own = (load, pick_bytes), (multiply_add_half, ballot, eight_of)
+    others = add_four, add_two, from_lane, multiply_add, multiply_add_two
+    for module, replaced in {integer_mma: (*shared, *others), half_mma: (*shared, *own)}.items():
+        for function in replaced:
+            assert hasattr(module, f"_{function.__name__}")
+            setattr(module, f"_{function.__name__}", function)
+    half_mma.RSTD_MAKERS = tl.constexpr(1)  # programs run one after the other
