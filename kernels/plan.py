@@ -89,8 +89,8 @@ def _half_plan(prologue: str, n_in: int, segments: list[int], sparsity: float) -
     if programs <= RESIDENT // 2:
         return Plan(1, 64, 0, None, RESIDENT, 1, True) if sparsity else Plan(1, 128, 0)
 
-    # Dense: one block of gate|up makes one row's step 0.4 % shorter, but has twice the sums to add for several rows. o's
-    # weights are prefetched: loaded before the wait they make the step 0.5 % longer.
+    # Dense: one block of gate|up makes one row's step 0.4 % shorter, but has twice the sums to add for several rows.
+    # o's weights are prefetched: loaded before the wait they make the step 0.5 % longer.
     if not sparsity:
         return Plan(2, 64, 0, None, 528, 1) if prologue == "given" else Plan(2, 64, 0)
 
