@@ -75,12 +75,7 @@ def results_of(folder: Path) -> dict[str, dict[str, dict]]:
 
 
 def draw(path: Path, tables: dict[str, dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = grid(plt, 3)
+    figure, axes = grid(3)
     panels = {"perplexity": "perplexity", "tasks": "score", "latency": "tokens_per_sec"}
     for axis, (name, value) in zip(axes, panels.items(), strict=True):
         for row, found in tables[name].items():

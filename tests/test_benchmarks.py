@@ -102,7 +102,7 @@ def test_check_notices_scales_of_other_outputs():
 
 
 def test_only_whole_sweeps_are_drawn(tmp_path, monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.append((name, len(figure.axes))))
@@ -110,7 +110,7 @@ def test_only_whole_sweeps_are_drawn(tmp_path, monkeypatch):
     row = dict.fromkeys(key.split(), "1") | {"quant": "int8", "draft": "none", "step": "fused"}
     for sparsity, expected in ((0.0, []), (0.25, []), (0.4, []), (0.5, [("decode.png", 1)])):
         write_rows("decode.csv", [row | {"sparsity": sparsity}], key)
-        plot.plot_decode(plt)
+        plot.plot_decode()
         assert drawn == expected
 
 
@@ -184,7 +184,7 @@ def test_rows_of_a_batch_are_a_row_of_their_own(tmp_path, monkeypatch):
 
 
 def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("matplotlib")
     for name, key in (("decode.csv", decode.KEY), ("quality.csv", quality.KEY), ("cpu.csv", cpu_decode.KEY)):
         rows = read_rows(name)
         assert len({tuple(row[k] for k in key.split()) for row in rows}) == len(rows)
@@ -194,7 +194,7 @@ def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
     drawn = {}
     monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.update({name: figure}))
     for draw in (plot.plot_decode, plot.plot_gemv, plot.plot_quality):
-        draw(plt)
+        draw()
     for figure in drawn.values():
         for axis in (axis for axis in figure.axes if axis.get_visible()):
             low, high = axis.get_ylim()
