@@ -35,6 +35,7 @@ from torch import Tensor
 
 import options
 from benchmarks.results import provenance, write_rows
+from kernels.fused_step import record_graph
 from kernels.products import launch_product
 from kernels.quantized import dequantize, form_of
 from kernels.triton_gemv import Product
@@ -135,16 +136,12 @@ class Problem:
 
 def graph_us(launch: Callable[[Matrix], None], matrices: list[Matrix]) -> float:
     """Median microseconds of one product in a graph over all `matrices`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        launch(matrices[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launch_all() -> None:
         for matrix in matrices:
             launch(matrix)
-    times = []
+
+    graph, times = record_graph(launch_all, matrices[0][0][:1]), []
     for i in range(WARM_UP + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -195,7 +192,6 @@ def check(launch: Callable[[Matrix], None], out: Tensor, problem: Problem, name:
 
 
 def measure(n_in: int, n_out: int, sparsity: float, dtype: str) -> list[dict]:
-    """Rows of all kernels for one shape, dtype and sparsity."""
     pdl = torch.cuda.get_device_capability() >= (9, 0)
     times: dict[str, list[float]] = {}  # of each launch, the best so far
     for recording in range(RECORDINGS):

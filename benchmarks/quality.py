@@ -61,7 +61,6 @@ class GatedFeedForward(nn.Module):
 
 
 def share_of(model: SparseTransformer, *projections: str) -> float:
-    """These projections' share of the weights of all."""
     sizes = model.projection_sizes()
     return sum(sizes[p] for p in projections) / sum(sizes.values())
 

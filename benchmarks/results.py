@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 from formats.files import atomic_write
@@ -22,10 +22,7 @@ def provenance(device: str) -> dict[str, str]:
     if not (commit := os.environ.get("GIT_COMMIT", "")):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
+    triton = next((found.version for found in distributions(name="triton")), "")
     today = date.today().isoformat()
     return {"date": today, "device": device, "torch": version("torch"), "triton": triton, "commit": commit}
 
