@@ -115,10 +115,7 @@ class Recorder:
 
 @torch.no_grad()
 def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
-    """Runs the model densely over tokens [N, T] (int64, T > 1), a few windows at a time, and records its inputs.
-
-    Raises ValueError if an input is not finite (float16 overflows in some models).
-    """
+    """Statistics of the inputs that tokens [N, T] (int64, T > 1) give densely; ValueError: an input is not finite."""
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
 
     # every input is counted on its way into its projections, whose weights ranks have whole in a walk alone
@@ -144,15 +141,13 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
 
 
-def self_written_text(
-    model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0, row: int | None = None
-) -> Tensor:
-    """Text that the dense model writes at temperature 1: rows [N, T], int64, each from the start token on.
+def self_written_text(model: SparseTransformer, start: int, num_tokens: int, seed: int = 0, row: int = 0) -> Tensor:
+    """Text that the dense model writes at temperature 1: rows [N, T], int64, each from the token `start` on.
 
-    Rows have up to `row` (128) tokens, all rows at least `num_tokens`. Raises as `write_tails`.
+    Rows have up to `row` tokens (0: 128), all rows at least `num_tokens`. Raises as `write_tails`.
     """
     length = max(2, min(row or OWN_ROW, model.config.block_size, num_tokens))
-    return write_tails(model, torch.full((-(-num_tokens // length), length), start_token), 1, seed)
+    return write_tails(model, torch.full((-(-num_tokens // length), length), start), 1, seed)
 
 
 @torch.no_grad()
@@ -184,16 +179,11 @@ def write_tails(model: SparseTransformer, rows: Tensor, begun: int, seed: int = 
 
 
 def calibration_tokens(
-    folder: Path,
-    model: SparseTransformer,
-    data: list[str] | None,
-    num_tokens: int,
-    seed: int,
-    context: int | None = None,
+    folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int, context: int = 0
 ) -> tuple[Tensor, str]:
     """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
-    `context`: T, if it is given and the text is as long. Raises ValueError for a text that cannot be read or is too
+    context: T, if it is not 0 and the text is as long. Raises ValueError for a text that cannot be read or is too
     short, or a tokenizer of another model.
     """
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
@@ -201,7 +191,7 @@ def calibration_tokens(
         names = " ".join(Path(source).name for source in data)
         return text_windows(data, tokenizer, num_tokens, context or model.config.block_size), names
     start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
-    text = self_written_text(model, start, num_tokens, seed, context or None)
+    text = self_written_text(model, start, num_tokens, seed, context)
     return text, f"the model's own, seed {seed}"
 
 
@@ -282,9 +272,8 @@ def main(argv: list[str] | None = None) -> Statistics:
 
         # the zeros of a ReLU cost nothing to cut: they are what threshold 0 cuts
         if model.config.activation == "relu":
-            zeros = [
-                (statistics.get(i, "down", "magnitude")[1:] == 0).float().mean() for i in range(statistics.n_layer)
-            ]
+            sizes = (statistics.get(i, "down", "magnitude")[1:] for i in range(statistics.n_layer))
+            zeros = [(size == 0).float().mean() for size in sizes]
             print(f"inputs of down that are exactly 0: {min(zeros):.1%} to {max(zeros):.1%}, by layer")
 
     statistics.save(output)
