@@ -36,7 +36,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -50,7 +50,7 @@ from cli import output_path, placement
 from decoder import check_finite, not_finite
 from formats.default_model import resolve_checkpoint
 from sparse_model import SITES, SparseProjection, SparseTransformer, dense_prefix_of
-from thresholds import Cuts, CutTable, make_table, table_metadata
+from thresholds import Cuts, CutTable, make_table, table_metadata, table_name
 
 LEVELS = (0.25, 0.4, 0.5, 0.65, 0.8)  # sparsities that are refined; between two, thresholds are interpolated
 CURVATURE_TOKENS = 16384  # of the text, for the initial cuts
@@ -68,33 +68,27 @@ Receive = Callable[[int, SparseProjection, Tensor, list[Tensor]], None]
 def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[None]:
     """Inside it every backward pass calls `receive(j, module, x, grads)` for site module j of the model.
 
-    x [B, T, in] is the module's input; grads are the loss's gradients by x through each of its segments alone, S x
-    [B, T, in]. No parameter needs a gradient: it flows from the embeddings on.
+    x: the module's input [B, T, in]; grads: the loss's gradients by x through each segment alone, S x [B, T, in].
     """
 
-    def watch(j: int) -> Callable:
-        def forward_hook(module: SparseProjection, args: tuple[Tensor], y: Tensor) -> None:
-            def backward_hook(grad: Tensor) -> None:
-                weight = module.dequantized(grad.dtype)
-                parts = zip(grad.split(module.widths, -1), weight.split(module.widths, 1), strict=True)
-                receive(j, module, args[0].detach(), [part @ weight.t() for part, weight in parts])
-
-            if y.requires_grad:
-                y.register_hook(backward_hook)
-
-        return forward_hook
-
-    hooks = [module.register_forward_hook(watch(j)) for j, module in enumerate(model.sites)]
-
+    # no parameter needs a gradient: it flows from the embeddings on
     def from_here(module, args: tuple[Tensor], y: Tensor) -> Tensor:
         return y.requires_grad_(torch.is_grad_enabled())
 
-    hooks.append(model.tok_embeddings.register_forward_hook(from_here))
-    try:
+    def forward_hook(j: int, module: SparseProjection, args: tuple[Tensor], y: Tensor) -> None:
+        def backward_hook(grad: Tensor) -> None:
+            weight = module.dequantized(grad.dtype)
+            parts = zip(grad.split(module.widths, -1), weight.split(module.widths, 1), strict=True)
+            receive(j, module, args[0].detach(), [part @ weight.t() for part, weight in parts])
+
+        if y.requires_grad:
+            y.register_hook(backward_hook)
+
+    with ExitStack() as hooks:
+        hooks.enter_context(model.tok_embeddings.register_forward_hook(from_here))
+        for j, module in enumerate(model.sites):
+            hooks.enter_context(module.register_forward_hook(partial(forward_hook, j)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def windows_per_pass(model: SparseTransformer, length: int) -> int:
@@ -252,10 +246,7 @@ def perplexity_of(model: SparseTransformer, windows: Tensor, cut: bool) -> float
 
 
 def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTable, seed: int = 0) -> Iterator[None]:
-    """Appends the levels that `table` lacks, one per iteration, from windows `tokens` [N, T] (int64, T > 1).
-
-    The table is rounded to float16 at the end alone, so that a stopped run goes on exactly. Raises as `initial_cuts`.
-    """
+    """Appends the levels that `table` lacks, one per step; tokens: [N, T], int64, T > 1. Raises as `initial_cuts`."""
     # initial cuts, and the part of the text that no update sees
     cuts = initial_cuts(model, tokens[: max(1, CURVATURE_TOKENS // tokens.shape[1])], seed)
     device = model.device
@@ -287,6 +278,7 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
             table.append(cuts)
             yield
 
+    # rounded to float16 here alone, so that a stopped run goes on exactly
     text = "held-out calibration text" if held_out else "the calibration text"
     finish(model, table, unseen, text)
 
@@ -318,7 +310,7 @@ def main(argv: list[str] | None = None) -> CutTable:
 
     # load the model and the text
     folder = resolve_checkpoint(o.checkpoint_path)
-    output = o.output or output_path(folder / "thresholds_refined.safetensors")
+    output = o.output or output_path(folder / table_name("refined"))
     model = SparseTransformer.from_checkpoint(folder, *placement(o))
     tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 
