@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import options
+import thresholds
 from calibrate import calibration_tokens
 from cli import placement
 from formats.checkpoint import Source, convert, copy_files, fingerprint, load_weights, write_weights
@@ -42,7 +43,7 @@ from formats.text import WINDOW
 from kernels.quantized import pack_int4
 from model import read_config
 from sparse_model import SITES, SparseTransformer
-from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, find_table, load_statistics, warn_of_old_files
+from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, find_table, load_statistics, table_name
 
 QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1", "w3", "w13", "w2", "output")}
 DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
@@ -62,10 +63,8 @@ def round_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What weights [..., out], float32, become; their codes, uint8, 0 to 15; scale [..., out / groupsize, 2], bfloat16.
-
-    Of each group s and m are those of least squared error among fits that start from `SPANS` of its range.
-    """
+    """Weights [..., out], float32, rounded; their codes, uint8, 0 to 15; scale [..., out / groupsize, 2], bfloat16."""
+    # of each group s and m are those of least squared error among fits that start from `SPANS` of its range
     group = weight.unflatten(-1, (-1, groupsize))
     low, high = group.aminmax(dim=-1, keepdim=True)
     spans = torch.linspace(*SPANS, device=weight.device).view(-1, *[1] * group.dim())
@@ -102,10 +101,8 @@ def round_block(rows: Tensor, factors: Tensor, rounding: Callable, form: Tensor 
 
 @lru_cache
 def block_graph(shape: tuple[int, int], rounding: Callable, groupsize: int, device: torch.device) -> tuple:
-    """`round_block` recorded for blocks of this shape: the graph, what it reads (rows, factors, scale), its results.
-
-    In int4 a row is some 60 launches of 2 us, which cost the host 10 us each: 19 s per layer of llama-3-8b.
-    """
+    """`round_block` recorded for blocks of this shape: the graph, what it reads (rows, factors, scale), its results."""
+    # in int4 a row is some 60 launches of 2 us, which cost the host 10 us each: 19 s per layer of llama-3-8b
     from kernels.fused_step import record_graph
 
     rows, factors, scale = (torch.ones(size, device=device) for size in (shape, (shape[0],) * 2, shape[1:]))
@@ -207,10 +204,8 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
 def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
     """Statistics (int8 only) and cut tables of the checkpoint in `folder`, by file name; says what stays behind."""
     path = folder / STATISTICS_NAME
-    warn_of_old_files(folder)
-    readers: dict[str, Callable] = {
-        f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS
-    }
+    thresholds.warn_of_old_files(folder)
+    readers: dict[str, Callable] = {table_name(rule): partial(find_table, rule, folder) for rule in SCRIPTS}
     readers |= {STATISTICS_NAME: partial(load_statistics, path, folder)} if path.is_file() else {}
     artifacts = {}
     for name, read in readers.items():
