@@ -160,7 +160,6 @@ def evaluate_tasks(o: argparse.Namespace, model: Transformer, tokenizer: Tokeniz
 
 
 def check_harness(tasks: str) -> None:
-    """Raises ValueError if lm-eval is not installed."""
     try:
         import harness  # noqa: F401
     except ImportError as error:

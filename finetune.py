@@ -176,8 +176,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.steps = max(1, round(o.epochs * len(windows) / o.batch_size))
         generator, epochs = torch.Generator().manual_seed(o.seed), -(-self.steps * o.batch_size // len(windows))
-        self.order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
-        self.order = self.order.to(model.device)
+        order = [torch.randperm(len(windows), generator=generator) for _ in range(epochs)]
+        self.order = torch.cat(order).to(model.device)
         self.losses = torch.zeros(0)
 
     def rate(self, step: int) -> float:
@@ -215,10 +215,7 @@ class Training:
         return torch.stack(losses).sum() / len(hidden)
 
     def run(self) -> Iterator[None]:
-        """Makes the steps that are left, and yields when `losses` has those of some more.
-
-        Raises ValueError for one that is not finite.
-        """
+        """Makes the steps that are left; yields whenever `losses` has grown. Raises ValueError if one is not finite."""
         begun, new, looked = len(self.losses), [], time.monotonic()
         tokens = self.o.batch_size * self.windows.shape[1]
         options = {"desc": "finetuning", "unit": "tok", "unit_scale": True, "initial": begun * tokens}

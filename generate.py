@@ -25,7 +25,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -184,10 +184,9 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, 
     if not one_length and (reason or o.unfused or not o.compile):
         why = f"not fused here: {reason}" if reason else "fused with --compile, without --unfused"
         raise ValueError(f"--prompts of different lengths (in tokens) need fused steps; a step is {why}")
-    if reason and tp.count() > 1:
-        raise ValueError(f"torchrun's ranks need fused steps; a step is not fused here: {reason}")
-    if o.draft and reason:
-        raise ValueError(f"--draft needs fused steps; a step is not fused here: {reason}")
+    unfit = "torchrun's ranks need" if tp.count() > 1 else "--draft needs" if o.draft else ""
+    if reason and unfit:
+        raise ValueError(f"{unfit} fused steps; a step is not fused here: {reason}")
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
         print("--compile is left out: it needs a C++ compiler that works (g++, or CXX)", file=sys.stderr)
         o.compile = o.compile_prefill = False
@@ -204,10 +203,8 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, 
 def load_generators(
     o: argparse.Namespace, source: ModelSource, length: int, step: str, static_prompt: bool
 ) -> tuple[list[Generator], str]:
-    """The model's Generator and, where a run compares, one of the dense model; and the name of the cuts' rule.
-
-    Where our kernels run, the dense model runs them too: a speed-up then comes from sparsity alone.
-    """
+    """The model's Generator and, where a run compares, one of the dense model; and the name of the cuts' rule."""
+    # where our kernels run, the dense model runs them too: a speed-up then comes from sparsity alone
     ours = step == "fused" or (source.device.type == "cpu" and o.batch_size == 1 and cpu.library() is not None)
     dense_class = SparseTransformer if ours else Transformer
     dense_model = source.sparse_model if o.draft else None if o.sparsity else source.load(dense_class)
@@ -253,7 +250,6 @@ def check_draft(o: argparse.Namespace, source: ModelSource) -> Path:
 
 
 def dense_backend(step: str, dense_model: Transformer) -> str:
-    """How the dense model ran, for the report."""
     if step == "fused":
         kernels = "one C++ call" if dense_model.device.type == "cpu" else "one CUDA graph"
         return f"the sparse kernels without the threshold test, {kernels} per step"
@@ -305,11 +301,9 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def measure(
-    generators: list[Generator], prompts: list[Tensor], new_tokens: int, num_samples: int
-) -> list[list[Generation]]:
-    """`num_samples` generations of each generator, alternated so that a drift of the machine meets all alike."""
-    rounds = [[generator(prompts, new_tokens) for generator in generators] for _ in range(num_samples)]
+def measure(generators: list[Generator], prompts: list[Tensor], new_tokens: int, count: int) -> list[list[Generation]]:
+    """`count` generations of each generator, alternated so that a drift of the machine meets all alike."""
+    rounds = [[generator(prompts, new_tokens) for generator in generators] for _ in range(count)]
     return [list(generations) for generations in zip(*rounds, strict=True)]
 
 
@@ -355,8 +349,7 @@ def write_trace(path: Path, generator: Generator, prompts: list[Tensor], max_new
 
 def answer_of(new: list[int], prompt: Prompt, tokenizer: Tokenizer) -> str:
     """The text of a row's new tokens, up to the first that ends it."""
-    end = next((i for i, token in enumerate(new) if token in tokenizer.eos_ids), len(new))
-    return tokenizer.decode(new[:end], after=prompt.ids)
+    return tokenizer.decode(takewhile(lambda token: token not in tokenizer.eos_ids, new), after=prompt.ids)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -390,10 +383,7 @@ def summary(o: argparse.Namespace, step: str, generators: list[Generator], runs:
 
 
 def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[float | None]) -> None:
-    """Prints what a person wants to know of the numbers in the JSON.
-
-    brief: milliseconds per step of the model and of the dense one in short alternated runs, where there were some.
-    """
+    """Prints the JSON's numbers for a person. brief: ms per step of the model and of the dense one in short runs."""
     # what ran
     weights = "random weights (normal, std 0.02)" if o.random_init else "trained weights"
     compiled = "" if r["compile_s"] is None else f"; compiled in {r['compile_s']:.1f} s, not in the speed"
@@ -405,14 +395,13 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
     if r["ms_per_token"] is not None:
         per_step = f"{r['ms_per_token']:.2f} ms per {'token' if o.draft else 'decode step'}"
         rate = f" = {r['bandwidth_gbps']:,.1f} GB/s" if r["bandwidth_gbps"] else ""
-    rows, per_row = "", ""
-    if r["batch"] > 1:
-        rows, per_row = f" x {r['batch']} rows", f" ({r['tokens_per_sec'] / r['batch']:.1f} per row)"
+    many = r["batch"] > 1
+    rows, per_row = f" x {r['batch']} rows" * many, f" ({r['tokens_per_sec'] / r['batch']:.1f} per row)" * many
     lengths = r["prompt_tokens"] if o.prompts else [r["prompt_tokens"]]
     prompt = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
     counts = f"{prompt} prompt tokens, {r['new_tokens']} new{rows}, sampling included"
     print(f"Speed      {r['tokens_per_sec']:.1f} tokens/s{per_row}, median of {o.num_samples} ({counts}); {per_step}")
-    print(f"First      {r['ttft_ms']:.1f} ms from the call to the first token{' of every row' * (r['batch'] > 1)}")
+    print(f"First      {r['ttft_ms']:.1f} ms from the call to the first token{' of every row' * many}")
     if "speedup" in r:
         dense = f"{r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']})"
         print(f"Dense      {dense}: speed-up {r['speedup']:.2f}x")
@@ -438,7 +427,6 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
 
 
 def report_quality(rule: str, folder: Path, sparsity: float) -> None:
-    """Prints what the sparsity costs in perplexity, by the cut table's own record."""
     recorded = recorded_perplexity(rule, folder, sparsity)
     quality = "not recorded for these thresholds; eval.py measures it"
     if recorded:
