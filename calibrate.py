@@ -10,10 +10,10 @@ another). The script counts the distributions of each input x, of |x| and, per p
 The counts of a 70B model take 315 MB on its device, a window's widest inputs about 1 GB in float32, the file 64 MB.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("calibrate")
+if __name__ == "__main__":
+    options.run_script("calibrate")
 
 import warnings
 from contextlib import ExitStack
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import options
 from cli import output_path, placement
 from decoder import check_finite, not_finite
 from formats.checkpoint import fingerprint
@@ -191,8 +190,7 @@ def calibration_tokens(
         names = " ".join(Path(source).name for source in data)
         return text_windows(data, tokenizer, num_tokens, context or model.config.block_size), names
     start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
-    text = self_written_text(model, start, num_tokens, seed, context)
-    return text, f"the model's own, seed {seed}"
+    return self_written_text(model, start, num_tokens, seed, context), f"the model's own, seed {seed}"
 
 
 def calibrate(

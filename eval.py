@@ -16,10 +16,10 @@ perplexity is that of what was written under the dense model, or that of --judge
 sequences of four tokens that it had before. Compare both with those of --sparsity 0.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("eval")
+if __name__ == "__main__":
+    options.run_script("eval")
 
 import argparse
 import json
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm, trange
 
-import options
 import tp
 from cli import placement
 from decoder import MAX_ROWS, Generator, check_finite, why_unfused

@@ -23,10 +23,10 @@ Memory: the model, 16 bytes per parameter of A and B, of every token in a batch 
 block keeps for its gradient.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("finetune")
+if __name__ == "__main__":
+    options.run_script("finetune")
 
 import argparse
 import copy
@@ -47,7 +47,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-import options
 from calibrate import calibration_tokens, statistics_for, write_tails
 from cli import placement
 from decoder import not_finite
@@ -392,8 +391,7 @@ def main(argv: list[str] | None = None) -> Path:
         convert(write, folder, output)
         state.unlink()
 
-    seen = f"{made['tokens_seen']:,} tokens in all, of {json.dumps(amounts)}"
-    print(f"{output}: tuned on {seen}; use it as --checkpoint_path")
+    print(f"{output}: tuned on {made['tokens_seen']:,} tokens of {json.dumps(amounts)}; use it as --checkpoint_path")
     if table:
         print(table.quality_report())
     return output

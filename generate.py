@@ -11,10 +11,10 @@ Samples of a run repeat the same draws, so that only their time differs; row r o
 JSON's `text` is the last sample's first row, `prompt_tokens` its prompt's; of --prompts both are lists, by row.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("generate")
+if __name__ == "__main__":
+    options.run_script("generate")
 
 import argparse
 import json
@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import options
 import tp
 from calibrate import calibrate_random, statistics_for
 from cli import placement

@@ -16,10 +16,10 @@ per block on one busy core. Memory: the model and one block's activations over a
 on after the last complete block, which `<output>.<digest of the settings>.partial.safetensors` keeps.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("greedy")
+if __name__ == "__main__":
+    options.run_script("greedy")
 
 import math
 from collections.abc import Callable, Iterator
@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import options
 from calibrate import calibration_tokens, statistics_for
 from cli import output_path, placement
 from decoder import not_finite
@@ -108,8 +107,7 @@ def greedy_paths(
     # as many rounds as each projection takes alone, since a round raises one
     sizes = model.projection_sizes()
     rounds = sum(math.ceil(MOST * size / (step * sizes["q"])) for size in sizes.values())
-    layers = model.config.n_layer
-    with tqdm(total=layers * rounds, initial=skip * rounds, desc="greedy", unit="round") as progress:
+    with tqdm(total=model.config.n_layer * rounds, initial=skip * rounds, desc="greedy", unit="round") as progress:
         # a block's dense pass leaves the keys and values of all positions in a cache, of which a trial, which runs the
         # last quarter alone, overwrites its part
         for layer in model.walk([tokens], cached=True):

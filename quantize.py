@@ -16,10 +16,10 @@ the outputs on the text. Memory: the model, the text's hidden states, eight floa
 lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("quantize")
+if __name__ == "__main__":
+    options.run_script("quantize")
 
 import sys
 from collections.abc import Callable
@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import options
 import thresholds
 from calibrate import calibration_tokens
 from cli import placement

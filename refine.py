@@ -27,10 +27,10 @@ the activations of at least one window, see `windows_per_pass`. A run that was s
 level, which `<output>.<digest of the settings>.partial.safetensors` keeps.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("refine")
+if __name__ == "__main__":
+    options.run_script("refine")
 
 import json
 import math
@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import options
 from calibrate import calibration_tokens
 from cli import output_path, placement
 from decoder import check_finite, not_finite
@@ -61,11 +60,9 @@ MEMORY = 24e9  # bytes of activations and logits on a GPU, which bound the windo
 # Adam's learning rates: log t per projection, log t per channel, c in units of its channel's spread
 RATE_PROJECTION, RATE_CHANNEL, RATE_SHIFT = 0.005, 0.0025, 0.03
 
-Receive = Callable[[int, SparseProjection, Tensor, list[Tensor]], None]
-
 
 @contextmanager
-def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[None]:
+def segment_gradients(model: SparseTransformer, receive: Callable) -> Iterator[None]:
     """Inside it every backward pass calls `receive(j, module, x, grads)` for site module j of the model.
 
     x: the module's input [B, T, in]; grads: the loss's gradients by x through each segment alone, S x [B, T, in].

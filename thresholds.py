@@ -369,8 +369,6 @@ def make_table(output: Path, new: CutTable, steps: Callable[[CutTable], Iterable
 
 
 class RuleInputs(NamedTuple):
-    """What a rule makes cuts from."""
-
     folder: Path | None  # the checkpoint's; None for random weights
     statistics: Callable[[], Statistics]  # reads or makes the statistics of this model's inputs; called if needed
 

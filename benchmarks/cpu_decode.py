@@ -10,10 +10,10 @@ own decode of one token after another, without sampling), our dense model, our k
 sparsities asked for. Ours include sampling. Medians and quartiles go to benchmarks/results/cpu.csv.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.cpu_decode")
+if __name__ == "__main__":
+    options.run_script("benchmarks.cpu_decode")
 
 import ctypes
 import statistics as stats
@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-import options
 from benchmarks.results import command, model_columns, provenance, write_rows
 from decoder import FusedCpuStep, Generation
 from formats.default_model import resolve_checkpoint

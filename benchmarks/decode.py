@@ -12,10 +12,10 @@ generate.py; thresholds are uniform unless they say otherwise. Rows go to benchm
 `python -m benchmarks.plot` draws them.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.decode")
+if __name__ == "__main__":
+    options.run_script("benchmarks.decode")
 
 import gc
 import math
@@ -23,7 +23,6 @@ import shlex
 
 import torch
 
-import options
 import tp
 from benchmarks.results import form, model_columns, provenance, short, write_rows
 from cli import resolve_device

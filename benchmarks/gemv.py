@@ -8,20 +8,19 @@ Each kernel runs in a CUDA graph over enough different matrices to overflow the 
 median of replays over the number of matrices, with all launches that a product needs (zeroed outputs, masks), of the
 best of three recordings with new inputs and matrices: now and then one is 18 % slower than the next, and matrices
 differ by up to 1 %. Inputs are uniform in [-0.5, 0.5]. The same run checks the results against float64. Rows go to
-results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches rows, while the
-launch before ends. Its guess of the kept rows is right here, since x never changes; in the step o guesses by the last
-token's x. The others are ordinary launches, written anew after what their authors describe, each with its best tile of
-a small search (one recording per tile, then two more of the best three):
+results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch. The others are ordinary launches,
+written anew after what their authors describe, each with its best tile of a small search (one recording per tile, then
+two more of the best three):
     dejavu   a launch makes flags from the mask; the product loads rows by flag (Deja Vu, arXiv 2310.17157, section 4)
     teal     the product tests the threshold itself, outputs zeroed and added to in float16, of bfloat16 in
              float32 (arXiv 2408.14690, 4.3)
     dense    cuBLAS on [out, in]; dense_t: on [in, out]
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.gemv")
+if __name__ == "__main__":
+    options.run_script("benchmarks.gemv")
 
 import itertools
 import math
@@ -33,7 +32,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import options
 from benchmarks.results import provenance, write_rows
 from kernels.fused_step import record_graph
 from kernels.products import launch_product
@@ -161,6 +159,8 @@ def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Ma
     turns = itertools.cycle(((sums[0], sums[1]), (sums[1], sums[0])))
     thresholds = torch.full((1, n_in), threshold, device=device)
 
+    # By dependent launch it starts, and fetches rows, while the launch before ends. Its guess of the kept rows is right
+    # here, since x never changes; in the step o guesses by the last token's x.
     def ours(matrix: Matrix) -> None:
         (weight, scale), (out, other) = matrix, next(turns)
         product = Product(weight, thresholds, [n_out], problem.sparsity, scale)

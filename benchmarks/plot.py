@@ -3,16 +3,15 @@
 python -m benchmarks.plot            # decode.csv -> decode.png, gemv.csv -> gemv.png, quality.csv -> quality.png
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.plot")
+if __name__ == "__main__":
+    options.run_script("benchmarks.plot")
 
 from collections import defaultdict
 
 import numpy as np
 
-import options
 from benchmarks.results import RESULTS, form, read_rows
 from formats.files import atomic_write
 
@@ -151,8 +150,7 @@ def plot_quality() -> None:
 def draw_perplexity(axis, x, rows: list[dict], style: str, label: str | None = None) -> None:
     """A rule's line in its colour; what is above `MOST_PERPLEXITY` lies at that height, with its number."""
     y = column(rows, "perplexity")
-    color = RULES[rows[-1]["rule"]]
-    axis.plot(x, y.clip(max=MOST_PERPLEXITY), style, color=color, label=label, markersize=4)
+    axis.plot(x, y.clip(max=MOST_PERPLEXITY), style, color=RULES[rows[-1]["rule"]], label=label, markersize=4)
     for place, value in zip(x, y, strict=True):
         if value > MOST_PERPLEXITY:
             axis.text(place, 1.05 * MOST_PERPLEXITY, f"\u2191{value:,.0f}", ha="center", fontsize=7)

@@ -217,8 +217,7 @@ def _rope(config: dict, family: str, fields: dict) -> dict:
     share = checked(found, "partial_rotary_factor", float, share, least=LEAST, most=1)
     rotary_dim = int(fields["head_dim"] * share)
     if (share != 1 and family not in PARTLY_ROTARY) or rotary_dim % 2 or not rotary_dim:
-        supported = "only 1 or an even part of a head is supported"
-        raise ValueError(f"config.json has partial_rotary_factor {share}; {supported}")
+        raise ValueError(f"config.json has partial_rotary_factor {share}; supported: 1, or an even part of a head")
 
     # the type, and the numbers that it needs
     kind = found.get("rope_type") or found.get("type") or "default"
