@@ -19,9 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.results import command, model_columns, provenance, write_rows
 from calibrate import calibration_tokens

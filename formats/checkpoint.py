@@ -30,10 +30,8 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
-COPIED_FILES = (
-    "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json chat_template.jinja chat_template.json"
-).split()
+COPIED_FILES = "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json".split()
+COPIED_FILES += "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json".split()
 
 
 # ---------------------------------------------------------------- reading
