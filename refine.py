@@ -23,7 +23,7 @@ they saw it cuts a little more, and texts differ. The table records the perplexi
 Cost: an update is two forward passes, a backward one and the gradients of the segments once more, 8 P operations per
 token for P weights. One update of five levels took an 8B model 52 s on an H100 (random weights, 40 GB); SmolLM2-135M
 took 1.0 s per update there. On two CPU cores a level takes hours: give fewer --updates. Beside the model, memory holds
-the activations of at least one window, see `windows_per_pass`. A run that was stopped goes on after the last complete
+the activations of at least one window, see `batches_of`. A run that was stopped goes on after the last complete
 level, which `<output>.<digest of the settings>.partial.safetensors` keeps.
 """
 
@@ -88,11 +88,13 @@ def segment_gradients(model: SparseTransformer, receive: Callable) -> Iterator[N
         yield
 
 
-def windows_per_pass(model: SparseTransformer, length: int) -> int:
-    """Windows of `length` tokens that a forward and backward pass takes within `MEMORY`; on a CPU one."""
-    config = model.config
-    token = 20 * config.vocab_size + 4 * config.n_layer * (12 * config.dim + 6 * config.intermediate_size)
-    return max(1, int(MEMORY / (token * length))) if model.device.type == "cuda" else 1
+def batches_of(windows: Tensor, model: SparseTransformer, single: bool = False) -> Iterator[Tensor]:
+    """Windows [N, T] on the model's device, as many at once as `MEMORY` holds with their gradients; on a CPU one."""
+    config, count = model.config, 1
+    if model.device.type == "cuda" and not single:
+        token = 20 * config.vocab_size + 4 * config.n_layer * (12 * config.dim + 6 * config.intermediate_size)
+        count = max(1, int(MEMORY / (token * windows.shape[1])))
+    return (batch.to(model.device) for batch in windows.split(count))
 
 
 def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cuts:
@@ -144,10 +146,10 @@ def scaled_to(model: SparseTransformer, windows: Tensor, level: float, cuts: Cut
 
         # the sparsity of all windows together, or the least of any
         achieved = []
-        for batch in windows.split(1 if every else windows_per_pass(model, windows.shape[1])):
+        for batch in batches_of(windows, model, single=every):
             if every or not achieved:
                 model.reset_counts()
-            model(batch.to(model.device), num_logits=1, dense_prefix=dense_prefix_of(windows.shape[1]))
+            model(batch, num_logits=1, dense_prefix=dense_prefix_of(windows.shape[1]))
             achieved.append(model.achieved_sparsity())
         reached = min(achieved) if every else achieved[-1]
         if abs(reached - level) < TOLERANCE:
@@ -201,8 +203,7 @@ class Refinement:
         model.reset_counts()
         divergence = 0.0
         with segment_gradients(model, receive):
-            for batch in windows.split(windows_per_pass(model, windows.shape[1])):
-                batch = batch.to(model.device)
+            for batch in batches_of(windows, model):
                 with torch.no_grad():
                     dense = torch.log_softmax(model(batch).float(), -1)
                 with torch.enable_grad():
@@ -235,8 +236,7 @@ def perplexity_of(model: SparseTransformer, windows: Tensor, cut: bool) -> float
     """Perplexity on windows [N, T], cut after each window's dense prefix or dense."""
     prefix = dense_prefix_of(windows.shape[1]) if cut else None
     loss = 0.0
-    for batch in windows.split(windows_per_pass(model, windows.shape[1])):
-        batch = batch.to(model.device)
+    for batch in batches_of(windows, model):
         logits = model(batch[:, :-1], dense_prefix=prefix).float()
         loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return math.exp(loss / windows[:, 1:].numel())
