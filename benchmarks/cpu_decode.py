@@ -78,13 +78,11 @@ class LlamaCpp:
 
 @dataclass
 class Variant:
-    """One way to decode: its cuts (None: nothing is cut), the bytes read per token, the seconds per token by round."""
-
     what: str
     sparsity: float
-    bytes_per_token: int
-    cuts: Cuts | None = None
-    seconds: list[float] = field(default_factory=list)
+    bytes_per_token: int  # that are read
+    cuts: Cuts | None = None  # None: nothing is cut
+    seconds: list[float] = field(default_factory=list)  # per token, by round
 
 
 def our_seconds_per_token(decoder: FusedCpuStep, steps: int) -> float:

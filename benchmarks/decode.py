@@ -79,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         for sparsity in o.sparsities:
             rows.append(measure(["--sparsity", str(sparsity), *source, *flags], config))
             gc.collect()  # the next model takes this one's place on the GPU
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         if tp.rank() == 0:
             write_rows("decode.csv", rows, KEY)
         tables.append(rows)

@@ -139,16 +139,16 @@ def graph_us(launch: Callable[[Matrix], None], matrices: list[Matrix]) -> float:
         for matrix in matrices:
             launch(matrix)
 
+    # the row that it keeps, which no launch changes, says on which device
     graph, times = record_graph(launch_all, matrices[0][0][:1]), []
-    for i in range(WARM_UP + REPLAYS):
+    for _ in range(WARM_UP + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        if i >= WARM_UP:
-            times.append(start.elapsed_time(end))
-    return 1e3 * sorted(times)[REPLAYS // 2] / len(matrices)
+        times.append(start.elapsed_time(end))
+    return 1e3 * sorted(times[WARM_UP:])[REPLAYS // 2] / len(matrices)
 
 
 def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Matrix], None], Tensor]]]:
