@@ -178,8 +178,7 @@ class Training:
         self.order = torch.cat(order).to(model.device)
         self.losses = torch.zeros(0)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+    def learning_rate(self, step: int) -> float:
         rising = (step + 1) / max(1, WARM_UP * self.steps)
         return self.o.learning_rate * min(1.0, rising) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
@@ -207,7 +206,7 @@ class Training:
             parameter.grad /= len(hidden)
 
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_STEP)
-        self.optimizer.param_groups[0]["lr"] = self.rate(step)
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack(losses).sum() / len(hidden)
@@ -216,8 +215,8 @@ class Training:
         """Makes the steps that are left; yields whenever `losses` has grown. Raises ValueError if one is not finite."""
         begun, new, looked = len(self.losses), [], time.monotonic()
         tokens = self.o.batch_size * self.windows.shape[1]
-        options = {"desc": "finetuning", "unit": "tok", "unit_scale": True, "initial": begun * tokens}
-        with tqdm(total=self.steps * tokens, **options) as progress:
+        total, initial = self.steps * tokens, begun * tokens
+        with tqdm(total=total, initial=initial, desc="finetuning", unit="tok", unit_scale=True) as progress:
             for step in range(begun, self.steps):
                 new.append(self.step(step))
                 if time.monotonic() - looked < LOOK_SECONDS and step + 1 < self.steps:
@@ -234,10 +233,8 @@ class Training:
 
 
 class SavedState(NamedTuple):
-    """What a run goes on from; the metadata are the options that it was started with."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
+    tensors: dict[str, Tensor]  # losses, parameters and their moments
+    metadata: dict[str, str]  # the options that the run was started with
 
     def check(self) -> None:
         if "losses" not in self.tensors:

@@ -99,10 +99,8 @@ class ModelSource:
 
 @dataclass
 class Prompt:
-    """What is generated after: token ids, and the text to show before the answer (None: synthetic)."""
-
     ids: list[int]
-    shown: str | None = None
+    shown: str | None = None  # the text to show before the answer; None: synthetic
 
 
 def read_prompt(prompt: str | None, tokenizer: Tokenizer | None, config: ModelArgs, seed: int) -> Prompt:
