@@ -148,7 +148,7 @@ def test_a_level_of_zero_is_dense(monkeypatch):
 def test_the_learning_rate_rises_and_falls():
     model = build(SparseTransformer)
     training = training_of(model, random_tokens(8, 20), [random_cuts(model, 0.5, 1)], epochs=25, learning_rate=0.5)
-    rates = [training.rate(i) for i in range(training.steps)]
+    rates = [training.learning_rate(i) for i in range(training.steps)]
     assert training.steps == 200 and rates[9] == max(rates) == pytest.approx(0.5, rel=0.01)
     assert rates[0] == pytest.approx(0.05, rel=0.01) and rates[-1] < 1e-4 and rates[9:] == sorted(rates[9:])[::-1]
     seen = training.order.view(25, 8).sort(1).values
