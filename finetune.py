@@ -172,7 +172,7 @@ class Training:
 
         self.parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError(f"--targets {' '.join(o.targets)} is of no projection of {model.config.name}")
+            raise ValueError(f"--targets {' '.join(o.targets)}: {model.config.name} has no such projection")
         self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.steps = max(1, round(o.epochs * len(windows) / o.batch_size))
         generator, epochs = torch.Generator().manual_seed(o.seed), -(-self.steps * o.batch_size // len(windows))
@@ -332,11 +332,11 @@ def cuts_of_rows(o: argparse.Namespace, folder: Path, model: SparseTransformer) 
 def training_text(o: argparse.Namespace, folder: Path, model: SparseTransformer) -> tuple[Tensor, Tensor, dict]:
     """Windows [N, T] for training and those held out, and of how many tokens each text is. ValueError: too short."""
     if o.context > model.config.block_size:
-        raise ValueError(f"--context {o.context} is beyond the model's context, {model.config.block_size}")
+        raise ValueError(f"--context {o.context} exceeds the model's context of {model.config.block_size}")
     tokens, name = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed, o.context)
     if len(tokens) < 2:
         few = f"{tokens.numel()} tokens of text are one window of {tokens.shape[1]}"
-        raise ValueError(f"{few}; one more is needed to be held out: give more text, or less --context")
+        raise ValueError(f"{few}; another one must be held out: give more text or a smaller --context")
     count = max(1, min(len(tokens) // 8, HELD_OUT))
     windows, held_out = tokens[:-count].cpu(), tokens[-count:]
     amounts = {name: windows.numel()}
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> Path:
     o = options.finetune(argv)
     folder = resolve_checkpoint(o.checkpoint_path)
     if (quant := read_config(folder).quant) != "none":
-        raise ValueError(f"{folder} has {quant} weights; tune the checkpoint that it was made from, and quantise that")
+        raise ValueError(f"{folder} has {quant} weights; tune the checkpoint that it was made from, then quantise")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json to go with the new weights; convert_hf_checkpoint.py writes one")
     output = o.output_dir or folder.with_name(f"{folder.name}-tuned")
