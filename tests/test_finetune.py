@@ -327,7 +327,7 @@ def test_a_state_that_is_none(base, tmp_path):
     [
         ({"num_tokens": 40}, "40 tokens of text are one window of 40; another one must be held out"),
         ({"num_tokens": 30}, "3291 tokens of text, 30 asked for: at least 256 are needed"),
-        ({"context": 4000}, "--context 4000 is beyond the model's context, 160"),
+        ({"context": 4000}, "--context 4000 exceeds the model's context of 160"),
         ({"sparsity": [0.1, 0.2, 0.3], "batch_size": 2}, "--batch_size 2 has no row for each of 3 levels"),
         ({"sparsity": [0.3, 0.9], "thresholds": "refined"}, "outside what the cut table covers"),
         ({"targets": ["q", "w"]}, "invalid choice: 'w'"),

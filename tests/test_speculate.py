@@ -289,7 +289,7 @@ def test_a_chat_with_guesses(checkpoint, monkeypatch, capsys):
         ({"speculate_k": 2}, "--speculate_k has no effect without --draft"),
         ({"draft": "self", "speculate_k": 0}, "--speculate_k 0 is outside 1 to 7"),
         ({"draft": "self", "speculate_k": 8}, "--speculate_k 8 is outside 1 to 7"),
-        ({"draft": "self", "precision": "float32"}, "--draft needs bfloat16 or float16"),
+        ({"draft": "self", "precision": "float32"}, "--draft needs --precision bfloat16 or float16"),
         ({"draft": "prompt", "prompt": "150", "speculate_k": 3}, "with room for 3 guesses, do not fit tiny's context"),
         ({"draft": "no/such"}, "no/such"),
     ],
