@@ -68,8 +68,8 @@ def perplexity(
     A SparseTransformer cuts positions [dense_prefix:] of every window and counts them anew; None is dense.
     Raises ValueError for a window beyond the text or the model's context, and for logits that are not finite.
     """
-    if context + window > model.config.block_size:
-        raise ValueError(f"windows of {context} + {window} tokens exceed the context of {model.config.block_size}")
+    if context + window > (most := model.config.block_size):
+        raise ValueError(f"windows of {context} + {window} tokens exceed the model's context of {most}")
     starts = window_starts(len(tokens), context, window, num_windows)
     options = {} if dense_prefix is None else {"dense_prefix": dense_prefix}
     if options:

@@ -111,7 +111,7 @@ def test_window_starts():
 
 
 def test_windows_beyond_the_models_context(tokens):
-    with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context 320"):
+    with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context of 320"):
         perplexity(make_model(Transformer), tokens.repeat(5), 300, 21, 1)
 
 
