@@ -6,18 +6,19 @@
     python finetune.py --sparsity 0 --loss next_token --data c4             # a dense model on the same text, to compare
 
 The weight W of each projection in --targets becomes W + alpha / rank * A B (LoRA, arXiv 2106.09685). A [in, rank] and
-B [rank, out] are trained in float32, everything else is frozen. A product takes the sum, rounded to --precision, and
-inputs cut as in inference: every row of a batch at one of the levels in turn, its first 1 % dense. The gradient goes
-through kept inputs. A cut input's shift passes through the tuned weight, which is what the offset will be made of.
+B [rank, out] are trained in float32, everything else is frozen. A product takes the sum, rounded to --precision. Inputs
+are cut as in inference: the rows of a batch take the levels in turn, and the first 1 % of a row is dense. The gradient
+goes through kept inputs. A cut input's shift passes through the tuned weight, of which the offset will be made.
 
-The loss is the KL divergence from the dense model without LoRA (kl), or that of the text's next tokens. An eighth of
-the text, up to 16 windows, is held out. With --own_tokens further windows begin as one of the text, and the dense
-model goes on after a sixteenth. --seed is that of A, the order of the windows and what the model writes.
+The loss is the KL divergence from the dense model without LoRA (kl), or the cross-entropy of the text's next tokens
+(next_token). An eighth of the text, up to 16 windows, is held out. With --own_tokens there are further windows: their
+first sixteenth is the text's, and the dense model writes the rest. --seed is that of A, the order of the windows and
+what the model writes.
 
 The result is an ordinary checkpoint, in the dtype of the given one, for generate.py, eval.py and quantize.py. Its cut
-table is the one that it was trained with. All thresholds of a level are scaled by one factor, so that every window
-held out is cut by the level. finetune.json says how it was made. refine.py would find new thresholds, but for the
-tuned model as its own dense one. A run that was stopped goes on from <output_dir>.state.safetensors, kept every minute.
+table is the one that it was trained with. All thresholds of a level are scaled by one factor, so that every held-out
+window reaches the level. finetune.json says how it was made. refine.py would make a new table, but for the tuned model
+as its own dense one. A run that was stopped goes on from <output_dir>.state.safetensors, saved every minute.
 
 Memory: the model, 16 bytes per parameter of A and B, of every token in a batch the input of each block, and what one
 block keeps for its gradient.
