@@ -159,8 +159,7 @@ def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
-    where = f"file to write (default: {name} beside the checkpoint)"
-    parser.add_argument("--output", type=output_path, metavar="FILE", help=where)
+    parser.add_argument("--output", type=output_path, metavar="FILE", help=f"(default: {name} beside the checkpoint)")
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int, least: int = 2) -> None:

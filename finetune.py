@@ -10,10 +10,9 @@ B [rank, out] are trained in float32, everything else is frozen. A product takes
 are cut as in inference: the rows of a batch take the levels in turn, and the first 1 % of a row is dense. The gradient
 goes through kept inputs. A cut input's shift passes through the tuned weight, of which the offset will be made.
 
-The loss is the KL divergence from the dense model without LoRA (kl), or the cross-entropy of the text's next tokens
-(next_token). An eighth of the text, up to 16 windows, is held out. With --own_tokens there are further windows: their
-first sixteenth is the text's, and the dense model writes the rest. --seed is that of A, the order of the windows and
-what the model writes.
+The loss is the KL divergence from the dense model without LoRA (kl), or that of the text's next tokens. An eighth of
+the text, up to 16 windows, is held out. With --own_tokens there are further windows: the first sixteenth is text, and
+the dense model writes the rest. --seed is that of A, the order of the windows and what the model writes.
 
 The result is an ordinary checkpoint, in the dtype of the given one, for generate.py, eval.py and quantize.py. Its cut
 table is the one that it was trained with. All thresholds of a level are scaled by one factor, so that every held-out

@@ -7,9 +7,8 @@ python generate.py --sparsity 0.5 --compile --prompts FILE           # a prompt 
 python generate.py --sparsity 0.4 --compile --interactive            # a chat
 python generate.py --draft self --compile                            # the same text in less time, guessed ahead
 
-Samples of a run repeat the same draws, so that only their time differs. Row r of a batch draws with --seed + r. In the
-JSON `text` is that of the last sample's first row, and `prompt_tokens` counts its prompt. With --prompts both are lists
-with an entry per row.
+Samples of a run repeat the same draws, so that only their time differs. Row r of a batch draws with --seed + r. In JSON
+`text` is of the last sample's first row, and `prompt_tokens` counts its prompt; with --prompts both are lists of rows.
 """
 
 if __name__ == "__main__":
@@ -85,7 +84,7 @@ class ModelSource:
         if self.folder is None:
             return calibrate_random(self.sparse_model)
         if tp.count() > 1 and not (path or self.folder / STATISTICS_NAME).is_file():
-            raise ValueError(f"ranks need statistics: make them, python calibrate.py --checkpoint_path {self.folder}")
+            raise ValueError(f"ranks make no statistics; run python calibrate.py --checkpoint_path {self.folder}")
         return statistics_for(self.folder, path, self.sparse_model)
 
     def cut_model(self, o: argparse.Namespace) -> tuple[SparseTransformer, str]:

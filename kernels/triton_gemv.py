@@ -1,5 +1,4 @@
-"""The product on a GPU, in Triton, of forms without a kernel of their own, and what all products share. A warp takes a
-tile of inputs x outputs. It masks the cut rows, or skips them (int4).
+"""The product on a GPU, in Triton, of forms without a kernel of their own; it masks cut rows, or skips them (int4).
 
 On an H100 many small programs that add their sums by atomics beat one program that loops down a strip of columns, lists
 of indices, and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and differ in outputs, so that x
