@@ -1,14 +1,14 @@
-"""Generates text at batch 1 to 8 and says what it cost: tokens/s, achieved sparsity, bytes read per token, bandwidth.
+"""Generates text and says what it cost: tokens/s, achieved sparsity, bytes read per token, bandwidth.
 
 python generate.py --sparsity 0.5 --compile                          # the default model, fetched on first use
 python generate.py --sparsity 0.5 --compile --checkpoint_path checkpoints/ORG/NAME --compare_dense
 python generate.py --sparsity 0.5 --compile --random_init llama-3-8b # latency alone, random weights
 python generate.py --sparsity 0.5 --compile --prompts FILE           # a prompt per line, each a row of one batch
 python generate.py --sparsity 0.4 --compile --interactive            # a chat
-python generate.py --draft self --compile                            # the dense model's text, guessed ahead; or prompt
+python generate.py --draft self --compile                            # the same text in less time, guessed ahead
 
-Samples of a run repeat the same draws, so that only their time differs; row r of a batch draws with --seed + r. The
-JSON's `text` is the last sample's first row, `prompt_tokens` its prompt's; of --prompts both are lists, by row.
+Samples of a run repeat the same draws, so that only their time differs. Row r of a batch draws with --seed + r. In JSON
+`text` is of the last sample's first row, and `prompt_tokens` counts its prompt; with --prompts both are lists of rows.
 """
 
 import options
@@ -83,7 +83,7 @@ class ModelSource:
         if self.folder is None:
             return calibrate_random(self.sparse_model)
         if tp.count() > 1 and not (path or self.folder / STATISTICS_NAME).is_file():
-            raise ValueError(f"ranks make no statistics: python calibrate.py --checkpoint_path {self.folder}")
+            raise ValueError(f"ranks make no statistics; run python calibrate.py --checkpoint_path {self.folder}")
         return statistics_for(self.folder, path, self.sparse_model)
 
     def cut_model(self, o: argparse.Namespace) -> tuple[SparseTransformer, str]:
@@ -147,7 +147,7 @@ def read_prompts(o: argparse.Namespace, tokenizer: Tokenizer | None, config: Mod
     lines = list(islice(lines, options.MAX_BATCH + 1))
     if not 1 <= len(lines) <= options.MAX_BATCH:
         count = "no prompt" if not lines else f"over {options.MAX_BATCH} prompts"
-        raise ValueError(f"{shown(o.prompts)} has {count}; each of its lines that is not blank is one")
+        raise ValueError(f"{shown(o.prompts)} has {count}; each line that is not blank is a prompt")
     return [text_prompt(line, tokenizer) for line in lines]
 
 
@@ -179,16 +179,16 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, 
         print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
     reason = why_unfused(config, device, o.batch_size, o.top_k)
     if not one_length and (reason or o.unfused or not o.compile):
-        why = f"not fused here: {reason}" if reason else "fused with --compile, without --unfused"
-        raise ValueError(f"--prompts of different lengths (in tokens) need fused steps; a step is {why}")
-    unfit = "torchrun's ranks need" if tp.count() > 1 else "--draft needs" if o.draft else ""
-    if reason and unfit:
-        raise ValueError(f"{unfit} fused steps; a step is not fused here: {reason}")
+        why = reason or "give --compile and leave out --unfused"
+        raise ValueError(f"--prompts of different lengths (in tokens) need fused steps: {why}")
+    who = "torchrun" if tp.count() > 1 else "--draft" if o.draft else None
+    if reason and who:
+        raise ValueError(f"{who} needs fused steps: {reason}")
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
-        print("--compile is left out: it needs a C++ compiler that works (g++, or CXX)", file=sys.stderr)
+        print("--compile is ignored: it needs a C++ compiler that works (g++, or $CXX)", file=sys.stderr)
         o.compile = o.compile_prefill = False
     if o.compile and (reason or o.unfused):
-        print(f"steps go through torch.compile, not the fused step: {reason or '--unfused'}", file=sys.stderr)
+        print(f"steps go through torch.compile: {reason or '--unfused'}", file=sys.stderr)
         return "compiled"
     if not o.compile and reason is None:
         fused = "one C++ call" if device.type == "cpu" else "one CUDA graph"
@@ -236,7 +236,7 @@ def check_draft(o: argparse.Namespace, source: ModelSource) -> Path:
     folder = resolve_checkpoint(Path(o.draft))
     config, vocab = read_config(folder), source.config.vocab_size
     if reason := why_unfused(config, source.device, 1, o.top_k):
-        raise ValueError(f"--draft {shown(folder)} has no fused step: {reason}")
+        raise ValueError(f"--draft {shown(folder)} cannot guess: {reason}")
     other = f"--draft {shown(folder)} has another vocabulary than {source.config.name}"
     if config.vocab_size != vocab:
         raise ValueError(f"{other}, of {config.vocab_size} tokens, not {vocab}")
@@ -441,7 +441,7 @@ def main(argv: list[str] | None = None) -> dict:
     source = ModelSource(*placement(o), folder, o.random_init, o.seed)
 
     if o.threads and source.device.type != "cpu":
-        raise ValueError(f"--threads says nothing on {source.device}; it is for --device cpu")
+        raise ValueError(f"--threads has no effect on {source.device}; it is for --device cpu")
     if o.threads:
         torch.set_num_threads(o.threads)
     FusedCpuStep.adaptive = not o.threads

@@ -10,11 +10,12 @@ Every input channel of every projection has its own threshold. All thresholds of
    a row of the weight, `width` weights long. So an input is cut where x_i^2 F_i / width < price: its threshold is
    t_i = sqrt(price * width / F_i). A cut input is replaced by its channel's median c_i instead of 0, which adds a
    constant vector to the output and reads no weights.
-2. Refinement. F is taken where nothing is cut; errors add up otherwise where half of the model is cut. So we follow the
-   gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i over
-   cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the step of
-   the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per weight, is
-   subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the sparsity.
+2. Refinement. F is taken where nothing is cut; where half of the model is cut, errors add up differently. So we follow
+   the gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i
+   over cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the
+   step of the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per
+   weight, is subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the
+   sparsity.
 
 At the end of each level all thresholds are scaled until the sparse model cuts at least that level's share of the
 weights in every window of a held-out part of the text, up to an eighth, that the updates did not see: on the text that

@@ -451,7 +451,7 @@ def cuts_for(
     if rule not in RULES and not Path(rule).is_file():
         raise ValueError(f"--thresholds {rule}: no such file; it takes best, {', '.join(RULES)} or a file")
     if own_statistics and (rule in SCRIPTS or rule not in RULES):
-        raise ValueError(f"--statistics says nothing to --thresholds {rule}, whose table holds thresholds; drop one")
+        raise ValueError(f"--statistics has no effect with --thresholds {rule}, a table of thresholds; drop one")
     if rule in RULES:
         return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
     return rule, load_table(rule, folder).at(sparsity)

@@ -179,7 +179,7 @@ def test_rows_of_a_batch_are_a_row_of_their_own(tmp_path, monkeypatch):
     assert [(row["batch"], row["step"], row["prompt_tokens"]) for row in read_rows("decode.csv")] == [
         ("2", "compiled", "9")
     ]
-    with pytest.raises(ValueError, match="--prompts says nothing in a sweep"):
+    with pytest.raises(ValueError, match="--prompts has no effect in a sweep"):
         decode.main(["--prompts", "x"])
 
 

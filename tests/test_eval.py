@@ -111,7 +111,7 @@ def test_window_starts():
 
 
 def test_windows_beyond_the_models_context(tokens):
-    with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context 320"):
+    with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context of 320"):
         perplexity(make_model(Transformer), tokens.repeat(5), 300, 21, 1)
 
 
@@ -196,7 +196,7 @@ def test_generation_is_judged_by_the_dense_model(copy, text):
         ({"tasks": "perplexity,piqa"}, "perplexity is a run of its own"),
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
         ({"limit": 0}, "--limit 0 must be at least 1"),
-        ({"judge": Path("other")}, "--judge says nothing without --tasks generation"),
+        ({"judge": Path("other")}, "--judge has no effect without --tasks generation"),
         ({"tasks": "generation", "judge": Path("absent"), "context": 9, "window": 9}, "absent"),
         ({"tasks": "generation", "sparsity": 0.5, "sparse_fraction": 0.5}, "whose prompts are dense"),
         ({"tasks": "generation", "context": 100, "window": 100}, "exceed|do not fit"),

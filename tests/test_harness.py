@@ -170,7 +170,7 @@ def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task
         ({"tasks": "absent.yaml"}, r"absent.yaml does not exist"),
         ({"tasks": str(TASKS / "cloze.yaml"), "data": Path("absent.jsonl")}, r"absent.jsonl does not exist"),
         ({"tasks": str(TASKS / "cloze.yaml")}, r"cloze.yaml names no data; give it --data"),
-        ({"tasks": "piqa", "data": Path("a.jsonl")}, r"--data is the text of perplexity and of task files; piqa"),
+        ({"tasks": "piqa", "data": Path("a.jsonl")}, r"--data is for perplexity and task files; piqa"),
     ],
 )
 def test_mistakes(both, options, message):
