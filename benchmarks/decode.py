@@ -32,6 +32,9 @@ from generate import main as generate
 from model import ModelArgs, read_config
 
 KEY = "device model quant weights dtype batch gpus draft step sparsity prompt_tokens new_tokens"
+# the numbers of generate.py's JSON that a row keeps, as it writes them
+FORMATS = {"achieved_sparsity": ".4f", "prompt_tokens": "", "new_tokens": "", "tokens_per_sec": ".2f"}
+FORMATS |= {"ms_per_token": ".4f", "ttft_ms": ".2f", "bytes_per_token": "", "bandwidth_gbps": ".1f"}
 
 
 def measure(flags: list[str], config: ModelArgs) -> dict:
@@ -43,11 +46,8 @@ def measure(flags: list[str], config: ModelArgs) -> dict:
     row |= {"weights": "random" if "--random_init" in flags else "trained", "dtype": result["dtype"]}
     row |= {"batch": result["batch"], "gpus": result["ranks"], "draft": result.get("draft", "none")}
     row |= {"step": "compiled" if unfused else "fused", "sparsity": result["sparsity"]}
-    row |= {"achieved_sparsity": f"{result['achieved_sparsity']:.4f}", "prompt_tokens": result["prompt_tokens"]}
-    row |= {"new_tokens": result["new_tokens"], "tokens_per_sec": f"{result['tokens_per_sec']:.2f}"}
-    row |= {"ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}", "ttft_ms": f"{result['ttft_ms']:.2f}"}
-    row |= {"bytes_per_token": result["bytes_per_token"]}
-    row |= {"bandwidth_gbps": f"{result['bandwidth_gbps'] or math.nan:.1f}"}
+    numbers = {name: math.nan if result[name] is None else result[name] for name in FORMATS}
+    row |= {name: format(value, FORMATS[name]) for name, value in numbers.items()}
     start = f"torchrun --nproc_per_node {result['ranks']}" if result["ranks"] > 1 else "python"
     return row | {"command": shlex.join([*start.split(), "generate.py", *map(short, flags)])}
 
