@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -97,21 +96,16 @@ def random_matrix(n_in: int, n_out: int, dtype: str, device: str) -> Matrix:
     return (torch.randn(n_in, n_out, device=device) * std).to(getattr(torch, dtype)), None
 
 
-@dataclass
 class Problem:
     """One product: x [in], matrices [in, out] enough to overflow the L2, and a threshold that cuts the wanted share."""
 
-    x: Tensor
-    matrices: list[Matrix]
-    n_out: int
-    threshold: float
-    sparsity: float
-
-    @classmethod
-    def make(cls, n_in: int, n_out: int, sparsity: float, dtype: str, device="cuda") -> "Problem":
+    def __init__(self, n_in: int, n_out: int, sparsity: float, dtype: str, device="cuda"):
+        self.n_out, self.sparsity = n_out, sparsity
         first = random_matrix(n_in, n_out, dtype, device)
         copies = max(MIN_COPIES, round(COLD_BYTES / first[0].nbytes))
-        matrices = [first] + [random_matrix(n_in, n_out, dtype, device) for _ in range(copies - 1)]
+        self.matrices = [first] + [random_matrix(n_in, n_out, dtype, device) for _ in range(copies - 1)]
+
+        # inputs and their threshold
         x = (torch.rand(n_in, device=device) - 0.5).to(torch.bfloat16 if first[1] is not None else first[0].dtype)
         order = x.float().abs().argsort()
         cut = round(sparsity * n_in)
@@ -119,7 +113,7 @@ class Problem:
         kept = order[cut:]
         ties = kept[x[kept].abs() <= threshold]  # rounding makes some: of 4,096 inputs up to 20 more would be cut
         x[ties] = threshold * 1.01 + 1e-3
-        return cls(x, matrices, n_out, threshold, sparsity)
+        self.x, self.threshold = x, threshold
 
     def expected(self, threshold: float) -> Tensor:
         kept = torch.where(self.x.float().abs() > threshold, self.x, 0).double()
@@ -195,7 +189,7 @@ def measure(n_in: int, n_out: int, sparsity: float, dtype: str) -> list[dict]:
     pdl = torch.cuda.get_device_capability() >= (9, 0)
     times: dict[str, list[float]] = {}  # of each launch, the best so far
     for recording in range(RECORDINGS):
-        problem = Problem.make(n_in, n_out, sparsity, dtype)
+        problem = Problem(n_in, n_out, sparsity, dtype)
         for name, launches in contenders(problem, pdl).items():
             best = times.setdefault(name, [math.inf] * len(launches))
             for i in range(len(launches)) if recording == 0 else promising(best):

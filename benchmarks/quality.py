@@ -31,7 +31,7 @@ from formats.text import task_tokens
 from generate import ModelSource
 from model import FeedForward
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
-from thresholds import RULES, Cuts, RuleInputs, Statistics, cuts_of_shares
+from thresholds import RULES, Cuts, Statistics, cuts_of_shares
 from tokenizer import load_tokenizer
 
 KEY = "device model quant text rule sparsity sparse_fraction context window num_windows"
@@ -100,7 +100,7 @@ def prepare(
     Raises ValueError for a sparsity that the rule cannot reach, or a missing cut table.
     """
     if rule in RULES:
-        model.set_cuts(RULES[rule](RuleInputs(folder, lambda: statistics), sparsity))
+        model.set_cuts(RULES[rule](folder, lambda: statistics, sparsity))
     elif rule == "norms":
         model.set_cuts(norm_cuts(statistics, sparsity))
     elif rule == "relu":

@@ -16,7 +16,7 @@ import calibrate
 import thresholds
 from calibrate import bin_edges, bit_histogram, collect, quantiles, self_written_text, statistics_for
 from sparse_model import PROJECTIONS, SparseTransformer
-from thresholds import RULES, RuleInputs, Statistics, load_statistics, teal_statistics
+from thresholds import RULES, Statistics, load_statistics, teal_statistics
 
 CONFIG = models.CONFIG | {"num_hidden_layers": 3, "intermediate_size": 172, "vocab_size": 300}
 CONFIG |= {"max_position_embeddings": 320, "eos_token_id": 7, "bos_token_id": 5}
@@ -165,7 +165,7 @@ def test_collect_refuses_infinite_inputs(model):
 def test_sparsity_achieved_on_the_calibration_text_is_the_one_asked_for(model):
     tokens = torch.randint(300, (2, 200))
     statistics = collect(model, tokens)
-    model.set_cuts(RULES["uniform"](RuleInputs(None, lambda: statistics), 0.5))
+    model.set_cuts(RULES["uniform"](None, lambda: statistics, 0.5))
     model(tokens, dense_prefix=0)
     assert model.achieved_sparsity() == pytest.approx(0.5, abs=0.05)  # later layers see the cut ones' outputs
 

@@ -19,7 +19,7 @@ from convert_hf_checkpoint import main as convert
 from harness import HarnessModel
 from model import Transformer
 from sparse_model import SparseTransformer
-from thresholds import RuleInputs, uniform
+from thresholds import uniform
 from tokenizer import load_tokenizer
 
 TASKS = Path(__file__).parents[1] / "benchmarks" / "tasks"
@@ -78,7 +78,7 @@ def cut(mine: HarnessModel, sparsity: float) -> None:
     """Sets uniform thresholds and starts counting."""
     tokens = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(1))
     statistics = collect(mine.model, tokens)
-    mine.model.set_cuts(uniform(RuleInputs(None, lambda: statistics), sparsity))
+    mine.model.set_cuts(uniform(None, lambda: statistics, sparsity))
     mine.model.reset_counts()
 
 
