@@ -74,9 +74,9 @@ ACTIVATIONS |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_tanh")
 ACTIVATION_KEYS = dict.fromkeys(GEMMAS, "hidden_activation") | {"OPTForCausalLM": "activation_function"}
 UNBIASED, PARTLY_ROTARY = ("MistralForCausalLM", "Phi3ForCausalLM"), ("Phi3ForCausalLM", "GPTNeoXForCausalLM")
 # what each type of rope scaling needs
-ROPE_KEYS: dict[str, tuple[str, ...]] = {"default": (), "yarn": (), "linear": ("factor",), "dynamic": ("factor",)}
-ROPE_KEYS |= {"longrope": ("short_factor", "long_factor"), "factors": ("factors",)}
+ROPE_KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",)}
 ROPE_KEYS["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_KEYS |= {"dynamic": ("factor",), "yarn": (), "longrope": ("short_factor", "long_factor"), "factors": ("factors",)}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
