@@ -140,15 +140,6 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
 
 
-def self_written_text(model: SparseTransformer, start: int, num_tokens: int, seed: int = 0, row: int = 0) -> Tensor:
-    """Text that the dense model writes at temperature 1: rows [N, T], int64, each from the token `start` on.
-
-    Rows have up to `row` tokens (0: 128), all rows at least `num_tokens`. Raises as `write_tails`.
-    """
-    length = max(2, min(row or OWN_ROW, model.config.block_size, num_tokens))
-    return write_tails(model, torch.full((-(-num_tokens // length), length), start), 1, seed)
-
-
 @torch.no_grad()
 def write_tails(model: SparseTransformer, rows: Tensor, begun: int, seed: int = 0) -> Tensor:
     """Rows [N, T], int64, on the model's device, whose tokens from position `begun` on the dense model draws anew.
@@ -182,15 +173,19 @@ def calibration_tokens(
 ) -> tuple[Tensor, str]:
     """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
-    context: T, if it is not 0 and the text is as long. Raises ValueError for a text that cannot be read or is too
-    short, or a tokenizer of another model.
+    context: T, if the text is as long; 0: that of the model, or 128 where it writes. Raises ValueError for a text that
+    cannot be read or is too short, a tokenizer of another model, and as `write_tails`.
     """
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if data is not None:
         names = " ".join(Path(source).name for source in data)
         return text_windows(data, tokenizer, num_tokens, context or model.config.block_size), names
+
+    # rows from the start token on, of at least num_tokens together
     start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
-    return self_written_text(model, start, num_tokens, seed, context), f"the model's own, seed {seed}"
+    length = max(2, min(context or OWN_ROW, model.config.block_size, num_tokens))
+    rows = torch.full((-(-num_tokens // length), length), start)
+    return write_tails(model, rows, 1, seed), f"the model's own, seed {seed}"
 
 
 def calibrate(
