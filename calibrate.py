@@ -114,7 +114,10 @@ class Recorder:
 
 @torch.no_grad()
 def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
-    """Statistics of the inputs that tokens [N, T] (int64, T > 1) give densely; ValueError: an input is not finite."""
+    """Statistics of all inputs in a dense pass over tokens [N, T], int64, T > 1.
+
+    Raises ValueError if an input is not finite (float16 overflows in some models).
+    """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
 
     # every input is counted on its way into its projections, whose weights ranks have whole in a walk alone

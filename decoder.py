@@ -149,11 +149,12 @@ class FusedGpuStep:
         self.seed.copy_(torch.tensor(seeds))
         self.tokens.scatter_(1, self.position[:, None], self.token[:, None])
 
-    def replay(self) -> None:
-        """One step; the first call records it."""
+    def replay(self, steps: int = 1) -> None:
+        """One step, or several; the first call records it."""
         if self.graph is None:
             self.graph = self.kernels.record_graph(self.step, self.token, self.position)
-        self.graph.replay()
+        for _ in range(steps):
+            self.graph.replay()
 
     def step(self) -> None:
         """Launches the kernels of one step."""
@@ -196,7 +197,8 @@ class FusedCpuStep:
     In bfloat16 and float16 a row's tokens depend neither on other rows nor on the number of threads. A step takes at
     most torch's: fewer while those are quicker, beside other work. Float32 (and a CPU without fused multiply-adds) adds
     in another order with other rows or threads, so it takes all. It reads the model's tensors where they lie, so they
-    must stay there. Arguments are those of `FusedGpuStep`. Logits are rounded to its dtype; not finite: token -1.
+    must stay there. Arguments are those of `FusedGpuStep`. Logits are rounded to the model's dtype. A row whose logits
+    are not finite draws the token -1.
     """
 
     adaptive = True  # False, set before one is made: each step takes torch's number of threads
@@ -376,8 +378,6 @@ class UnfusedStep:
 
     tokens: [rows, positions of the cache + 1], int64; -1 where a row's logits were not finite.
     """
-
-    logits = None
 
     def __init__(self, model: Transformer, run: Callable[..., tuple[Tensor, Tensor]], temperature: float, top_k: int):
         self.model, self.run, self.sampling = model, run, (temperature, top_k)
@@ -567,9 +567,10 @@ class Generator:
             yield tokens, peaks, arrived
 
     def _peaks(self) -> Tensor | None:
-        """Each row's largest logit [B] of the last step; None where a token of -1 says that it is not a number."""
-        logits = None if hasattr(self._step, "numbers") else self._step.logits  # a step on a CPU says so itself
-        return None if logits is None else logits[:, : self.model.config.vocab_size].amax(-1)
+        """Each row's largest logit [B] of the last step. None: a token of -1 says that it is not finite."""
+        if isinstance(self._step, (FusedCpuStep, UnfusedStep)):
+            return None
+        return self._step.logits[:, : self.model.config.vocab_size].amax(-1)
 
     @property
     def left_grid(self) -> bool:

@@ -99,7 +99,10 @@ def greedy_path(
 def greedy_paths(
     model: SparseTransformer, statistics: Statistics, tokens: Tensor, step: float, skip: int = 0
 ) -> Iterator[dict[str, list[float]]]:
-    """Paths of all blocks but the first `skip`, over tokens [N, T] (int64, T > 1); ValueError: outputs not finite."""
+    """The paths of all blocks but the first `skip`, over tokens [N, T], int64, T > 1.
+
+    Raises ValueError if an output is not finite.
+    """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
     length = tokens.shape[1]
     tail = slice(length - max(1, length // 4), None)

@@ -14,7 +14,7 @@ def launch_product(
 ) -> None:
     """Adds the product of each row of x to `out`: see `kernels.triton_gemv.launch_gemv`.
 
-    prepared: what the rows share a launch through, of 2 to 8; with a prologue but "given" there is one row without it.
+    prepared: room through which 2 to 8 rows share one launch. Without it each row has programs of its own.
     """
     if product.form.name == "int8":
         launch_int8(prologue, x, product, out, prepared=prepared, **options)
