@@ -81,6 +81,8 @@ class FusedGpuStep:
     logits: [rows, vocab], float32, of the last step.
     """
 
+    marks_not_finite = False  # by a token of -1
+
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         from kernels import few_rows, fused_step, grids, products, triton_gemv
 
@@ -202,6 +204,7 @@ class FusedCpuStep:
     """
 
     adaptive = True  # False, set before one is made: each step takes torch's number of threads
+    marks_not_finite = True
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
@@ -378,6 +381,8 @@ class UnfusedStep:
 
     tokens: [rows, positions of the cache + 1], int64; -1 where a row's logits were not finite.
     """
+
+    marks_not_finite = True
 
     def __init__(self, model: Transformer, run: Callable[..., tuple[Tensor, Tensor]], temperature: float, top_k: int):
         self.model, self.run, self.sampling = model, run, (temperature, top_k)
@@ -568,7 +573,7 @@ class Generator:
 
     def _peaks(self) -> Tensor | None:
         """Each row's largest logit [B] of the last step. None: a token of -1 says that it is not finite."""
-        if isinstance(self._step, (FusedCpuStep, UnfusedStep)):
+        if self._step.marks_not_finite:
             return None
         return self._step.logits[:, : self.model.config.vocab_size].amax(-1)
 

@@ -265,6 +265,8 @@ def test_counts_are_those_of_the_decode_steps(sparse):
 class RowByRow:
     """A fused step of several rows, as the plain model takes it: row by row, in that row's part of the cache."""
 
+    marks_not_finite = False
+
     def __init__(self, model, temperature, top_k, dense=False):
         self.model, self.sampling = model, (temperature, top_k)
         self.caches = [block.attention.kv_cache for block in model.layers]
