@@ -75,7 +75,7 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     if model.config.quant != "none" and DEVICE == "cpu":
         steps = 1  # of integers the interpreter makes long work
     model.setup_caches(1, cache)
-    # int8's x has 16 bits, and int4, whose q, k and v are int8, its place in the mantissa
+    # the x of integers has 16 bits
     tolerance = 1e-4 if model.config.quant == "none" else 6e-3
     model(random_tokens(1, prompt, 101).to(DEVICE), torch.arange(prompt, device=DEVICE))
     before = [tensor.clone() for tensor in caches(model)]
