@@ -311,7 +311,8 @@ def _gemv_kernel(
     weight = tl.load(at, mask=keep[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
     total = tl.sum(tl.where(keep, x, 0.0)[:, None] * weight.to(tl.float32), axis=0)
     if offset_ptr is not None:
-        total += tl.load(offset_ptr + cols, mask=in_cols & (tl.program_id(1) == 0), other=0.0)
+        if tl.program_id(1) == 0:
+            total += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
     if OP.multiplier != 1.0:
         total *= OP.multiplier
     if fineness_ptr is not None:
