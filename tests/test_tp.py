@@ -100,13 +100,19 @@ def compare(ranks: int) -> dict[str, bool]:
     return found
 
 
+def peer_memory_of_a_cpu(words: int, _device) -> tuple:
+    """What `tp.peer_memory` gives of a GPU."""
+    memory = tp.common_memory(8 * words * tp.count())
+    return torch.tensor([memory.data_ptr() + 8 * words * r for r in range(tp.count())]), memory
+
+
 def interpreted() -> dict[str, bool]:
     """The same of a GPU's step, whose ranks write into each other's memory, or add by all-reduce."""
     from decoder import FusedGpuStep
 
     shape = SHAPE | {"n_layer": 1, "vocab_size": 130, "intermediate_size": 128}
     one = build_cut(shape, dtype=torch.bfloat16)
-    part, found = split(one), {}
+    part, found, tp.peer_memory = split(one), {}, peer_memory_of_a_cpu
     for tp.reduction, steps in (("peer", 2), ("nccl", 1)):
         found[f"a GPU's step, {tp.reduction}"] = equal(one, part, (FusedGpuStep, tp.RankGpuStep), 1, steps, by="step")
     return found
