@@ -56,14 +56,14 @@ def split(whole: SparseTransformer) -> tp.RankTransformer:
     return part
 
 
-def run(step, rows: int, steps: int, replay: str = "replay", vocab: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and tokens of steps from empty caches, at positions that differ by row."""
+def run(step, rows: int, steps: int, replay: str = "replay", vocab: int = 0) -> tuple[torch.Tensor, ...]:
+    """Logits, tokens, and of a GPU's step each group's largest, from empty caches, at positions that differ by row."""
     step.start(torch.arange(5, 5 + rows), list(range(0, 3 * rows, 3)), list(range(rows)))
     logits = []
     for _ in range(steps):
         getattr(step, replay)()
         logits.append(step.logits[:, : vocab or None].clone())
-    return torch.stack(logits), step.tokens.clone()
+    return torch.stack(logits), step.tokens.clone(), getattr(step, "top", step.tokens).clone()
 
 
 def equal(one: SparseTransformer, part: tp.RankTransformer, kinds: tuple, rows: int, steps=STEPS, **options) -> bool:
