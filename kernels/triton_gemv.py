@@ -1,4 +1,4 @@
-"""The sparse product on a GPU, in Triton: a warp takes a tile of inputs x outputs, and masks or skips the cut rows.
+"""The product on a GPU, in Triton, of forms without a kernel of their own; it masks cut rows, or skips them (int4).
 
 On an H100 many small programs that add their sums by atomics beat one program that loops down a strip of columns, lists
 of indices, and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and differ in outputs, so that x
@@ -74,9 +74,20 @@ def shared_rstd(slots_ptr, program, h_ptr, eps, N: tl.constexpr):
     of programs that poll one address queue for it: 4096 -> 6144 at 50 % took 13.5 us so, 12.7 us with 64 (H100).
     """
     if program == 0:
-        rstd = rstd_of(h_ptr, eps, N)
-        tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, rstd + tl.zeros((SLOTS,), tl.float32))
+        share_rstd(slots_ptr, h_ptr, eps, N)
+    return wait_for_rstd(slots_ptr, program)
 
+
+@triton.jit
+def share_rstd(slots_ptr, h_ptr, eps, N: tl.constexpr):
+    """Fills the slots with `rstd_of` h."""
+    rstd = rstd_of(h_ptr, eps, N)
+    tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, rstd + tl.zeros((SLOTS,), tl.float32))
+
+
+@triton.jit
+def wait_for_rstd(slots_ptr, program):
+    """What the slots hold, as soon as it is there."""
     slot = slots_ptr + (program % SLOTS) * STRIDE
     rstd = tl.load(slot, volatile=True)
     while rstd == 0.0:
@@ -320,7 +331,7 @@ def outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: 
 
 @triton.jit
 def _add_kept_rows(
-    # sums of the tile so far, see `_add_products`; `ones` and `low` of int4 alone
+    # sums of the tile so far, see `add_products`
     acc, ones, low,
     # the block's inputs, its rows, and the end of the tile's segment of outputs
     x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one,
@@ -342,23 +353,21 @@ def _add_kept_rows(
             at = weight_ptr + i * (n_out // PACK) + words
             word = tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
 
-            if OP.bits >= 16:
-                acc = (acc[0] + x_i * word.to(tl.float32),)
-            else:  # two bfloat16, a scale and a minimum, for two words
-                pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
-                at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
-                pair = tl.load(at, mask=pairs < tl.where(kept != 0, last // (2 * PACK), 0), other=0)
-                low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
-                x_i *= (pair << 16).to(tl.float32, bitcast=True)
-                ones += x_i
-                acc = add_products(acc, tl.interleave(x_i, x_i), word, one)
+            # two bfloat16, a scale and a minimum, for two words
+            pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
+            at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
+            pair = tl.load(at, mask=pairs < tl.where(kept != 0, last // (2 * PACK), 0), other=0)
+            low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
+            x_i *= (pair << 16).to(tl.float32, bitcast=True)
+            ones += x_i
+            acc = add_products(acc, tl.interleave(x_i, x_i), word, one)
             kept = kept & (kept - 1)
     return acc, ones, low
 
 
 @triton.jit
 def _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols):
-    """The block's sum by a tile that is loaded at once, its cut rows masked: fewer latencies than row by row."""
+    """The block's sum by a tile that is loaded at once, its cut rows masked."""
     mask = keep[:, None] & in_cols[None, :]
     offsets = tl.arange(0, BLOCK)[:, None] * n_out + cols[None, :]
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -371,7 +380,7 @@ def _gemv_kernel(
     x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr,
     fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i
-    n_out, n_zero, tiles_1, tiles_2, start_1, start_2,
+    n_out, x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2,
     # the norm's epsilon, and the bits of 1.0, see `fraction`
     eps, one,
     # compiled in; ZERO: how much of zero_ptr each program fills
@@ -380,20 +389,21 @@ def _gemv_kernel(
     """out += m (W^T cut(x - shift) + offset): a program takes PLAN.blocks of inputs, a tile of outputs, a row of x.
 
     What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. int4 comes
-    as int32 words of eight outputs, by row only. int8 has kernels of its own, see `kernels.int8_mma`.
+    as int32 words of eight outputs, by row. int8 and 16 bits have kernels of their own, `kernels.int8_mma` and
+    `kernels.half_mma`, of which this one takes segments that 8 does not divide.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     PACK: tl.constexpr = OP.pack
     BLOCKS: tl.constexpr = PLAN.blocks
     BLOCK_OUT: tl.constexpr = PLAN.block_out
-    tl.static_assert(PACK == 1 or PLAN.rows > 0)
+    tl.static_assert((PACK > 1) == (PLAN.rows > 0))
 
     # the program's tile: inputs from `row` on, outputs from `first` on
     tile = tl.program_id(0)
     program = tl.program_id(1) * tl.num_programs(0) + tile
-    x_ptr += tl.program_id(2) * OP.n_in
-    out_ptr += tl.program_id(2) * n_out
+    x_ptr += tl.program_id(2) * x_stride
+    out_ptr += tl.program_id(2) * out_stride
     segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
     threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
     cols = first + tl.arange(0, BLOCK_OUT)
@@ -414,7 +424,7 @@ def _gemv_kernel(
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
     # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
-    # tile has no registers to hold the grid: qkv of llama-3-8b took 164 instead of 127, so not all programs ran at once
+    # tile has no registers to hold the grid
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
     fineness = offset
     EARLY: tl.constexpr = BLOCK_OUT <= 64
@@ -559,9 +569,9 @@ def launch_gemv(
 ) -> None:
     """Adds multiplier (W^T cut(x - shift) + offset) to `out`, with x made by the prologue, see `Operation`.
 
-    x: "given" [B, in]; else one row, float32: h [1, in] or gate|up [1, 2 in]. With `pdl` it is read before the launch
+    x: "given" [B, in]; else float32: h [B, in] or gate|up [B, 2 in and room]. With `pdl` it is read before the launch
         before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
-    out: [B, out], float32; with "norm" [1, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
+    out: [B, out and room], float32; with "norm" [B, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
     norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
     dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
     pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
@@ -580,14 +590,14 @@ def launch_gemv(
     # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
     starts = starts_of(product.segments)
     tiles = starts_of([triton.cdiv(width, plan.block_out) for width in product.segments])
-    grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
+    grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), len(x))
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
 
     _gemv_kernel[grid](
         x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, weight_scale,
         product.fineness,
-        starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
+        starts[-1], x.stride(0), out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
         OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )

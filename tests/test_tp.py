@@ -108,8 +108,11 @@ def peer_memory_of_a_cpu(words: int, _device) -> tuple:
 
 def interpreted() -> dict[str, bool]:
     """The same of a GPU's step, whose ranks write into each other's memory, or add by all-reduce."""
+    import lanes
+
     from decoder import FusedGpuStep
 
+    lanes.install()
     shape = SHAPE | {"n_layer": 1, "vocab_size": 130, "intermediate_size": 128}
     one = build_cut(shape, dtype=torch.bfloat16)
     part, found, tp.peer_memory = split(one), {}, peer_memory_of_a_cpu
