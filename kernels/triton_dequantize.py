@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_TOKENS, BLOCK_IN = 64, 128  # of a program of a product, with 64 outputs
+BLOCK_TOKENS, BLOCK_IN, BLOCK_OUT = 64, 128, 64  # of a program of a product
 _compiled = {}  # kernels, by what Triton compiles them for
 
 
@@ -88,7 +88,7 @@ def _product_kernel(
 
 
 def _launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *arguments: Tensor | int, **options: int) -> None:
-    """kernel[grid](*arguments, **options), of which Triton sees nothing the second time: on a host it takes longest."""
+    """kernel[grid](*arguments, **options), quicker: Triton looks at the first arguments of a kind alone."""
     kinds = (a if isinstance(a, int) else (a.dtype, a.data_ptr() % 16) for a in arguments)
     key = (kernel, arguments[0].device, *kinds)
     with torch.cuda.device_of(arguments[0]):
@@ -98,23 +98,26 @@ def _launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *arguments: 
             _compiled[key] = kernel[grid](*arguments, **options)  # None in Triton's interpreter
 
 
+def _stored(weight: Tensor, scale: Tensor) -> tuple[int, int, Tensor]:
+    # outputs, bytes of a group of int4 (0 of int8), and the scale, int4's as one number per group
+    if weight.dtype == torch.uint8:
+        return 2 * weight.shape[1], weight.shape[1] // scale.shape[1], scale.view(torch.int32)
+    return weight.shape[1], 0, scale
+
+
 def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What an int8 or int4 weight and its scale, `transposed` or not, stand for: [in, out], laid out as the weight is.
 
     Equal to the bit: int4's code times s (4 and 8 bits) is exact in float32, whether or not m is added in the same
     instruction.
     """
-    (n_in, n_stored), strides, stored, scale_strides = weight.shape, weight.stride(), 0, (0, 0)
-    by_row, n_out = strides[1] == 1, n_stored
-    if weight.dtype == torch.uint8:
-        stored, scale, n_out = n_stored // scale.shape[1], scale.view(torch.int32), 2 * n_stored
-        scale_strides = scale.stride()[:2]
+    (n_in, n_stored), (n_out, stored, scale), by_row = weight.shape, _stored(weight, scale), weight.stride(1) == 1
     out = torch.empty((n_in, n_out) if by_row else (n_out, n_in), device=weight.device, dtype=dtype)
     out = out if by_row else out.t()
 
     block_in, block_out = (32, 128) if by_row else (128, 32)
     grid = -(-n_stored // block_out), -(-n_in // block_in), 1
-    strides += scale_strides + out.stride()
+    strides = weight.stride() + (scale.stride()[:2] if stored else (0, 0)) + out.stride()
     _launch(_dequantize_kernel, grid, weight, scale, out, n_in, n_stored, *strides, stored, by_row, block_in, block_out)
     return out
 
@@ -124,15 +127,12 @@ def launch_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
     The sums are float32. int8's scales come behind them, so that no weight is rounded; int4's weights are, as x is.
     """
-    (n_in, n_stored), stored, n_out = weight.shape, 0, weight.shape[1]
-    if weight.dtype == torch.uint8:
-        stored, scale, n_out = n_stored // scale.shape[1], scale.view(torch.int32), 2 * n_stored
-    n_tokens, out = x.numel() // n_in, torch.empty((*x.shape[:-1], n_out), device=x.device, dtype=x.dtype)
-
-    tile = BLOCK_TOKENS, BLOCK_IN, 64 * n_stored // n_out
-    grid = -(-n_tokens // BLOCK_TOKENS), -(-n_out // 64), 1
-    numbers = n_tokens, n_in, n_stored, stored
-    _launch(_product_kernel, grid, x.contiguous(), weight, scale, out, *numbers, *tile, num_warps=8, num_stages=4)
+    (n_in, n_stored), (n_out, stored, scale), n_tokens = weight.shape, _stored(weight, scale), x.numel() // x.shape[-1]
+    out = torch.empty((*x.shape[:-1], n_out), device=x.device, dtype=x.dtype)
+    grid, block_out = (-(-n_tokens // BLOCK_TOKENS), -(-n_out // BLOCK_OUT), 1), BLOCK_OUT * n_stored // n_out
+    numbers = n_tokens, n_in, n_stored, stored, BLOCK_TOKENS, BLOCK_IN, block_out
+    stages = 4 if stored % block_out == 0 else 3  # 99 KB of shared memory at most, see GROUPED
+    _launch(_product_kernel, grid, x.contiguous(), weight, scale, out, *numbers, num_warps=8, num_stages=stages)
     return out
 
 
