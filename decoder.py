@@ -57,12 +57,12 @@ def fusable(config: ModelArgs) -> bool:
 def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
     """Why a run's steps are not fused, in a few words; None: they can be."""
     if batch_size > MAX_ROWS:
-        return f"it serves at most {MAX_ROWS} rows"
+        return f"a fused step serves at most {MAX_ROWS} rows"
     if device.type == "cpu" and cpu.library() is None:
-        return "it needs a C++ compiler"
+        return "a fused step needs a C++ compiler"
     if device.type == "cuda" and top_k > MAX_TOP_K:
-        return f"it sorts a top_k of at most {MAX_TOP_K}"
-    return None if fusable(config) else f"it does not implement {', '.join(unknown_parts(config))}"
+        return f"a fused step takes a --top_k of at most {MAX_TOP_K}"
+    return None if fusable(config) else f"a fused step does not implement {', '.join(unknown_parts(config))}"
 
 
 class FusedGpuStep:

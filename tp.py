@@ -78,7 +78,7 @@ def start(device: str | None, how: str = "peer") -> None:
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
         if how == "peer" and not all(starmap(torch.cuda.can_device_access_peer, permutations(range(ranks), 2))):
-            warnings.warn("a GPU cannot write to another's memory, so NCCL adds: --reduce nccl", stacklevel=2)
+            warnings.warn("a GPU cannot write to another's memory, so NCCL adds, as with --reduce nccl", stacklevel=2)
             reduction = "nccl"
     os.environ |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
     dist.init_process_group("nccl" if own else "gloo", device_id=own)

@@ -1,4 +1,4 @@
-"""The sparse product on a GPU, in Triton: a warp takes a tile of inputs x outputs, and masks or skips the cut rows.
+"""The product on a GPU, in Triton, of forms without a kernel of their own; it masks cut rows, or skips them (int4).
 
 On an H100 many small programs that add their sums by atomics beat one program that loops down a strip of columns, lists
 of indices, and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and differ in outputs, so that x

@@ -260,7 +260,7 @@ def test_a_model_with_a_switch_that_the_fused_steps_do_not_know_is_not_fused(mon
     assert fusable(ModelArgs(**{k: v for k, v in (FUSED | SWITCHES).items() if k != "vector_std"}))
     for field, value in {"qk_norm": "whole", "norm": "layer", "post_norm": True, "gated": False}.items():
         assert unknown_parts(ModelArgs(**FUSED, **{field: value})) == [f"{field} = {value!r}"]
-    assert why_unfused(unknown, torch.device("cpu"), 1, 1) == "it does not implement experts = 8"
+    assert why_unfused(unknown, torch.device("cpu"), 1, 1) == "a fused step does not implement experts = 8"
     assert {field.name for field in fields(ModelArgs)} >= FUSED_FIELDS
 
 
@@ -269,7 +269,7 @@ def test_what_else_keeps_a_step_from_being_fused(monkeypatch):
     gpu, config = torch.device("cuda"), ModelArgs(**FUSED)
     for device in (gpu, torch.device("cpu")):
         assert why_unfused(config, device, MAX_ROWS, MAX_TOP_K) is None
-        assert why_unfused(config, device, MAX_ROWS + 1, 1) == "it serves at most 8 rows"
+        assert why_unfused(config, device, MAX_ROWS + 1, 1) == "a fused step serves at most 8 rows"
     assert "top_k of at most 1024" in why_unfused(config, gpu, 1, MAX_TOP_K + 1)
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert "C++ compiler" in why_unfused(config, torch.device("cpu"), 1, 1)
