@@ -111,6 +111,11 @@ def of_rows(plan: Plan) -> Plan:
     return plan._replace(guess=False, block_out=64, rows=0, registers=None)
 
 
+def groups_of_rows(plan: Plan, programs: int) -> int:
+    """How many groups, each of an integer plan's blocks, a program of several rows of x takes."""
+    return 2 if plan.blocks == 2 and programs >= RESIDENT else 1
+
+
 def chunk_of(groupsize: int) -> int:
     """Outputs of an int4 product of the tensor cores, all of one group and whole words."""
     return next(n for n in range(CHUNK, 0, -8) if groupsize % n == 0)
