@@ -14,7 +14,7 @@ from kernels.triton_gemv import (
     BLOCK,
     Norm,
     Operation,
-    fixed,
+    biased,
     inputs,
     load_constants,
     load_inputs,
@@ -58,7 +58,7 @@ def _prepare_kernel(
     if OP.bits == 8:
         x = tl.reshape(x, (PART // GROUP, GROUP))
         up, down = scales_of(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1))
-        x = tl.reshape(fixed(x, up[:, None]), (PART,)).to(tl.int16)
+        x = tl.reshape(biased(x, up[:, None]), (PART,)).to(tl.int16)
         group = tl.program_id(0) * (PART // GROUP) + tl.arange(0, PART // GROUP)
         tl.store(down_ptr + copy * (MADE // GROUP) + group, down, mask=group < MADE // GROUP)
     place = i

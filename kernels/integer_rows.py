@@ -41,7 +41,7 @@ from kernels.triton_gemv import (
     MAX_SEGMENTS,
     Norm,
     Product,
-    fixed,
+    biased,
     outputs_of_tile,
     scales_of,
     starts_of,
@@ -78,8 +78,9 @@ def _columns(words, EACH: tl.constexpr):
     """B of a block, 2 words for each of EACH products; words: 8 numbers of 16 bits in fixed point."""
     lane, out = tl.arange(0, BLOCK), ()
     for i in tl.static_range(EACH):
-        choice = 0x7531 - (i if EACH == 2 else lane // 4 % 2) * 0x1111  # high bytes, or low ones
-        out = out + (_pick_bytes(words[0], words[1], choice), _pick_bytes(words[2], words[3], choice))
+        low = i if EACH == 2 else lane // 4 % 2
+        choice, sign = 0x7531 - low * 0x1111, low * -0x7F7F7F80  # low bytes count from -128
+        out = out + (_pick_bytes(words[0], words[1], choice) ^ sign, _pick_bytes(words[2], words[3], choice) ^ sign)
     return out
 
 
@@ -113,46 +114,40 @@ def _sums_of_unit(weights, at: tl.constexpr, columns, EACH: tl.constexpr, OP: tl
 
 
 @triton.jit
-def _int4_columns(x_at, pairs, at: tl.constexpr, EACH: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr,
+def _int4_columns(made, pairs, at: tl.constexpr, EACH: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr,
                   LANES: tl.constexpr):
     """B of a group of inputs for one chunk, and its scale and the sum of x times m of each of a lane's EACH rows.
 
-    x_at: of the lane's first input of its column's row; pairs: s and m of input lane % 8 * 4 + lane // 8 of each block
+    made: x of the lane's inputs, of its column's row; pairs: s and m of input lane % 8 * 4 + lane // 8 of each block
     and chunk, `at` the first.
     """
     BLOCKS: tl.constexpr = PLAN.blocks
     lane = tl.arange(0, BLOCK)
-    one = tl.full((BLOCK,), 1, tl.int32)
-    largest = tl.zeros((BLOCK,), tl.int32)
-    scaled, lows = (), (largest.to(tl.float32),) * 8
+    largest, scaled = tl.zeros((BLOCK,), tl.float32), ()
+    lows = (largest,) * 8
     for b in tl.static_range(BLOCKS):
-        pair, new = _eight_of(pairs[at + b * LANES.words]), ()
-        if OP.dtype == tl.float32:
-            words = _load(x_at + b * BLOCK, one, 8, 4, APART=16)
-        else:
-            words = _load(x_at + b * BLOCK, one, 4, 4)
+        pair, new = pairs[at + b * LANES.words], ()
+        s, m = _eight_of(pair << 16), _eight_of(pair & -65536)
         for k in tl.static_range(8):
-            if OP.dtype == tl.float32:
-                x = words[k].to(tl.float32, bitcast=True)
-            else:
-                x = (words[k // 2] >> (k % 2 * 16)).to(tl.int16).to(OP.dtype, bitcast=True).to(tl.float32)
-            new = new + (tl.fma(x, (pair[k] & -65536).to(tl.float32, bitcast=True), lows[k]),)
-            x = x * (pair[k] << 16).to(tl.float32, bitcast=True)
-            largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
+            x = made[b * 8 + k]
+            new = new + (tl.fma(x, m[k].to(tl.float32, bitcast=True), lows[k]),)
+            x *= s[k].to(tl.float32, bitcast=True)
+            largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
             scaled = scaled + (x,)
         lows = new
 
     # the 4 lanes of a row have the same scale; x times m is added in the order of a single row's lanes
     low = ((lows[0] + lows[4]) + (lows[2] + lows[6])) + ((lows[1] + lows[5]) + (lows[3] + lows[7]))
     for i in tl.static_range(2):
-        largest = tl.maximum(largest, _from_lane(largest, lane ^ (2 >> i)))
+        theirs = _from_lane(largest.to(tl.int32, bitcast=True), lane ^ (2 >> i)).to(tl.float32, bitcast=True)
+        largest = tl.maximum(largest, theirs, propagate_nan=tl.PropagateNan.ALL)
         low += _from_lane(low.to(tl.int32, bitcast=True), lane ^ (2 >> i)).to(tl.float32, bitcast=True)
-    scale, down = scales_of(largest)
+    scale, down = scales_of(largest.to(tl.int32, bitcast=True))
     columns, rows = (), ()
     for b in tl.static_range(BLOCKS):
         words = ()
         for k in tl.static_range(0, 8, 2):
-            n, other = fixed(scaled[b * 8 + k], scale), fixed(scaled[b * 8 + k + 1], scale)
+            n, other = biased(scaled[b * 8 + k], scale), biased(scaled[b * 8 + k + 1], scale)
             words = words + (_pick_bytes(n, other, 0x5410),)
         columns = columns + _columns(words, EACH)
     for r in tl.static_range(EACH):
@@ -160,6 +155,24 @@ def _int4_columns(x_at, pairs, at: tl.constexpr, EACH: tl.constexpr, OP: tl.cons
         own = _from_lane(down.to(tl.int32, bitcast=True), source), _from_lane(low.to(tl.int32, bitcast=True), source)
         rows = rows + ((own[0].to(tl.float32, bitcast=True), own[1].to(tl.float32, bitcast=True)),)
     return columns, rows
+
+
+@triton.jit
+def _made(x_at, OP: tl.constexpr, PLAN: tl.constexpr):
+    """x of the lane's 8 inputs of each block, float32."""
+    BLOCKS: tl.constexpr = PLAN.blocks
+    out, one = (), tl.full((BLOCK,), 1, tl.int32)
+    for b in tl.static_range(BLOCKS):
+        if OP.dtype == tl.float32:
+            words = _load(x_at + b * BLOCK, one, 8, 4, APART=16)
+        else:
+            words = _load(x_at + b * BLOCK, one, 4, 4)
+        for k in tl.static_range(8):
+            if OP.dtype == tl.float32:
+                out = out + (words[k].to(tl.float32, bitcast=True),)
+            else:
+                out = out + ((words[k // 2] >> k % 2 * 16).to(tl.int16).to(OP.dtype, bitcast=True).to(tl.float32),)
+    return out
 
 
 @triton.jit
@@ -211,7 +224,7 @@ def _rows_kernel(
     segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, n_out, PLAN.block_out)
 
     # a lane's first weights and scales
-    piece, at_input = first + lane // 4 * (16 if OP.bits == 8 else 8), group * (BLOCKS * BLOCK)
+    piece, at_input = first + lane // 4 * 8 * (WORDS // 2 if OP.bits == 8 else 1), group * (BLOCKS * BLOCK)
     weights_at, scale_at = weight_ptr + (at_input + lane % 4).to(tl.int64) * n_out + piece, weight_scale_ptr
     if OP.bits == 4:
         weights_at = weight_ptr + (at_input + lane % 4).to(tl.int64) * (n_out >> 1) + (piece >> 1)
@@ -237,6 +250,8 @@ def _rows_kernel(
     # 8 neighbouring outputs of each lane at a time
     row = tl.minimum(lane // 4 if EACH == 2 else lane // 8, ROWS - 1)
     x_at = made_ptr + row * ROOM + at_input + lane % 4 * 8
+    if OP.bits == 4 and GROUPS == 1:
+        made = _made(x_at, OP, PLAN)
     for u in tl.static_range(WORDS // OWN):
         at, end = piece + u * (8 if OP.bits == 8 else LANES.chunk), last
         if OP.bits == 4:
@@ -253,9 +268,9 @@ def _rows_kernel(
                     x_at + j * BLOCKS * BLOCK, down_at, ROOM // (BLOCKS * BLOCK), EACH, ROWS, PLAN
                 )
             else:
-                columns, rows = _int4_columns(
-                    x_at + j * BLOCKS * BLOCK, pairs, j * BLOCKS * WORDS + u, EACH, OP, PLAN, LANES
-                )
+                if GROUPS > 1:
+                    made = _made(x_at + j * BLOCKS * BLOCK, OP, PLAN)
+                columns, rows = _int4_columns(made, pairs, j * BLOCKS * WORDS + u, EACH, OP, PLAN, LANES)
             sums, new = _sums_of_unit(weights, j * BLOCKS * 8 * WORDS + u * OWN, columns, EACH, OP, PLAN, LANES), ()
             for i in tl.static_range(8 * EACH):
                 down, low = rows[i // 8]
@@ -293,9 +308,10 @@ def lanes_of(plan: Plan, product: Product, hopper: bool, several: bool) -> Lanes
     segments, (_, _, groupsize), step = product.segments, product.form, 4 if several else 1
     full = not any(width % plan.block_out for width in segments)
     if product.form.name == "int8":
-        vector = 2 if plan.blocks == 4 and full and not several else 4
+        words = plan.block_out // 32
+        vector = 2 if plan.blocks == 4 and full and not several else words
         by_word = any(width % 16 for width in segments)
-        return Lanes(4, vector, 64 if vector == 2 else 4, 0, full, by_word, 0, hopper, step)
+        return Lanes(words, vector, 64 if vector == 2 else 4, 0, full, by_word, 0, hopper, step)
     chunk = chunk_of(groupsize)
     chunks = plan.block_out // chunk
     scales = chunks if full and chunk == groupsize else 0
