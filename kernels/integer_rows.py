@@ -192,10 +192,12 @@ def _int8_columns(x_at, down_at, down_stride, EACH: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _eight_factors(ptr, at, end):
+def _eight_factors(ptr, at, end, WHOLE: tl.constexpr):
     """What belongs to each lane's 8 outputs."""
-    near = _load_factors(ptr, at, (at < end).to(tl.int32), 4)
-    return near + _load_factors(ptr, at + 4, (at + 4 < end).to(tl.int32), 4)
+    near, far = tl.full((BLOCK,), 1, tl.int32), tl.full((BLOCK,), 1, tl.int32)
+    if not WHOLE:
+        near, far = (at < end).to(tl.int32), (at + 4 < end).to(tl.int32)
+    return _load_factors(ptr, at, near, 4) + _load_factors(ptr, at + 4, far, 4)
 
 
 @triton.jit
@@ -205,9 +207,9 @@ def _rows_kernel(
     # read and written
     weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i
-    n_out, out_stride, tiles_1, tiles_2, start_1, start_2,
-    # compiled in; GROUPS: of inputs, with a scale each
-    OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    out_stride, tiles_1, tiles_2, start_1, start_2,
+    # compiled in; N_OUT: so that a load's place needs no arithmetic; GROUPS: of inputs, with a scale each
+    N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out += m (W^T cut(x - shift) + offset) for ROWS rows of x."""
@@ -218,18 +220,19 @@ def _rows_kernel(
     EACH: tl.constexpr = 1 if ROWS <= 4 else 2  # rows of which a lane gets sums
     ROOM: tl.constexpr = (OP.n_in + 127) // 128 * 128  # inputs of a row of those made
     OWN: tl.constexpr = 2 if OP.bits == 8 else 1  # words of 8 outputs
-    ALL: tl.constexpr = not OP.cut and LANES.full and not LANES.by_word and OP.n_in % (32 * BLOCKS * GROUPS) == 0
+    WHOLE: tl.constexpr = LANES.full and not LANES.by_word  # every lane has all its outputs
+    ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (32 * BLOCKS * GROUPS) == 0
     lane = tl.arange(0, BLOCK)
     group = tl.program_id(1) * GROUPS
-    segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, n_out, PLAN.block_out)
+    segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, N_OUT, PLAN.block_out)
 
     # a lane's first weights and scales
     piece, at_input = first + lane // 4 * 8 * (WORDS // 2 if OP.bits == 8 else 1), group * (BLOCKS * BLOCK)
-    weights_at, scale_at = weight_ptr + (at_input + lane % 4).to(tl.int64) * n_out + piece, weight_scale_ptr
+    weights_at, scale_at = weight_ptr + (at_input + lane % 4).to(tl.int64) * N_OUT + piece, weight_scale_ptr
     if OP.bits == 4:
-        weights_at = weight_ptr + (at_input + lane % 4).to(tl.int64) * (n_out >> 1) + (piece >> 1)
-        scale_at += (at_input + lane % 8 * 4 + lane // 8).to(tl.int64) * (n_out // OP.groupsize)
-    tile = weights_at, scale_at, piece, first, last, n_out
+        weights_at = weight_ptr + (at_input + lane % 4).to(tl.int64) * (N_OUT >> 1) + (piece >> 1)
+        scale_at += (at_input + lane % 8 * 4 + lane // 8).to(tl.int64) * (N_OUT // OP.groupsize)
+    tile = weights_at, scale_at, piece, first, last, N_OUT
 
     # weights: dense ones before the launch before has ended; else those that any row keeps
     weights, pairs = (), ()
@@ -256,12 +259,12 @@ def _rows_kernel(
         at, end = piece + u * (8 if OP.bits == 8 else LANES.chunk), last
         if OP.bits == 4:
             end = tl.minimum(last, first + (u + 1) * LANES.chunk)
-        finenesses, scales = _eight_factors(fineness_ptr, at, end), ()
+        finenesses, scales = _eight_factors(fineness_ptr, at, end, WHOLE), ()
         if OP.bits == 8:
-            scales = _eight_factors(weight_scale_ptr, at, end)
+            scales = _eight_factors(weight_scale_ptr, at, end, WHOLE)
         total = (tl.zeros((BLOCK,), tl.float32),) * (8 * EACH)
         for j in tl.static_range(GROUPS):
-            offsets = _eight_factors(offset_ptr, at, tl.where(group + j == 0, end, 0))
+            offsets = _eight_factors(offset_ptr, at, tl.where(group + j == 0, end, 0), False)
             if OP.bits == 8:
                 down_at = down_ptr + group + j
                 columns, rows = _int8_columns(
@@ -287,7 +290,7 @@ def _rows_kernel(
 
         # two lanes of neighbouring rows exchange halves: together they add 32 bytes of a row, then of the other's
         odd = lane % 2
-        own_at, there = at + odd * 4, at + odd * 4 < end
+        own_at = at + odd * 4
         for r in tl.static_range(EACH):
             own, theirs = (), ()
             for i in tl.static_range(4):
@@ -295,9 +298,12 @@ def _rows_kernel(
                 sent = tl.where(odd == 0, far, near).to(tl.int32, bitcast=True)
                 own = own + (tl.where(odd == 0, near, far),)
                 theirs = theirs + (_from_lane(sent, lane ^ 1).to(tl.float32, bitcast=True),)
-            mine, other = lane % 4 * EACH + r, (lane ^ 1) % 4 * EACH + r
-            _add(out_ptr + mine * out_stride + own_at, (there & (mine < ROWS)).to(tl.int32), own, 4, LANES)
-            _add(out_ptr + other * out_stride + own_at, (there & (other < ROWS)).to(tl.int32), theirs, 4, LANES)
+            for pair in tl.static_range(2):
+                row = (lane ^ pair) % 4 * EACH + r
+                there = tl.full((BLOCK,), 1, tl.int32)
+                if not WHOLE or ROWS % 4:
+                    there = ((own_at < end) & (row < ROWS)).to(tl.int32)
+                _add(out_ptr + row * out_stride + own_at, there, theirs if pair else own, 4, LANES)
 
 
 # ---- launching it, or the kernel of one row
@@ -345,7 +351,7 @@ def launch_integers(
         launch_prepare(x, operation, product.threshold, prepared, share=1, group=group, norm=norm, zero=zero, pdl=pdl)
         each = groups_of_rows(plan, tiles[-1] * groups)
         _rows_kernel[tiles[-1], triton.cdiv(groups, each)](
-            *prepared, weight, out, *read, starts[-1], out.stride(0), *places, ROWS=rows, GROUPS=each, **options
+            *prepared, weight, out, *read, out.stride(0), *places, N_OUT=starts[-1], ROWS=rows, GROUPS=each, **options
         )
         return
 
