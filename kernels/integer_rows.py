@@ -4,8 +4,8 @@ A weight's bytes are brought into the tensor core's order once, for all rows. It
 with B [32 inputs x 8 columns]:
 
     lane 4 g + t loads, of inputs t, t + 4 .. t + 28 of a block (8 inputs k), its words of W. Of 4 inputs' words it
-    makes 4 words of one output each, int4: of two, word & 0x0F0F0F0F and word & 0xF0F0F0F0. They are A's rows g and
-    g + 8: the lane multiplies 8 neighbouring outputs (a unit) in 4 products.
+    makes 4 words of one output each, int4: of two, as word & 0x0F0F0F0F and the word itself, whose sums are one's and
+    16 times the other's. They are A's rows g and g + 8: 4 products have 8 neighbouring outputs of each lane (a unit).
 
     columns of B, up to 4 rows of x:   high byte of row 0, low byte of row 0, high byte of row 1, ...
                              5 to 8:   high bytes of rows 0 .. 7; and in a second product their low bytes
@@ -35,7 +35,7 @@ from kernels.integer_mma import (
     _on_grid,
     _pick_bytes,
 )
-from kernels.plan import Plan, chunk_of, groups_of_rows
+from kernels.plan import Plan, chunk_of, of_integer_rows
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
@@ -69,7 +69,7 @@ def _half_of_unit(weights, at: tl.constexpr, STEP: tl.constexpr, OP: tl.constexp
     else:
         both = _transposed(weights, at, STEP)
         for i in tl.static_range(4):
-            out = out + (both[i] & 0x0F0F0F0F, both[i] & -0x0F0F0F10)
+            out = out + (both[i] & 0x0F0F0F0F, both[i])
     return out
 
 
@@ -109,7 +109,10 @@ def _sums_of_unit(weights, at: tl.constexpr, columns, EACH: tl.constexpr, OP: tl
                 high, low = sums[n // 2][n % 2 * 2], sums[n // 2][n % 2 * 2 + 1]
             else:
                 high, low = sums[n // 2 * 2][n % 2 * 2 + r], sums[n // 2 * 2 + 1][n % 2 * 2 + r]
-            out = out + (high * 256 + low,)
+            total = high * 256 + low
+            if OP.bits == 4 and n % 2 == 1:
+                total -= out[r * 8 + n - 1]
+            out = out + (total,)
     return out
 
 
@@ -208,14 +211,14 @@ def _rows_kernel(
     weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i
     out_stride, tiles_1, tiles_2, start_1, start_2,
-    # compiled in; N_OUT: so that a load's place needs no arithmetic; GROUPS: of inputs, with a scale each
-    N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    PDL: tl.constexpr,
+    # compiled in; N_OUT: so that a load's place needs no arithmetic
+    N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):
     """out += m (W^T cut(x - shift) + offset) for ROWS rows of x."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = PLAN.blocks
+    GROUPS: tl.constexpr = PLAN.groups
     WORDS: tl.constexpr = LANES.words
     EACH: tl.constexpr = 1 if ROWS <= 4 else 2  # rows of which a lane gets sums
     ROOM: tl.constexpr = (OP.n_in + 127) // 128 * 128  # inputs of a row of those made
@@ -338,27 +341,29 @@ def launch_integers(
     assert len(out) == 1 or out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
     plan = product.plan(prologue, pdl, last_rstd is not None)
+    if prepared:
+        plan = of_integer_rows(plan)
     hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
     operation, lanes = product.operation(prologue, dtype), lanes_of(plan, product, hopper, bool(prepared))
 
-    group, starts = BLOCK.value * plan.blocks, starts_of(segments)
-    groups, tiles = triton.cdiv(n_in, group), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
+    starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
+    grid = tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks * plan.groups), rows if prologue == "given" else 1
     places = *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS]
     options = {"OP": operation, "PLAN": plan, "LANES": lanes, "PDL": pdl, "num_warps": 1, "launch_pdl": pdl}
     if prepared:
         if operation.bits == 8:
             prepared = prepared._replace(made=prepared.made.view(torch.int16))
+        group = BLOCK.value * plan.blocks
         launch_prepare(x, operation, product.threshold, prepared, share=1, group=group, norm=norm, zero=zero, pdl=pdl)
-        each = groups_of_rows(plan, tiles[-1] * groups)
-        _rows_kernel[tiles[-1], triton.cdiv(groups, each)](
-            *prepared, weight, out, *read, out.stride(0), *places, N_OUT=starts[-1], ROWS=rows, GROUPS=each, **options
+        _rows_kernel[grid[:2]](
+            *prepared, weight, out, *read, out.stride(0), *places, N_OUT=starts[-1], ROWS=rows, **options
         )
         return
 
     n_zero, zero_block = 0, 0
     if zero is not None:
-        n_zero, zero_block = zero.numel(), triton.next_power_of_2(triton.cdiv(zero.numel(), tiles[-1] * groups))
-    _integer_kernel[tiles[-1], groups, rows if prologue == "given" else 1](
+        n_zero, zero_block = zero.numel(), triton.next_power_of_2(triton.cdiv(zero.numel(), grid[0] * grid[1]))
+    _integer_kernel[grid](
         x, gain, product.threshold, weight, out, zero, last_rstd, *read, starts[-1], n_zero, *places, eps,
         ZERO=zero_block, maxnreg=plan.registers, **options,
     )

@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
+    groups: int = 1  # of so many blocks that a program of several rows of integers takes, each with a scale
 
 
 def plan_for(
@@ -111,9 +112,9 @@ def of_rows(plan: Plan) -> Plan:
     return plan._replace(guess=False, block_out=64, rows=0, registers=None)
 
 
-def groups_of_rows(plan: Plan, programs: int) -> int:
-    """How many groups, each of an integer plan's blocks, a program of several rows of x takes."""
-    return 2 if plan.blocks == 2 and programs >= RESIDENT else 1
+def of_integer_rows(plan: Plan) -> Plan:
+    """An integer plan for several rows of x, with the same sums: a program adds two groups' before it adds to memory."""
+    return plan._replace(groups=2) if plan.blocks == 2 else plan
 
 
 def chunk_of(groupsize: int) -> int:
