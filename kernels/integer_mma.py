@@ -2,9 +2,9 @@
 
 For one row of x; `kernels.integer_rows` is for 2 to 8. A program is one warp. It takes PLAN.blocks of 32 inputs and a
 tile of PLAN.block_out outputs. The inputs of one program share a power of two as their scale. No sum of integers
-rounds, so no order matters, and every number of rows has the same sums. Fixed point moves an input by at most 2^-15 of the largest one of the
-program; bfloat16 itself moves each by up to 2^-9 of it. An input that is kept and not finite makes the outputs of its
-programs not a number.
+rounds, so no order matters, and every number of rows has the same sums. Fixed point moves an input by at most 2^-15 of
+the largest one of the program; bfloat16 itself moves each by up to 2^-9 of it. An input that is kept and not finite
+makes the outputs of its programs not a number.
 
 In int4 an input is first multiplied by its group's s, and it is these products that share a scale, in each group.
 Inputs times m are added up in float32, in one order.

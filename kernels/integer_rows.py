@@ -212,7 +212,8 @@ def _rows_kernel(
     # sizes; tiles_i and start_i: first tile and first output of segment i
     out_stride, tiles_1, tiles_2, start_1, start_2,
     # compiled in; N_OUT: so that a load's place needs no arithmetic
-    N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out += m (W^T cut(x - shift) + offset) for ROWS rows of x."""
     if PDL:
@@ -350,6 +351,7 @@ def launch_integers(
     grid = tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks * plan.groups), rows if prologue == "given" else 1
     places = *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS]
     options = {"OP": operation, "PLAN": plan, "LANES": lanes, "PDL": pdl, "num_warps": 1, "launch_pdl": pdl}
+    options["maxnreg"] = plan.registers
     if prepared:
         if operation.bits == 8:
             prepared = prepared._replace(made=prepared.made.view(torch.int16))
@@ -365,5 +367,5 @@ def launch_integers(
         n_zero, zero_block = zero.numel(), triton.next_power_of_2(triton.cdiv(zero.numel(), grid[0] * grid[1]))
     _integer_kernel[grid](
         x, gain, product.threshold, weight, out, zero, last_rstd, *read, starts[-1], n_zero, *places, eps,
-        ZERO=zero_block, maxnreg=plan.registers, **options,
+        ZERO=zero_block, **options,
     )

@@ -113,7 +113,7 @@ def of_rows(plan: Plan) -> Plan:
 
 
 def of_integer_rows(plan: Plan) -> Plan:
-    """An integer plan for several rows of x, with the same sums: a program adds two groups' before it adds to memory."""
+    """An integer plan for several rows of x: a program adds up the same sums of two groups."""
     return plan._replace(groups=2) if plan.blocks == 2 else plan
 
 

@@ -1,4 +1,4 @@
-"""The assembly of `kernels.integer_mma`, `integer_rows` and `half_mma` in numpy, lane by lane, for Triton's interpreter."""
+"""The assembly of the kernels for tensor cores in numpy, lane by lane, for Triton's interpreter."""
 
 import ctypes
 
