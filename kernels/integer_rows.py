@@ -30,7 +30,6 @@ from kernels.integer_mma import (
     _integer_kernel,
     _load,
     _load_block,
-    _load_factors,
     _multiply_add_two,
     _on_grid,
     _pick_bytes,
@@ -195,12 +194,15 @@ def _int8_columns(x_at, down_at, down_stride, EACH: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _eight_factors(ptr, at, end, WHOLE: tl.constexpr):
-    """What belongs to each lane's 8 outputs."""
+def _eight_factors(ptr, at, next: tl.constexpr, end, WHOLE: tl.constexpr):
+    """What belongs to each lane's 8 outputs at + next, ...; in this order the address is made once for all units."""
     near, far = tl.full((BLOCK,), 1, tl.int32), tl.full((BLOCK,), 1, tl.int32)
     if not WHOLE:
-        near, far = (at < end).to(tl.int32), (at + 4 < end).to(tl.int32)
-    return _load_factors(ptr, at, near, 4) + _load_factors(ptr, at + 4, far, 4)
+        near, far = (at + next < end).to(tl.int32), (at + (next + 4) < end).to(tl.int32)
+    if ptr is None:
+        return (tl.zeros((BLOCK,), tl.int32),) * 8
+    else:
+        return _load(ptr + at + next, near, 4, 4, ZERO=True) + _load(ptr + at + (next + 4), far, 4, 4, ZERO=True)
 
 
 @triton.jit
@@ -223,7 +225,8 @@ def _rows_kernel(
     WORDS: tl.constexpr = LANES.words
     EACH: tl.constexpr = 1 if ROWS <= 4 else 2  # rows of which a lane gets sums
     ROOM: tl.constexpr = (OP.n_in + 127) // 128 * 128  # inputs of a row of those made
-    OWN: tl.constexpr = 2 if OP.bits == 8 else 1  # words of 8 outputs
+    OWN: tl.constexpr = 2 if OP.bits == 8 else 1  # words of a unit, 8 outputs of a lane
+    UNIT: tl.constexpr = 8 if OP.bits == 8 else LANES.chunk  # from one unit to the next
     WHOLE: tl.constexpr = LANES.full and not LANES.by_word  # every lane has all its outputs
     ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (32 * BLOCKS * GROUPS) == 0
     lane = tl.arange(0, BLOCK)
@@ -260,15 +263,15 @@ def _rows_kernel(
     if OP.bits == 4 and GROUPS == 1:
         made = _made(x_at, OP, PLAN)
     for u in tl.static_range(WORDS // OWN):
-        at, end = piece + u * (8 if OP.bits == 8 else LANES.chunk), last
+        end, scales = last, ()
         if OP.bits == 4:
-            end = tl.minimum(last, first + (u + 1) * LANES.chunk)
-        finenesses, scales = _eight_factors(fineness_ptr, at, end, WHOLE), ()
+            end = tl.minimum(last, first + (u + 1) * UNIT)
+        finenesses = _eight_factors(fineness_ptr, piece, u * UNIT, end, WHOLE)
         if OP.bits == 8:
-            scales = _eight_factors(weight_scale_ptr, at, end, WHOLE)
+            scales = _eight_factors(weight_scale_ptr, piece, u * UNIT, end, WHOLE)
         total = (tl.zeros((BLOCK,), tl.float32),) * (8 * EACH)
         for j in tl.static_range(GROUPS):
-            offsets = _eight_factors(offset_ptr, at, tl.where(group + j == 0, end, 0), False)
+            offsets = _eight_factors(offset_ptr, piece, u * UNIT, tl.where(group + j == 0, end, 0), False)
             if OP.bits == 8:
                 down_at = down_ptr + group + j
                 columns, rows = _int8_columns(
@@ -294,7 +297,7 @@ def _rows_kernel(
 
         # two lanes of neighbouring rows exchange halves: together they add 32 bytes of a row, then of the other's
         odd = lane % 2
-        own_at = at + odd * 4
+        own_at = piece + odd * 4
         for r in tl.static_range(EACH):
             own, theirs = (), ()
             for i in tl.static_range(4):
@@ -306,8 +309,8 @@ def _rows_kernel(
                 row = (lane ^ pair) % 4 * EACH + r
                 there = tl.full((BLOCK,), 1, tl.int32)
                 if not WHOLE or ROWS % 4:
-                    there = ((own_at < end) & (row < ROWS)).to(tl.int32)
-                _add(out_ptr + row * out_stride + own_at, there, theirs if pair else own, 4, LANES)
+                    there = ((own_at + u * UNIT < end) & (row < ROWS)).to(tl.int32)
+                _add(out_ptr + (row * out_stride + own_at) + u * UNIT, there, theirs if pair else own, 4, LANES)
 
 
 # ---- launching it, or the kernel of one row

@@ -113,8 +113,10 @@ def of_rows(plan: Plan) -> Plan:
 
 
 def of_integer_rows(plan: Plan) -> Plan:
-    """An integer plan for several rows of x: a program adds up the same sums of two groups."""
-    return plan._replace(groups=2) if plan.blocks == 2 else plan
+    """An integer plan for several rows of x: a program adds up the same sums of two groups, in at most 16 KB."""
+    if plan.blocks != 2:
+        return plan
+    return plan._replace(groups=2, block_out=plan.block_out // (2 if plan.block_out > INT8_OUT else 1))
 
 
 def chunk_of(groupsize: int) -> int:
