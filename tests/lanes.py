@@ -108,11 +108,11 @@ def eight_of(x):
 
 def install() -> None:
     """Lets these kernels run without a GPU."""
-    from kernels import half_mma, integer_mma, integer_rows
+    from kernels import half_mma, integer_mma
 
     own = load, pick_bytes, eight_of, add_four, add_two, from_lane, multiply_add, multiply_add_two
     for function in (*own, multiply_add_half, ballot):
-        name, modules = f"_{function.__name__}", (integer_mma, integer_rows, half_mma)
+        name, modules = f"_{function.__name__}", (integer_mma, half_mma)
         having = [module for module in modules if hasattr(module, name)]
         assert having
         for module in having:
