@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
-from kernels.int8_mma import CACHED, ONCE, _add_scaled, _load_factors, _load_four, _pick_bytes
+from kernels.integer_mma import _add_to, _load, _load_factors, _pick_bytes
 from kernels.plan import of_rows
 from kernels.triton_gemv import (
     BLOCK,
@@ -44,7 +44,6 @@ from kernels.triton_gemv import (
 )
 
 PIECE = tl.constexpr(64)  # outputs that the warp loads at once, of 4 inputs
-ONCE_OR_ZERO = tl.constexpr("mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; " + ONCE.value)
 
 # Rows of x up to which every program makes its own inputs; more have a launch before for that. A step of llama-3-8b, 4
 # rows, takes 5.18 ms so at 50 % and 5.31 with the launch; dense 5.69 and 5.64; 3 rows dense 5.44 and 5.55 (H100).
@@ -56,7 +55,7 @@ class Lanes(NamedTuple):
     """How a tile is loaded and added."""
 
     full: bool  # segments end where a tile does
-    add_four: bool  # the GPU adds 4 neighbours at once
+    add_vectors: bool  # the GPU adds 4 neighbours at once
 
 
 # ---- a tile
@@ -98,7 +97,7 @@ def _load_block(
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
                 wanted = tl.where(col + p * PIECE < last, wanted, 0)
-            weights = weights + _load_four(ONCE_OR_ZERO, at + (i * N_OUT + p * PIECE), wanted)
+            weights = weights + _load(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
     return weights
 
 
@@ -124,7 +123,7 @@ def _add_block(
     at: the index of the first word of the block in `weights`.
     """
     for i in tl.static_range(FIRST, FIRST + COUNT):
-        b0, b1, added = _pick_bytes(x[i], choice_0), _pick_bytes(x[i], choice_1), ()
+        b0, b1, added = _pick_bytes(x[i], 0, choice_0), _pick_bytes(x[i], 0, choice_1), ()
         for p in tl.static_range(PIECES):
             a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
             added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
@@ -145,8 +144,7 @@ def _with_offsets(sums, offsets):
     """Those that the first programs add."""
     out = ()
     for i in tl.static_range(4):
-        offset = offsets[i].to(tl.float32, bitcast=True)
-        out = out + (sums[i] + tl.where(tl.program_id(1) == 0, offset, 0.0),)  # noqa: RUF005
+        out = out + (sums[i] + offsets[i].to(tl.float32, bitcast=True),)  # noqa: RUF005
     return out
 
 
@@ -246,9 +244,10 @@ def _half_kernel(
             there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_OUT
             weights = _load_block(weights, block_at, there, col, last, 0, 8, N_OUT, ALL, PLAN, LANES)
     for p in tl.static_range(SETS):
-        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * PIECE, last),)  # noqa: RUF005
-        first_ones = tl.where(tl.program_id(1) == 0, last, 0)
-        offsets = offsets + (_load_factors(offset_ptr, at + p * PIECE, first_ones),)  # noqa: RUF005
+        there = (at + p * PIECE < last).to(tl.int32)
+        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * PIECE, there, 4),)  # noqa: RUF005
+        there = tl.where(tl.program_id(1) == 0, there, 0)
+        offsets = offsets + (_load_factors(offset_ptr, at + p * PIECE, there, 4),)  # noqa: RUF005
 
     # the launch before has ended
     if PDL:
@@ -307,7 +306,7 @@ def _half_kernel(
             if PREPARED:  # blocks beyond the last one have weights of 0
                 x_at = x_ptr + (q * N_BLOCKS + tl.minimum(block + b, N_BLOCKS - 1)) * BLOCK + lane % 4 * 8
                 one = tl.full((BLOCK,), 1, tl.int32)
-                x = _load_four(CACHED, x_at, one) + _load_four(CACHED, x_at + 4, one)
+                x = _load(x_at, one, 8, 4, APART=16)
             else:
                 x = _eight_of(made[b * PAIRS + q])
             new = ((z, z, z, z),) * PIECES
@@ -331,8 +330,8 @@ def _half_kernel(
             out = sums[p]
             if offset_ptr is not None:
                 out = _with_offsets(out, offsets[p])
-            out_at = out_ptr + row * out_stride
-            _add_scaled(out, finenesses[p], out_at, at + p * PIECE, end, OP, LANES.add_four, fineness_ptr is not None)
+            out_at, there = out_ptr + row * out_stride + at + p * PIECE, (at + p * PIECE < end).to(tl.int32)
+            _add_to(out_at, there, out, finenesses[p], 4, OP, LANES, fineness_ptr is not None)
 
 
 # ---- launching it

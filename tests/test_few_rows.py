@@ -27,7 +27,7 @@ WIDE_MODELS = {
     "wide, int8": WIDE | {"quant": "int8"},
     "wide, int4": WIDE | {"quant": "int4", "groupsize": 64},
 }
-PLANS = {"strands of 128": {"resident": 80}, "very wide": {"resident": 80, "very_wide": 8192}, "small": {}}
+PLANS = {"large": {"resident": 80}, "small": {}}
 
 
 def empty_caches(model, rows: int) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ FORMS = {
     "bfloat16": {},
     "float16, tied": {"dtype": torch.float16, "tie_embeddings": True},
     "int8": {"quant": "int8", "intermediate_size": 448},
-    "int4, shifted": {"quant": "int4", "groupsize": 16, "shifted": True},
+    "int4, shifted": {"quant": "int4", "groupsize": 16, "shifted": True, "intermediate_size": 448},
     "switches, shifted": SWITCHES | {"shifted": True, "sliding_window": 5},
 }
 KV_HEADS = {2: 2, 3: 3, 4: 2}  # of 4 ranks two have the same
