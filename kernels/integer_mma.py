@@ -185,15 +185,16 @@ def _load_block(weights, pairs, kept, b: tl.constexpr, tile, ALL: tl.constexpr, 
     """
     at, scale_at, piece, first, last, n_out = tile
     lane = tl.arange(0, BLOCK)
+    WORDS: tl.constexpr = LANES.words
     n_bytes = n_out if OP.bits == 8 else n_out >> 1
     if OP.bits == 4:
         own = (kept >> lane) & 1
         scale_at += b * BLOCK * (n_out // OP.groupsize)
-        if LANES.scales == LANES.words:
+        if LANES.scales == WORDS:
             at_pair = scale_at + first // OP.groupsize
-            pairs = pairs + _load(at_pair, own, WORDS=LANES.words, VECTOR=LANES.scales, ZERO=True)
+            pairs = pairs + _load(at_pair, own, WORDS=WORDS, VECTOR=LANES.scales, ZERO=True)
         else:
-            for c in tl.static_range(LANES.words):
+            for c in tl.static_range(WORDS):
                 output = first + c * LANES.chunk
                 there = tl.where(output < last, own, 0)
                 pairs = pairs + _load(scale_at + output // OP.groupsize, there, WORDS=1, VECTOR=1, ZERO=True)
@@ -205,12 +206,12 @@ def _load_block(weights, pairs, kept, b: tl.constexpr, tile, ALL: tl.constexpr, 
         at_input = at + (b * BLOCK + i) * n_bytes
         wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
         if LANES.by_word:
-            for c in tl.static_range(LANES.words):
+            for c in tl.static_range(WORDS):
                 output = piece + c * (4 if OP.bits == 8 else LANES.chunk)
                 there = tl.where(output < last, wanted, 0)
                 weights = weights + _load(at_input + c * LANES.apart, there, WORDS=1, VECTOR=1)
         else:
-            weights = weights + _load(at_input, wanted, LANES.words, LANES.vector, LANES.apart, ONCE=True)
+            weights = weights + _load(at_input, wanted, WORDS, LANES.vector, LANES.apart, ONCE=True)
     return weights, pairs
 
 
