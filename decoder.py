@@ -366,10 +366,8 @@ class GraphedPrefill:
         if self.graph is None:
             self.prompt = prompt.clone()
             self.run(model, self.prompt, *sampling)  # warms up what must not happen while recording
-            for site, later in zip(model.sites, model.sites[len(SITES) :], strict=False):
-                site.later = [later]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(priority=-1)):  # before what is done ahead
+            with torch.cuda.graph(self.graph):
                 self.token = self.run(model, self.prompt, *sampling)
         if prompt.shape != self.prompt.shape:
             return self.run(model, prompt, *sampling)

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_TOKENS, BLOCK_IN, BLOCK_OUT = 64, 128, 64  # of a program of a product
+# Of a program of a product: tokens, inputs and outputs at once, stages (of 99 KB in all at most), warps, registers.
+TILES = ((64, 64, 128, 4, 8, 128), (128, 64, 128, 3, 8, 128))
+PROGRAMS = 264  # where a product has fewer tiles, they are shared: two on each of an H100's 132 multiprocessors
 _compiled = {}  # kernels, by what Triton compiles them for
 
 
@@ -51,20 +53,40 @@ def _dequantize_kernel(
             tl.store(out_ptr + (2 * j + 1) * out_out, odd, mask=mask)
 
 
+@triton.jit
+def _packed_int4(code, both):
+    """`_widened_int4` of bfloat16, four bytes in 15 instructions: a code becomes 128 + code by its bits alone.
+
+    s * n + m rounds once here. `dequantize` rounds to float32 before, which shows where 0 < |m| <= 2^-24 |s n| alone.
+    """
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 low, high, magic, one, back, s0, s1, m0, m1;
+        mov.b32 magic, 0x43004300; mov.b32 one, 0x3f803f80; mov.b32 back, 0xc300c300;
+        and.b32 low, $4, 0x0f0f0f0f; shr.u32 high, $4, 4; and.b32 high, high, 0x0f0f0f0f;
+        prmt.b32 s0, $5, $6, 0x5410; prmt.b32 m0, $5, $6, 0x7632;
+        prmt.b32 s1, $7, $8, 0x5410; prmt.b32 m1, $7, $8, 0x7632;
+        prmt.b32 $0, low, magic, 0x5150; fma.rn.bf16x2 $0, $0, one, back; fma.rn.bf16x2 $0, $0, s0, m0;
+        prmt.b32 $1, low, magic, 0x5352; fma.rn.bf16x2 $1, $1, one, back; fma.rn.bf16x2 $1, $1, s1, m1;
+        prmt.b32 $2, high, magic, 0x5150; fma.rn.bf16x2 $2, $2, one, back; fma.rn.bf16x2 $2, $2, s0, m0;
+        prmt.b32 $3, high, magic, 0x5352; fma.rn.bf16x2 $3, $3, one, back; fma.rn.bf16x2 $3, $3, s1, m1; }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,r", [code, both], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+    )
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def _product_kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, n_tokens, n_in, n_stored,
-    # STORED: bytes of a group of int4, 0 of int8; BLOCK_OUT: bytes of an input's weights
+    x_ptr, weight_ptr, scale_ptr, out_ptr, sums_ptr, arrived_ptr, n_tokens, n_in, n_stored,
+    # STORED: bytes of a group of int4, 0 of int8; BLOCK_OUT: bytes of an input's weights; SPLITS: programs of a tile
     STORED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     t = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     j = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
-    GROUPED: tl.constexpr = 1 if STORED % BLOCK_OUT == 0 else BLOCK_OUT  # a tile inside one group loads its scale once
-    group = tl.program_id(1) * BLOCK_OUT + tl.arange(0, GROUPED)[None, :]
     even = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), tl.float32)  # of int8 all outputs
     odd = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), tl.float32)
 
-    for start in range(0, n_in, BLOCK_IN):
+    for start in range(tl.program_id(2) * BLOCK_IN, n_in, SPLITS * BLOCK_IN):
         i = start + tl.arange(0, BLOCK_IN)
         x = tl.load(x_ptr + t * n_in + i[None, :], mask=(t < n_tokens) & (i[None, :] < n_in), other=0.0)
         i = i.to(tl.int64)[:, None]
@@ -72,19 +94,40 @@ def _product_kernel(
         if STORED == 0:
             even = tl.dot(x, code.to(x.dtype), even)
         else:
+            # each scale once, where whole groups fill the tile or one of them holds it
+            ALONG: tl.constexpr = min(STORED, BLOCK_OUT) if max(STORED, BLOCK_OUT) % min(STORED, BLOCK_OUT) == 0 else 1
+            group = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT // ALONG)[None, :] * ALONG
             mask = (i < n_in) & (group < n_stored)
-            both = tl.load(scale_ptr + i * (n_stored // STORED) + group // STORED, mask=mask, other=0)
-            weight = _widened_int4(code, both, x.dtype)
-            even, odd = tl.dot(x, weight[0], even), tl.dot(x, weight[1], odd)
+            both = tl.load(scale_ptr + i * (n_stored // STORED) + group // STORED, mask=mask, other=0)[:, :, None]
+            code = code.reshape(BLOCK_IN, BLOCK_OUT // ALONG, ALONG)
+            if x.dtype == tl.bfloat16:
+                weight = _packed_int4(code, both)
+            else:
+                weight = _widened_int4(code, both, x.dtype)
+            even = tl.dot(x, weight[0].reshape(BLOCK_IN, BLOCK_OUT), even)
+            odd = tl.dot(x, weight[1].reshape(BLOCK_IN, BLOCK_OUT), odd)
 
-    mask = (t < n_tokens) & (j < n_stored)
+    # the tile's outputs side by side
+    if STORED > 0:
+        even = tl.interleave(even, odd)
+        j = tl.program_id(1) * 2 * BLOCK_OUT + tl.arange(0, 2 * BLOCK_OUT)[None, :]
+        n_stored *= 2
+    mask, at = (t < n_tokens) & (j < n_stored), t.to(tl.int64) * n_stored + j
+
+    # the last program of a tile adds the sums of all, in their order
+    if SPLITS > 1:
+        n_sums = n_tokens * n_stored
+        tl.store(sums_ptr + tl.program_id(2) * n_sums + at, even, mask=mask)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(arrived_ptr + tile, 0)
+        even = tl.zeros_like(even)
+        for split in range(SPLITS):
+            even += tl.load(sums_ptr + split * n_sums + at, mask=mask, other=0.0, cache_modifier=".cg")
     if STORED == 0:
         even *= tl.load(scale_ptr + j, mask=j < n_stored, other=0.0)
-        tl.store(out_ptr + t * n_stored + j, even.to(x_ptr.dtype.element_ty), mask=mask)
-    else:
-        out_ptr += 2 * (t * n_stored + j)
-        tl.store(out_ptr, even.to(x_ptr.dtype.element_ty), mask=mask)
-        tl.store(out_ptr + 1, odd.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, even.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *arguments: Tensor | int, **options: int) -> None:
@@ -103,6 +146,12 @@ def _stored(weight: Tensor, scale: Tensor) -> tuple[int, int, Tensor]:
     if weight.dtype == torch.uint8:
         return 2 * weight.shape[1], weight.shape[1] // scale.shape[1], scale.view(torch.int32)
     return weight.shape[1], 0, scale
+
+
+@cache
+def _arrived(device: torch.device) -> Tensor:
+    # programs of each tile whose sums are there; 0 between launches
+    return torch.zeros(PROGRAMS, device=device, dtype=torch.int32)
 
 
 def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,29 +177,15 @@ def launch_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     The sums are float32. int8's scales come behind them, so that no weight is rounded; int4's weights are, as x is.
     """
     (n_in, n_stored), (n_out, stored, scale), n_tokens = weight.shape, _stored(weight, scale), x.numel() // x.shape[-1]
+    block_tokens, block_in, block_out, stages, warps, registers = TILES[n_tokens > TILES[0][0]]
+    stages -= stored & (stored - 1) > 0  # no power of two: each byte loads its scale
+    tiles = -(-n_tokens // block_tokens), -(-n_out // block_out)
+    splits = max(1, min(PROGRAMS // (tiles[0] * tiles[1]), n_in // (2 * block_in)))
+
     out = torch.empty((*x.shape[:-1], n_out), device=x.device, dtype=x.dtype)
-    grid, block_out = (-(-n_tokens // BLOCK_TOKENS), -(-n_out // BLOCK_OUT), 1), BLOCK_OUT * n_stored // n_out
-    numbers = n_tokens, n_in, n_stored, stored, BLOCK_TOKENS, BLOCK_IN, block_out
-    stages = 4 if stored % block_out == 0 else 3  # 99 KB of shared memory at most, see GROUPED
-    _launch(_product_kernel, grid, x.contiguous(), weight, scale, out, *numbers, num_warps=8, num_stages=stages)
+    sums = torch.empty((splits, n_tokens, n_out), device=x.device, dtype=torch.float32) if splits > 1 else out
+    numbers = n_tokens, n_in, n_stored, stored, block_tokens, block_in, block_out * n_stored // n_out, splits
+    tensors = x.contiguous(), weight, scale, out, sums, _arrived(x.device)
+    options = {"num_stages": stages, "num_warps": warps, "maxnreg": registers}
+    _launch(_product_kernel, (*tiles, splits), *tensors, *numbers, **options)
     return out
-
-
-_side_stream = cache(torch.cuda.Stream)
-
-
-def launch_ahead(x: Tensor, site) -> Tensor:
-    """x times what a site's weight stands for, while a stream beside the current one dequantises that of `site.later`.
-
-    No two weights share memory before the current stream has multiplied the first: the stream beside waits for it.
-    """
-    current, beside = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    for later in site.later:
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
-            later.ready = launch_dequantize(later.weight, later.scale, x.dtype), beside.record_event()
-    if site.ready is None:
-        return x @ launch_dequantize(site.weight, site.scale, x.dtype)
-    (weight, event), site.ready = site.ready, None
-    current.wait_event(event)
-    return x @ weight
