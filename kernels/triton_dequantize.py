@@ -17,9 +17,9 @@ PROGRAMS = 264  # where a product has fewer tiles, they are shared: two on each 
 _compiled = {}  # kernels, by what Triton compiles them for
 
 
+# The even and the odd output of a byte. both: s and m at once, their bits are the upper ones of a float32.
 @triton.jit
 def _widened_int4(code, both, DTYPE: tl.constexpr):
-    """The even and the odd output of a byte. both: s and m at once, their bits are the upper ones of a float32."""
     code = code.to(tl.int32)
     s, m = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
     return ((code & 15).to(tl.float32) * s + m).to(DTYPE), ((code >> 4).to(tl.float32) * s + m).to(DTYPE)
@@ -30,108 +30,94 @@ def _dequantize_kernel(
     weight_ptr, scale_ptr, out_ptr, n_in, n_stored,
     # strides of an input and of an output; STORED: bytes of a group of int4, 0 of int8
     weight_in, weight_out, scale_in, scale_out, out_in, out_out, STORED: tl.constexpr,
-    # BY_ROW: the outputs of an input lie side by side, else the inputs of an output
-    BY_ROW: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):
     i = (tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)).to(tl.int64)[:, None]
     j = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
     mask = (i < n_in) & (j < n_stored)
-    code = tl.load(weight_ptr + i * weight_in + j * weight_out, mask=mask, other=0)
-    out_ptr += i * out_in
+    value = tl.load(weight_ptr + i * weight_in + j * weight_out, mask=mask, other=0)
 
-    if STORED == 0:
-        value = code.to(tl.float32) * tl.load(scale_ptr + j, mask=j < n_stored, other=0.0)
-        tl.store(out_ptr + j * out_out, value.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
+    if STORED:
         both = tl.load(scale_ptr + i * scale_in + j // STORED * scale_out, mask=mask, other=0)
-        even, odd = _widened_int4(code, both, out_ptr.dtype.element_ty)
-        if BY_ROW:
-            k = tl.program_id(0) * 2 * BLOCK_OUT + tl.arange(0, 2 * BLOCK_OUT)[None, :]
-            tl.store(out_ptr + k * out_out, tl.interleave(even, odd), mask=(i < n_in) & (k < 2 * n_stored))
-        else:
-            tl.store(out_ptr + 2 * j * out_out, even, mask=mask)
-            tl.store(out_ptr + (2 * j + 1) * out_out, odd, mask=mask)
+        even, odd = _widened_int4(value, both, out_ptr.dtype.element_ty)
+        value, j = tl.interleave(even, odd), tl.program_id(0) * 2 * BLOCK_OUT + tl.arange(0, 2 * BLOCK_OUT)[None, :]
+        mask = (i < n_in) & (j < 2 * n_stored)
+    else:
+        value = value.to(tl.float32) * tl.load(scale_ptr + j, mask=j < n_stored, other=0.0)
+    tl.store(out_ptr + i * out_in + j * out_out, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+# `_widened_int4` of bfloat16 in packed arithmetic: with the upper bits of 128 a code n is 128 + n. Here s * n + m rounds
+# once. `dequantize` rounds to float32 first, which makes a difference only where 0 < |m| <= 2^-24 |s n|: all mantissas
+# and codes were tried.
 @triton.jit
 def _packed_int4(code, both):
-    """`_widened_int4` of bfloat16, four bytes in 15 instructions: a code becomes 128 + code by its bits alone.
-
-    s * n + m rounds once here. `dequantize` rounds to float32 before, which shows where 0 < |m| <= 2^-24 |s n| alone.
-    """
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 low, high, magic, one, back, s0, s1, m0, m1;
-        mov.b32 magic, 0x43004300; mov.b32 one, 0x3f803f80; mov.b32 back, 0xc300c300;
-        and.b32 low, $4, 0x0f0f0f0f; shr.u32 high, $4, 4; and.b32 high, high, 0x0f0f0f0f;
-        prmt.b32 s0, $5, $6, 0x5410; prmt.b32 m0, $5, $6, 0x7632;
-        prmt.b32 s1, $7, $8, 0x5410; prmt.b32 m1, $7, $8, 0x7632;
-        prmt.b32 $0, low, magic, 0x5150; fma.rn.bf16x2 $0, $0, one, back; fma.rn.bf16x2 $0, $0, s0, m0;
-        prmt.b32 $1, low, magic, 0x5352; fma.rn.bf16x2 $1, $1, one, back; fma.rn.bf16x2 $1, $1, s1, m1;
-        prmt.b32 $2, high, magic, 0x5150; fma.rn.bf16x2 $2, $2, one, back; fma.rn.bf16x2 $2, $2, s0, m0;
-        prmt.b32 $3, high, magic, 0x5352; fma.rn.bf16x2 $3, $3, one, back; fma.rn.bf16x2 $3, $3, s1, m1; }""",
-        "=&r,=&r,=&r,=&r,r,r,r,r,r", [code, both], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+    pair = tl.inline_asm_elementwise(
+        """{ .reg .b32 high, one, back, s, m; mov.b32 one, 0x3f803f80; mov.b32 back, 0xc300c300; shr.u32 high, $4, 4;
+        prmt.b32 $0, $4, high, 0x0400; lop3.b32 $0, $0, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $0, one, back;
+        prmt.b32 $1, $4, high, 0x0501; lop3.b32 $1, $1, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $1, $1, one, back;
+        prmt.b32 $2, $4, high, 0x0602; lop3.b32 $2, $2, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $2, $2, one, back;
+        prmt.b32 $3, $4, high, 0x0703; lop3.b32 $3, $3, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $3, $3, one, back;
+        prmt.b32 s, $5, $5, 0x1010; prmt.b32 m, $5, $5, 0x3232; fma.rn.bf16x2 $0, $0, s, m;
+        prmt.b32 s, $6, $6, 0x1010; prmt.b32 m, $6, $6, 0x3232; fma.rn.bf16x2 $1, $1, s, m;
+        prmt.b32 s, $7, $7, 0x1010; prmt.b32 m, $7, $7, 0x3232; fma.rn.bf16x2 $2, $2, s, m;
+        prmt.b32 s, $8, $8, 0x1010; prmt.b32 m, $8, $8, 0x3232; fma.rn.bf16x2 $3, $3, s, m; }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r,r", [code, both], dtype=tl.int32, is_pure=True, pack=4,
     )
+    return pair.to(tl.int16).to(tl.bfloat16, bitcast=True), (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _product_kernel(
     x_ptr, weight_ptr, scale_ptr, out_ptr, sums_ptr, arrived_ptr, n_tokens, n_in, n_stored,
-    # STORED: bytes of a group of int4, 0 of int8; BLOCK_OUT: bytes of an input's weights; SPLITS: programs of a tile
+    # STORED: bytes of a group of int4, 0 of int8; SPLITS: programs of a tile
     STORED: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     t = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     j = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
-    even = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), tl.float32)  # of int8 all outputs
-    odd = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), tl.float32)
+    BYTES: tl.constexpr = BLOCK_OUT // 2 if STORED else BLOCK_OUT
+    n_out = n_stored * (BLOCK_OUT // BYTES)
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)[None, :]
+    y = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), tl.float32)
 
     for start in range(tl.program_id(2) * BLOCK_IN, n_in, SPLITS * BLOCK_IN):
         i = start + tl.arange(0, BLOCK_IN)
         x = tl.load(x_ptr + t * n_in + i[None, :], mask=(t < n_tokens) & (i[None, :] < n_in), other=0.0)
         i = i.to(tl.int64)[:, None]
-        code = tl.load(weight_ptr + i * n_stored + j, mask=(i < n_in) & (j < n_stored), other=0)
-        if STORED == 0:
-            even = tl.dot(x, code.to(x.dtype), even)
-        else:
-            # each scale once, where whole groups fill the tile or one of them holds it
-            ALONG: tl.constexpr = min(STORED, BLOCK_OUT) if max(STORED, BLOCK_OUT) % min(STORED, BLOCK_OUT) == 0 else 1
-            group = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT // ALONG)[None, :] * ALONG
+        weight = tl.load(weight_ptr + i * n_stored + byte, mask=(i < n_in) & (byte < n_stored), other=0)
+        if STORED:
+            ALONG: tl.constexpr = min(STORED & -STORED, BYTES)  # so many bytes share a scale, which is loaded once
+            group = tl.program_id(1) * BYTES + tl.arange(0, BYTES // ALONG)[None, :] * ALONG
             mask = (i < n_in) & (group < n_stored)
             both = tl.load(scale_ptr + i * (n_stored // STORED) + group // STORED, mask=mask, other=0)[:, :, None]
-            code = code.reshape(BLOCK_IN, BLOCK_OUT // ALONG, ALONG)
+            weight = weight.reshape(BLOCK_IN, BYTES // ALONG, ALONG)
             if x.dtype == tl.bfloat16:
-                weight = _packed_int4(code, both)
+                even, odd = _packed_int4(weight, both)
             else:
-                weight = _widened_int4(code, both, x.dtype)
-            even = tl.dot(x, weight[0].reshape(BLOCK_IN, BLOCK_OUT), even)
-            odd = tl.dot(x, weight[1].reshape(BLOCK_IN, BLOCK_OUT), odd)
-
-    # the tile's outputs side by side
-    if STORED > 0:
-        even = tl.interleave(even, odd)
-        j = tl.program_id(1) * 2 * BLOCK_OUT + tl.arange(0, 2 * BLOCK_OUT)[None, :]
-        n_stored *= 2
-    mask, at = (t < n_tokens) & (j < n_stored), t.to(tl.int64) * n_stored + j
+                even, odd = _widened_int4(weight, both, x.dtype)
+            weight = tl.interleave(even, odd).reshape(BLOCK_IN, BLOCK_OUT)
+        y = tl.dot(x, weight.to(x.dtype), y)
 
     # the last program of a tile adds the sums of all, in their order
+    mask, at = (t < n_tokens) & (j < n_out), t.to(tl.int64) * n_out + j
     if SPLITS > 1:
-        n_sums = n_tokens * n_stored
-        tl.store(sums_ptr + tl.program_id(2) * n_sums + at, even, mask=mask)
+        tl.store(sums_ptr + tl.program_id(2) * n_tokens * n_out + at, y, mask=mask)
         tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
+        arrived_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") < SPLITS - 1:
             return
-        tl.store(arrived_ptr + tile, 0)
-        even = tl.zeros_like(even)
+        tl.store(arrived_ptr, 0)
+        y = tl.zeros_like(y)
         for split in range(SPLITS):
-            even += tl.load(sums_ptr + split * n_sums + at, mask=mask, other=0.0, cache_modifier=".cg")
+            y += tl.load(sums_ptr + split * n_tokens * n_out + at, mask=mask, other=0.0, cache_modifier=".cg")
     if STORED == 0:
-        even *= tl.load(scale_ptr + j, mask=j < n_stored, other=0.0)
-    tl.store(out_ptr + at, even.to(x_ptr.dtype.element_ty), mask=mask)
+        y *= tl.load(scale_ptr + j, mask=j < n_out, other=0.0)
+    tl.store(out_ptr + at, y.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 def _launch(kernel: triton.JITFunction, grid: tuple[int, int, int], *arguments: Tensor | int, **options: int) -> None:
-    """kernel[grid](*arguments, **options), quicker: Triton looks at the first arguments of a kind alone."""
+    # kernel[grid](*arguments, **options), quicker: Triton looks at the first arguments of a kind alone
     kinds = (a if isinstance(a, int) else (a.dtype, a.data_ptr() % 16) for a in arguments)
     key = (kernel, arguments[0].device, *kinds)
     with torch.cuda.device_of(arguments[0]):
@@ -167,7 +153,7 @@ def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     block_in, block_out = (32, 128) if by_row else (128, 32)
     grid = -(-n_stored // block_out), -(-n_in // block_in), 1
     strides = weight.stride() + (scale.stride()[:2] if stored else (0, 0)) + out.stride()
-    _launch(_dequantize_kernel, grid, weight, scale, out, n_in, n_stored, *strides, stored, by_row, block_in, block_out)
+    _launch(_dequantize_kernel, grid, weight, scale, out, n_in, n_stored, *strides, stored, block_in, block_out)
     return out
 
 
@@ -178,14 +164,13 @@ def launch_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """
     (n_in, n_stored), (n_out, stored, scale), n_tokens = weight.shape, _stored(weight, scale), x.numel() // x.shape[-1]
     block_tokens, block_in, block_out, stages, warps, registers = TILES[n_tokens > TILES[0][0]]
-    stages -= stored & (stored - 1) > 0  # no power of two: each byte loads its scale
     tiles = -(-n_tokens // block_tokens), -(-n_out // block_out)
     splits = max(1, min(PROGRAMS // (tiles[0] * tiles[1]), n_in // (2 * block_in)))
 
     out = torch.empty((*x.shape[:-1], n_out), device=x.device, dtype=x.dtype)
     sums = torch.empty((splits, n_tokens, n_out), device=x.device, dtype=torch.float32) if splits > 1 else out
-    numbers = n_tokens, n_in, n_stored, stored, block_tokens, block_in, block_out * n_stored // n_out, splits
     tensors = x.contiguous(), weight, scale, out, sums, _arrived(x.device)
-    options = {"num_stages": stages, "num_warps": warps, "maxnreg": registers}
-    _launch(_product_kernel, (*tiles, splits), *tensors, *numbers, **options)
+    numbers = n_tokens, n_in, n_stored, stored, block_tokens, block_in, block_out, splits
+    grid, options = (*tiles, splits), {"num_stages": stages, "num_warps": warps, "maxnreg": registers}
+    _launch(_product_kernel, grid, *tensors, *numbers, **options)
     return out
