@@ -117,8 +117,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 def product(x: Tensor, site) -> Tensor:
     """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x.
 
-    On a GPU up to SHORT rows of x are multiplied by a kernel of their own, that reads integers alone; more rows by
-    torch, after dequantising.
+    On a GPU up to SHORT rows of x take a kernel that reads integers alone; more rows take torch, after dequantising.
     """
     weight, scale = site.weight, site.scale
     if scale is not None and x.is_cuda and not torch.compiler.is_compiling():
