@@ -139,7 +139,7 @@ def _arrived(device: torch.device) -> Tensor:
 
 
 def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What an int8 or int4 weight and its scale, `transposed` or not, stand for: [in, out], laid out like the weight."""
+    """What an int8 or int4 weight and its scale, `transposed` or not, stand for: [in, out], laid out as weight is."""
     # Equal to the bit: int4's code times s (4 and 8 bits) is exact in float32, whether or not m is added in the same
     # instruction.
     (n_in, n_stored), (n_out, stored, scale), by_row = weight.shape, _stored(weight, scale), weight.stride(1) == 1
