@@ -117,6 +117,21 @@ def test_a_short_prompts_product_is_as_precise_as_torchs(form, groupsize, dtype,
     assert (error <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * n_in).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("groupsize", [16, 48, 64, 128])
+def test_a_short_prompts_product_widens_int4_as_dequantize_does(groupsize):
+    launch = pytest.importorskip("kernels.triton_dequantize").launch_product
+    weight, scale = Form.named("int4", torch.bfloat16, groupsize).empty(128, {"o": 384}, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight.random_(0, 256, generator=generator)
+    scale.copy_(torch.rand(scale.shape, device="cuda", generator=generator) + 0.5)
+    scale[..., 1] *= -(2.0 ** torch.randint(-14, 7, scale.shape[:2], device="cuda", generator=generator))
+    for tokens in (64, 128):  # a product's two tiles
+        parts = torch.eye(128, device="cuda", dtype=torch.bfloat16).split(tokens)
+        found = torch.cat([launch(x, weight, scale) for x in parts])
+        assert torch.equal(found, dequantize(weight, scale, torch.bfloat16))
+
+
 LONG = {"block_size": SHORT + 60, "dim": 512, "n_head": 8, "intermediate_size": 2048, "n_layer": 5, "o_bias": True}
 
 
