@@ -508,8 +508,8 @@ def _integer_kernel(
             kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, ROWS, OP)
             weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
 
-    # else the compiler puts some loads off until others have come
-    if OP.cut and PDL:
+    # else the compiler puts some loads of int4 off until others have come
+    if OP.bits == 4 and OP.cut and PDL:
         zero = _zero_after_loads(threshold_ptr + rows * 0)
         if ROWS == 0:
             late = ()
