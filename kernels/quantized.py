@@ -117,15 +117,12 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 def product(x: Tensor, site) -> Tensor:
     """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x.
 
-    On a GPU up to SHORT rows of x are multiplied by a kernel of their own, that reads integers alone; more rows by
-    torch, after dequantising. Where a CUDA graph is recorded, that is done a layer ahead, beside other products.
+    On a GPU up to SHORT rows of x take a kernel that reads integers alone; more rows take torch, after dequantising.
     """
     weight, scale = site.weight, site.scale
     if scale is not None and x.is_cuda and not torch.compiler.is_compiling():
-        from kernels.triton_dequantize import launch_ahead, launch_product
+        from kernels.triton_dequantize import launch_product
 
         if 0 < x.numel() <= SHORT * x.shape[-1] and x.dtype != torch.float32 and not x.requires_grad:
             return launch_product(x, weight, scale)
-        if torch.cuda.is_current_stream_capturing():
-            return launch_ahead(x, site)
     return x @ dequantize(weight, scale, x.dtype)
