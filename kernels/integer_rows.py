@@ -173,7 +173,7 @@ def _rows_kernel(
     UNIT: tl.constexpr = 8 if INT8 else LANES.chunk  # from one unit to the next
     ROOM: tl.constexpr = (OP.n_in + 127) // 128 * 128  # inputs of a row of those made
     WHOLE: tl.constexpr = LANES.full and not LANES.by_word  # every lane has all its outputs
-    ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (BLOCK * BLOCKS * GROUPS) == 0
+    ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (32 * BLOCKS * GROUPS) == 0
     lane, group = tl.arange(0, BLOCK), tl.program_id(1) * GROUPS
     segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, N_OUT, PLAN.block_out)
 
