@@ -202,11 +202,21 @@ def _rows_kernel(
         tl.extra.cuda.gdc_wait()
     tl.debug_barrier()
 
-    # a unit's sums of each group
-    made, odd, row = (), lane % 2, tl.minimum(lane // (8 // EACH), ROWS - 1)
+    # x of a lane's column; int8's is on fixed point, and `downs` are those of a lane's rows
+    made, columns, downs, odd, row = (), (), (), lane % 2, tl.minimum(lane // (8 // EACH), ROWS - 1)
     x_at = made_ptr + row * ROOM + start + lane % 4 * 8
-    if GROUPS == 1 and not INT8:
+    if INT8:
+        for b in tl.static_range(BLOCKS * GROUPS):
+            words = mma._load(x_at + b * BLOCK, tl.full((BLOCK,), 1, tl.int32), 4, 4)
+            columns = columns + _columns(words, EACH)
+        for i in tl.static_range(GROUPS * EACH):
+            row = tl.minimum(lane % 4 * EACH + i % EACH, ROWS - 1)
+            down = tl.load(down_ptr + row * (ROOM // (BLOCKS * BLOCK)) + group + i // EACH)
+            downs = downs + ((down, 0.0),)
+    elif GROUPS == 1:
         made = _load_made(x_at, BLOCKS, OP)
+
+    # a unit's sums of each group
     for u in tl.static_range(WORDS // OWN):
         end, scales = last if INT8 else tl.minimum(last, first + (u + 1) * UNIT), ()
         finenesses = _load_factors(fineness_ptr, piece, u * UNIT, end, WHOLE)
@@ -216,19 +226,14 @@ def _rows_kernel(
         for j in tl.static_range(GROUPS):
             offsets = _load_factors(offset_ptr, piece, u * UNIT, tl.where(group + j == 0, end, 0), False)
             if INT8:
-                columns, rows, new = (), (), ()
-                for b in tl.static_range(j * BLOCKS, (j + 1) * BLOCKS):
-                    words = mma._load(x_at + b * BLOCK, tl.full((BLOCK,), 1, tl.int32), 4, 4)
-                    columns = columns + _columns(words, EACH)
-                for r in tl.static_range(EACH):
-                    row = tl.minimum(lane % 4 * EACH + r, ROWS - 1)
-                    rows = rows + ((tl.load(down_ptr + group + j + row * (ROOM // (BLOCKS * BLOCK))), 0.0),)
+                rows = downs[j * EACH : (j + 1) * EACH]
+                own = columns[j * BLOCKS * EACH * 2 : (j + 1) * BLOCKS * EACH * 2]
             else:
                 if GROUPS > 1:
                     made = _load_made(x_at + j * BLOCKS * BLOCK, BLOCKS, OP)
-                columns, rows = _int4_columns(made, pairs, j * BLOCKS * WORDS + u, EACH, BLOCKS, WORDS)
+                own, rows = _int4_columns(made, pairs, j * BLOCKS * WORDS + u, EACH, BLOCKS, WORDS)
 
-            sums, new = _sums_of_unit(weights, j * BLOCKS * 8 * WORDS + u * OWN, columns, EACH, BLOCKS, WORDS, OP), ()
+            sums, new = _sums_of_unit(weights, j * BLOCKS * 8 * WORDS + u * OWN, own, EACH, BLOCKS, WORDS, OP), ()
             for i in tl.static_range(8 * EACH):
                 x, offset = sums[i].to(tl.float32), offsets[i % 8].to(tl.float32, bitcast=True)
                 down, low = rows[i // 8]
