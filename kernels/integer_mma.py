@@ -244,36 +244,29 @@ def _load_factors(ptr, at, there, N: tl.constexpr):
 
 
 @triton.jit
-def _on_grid(x, fineness, OP: tl.constexpr, GRID: tl.constexpr):
-    """A sum times the product's multiplier, put on the grid; fineness: bits."""
-    if OP.multiplier != 1.0:
-        x *= OP.multiplier
-    if GRID:
-        x = snap(x, fineness.to(tl.float32, bitcast=True))
-    return x
-
-
-@triton.jit
-def _add(out_at, there, out, N: tl.constexpr, LANES: tl.constexpr):
-    """Adds N neighbours of each lane to what lies at its address, where `there` is not 0."""
-    if not LANES.add_vectors:
-        for i in tl.static_range(N):
-            tl.atomic_add(out_at + i, out[i], mask=there != 0, sem="relaxed")
-    elif N == 4:
-        _add_four(out_at, there, out)
-    else:
-        _add_two(out_at, there, out)
-
-
-@triton.jit
-def _add_to(
-    out_at, there, sums, finenesses, N: tl.constexpr, OP: tl.constexpr, LANES: tl.constexpr, GRID: tl.constexpr
-):
-    """Adds N sums of each lane, put on the grid, to its outputs."""
+def _on_grid(sums, finenesses, N: tl.constexpr, OP: tl.constexpr, GRID: tl.constexpr):
+    """N sums of each lane, times the product's multiplier, on the grid."""
     out = ()
     for i in tl.static_range(N):
-        out = out + (_on_grid(sums[i], finenesses[i], OP, GRID),)
-    _add(out_at, there, out, N, LANES)
+        x = sums[i]
+        if OP.multiplier != 1.0:
+            x *= OP.multiplier
+        if GRID:
+            x = snap(x, finenesses[i].to(tl.float32, bitcast=True))
+        out = out + (x,)
+    return out
+
+
+@triton.jit
+def _add_to(out_at, there, sums, N: tl.constexpr, LANES: tl.constexpr):
+    """Adds N sums of each lane to its outputs."""
+    if not LANES.add_vectors:
+        for i in tl.static_range(N):
+            tl.atomic_add(out_at + i, sums[i], mask=there != 0, sem="relaxed")
+    elif N == 4:
+        _add_four(out_at, there, sums)
+    else:
+        _add_two(out_at, there, sums)
 
 
 # ---- int8
@@ -517,4 +510,5 @@ def _integer_kernel(
         sums = _int4_sums(weights, pairs, made, offsets, BLOCKS, LANES, OFFSET)
     for c in tl.static_range(CHUNKS):
         out_at = out_ptr + at + c * LANES.chunk
-        _add_to(out_at, there[c], sums[c], finenesses[c * N : c * N + N], N, OP, LANES, GRID)
+        out = _on_grid(sums[c], finenesses[c * N : c * N + N], N, OP, GRID)
+        _add_to(out_at, there[c], out, N, LANES)

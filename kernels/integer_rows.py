@@ -26,8 +26,8 @@ from kernels.triton_gemv import BLOCK, MAX_SEGMENTS, Norm, Product, biased, outp
 #
 #     so lane 4 g + t makes column g, and gets the sums of its outputs with row t, or with rows 2 t and 2 t + 1
 #
-# A program's groups of 32 PLAN.blocks inputs have sums on the outputs' grid. They are added up, exactly, before they go
-# to memory: 8 rows of int4 add about as many bytes to memory as one group has weights.
+# A program takes PLAN.turns of 32 PLAN.blocks inputs each. Their sums lie on the outputs' grid, so they are added up,
+# exactly, before they go to memory: 8 rows of int4 have as many bytes of sums as one turn has weights.
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def _rows_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = PLAN.blocks
-    GROUPS: tl.constexpr = PLAN.groups
+    TURNS: tl.constexpr = PLAN.turns
     WORDS: tl.constexpr = LANES.words
     INT8: tl.constexpr = OP.bits == 8
     EACH: tl.constexpr = 1 if ROWS <= 4 else 2  # rows of which a lane gets sums
@@ -173,8 +173,8 @@ def _rows_kernel(
     UNIT: tl.constexpr = 8 if INT8 else LANES.chunk  # from one unit to the next
     ROOM: tl.constexpr = (OP.n_in + 127) // 128 * 128  # inputs of a row of those made
     WHOLE: tl.constexpr = LANES.full and not LANES.by_word  # every lane has all its outputs
-    ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (32 * BLOCKS * GROUPS) == 0
-    lane, group = tl.arange(0, BLOCK), tl.program_id(1) * GROUPS
+    ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (32 * BLOCKS * TURNS) == 0
+    lane, group = tl.arange(0, BLOCK), tl.program_id(1) * TURNS
     segment, first, last = outputs_of_tile(tl.program_id(0), tiles_1, tiles_2, start_1, start_2, N_OUT, PLAN.block_out)
 
     # a lane's first weights and scales
@@ -195,7 +195,7 @@ def _rows_kernel(
         kept_ptr += segment * (ROWS * ((OP.n_in + BLOCK - 1) // BLOCK))
         if INT8:
             down_ptr += segment * (ROWS * (ROOM // (BLOCKS * BLOCK)))
-    for b in tl.static_range(BLOCKS * GROUPS):
+    for b in tl.static_range(BLOCKS * TURNS):
         kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, ROWS, OP)
         weights, pairs = mma._load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
     if PDL and not OP.cut:
@@ -206,14 +206,14 @@ def _rows_kernel(
     made, columns, downs, odd, row = (), (), (), lane % 2, tl.minimum(lane // (8 // EACH), ROWS - 1)
     x_at = made_ptr + row * ROOM + start + lane % 4 * 8
     if INT8:
-        for b in tl.static_range(BLOCKS * GROUPS):
+        for b in tl.static_range(BLOCKS * TURNS):
             words = mma._load(x_at + b * BLOCK, tl.full((BLOCK,), 1, tl.int32), 4, 4)
             columns = columns + _columns(words, EACH)
-        for i in tl.static_range(GROUPS * EACH):
+        for i in tl.static_range(TURNS * EACH):
             row = tl.minimum(lane % 4 * EACH + i % EACH, ROWS - 1)
             down = tl.load(down_ptr + row * (ROOM // (BLOCKS * BLOCK)) + group + i // EACH)
             downs = downs + ((down, 0.0),)
-    elif GROUPS == 1:
+    elif TURNS == 1:
         made = _load_made(x_at, BLOCKS, OP)
 
     # a unit's sums of each group
@@ -223,13 +223,13 @@ def _rows_kernel(
         if INT8:
             scales = _load_factors(weight_scale_ptr, piece, u * UNIT, end, WHOLE)
         total = (tl.zeros((BLOCK,), tl.float32),) * (8 * EACH)
-        for j in tl.static_range(GROUPS):
+        for j in tl.static_range(TURNS):
             offsets = _load_factors(offset_ptr, piece, u * UNIT, tl.where(group + j == 0, end, 0), False)
             if INT8:
                 rows = downs[j * EACH : (j + 1) * EACH]
                 own = columns[j * BLOCKS * EACH * 2 : (j + 1) * BLOCKS * EACH * 2]
             else:
-                if GROUPS > 1:
+                if TURNS > 1:
                     made = _load_made(x_at + j * BLOCKS * BLOCK, BLOCKS, OP)
                 own, rows = _int4_columns(made, pairs, j * BLOCKS * WORDS + u, EACH, BLOCKS, WORDS)
 
@@ -244,7 +244,10 @@ def _rows_kernel(
                 x = x * down if INT8 and offset_ptr is None else tl.fma(x, down, low)
                 if offset_ptr is not None and not INT8:
                     x += offset
-                new = new + (total[i] + mma._on_grid(x, finenesses[i % 8], OP, fineness_ptr is not None),)
+                new = new + (x,)
+            new, sums = (), mma._on_grid(new, finenesses * EACH, 8 * EACH, OP, fineness_ptr is not None)
+            for i in tl.static_range(8 * EACH):
+                new = new + (total[i] + sums[i],)
             total = new
 
         # two lanes of neighbouring rows exchange halves: together they add 32 bytes of a row, then of the other's
@@ -259,7 +262,7 @@ def _rows_kernel(
                 if not WHOLE or ROWS % 4:
                     there = ((piece + odd * 4 + u * UNIT < end) & (row < ROWS)).to(tl.int32)
                 out_at = out_ptr + (row * out_stride + piece + odd * 4) + u * UNIT
-                mma._add(out_at, there, theirs if pair else own, 4, LANES)
+                mma._add_to(out_at, there, theirs if pair else own, 4, LANES)
 
 
 # ---- launching it, or the kernel of one row
@@ -294,13 +297,13 @@ def launch_integers(
     assert len(out) == 1 or out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
     plan = product.plan(prologue, pdl, last_rstd is not None)
-    if prepared:
+    if prepared and product.fineness is not None:
         plan = of_integer_rows(plan)
     hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
     operation, lanes = product.operation(prologue, dtype), lanes_of(plan, product, hopper, bool(prepared))
 
     starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
-    grid = tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks * plan.groups), rows if prologue == "given" else 1
+    grid = tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks * plan.turns), rows if prologue == "given" else 1
     places = *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS]
     options = {"OP": operation, "PLAN": plan, "LANES": lanes, "PDL": pdl, "num_warps": 1, "launch_pdl": pdl}
     options["maxnreg"] = plan.registers

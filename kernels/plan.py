@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
-    groups: int = 1  # of so many blocks that a program of several rows of integers takes, each with a scale
+    turns: int = 1  # of so many blocks that a program of several rows of integers takes, each with a scale
 
 
 def plan_for(
@@ -113,10 +113,10 @@ def of_rows(plan: Plan) -> Plan:
 
 
 def of_integer_rows(plan: Plan) -> Plan:
-    """An integer plan for several rows of x: a program adds up the same sums of two groups, in at most 16 KB."""
+    """An integer plan for several rows of x: a program adds up the same sums of two turns."""
     if plan.blocks != 2:
         return plan
-    return plan._replace(groups=2, block_out=plan.block_out // (2 if plan.block_out > INT8_OUT else 1))
+    return plan._replace(turns=2, block_out=plan.block_out // (2 if plan.block_out > INT8_OUT else 1))
 
 
 def chunk_of(groupsize: int) -> int:

@@ -115,14 +115,28 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 def product(x: Tensor, site) -> Tensor:
-    """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x.
-
-    On a GPU up to SHORT rows of x take a kernel that reads integers alone; more rows take torch, after dequantising.
-    """
+    """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x."""
     weight, scale = site.weight, site.scale
-    if scale is not None and x.is_cuda and not torch.compiler.is_compiling():
+    if scale is None or not x.is_cuda or x.dtype == torch.float32 or x.requires_grad:
+        return x @ dequantize(weight, scale, x.dtype)
+    # an operation costs an eager pass more of the host's time than the launch itself
+    return (quantized_product if torch.compiler.is_compiling() else _quantized_product)(x, weight, scale)
+
+
+def _quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """On a GPU: up to SHORT rows of x take a kernel that reads integers alone, more take torch, after dequantising."""
+    if 0 < x.numel() <= SHORT * x.shape[-1]:
         from kernels.triton_dequantize import launch_product
 
-        if 0 < x.numel() <= SHORT * x.shape[-1] and x.dtype != torch.float32 and not x.requires_grad:
-            return launch_product(x, weight, scale)
+        return launch_product(x, weight, scale)
     return x @ dequantize(weight, scale, x.dtype)
+
+
+quantized_product = torch.library.custom_op(
+    "teal_fast::quantized_product", _quantized_product, mutates_args=(), device_types="cuda"
+)
+
+
+@quantized_product.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1))

@@ -98,15 +98,15 @@ def test_sums_are_exact_for_every_number_of_rows(n_in, segments, blocks, groupsi
     """In the interpreter by the assembly in numpy, see `lanes`."""
     choose = Product.plan
     monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(blocks=blocks, block_out=tile))
-    sizes = {3: 1, 8: 1} if blocks == 4 else {3: 2, 5: 1, 8: 2}  # groups of a program
+    sizes = {3: 1, 8: 1} if blocks == 4 else {3: 2, 5: 1, 8: 2}  # turns of a program
     if DEVICE == "cpu":
         sizes = {3: 1} if blocks == 4 else {8: 2} if n_in > 64 else {3: 2}
     offset = n_in % 32 == 0 and len(segments) == 1
     x, product = case(n_in, segments, sparsity, max(sizes), offset, groupsize)
     x = x.to({48: torch.float32, 64: torch.float16}.get(groupsize, x.dtype))
     want = expected(cut(x, product), product, blocks)
-    for rows, groups in sizes.items():
-        monkeypatch.setattr(integer_rows, "of_integer_rows", lambda plan, most=groups: plan._replace(groups=most))
+    for rows, turns in sizes.items():
+        monkeypatch.setattr(integer_rows, "of_integer_rows", lambda plan, turns=turns: plan._replace(turns=turns))
         out = torch.zeros(rows, sum(segments), device=DEVICE)
         options = {"dtype": x.dtype, "pdl": HOPPER, "prepared": room(rows, n_in, dtype=x.dtype)}
         launch_integers("given", x[:rows].contiguous(), product, out, **options)

@@ -14,7 +14,16 @@ from decoder import Generator, GraphedPrefill
 from formats.checkpoint import fingerprint
 from formats.files import read_json
 from kernels import cpu
-from kernels.quantized import SHORT, Form, dequantize, fill_random, pack_int4, product, transposed
+from kernels.quantized import (
+    SHORT,
+    Form,
+    dequantize,
+    fill_random,
+    pack_int4,
+    product,
+    quantized_product,
+    transposed,
+)
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
 from model import ModelArgs, Transformer, read_config
 from quantize import gptq, int8_scale, quantize_model, quantize_weight, round_int4, round_int8
@@ -143,6 +152,9 @@ def test_on_a_gpu_short_and_long_products_agree_and_have_gradients(mode):
         x = randn(SHORT + 1, site.threshold.shape[1]).to("cuda", torch.bfloat16)
         long, weight = product(x, site), site.dequantized(torch.bfloat16)
         assert torch.equal(long, x @ weight)
+        for tokens in (5, SHORT + 1):
+            arguments = x[:tokens], site.weight, site.scale
+            torch.library.opcheck(quantized_product, arguments, test_utils=("test_schema", "test_faketensor"))
         short, close = product(x[:-1], site), {"rtol": 1e-2, "atol": 1e-2 * long.abs().max().item()}
         torch.testing.assert_close(short, long[:-1], **close)
         assert not torch.equal(short, long[:-1]) and torch.equal(product(x[:60], site)[:5], product(x[:5], site))
