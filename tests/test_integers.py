@@ -120,6 +120,21 @@ def test_sums_are_exact_for_every_number_of_rows(n_in, segments, blocks, groupsi
     assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("groupsize", [0, 64])
+def test_rows_equal_single_ones_where_no_grid_hides_the_last_bits(groupsize, monkeypatch):
+    """One program adds to each output, so that its order of additions is all that matters."""
+    choose = Product.plan
+    monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(blocks=2, block_out=128))
+    x, product = case(64, [128], 0.0, 8, offset=True, groupsize=groupsize)
+    x, product = x.float().sin(), product._replace(fineness=None)  # of 24 bits, else most sums are exact
+    few = torch.zeros(8, 128, device=DEVICE)
+    launch_integers("given", x, product, few, dtype=x.dtype, prepared=room(8, 64, dtype=x.dtype))
+    for row in range(8):
+        out = torch.zeros(1, 128, device=DEVICE)
+        launch_integers("given", x[row : row + 1].contiguous(), product, out, dtype=x.dtype)
+        assert torch.equal(out[0], few[row])
+
+
 @pytest.mark.parametrize(("value", "groupsize"), [(NAN, 0), (INF, 0), (-INF, 0), (INF, 64)])
 def test_an_input_that_is_not_finite_spoils_its_row_alone_and_only_if_kept(value, groupsize):
     segments = [64, 64] if groupsize else [48, 16, 16]
