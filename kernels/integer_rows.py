@@ -144,10 +144,7 @@ def _load_factors(ptr, at, next: tl.constexpr, end, WHOLE: tl.constexpr):
     out = ()
     for i in tl.static_range(next, next + 8, 4):
         there = tl.full((BLOCK,), 1, tl.int32) if WHOLE else (at + i < end).to(tl.int32)
-        if ptr is None:
-            out = out + mma._load_factors(ptr, at, there, 4)
-        else:
-            out = out + mma._load(ptr + at + i, there, 4, 4, ZERO=True)
+        out = out + mma._load_factors(None if ptr is None else ptr + at, i, there, 4)
     return out
 
 
