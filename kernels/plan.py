@@ -44,7 +44,6 @@ class Plan(NamedTuple):
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
-    turns: int = 1  # of so many blocks that a program of several rows of integers takes, each with a scale
 
 
 def plan_for(
@@ -112,13 +111,6 @@ def of_rows(plan: Plan) -> Plan:
     return plan._replace(guess=False, block_out=64, rows=0, registers=None)
 
 
-def of_integer_rows(plan: Plan) -> Plan:
-    """An integer plan for several rows of x: a program adds up the same sums of two turns."""
-    if plan.blocks != 2:
-        return plan
-    return plan._replace(turns=2, block_out=plan.block_out // (2 if plan.block_out > INT8_OUT else 1))
-
-
 def chunk_of(groupsize: int) -> int:
     """Outputs of an int4 product of the tensor cores, all of one group and whole words."""
     return next(n for n in range(CHUNK, 0, -8) if groupsize % n == 0)
@@ -133,7 +125,7 @@ def _integer_plan(prologue: str, n_in: int, segments: list[int], sparsity: float
     1.518 / 1.536 ms dense, 1.019 / 1.020 at 50 % and 0.938 / 0.889 at 65 %; at 50 % qkv (6,144 outputs) 7.48 / 6.03 us,
     o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %. That is int8.
     int4's o, gate|up and down, dense, in 2 blocks x 256 outputs 47.8 us, x 128 outputs 54.1, in 4 x 128 52.0, in
-    1 x 256 53.0.
+    1 x 256 53.0. Its dense step in 2 and, but for o, 4 blocks x 256: 2.306 and 2.224 ms.
     """
     # o has at most two: ranks split its inputs at heads, multiples of 64
     most = 4 if sparsity and prologue != "given" and (sum(segments) <= WIDE or sparsity > MOSTLY_CUT) else 2
