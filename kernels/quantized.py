@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SHORT = 256  # rows of x at most whose `product` widens integers in registers: with 512 it takes longer than dequantising
+SHORT = 256  # rows of x at most whose `product` widens integers in registers; with 512 dequantising takes less time
 _STORED_AS = {"int8": torch.int8, "int4": torch.uint8}
 
 
