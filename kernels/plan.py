@@ -9,6 +9,8 @@ whole model at batch 1.
 import math
 from typing import NamedTuple
 
+import torch
+
 from kernels.quantized import Form
 
 # Inputs of a block: one per lane of a warp, and one per bit of the int32 in which the kernel lists kept inputs.
@@ -41,6 +43,10 @@ MOSTLY_CUT = 0.6
 LARGE = 1 << 26
 
 
+PACKED_BY_THREAD, PACKED_LISTED = 8, 8  # weights of a row that a thread takes; kept rows at once
+BFLOAT16 = Form("none", torch.bfloat16)
+
+
 class Plan(NamedTuple):
     """One launch of the product's kernel."""
 
@@ -51,6 +57,11 @@ class Plan(NamedTuple):
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
+    # of packed weights alone, whose sums are those of plain ones: a block's rows i, i + strands, ... are added up, then
+    # the strands' sums; chained: a block's sum begins with the one before it; listed: kept rows are, else cut ones masked
+    strands: int = 1
+    chained: bool = False
+    listed: bool = False
 
 
 def plan_for(
@@ -64,6 +75,8 @@ def plan_for(
     dependent: a dependent launch, which starts before the one before has ended.
     last_rstd: whether a norm's rstd is kept from token to token; without it no row after a norm can be guessed.
     """
+    if form.name == "packed":
+        return _packed(plan_for(prologue, n_in, segments, sparsity, BFLOAT16, dependent, last_rstd), segments, sparsity)
     n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
     blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
 
@@ -78,6 +91,27 @@ def plan_for(
     if not dependent or unknown or common % block_out:
         return Plan(blocks, block_out, rows, registers)
     return Plan(blocks, block_out, rows, registers, prefetch, prefetch_blocks, guess)
+
+
+def strands_of(plan: Plan, n_out: int, bits: int) -> int:
+    """How many strands of a block's rows are summed apart by the one-row kernel of floating weights.
+
+    Triton lays a masked tile of 16 bits over a warp 8 outputs at a time, so that 256 outputs are one strand, 64 are 4.
+    """
+    if plan.rows or n_out % 16:  # else the loads of one row are not vectors
+        return 1
+    return max(1, (256 if bits == 16 else 128) // plan.block_out)
+
+
+def _packed(plain: Plan, segments: list[int], sparsity: float) -> Plan:
+    """The plan of packed weights, with the sums of bfloat16's."""
+    strands = strands_of(plain, sum(segments), 16)
+    block_out = 32 * PACKED_BY_THREAD // strands
+    plan = plain._replace(strands=strands, chained=plain.rows > 0, block_out=block_out, listed=sparsity > 0)
+    plan = plan._replace(rows=PACKED_LISTED if sparsity else 32 // strands, registers=None)
+    if math.gcd(*segments) % block_out:
+        plan = plan._replace(prefetch=0, prefetch_blocks=0, guess=False)
+    return plan
 
 
 def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int]:
@@ -190,7 +224,7 @@ def attention_prefetch(n_in: int, n_out: int, sparsity: float, form: Form) -> in
     at 50 and 65 %; int8's and int4's is level.
     """
     half_bytes = n_out * form.bits // 16  # of gate's row, and of up's
-    if form.bits < 16 or n_in * n_out < LARGE or half_bytes % 16:
+    if form.bits < 12 or n_in * n_out < LARGE or half_bytes % 16:
         return 0
     return (ROWS_AHEAD if sparsity else DENSE_ROWS_AHEAD) // AHEAD_ROWS * 2 * -(-half_bytes // AHEAD_BYTES)
 

@@ -36,7 +36,7 @@ class Form(NamedTuple):
     @property
     def bits(self) -> int:
         """Of one weight."""
-        return 4 if self.name == "int4" else 8 * self.dtype.itemsize
+        return {"int4": 4, "packed": 12}.get(self.name) or 8 * self.dtype.itemsize
 
     def row_bytes(self, n_out: int) -> int:
         """Bytes of one input's weights, with the scales that are its own in int4."""
@@ -68,6 +68,8 @@ class Form(NamedTuple):
 
 def form_of(weight: Tensor, scale: Tensor | None) -> Form:
     """The form of a weight [in, out] and its scale, for callers that see nothing but these tensors."""
+    if weight.dtype == torch.uint8 and scale.dtype == torch.int32:
+        return Form("packed", weight.dtype)
     if weight.dtype == torch.uint8:
         return Form("int4", weight.dtype, 2 * weight.shape[1] // scale.shape[1])
     return Form("none" if scale is None else "int8", weight.dtype)

@@ -14,15 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.packed import CELL, CODES, GROUP, HEADER, SEGMENTS, SIGNS
 from kernels.plan import AHEAD_BYTES, AHEAD_ROWS, BLOCK_IN, Plan, plan_for
 from kernels.quantized import Form, form_of
 
-MAX_SEGMENTS = 3
+MAX_SEGMENTS = SEGMENTS
 SLOTS, STRIDE = tl.constexpr(64), tl.constexpr(32)  # copies of a norm's rstd, one per cache line of 32 float32
 RSTD_BUFFER = SLOTS.value * STRIDE.value  # behind the outputs of a product with a norm before it
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
 BLOCK = tl.constexpr(BLOCK_IN)
 PIECE_ROWS, PIECE_BYTES = tl.constexpr(AHEAD_ROWS), tl.constexpr(AHEAD_BYTES)
+SEGMENTS_AT_MOST = tl.constexpr(SEGMENTS)
+CELL_OUT, TABLE, SIGN_BITS, CODE_BITS = (tl.constexpr(n) for n in (CELL, HEADER, SIGNS, CODES))
 
 
 class Operation(NamedTuple):
@@ -171,6 +174,7 @@ def _prefetch_tile(
     """Prefetches the tile's part of the first blocks' rows, all of them or those that it guesses to be kept."""
     BLOCKS: tl.constexpr = PLAN.prefetch_blocks
     TILE_BYTES: tl.constexpr = PLAN.block_out * OP.bits // 8
+    WORD_BITS: tl.constexpr = 32 if OP.pack > 1 else OP.bits
     tl.static_assert(TILE_BYTES % 16 == 0)
     for block in tl.static_range(BLOCKS):
         ahead = rows + block * BLOCK
@@ -180,7 +184,7 @@ def _prefetch_tile(
             if block > 0:
                 ahead_constants = load_constants(ahead, gain_ptr, threshold_ptr, OP)
             _x, wanted = inputs(ahead, load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
+        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first * OP.bits // WORD_BITS, wanted, TILE_BYTES)
 
 
 @triton.jit
@@ -263,6 +267,92 @@ def lowest_bit(bits):
     return (low.to(tl.int32, bitcast=True) >> 23) - 127
 
 
+# ---- packed bfloat16, see `kernels.packed`
+
+
+@triton.jit
+def load_packed(at, local, mask):
+    """Loads the words of the three planes that hold the weights of elements `local`, eight each, behind group `at`."""
+    at += local // 8 * 24 + local % 8
+    return tl.load(at, mask=mask, other=0), tl.load(at + 8, mask=mask, other=0), tl.load(at + 16, mask=mask, other=0)
+
+
+@triton.jit
+def _rotated(word):
+    """Right by 8 bits."""
+    return ((word >> 8) & 0xFFFFFF) | (word << 24)
+
+
+@triton.jit
+def unpacked(words, base):
+    """The eight weights, float32, of what `load_packed` gave; base: the segment's, from the escape table."""
+    first, second, codes = words
+    out = ()
+    for pair in tl.static_range(4):
+        signs = first if pair < 2 else second
+        if pair % 2 == 1:
+            signs = _rotated(signs)
+        code = codes
+        if pair == 0:
+            code = codes << 4
+        elif pair == 2:
+            code = codes >> 4
+        elif pair == 3:
+            code = _rotated(codes)
+        both = ((signs & SIGN_BITS) | (code & CODE_BITS)) + base
+        out = out + ((both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True))  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def load_escapes(table_ptr, block, n_out, segment, start, first, OP: tl.constexpr, BLOCK_OUT: tl.constexpr):
+    """Where a tile's escapes among a block's lie in the list, where they end, and which rows have one, a bit for each.
+
+    segment, start: the tile's segment of outputs and its first output; first: the tile's.
+    """
+    n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
+    n_cells = n_out // CELL_OUT + SEGMENTS_AT_MOST
+    at = table_ptr + TABLE + block * n_cells + start // CELL_OUT + segment + (first - start) // CELL_OUT
+    begin = tl.load(at, mask=block < n_blocks, other=0)
+    end = tl.load(at + 1, mask=block < n_blocks, other=0)
+    entries_ptr = table_ptr + TABLE + n_blocks * n_cells + 1
+    i = begin + tl.arange(0, BLOCK)
+    entry = tl.load(entries_ptr + i, mask=i < end, other=0)
+    column = entry % CELL_OUT - (first - start) % CELL_OUT
+    there = (i < end) & (column >= 0) & (column < BLOCK_OUT)
+    rows = tl.reduce(tl.where(there, 1 << (entry // CELL_OUT % BLOCK), 0), 0, _either)
+    return entries_ptr + begin, end - begin, tl.where(end - begin > BLOCK, -1, rows)
+
+
+@triton.jit
+def with_escapes(weights, rows, elements, entries_ptr, n_entries):
+    """Eight weights [rows, elements] with the escapes among them; elements count from the cell's first."""
+    k = 0
+    while k < n_entries:
+        entry = tl.load(entries_ptr + k)
+        here = (rows == entry // CELL_OUT % BLOCK) & (elements == entry % CELL_OUT // 8)
+        value = (entry & -65536).to(tl.float32, bitcast=True)
+        out = ()
+        for j in tl.static_range(8):
+            out = out + (tl.where(here & (entry % 8 == j), value, weights[j]),)  # noqa: RUF005
+        weights = out
+        k += 1
+    return weights
+
+
+@triton.jit
+def in_order(s):
+    """The sums of outputs 8 i + k, s[k][i], in the outputs' order."""
+    even = tl.interleave(tl.interleave(s[0], s[4]), tl.interleave(s[2], s[6]))
+    odd = tl.interleave(tl.interleave(s[1], s[5]), tl.interleave(s[3], s[7]))
+    return tl.interleave(even, odd)
+
+
 # ---- the product
 
 
@@ -324,6 +414,100 @@ def _add_kept_rows(
     return acc, ones, low
 
 
+@triton.constexpr_function
+def strand_bits(strand, strands):
+    """int32 with a bit for each row of a strand."""
+    bits = sum([1 << i for i in range(strand, 32, strands)])
+    return bits - (bits >> 31 << 32)
+
+
+@triton.jit
+def _by_strand(values, STRANDS: tl.constexpr):
+    """A number of each strand, as [STRANDS, 1]."""
+    strand = tl.arange(0, STRANDS)[:, None]
+    out = tl.where(strand == 0, values[0], values[STRANDS - 1])
+    for s in tl.static_range(1, STRANDS - 1):
+        out = tl.where(strand == s, values[s], out)
+    return out
+
+
+@triton.jit
+def _add_packed_row(acc, words, i, x, base, escaped, elements, entries_ptr, n_entries, STRANDS: tl.constexpr):
+    """Adds row i[s] (below 0: none) of each strand s, as `load_packed` gave it, times its x.
+
+    escaped: not 0 if one of these rows has escapes.
+    """
+    lane = tl.arange(0, BLOCK)
+    xs = ()
+    for s in tl.static_range(STRANDS):
+        x_s = tl.sum(tl.where(lane == i[s], x.to(tl.int32, bitcast=True), 0), axis=0)
+        xs = xs + (x_s.to(tl.float32, bitcast=True),)  # noqa: RUF005
+    weights = unpacked(words, base)
+    if escaped != 0:
+        weights = with_escapes(weights, _by_strand(i, STRANDS), elements, entries_ptr, n_entries)
+    x = _by_strand(xs, STRANDS) if STRANDS > 1 else xs[0]
+    sums = ()
+    for k in tl.static_range(8):
+        sums = sums + (acc[k] + x * weights[k],)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def _add_packed_rows(
+    # sums of the tile so far: of outputs 8 e + k by strand and element e of the tile, for all k
+    acc,
+    # the block's inputs, its rows from the tile's first group on, their words, and how many elements the tile has
+    x, keep, weight_ptr, row_words, n_elements,
+    # the window's base, and the tile's escapes, see `load_escapes`; the cell's elements before the tile
+    base, entries_ptr, n_entries, escaped, ahead,
+    OP: tl.constexpr, PLAN: tl.constexpr,
+):
+    """Adds the block's rows, the kept ones listed or all with the cut ones masked, PLAN.rows of a strand at once."""
+    STRANDS: tl.constexpr = PLAN.strands
+    ROWS: tl.constexpr = PLAN.rows
+    ELEMENTS: tl.constexpr = PLAN.block_out // 8
+    local = tl.arange(0, ELEMENTS)
+    in_tile, elements = (local < n_elements)[None, :], (ahead + local)[None, :]
+    x = tl.where(keep, x, 0.0)
+    kept = tl.sum(keep.to(tl.int32) << tl.arange(0, BLOCK), axis=0)
+    escaped = escaped & kept
+
+    if PLAN.listed:
+        while kept != 0:
+            words, rows, bits = (), (), ()
+            for _row in tl.static_range(ROWS):
+                i, bit = (), 0
+                for s in tl.static_range(STRANDS):
+                    left = kept & strand_bits(s, STRANDS)
+                    i = i + (lowest_bit(left),)  # noqa: RUF005
+                    bit = bit | (left & -left)
+                kept = kept & ~bit
+                row = _by_strand(i, STRANDS)
+                words = words + (load_packed(weight_ptr + row * row_words, local[None, :], in_tile & (row >= 0)),)  # noqa: RUF005
+                rows, bits = rows + (i,), bits + (bit,)  # noqa: RUF005
+            for j in tl.static_range(ROWS):
+                acc = _add_packed_row(
+                    acc, words[j], rows[j], x, base, escaped & bits[j], elements, entries_ptr, n_entries, STRANDS
+                )
+    else:
+        for part in range(0, BLOCK, ROWS * STRANDS):
+            words, rows = (), ()
+            for j in tl.static_range(ROWS):
+                i = ()
+                for s in tl.static_range(STRANDS):
+                    i = i + (part + j * STRANDS + s,)  # noqa: RUF005
+                row = part + j * STRANDS + tl.arange(0, STRANDS)[:, None]
+                mask = in_tile & ((kept >> row) & 1 != 0) if OP.cut else in_tile & (row < BLOCK)
+                words = words + (load_packed(weight_ptr + row * row_words, local[None, :], mask),)  # noqa: RUF005
+                rows = rows + (i,)  # noqa: RUF005
+            for j in tl.static_range(ROWS):
+                here = (escaped >> rows[j][0]) & ((1 << STRANDS) - 1)
+                acc = _add_packed_row(
+                    acc, words[j], rows[j], x, base, here, elements, entries_ptr, n_entries, STRANDS
+                )
+    return acc
+
+
 @triton.jit
 def _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols):
     """The block's sum by a tile that is loaded at once, its cut rows masked: fewer latencies than row by row."""
@@ -355,6 +539,8 @@ def _gemv_kernel(
     PACK: tl.constexpr = OP.pack
     BLOCKS: tl.constexpr = PLAN.blocks
     BLOCK_OUT: tl.constexpr = PLAN.block_out
+    PACKED: tl.constexpr = OP.bits == 12
+    STRANDS: tl.constexpr = PLAN.strands
     tl.static_assert(PACK == 1 or PLAN.rows > 0)
 
     # the program's tile: inputs from `row` on, outputs from `first` on
@@ -368,6 +554,8 @@ def _gemv_kernel(
     in_cols = cols < last
     row = tl.program_id(1) * BLOCKS * BLOCK
     n_words = n_out // PACK
+    if PACKED:
+        n_words = tl.multiple_of(3 * n_words, 8)
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
     rows = row + tl.arange(0, BLOCK)
@@ -381,6 +569,13 @@ def _gemv_kernel(
                 rows, constants, first, n_words,
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
+    escapes = ()
+    if PACKED:
+        start = tl.where(segment > 1, start_2, tl.where(segment > 0, start_1, 0))
+        base = tl.load(weight_scale_ptr + segment)
+        for block in tl.static_range(BLOCKS):
+            at = row // BLOCK + block
+            escapes = escapes + (load_escapes(weight_scale_ptr, at, n_out, segment, start, first, OP, BLOCK_OUT),)  # noqa: RUF005
     # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
     # tile has no registers to hold the grid: qkv of llama-3-8b took 164 instead of 127, so not all programs ran at once
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
@@ -409,20 +604,35 @@ def _gemv_kernel(
     # sums of x times weight, of every output that a word holds; int4's scales lie beside the rows
     acc = (tl.zeros((BLOCK_OUT // PACK,), tl.float32),) * PACK
     weight_ptr += row.to(tl.int64) * n_words
+    if PACKED:
+        weight_ptr += tl.multiple_of(first // 8 * 3, 8)
+        strands = (tl.zeros((STRANDS, BLOCK_OUT // 8), tl.float32),) * 8
     ones, low = 0.0, 0.0
     if OP.bits == 4:
         ones = tl.zeros((BLOCK_OUT // (2 * PACK),), tl.float32)
         low = ones
         weight_scale_ptr += row.to(tl.int64) * (n_out // OP.groupsize)
 
-    for _block in tl.static_range(BLOCKS):
+    for block in tl.static_range(BLOCKS):
         x, keep = inputs(rows, operands, constants, rstd, OP)
         if BLOCKS > 1:  # the next block's inputs come while this one's weights do
             rows += BLOCK
             operands = load_inputs(rows, x_ptr, OP, "")
             constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
 
-        if PLAN.rows > 0:
+        if PACKED:
+            entries_ptr, n_entries, escaped = escapes[block]
+            strands = _add_packed_rows(
+                strands, x, keep, weight_ptr, n_words, (last - first) // 8,
+                base, entries_ptr, n_entries, escaped, (first - start) % CELL_OUT // 8, OP, PLAN,
+            )
+            if not PLAN.chained or block == BLOCKS - 1:
+                sums = ()
+                for k in tl.static_range(8):
+                    sums = sums + (acc[k] + tl.sum(strands[k], axis=0),)  # noqa: RUF005
+                acc = sums
+                strands = (tl.zeros((STRANDS, BLOCK_OUT // 8), tl.float32),) * 8
+        elif PLAN.rows > 0:
             acc, ones, low = _add_kept_rows(
                 acc, ones, low, x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one, OP, PLAN
             )
@@ -435,7 +645,9 @@ def _gemv_kernel(
 
     # the sums of the outputs in their order, with int8's scale; the first row of programs adds the offsets
     total = acc[0]
-    if OP.bits == 4:
+    if PACKED:
+        total = in_order(acc)
+    elif OP.bits == 4:
         total = joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), OP.bits)
     elif OP.bits == 8:
         total = joined(acc, ones, -128 * ones, OP.bits)
@@ -482,7 +694,8 @@ class Product(NamedTuple):
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
         operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
-        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 32 // bits if bits < 16 else 1
+        pack = {12: 8}.get(bits, 32 // bits if bits < 16 else 1)
+        cut, shift = self.sparsity > 0, self.threshold.dim() == 3
         operation = operation._replace(cut=cut, shift=shift, bits=bits, pack=pack)
         return operation._replace(groupsize=self.form.groupsize, multiplier=self.multiplier)
 
@@ -494,6 +707,8 @@ class Product(NamedTuple):
         assert self.weight.is_contiguous() and 8 * self.weight.nbytes == form.bits * n_in * n_out
         if form.name != "none":
             assert all(width * form.bits % 32 == 0 for width in self.segments) and self.weight_scale.is_contiguous()
+        if form.name == "packed":
+            assert all(width % GROUP == 0 for width in self.segments) and self.weight_scale.dtype == torch.int32
         if form.name == "int4":
             assert form.groupsize % 16 == 0 and all(width % form.groupsize == 0 for width in self.segments)
 
