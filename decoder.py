@@ -174,7 +174,7 @@ class FusedGpuStep:
             gemv(config.activation, self.gate_up, products[feed_forward.w2], h)
 
         scale, norm, x = model.output and model.output.scale, self.head_norm, h
-        if rows > 1:
+        if rows > 1 or config.quant == "packed":
             x, prepared = self.x, self.prepared._replace(made=self.x)
             options = {"norm": norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
             self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)

@@ -86,7 +86,8 @@ def library() -> ctypes.CDLL | None:
 
 def has_kernel(dtype: torch.dtype, form: Form) -> bool:
     """Whether the library has a product of values of this dtype and weights of this form."""
-    return dtype in NAMES and (form.name != "none" or form.dtype == dtype)
+    only = {"none": form.dtype, "packed": torch.bfloat16}.get(form.name, dtype)
+    return dtype in NAMES and only == dtype
 
 
 def kernel(name: str, dtype: torch.dtype, form: Form) -> Callable:
@@ -119,6 +120,15 @@ def launch_sparse_gemv(
     )
     if failed:
         raise MemoryError(f"no memory for a product of {tuple(x.shape)} by {tuple(weight.shape)} on the CPU")
+    return out
+
+
+def unpack(weight: Tensor, table: Tensor) -> Tensor:
+    """`packed.unpack` by the library, which must be there."""
+    weight = weight.contiguous()
+    out = torch.empty(len(weight), weight.shape[1] * 2 // 3, dtype=torch.bfloat16)
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, table, out))
+    library().unpack(*pointers, *(ctypes.c_int64(n) for n in out.shape), ctypes.c_int(torch.get_num_threads()))
     return out
 
 

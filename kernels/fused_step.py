@@ -26,9 +26,26 @@ from torch.nn import Module
 
 from kernels import grids, plan
 from kernels.heads import Heads
-from kernels.triton_gemv import ONE, RSTD_BUFFER, Norm, Product, fraction, prefetch_gate_up, rounded, shared_rstd, snap
+from kernels.packed import HEAD_ROWS
+from kernels.triton_gemv import (
+    CELL_OUT,
+    ONE,
+    RSTD_BUFFER,
+    SEGMENTS_AT_MOST,
+    TABLE,
+    Norm,
+    Product,
+    fraction,
+    load_packed,
+    prefetch_gate_up,
+    rounded,
+    shared_rstd,
+    snap,
+    unpacked,
+    with_escapes,
+)
 
-HEAD_ROWS, HEAD_WARPS = 8, 4  # tokens per program of the lm_head, and per group of the sampling; its warps
+HEAD_WARPS = 4  # of the lm_head; HEAD_ROWS: tokens per program of it, and per group of the sampling
 JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
 BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
 
@@ -418,10 +435,100 @@ def launch_attention(
 
 
 @triton.jit
+def _eight(x_ptr, elements, DIM: tl.constexpr):
+    """x [DIM] at 8 e + j of elements e, float32, for all j."""
+    at = 8 * elements[:, None] + tl.arange(0, 8)[None, :]
+    x = tl.load(x_ptr + at, mask=at < DIM, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (elements.shape[0], 4, 2)))
+    a, b = tl.split(tl.reshape(even, (elements.shape[0], 2, 2)))
+    c, d = tl.split(tl.reshape(odd, (elements.shape[0], 2, 2)))
+    x0, x4 = tl.split(a)
+    x2, x6 = tl.split(b)
+    x1, x5 = tl.split(c)
+    x3, x7 = tl.split(d)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _side_by_side(s, N: tl.constexpr):
+    """[elements, N] of N = 1, 2, 4 or 8 tensors [elements]."""
+    if N == 1:
+        out = s[0]
+    elif N == 2:
+        out = tl.join(s[0], s[1])
+    elif N == 4:
+        out = tl.join(tl.join(s[0], s[2]), tl.join(s[1], s[3]))
+    else:
+        even = tl.join(tl.join(s[0], s[4]), tl.join(s[2], s[6]))
+        out = tl.join(even, tl.join(tl.join(s[1], s[5]), tl.join(s[3], s[7])))
+    return tl.reshape(out, (s[0].shape[0], N))
+
+
+@triton.jit
+def _packed_head(
+    x_ptr, weight_ptr, table_ptr, group, first, n_vocab,
+    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):
+    """The sums [BLOCK_V] of a group's tokens, from its `first` on, with each row of x; see `_head_kernel`.
+
+    A thread has eight inputs of all tokens, as it has of plain weights: so the sums have the same order.
+    """
+    ELEMENTS: tl.constexpr = BLOCK_K // 8
+    CELLS: tl.constexpr = BLOCK_K // CELL_OUT
+    tl.static_assert(CELLS == 2)
+    n_cells: tl.constexpr = DIM // CELL_OUT + SEGMENTS_AT_MOST
+    local = tl.arange(0, ELEMENTS)
+    base = tl.load(table_ptr)
+    starts_ptr = table_ptr + TABLE + group * n_cells
+    list_ptr = table_ptr + TABLE + tl.cdiv(n_vocab, GROUP) * n_cells + 1
+    token = group * GROUP + first
+    weight_ptr += token.to(tl.int64) * (DIM // 8 * 3)
+
+    acc = (tl.zeros((ELEMENTS,), tl.float32),) * (BLOCK_V * 8 * ROWS)
+    for part in range(0, (DIM + BLOCK_K - 1) // BLOCK_K):
+        begin, middle = tl.load(starts_ptr + CELLS * part), tl.load(starts_ptr + CELLS * part + 1)
+        end = tl.load(starts_ptr + CELLS * part + 2)
+        words = ()
+        for v in tl.static_range(BLOCK_V):
+            at = weight_ptr + v * (DIM // 8 * 3) + part * (3 * ELEMENTS)
+            n_elements = tl.where(token + v < n_vocab, DIM // 8 - part * ELEMENTS, 0)
+            words = words + (load_packed(at, local, local < n_elements),)  # noqa: RUF005
+        xs = ()
+        for r in tl.static_range(ROWS):
+            xs = xs + (_eight(x_ptr + r * DIM, part * ELEMENTS + local, DIM),)  # noqa: RUF005
+        escaped, k = 0, begin
+        while k < end:
+            escaped = escaped | (1 << (tl.load(list_ptr + k) // CELL_OUT % 32))
+            k += 1
+
+        sums = ()
+        for v in tl.static_range(BLOCK_V):
+            weights = unpacked(words[v], base)
+            if (escaped >> (first + v)) & 1 != 0:
+                weights = with_escapes(weights, first + v, local, list_ptr + begin, end - begin, middle - begin)
+            for r in tl.static_range(ROWS):
+                for j in tl.static_range(8):
+                    sums = sums + (acc[(v * ROWS + r) * 8 + j] + weights[j] * xs[r][j],)  # noqa: RUF005
+        acc = sums
+
+    # a thread's eight sums in their order, then the threads'
+    out = ()
+    for r in tl.static_range(ROWS):
+        totals = ()
+        for v in tl.static_range(BLOCK_V):
+            total = acc[(v * ROWS + r) * 8]
+            for j in tl.static_range(1, 8):
+                total += acc[(v * ROWS + r) * 8 + j]
+            totals = totals + (total,)  # noqa: RUF005
+        out = out + (tl.sum(_side_by_side(totals, BLOCK_V), axis=0),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
 def _head_kernel(
     h_ptr, gain_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, logits_stride, eps, one,
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    SCALING: tl.constexpr, PDL: tl.constexpr,
+    SCALING: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):
     """Logits of GROUP tokens, W x / SCALING with W [vocab, DIM], and the largest of them, for the sampling.
 
@@ -441,7 +548,7 @@ def _head_kernel(
 
         # the sums, BLOCK_K inputs at a time
         acc = (tl.zeros((BLOCK_V, BLOCK_K), tl.float32),) * ROWS
-        for start in tl.static_range(0, DIM, BLOCK_K):
+        for start in tl.static_range(0, 0 if PACKED else DIM, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             offsets = v[:, None].to(tl.int64) * DIM + k[None, :]
             mask = (v < n_vocab)[:, None] & (k < DIM)[None, :]
@@ -459,10 +566,15 @@ def _head_kernel(
             acc = sums
 
         # the logits, and the largest so far
+        if PACKED:
+            first = part * BLOCK_V
+            acc = _packed_head(
+                h_ptr, weight_ptr, weight_scale_ptr, group, first, n_vocab, ROWS, DIM, BLOCK_V, BLOCK_K, GROUP
+            )
         so_far = ()
         for r in tl.static_range(ROWS):
-            logits = tl.sum(acc[r], axis=1)
-            if weight_scale_ptr is not None:
+            logits = acc[r] if PACKED else tl.sum(acc[r], axis=1)
+            if weight_scale_ptr is not None and not PACKED:
                 logits *= 256 * tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)
             if SCALING != 1.0:
                 logits /= SCALING
@@ -481,17 +593,20 @@ def launch_head(
     """logits [rows, vocab and RSTD_BUFFER] float32 = W x / scaling; top [rows, groups]: the largest of every HEAD_ROWS.
 
     x: [rows, dim], in the model's dtype; with a norm one row, float32, the norm's input.
-    weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, else None.
+    weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, an escape table of a packed one, else None.
+        A packed one takes no norm.
     """
-    n_vocab, dim = weight.shape
+    n_vocab, dim = len(weight), x.shape[1]
+    if packed := weight.dtype == torch.uint8:
+        weight = weight.view(torch.int32)
     gain, eps = (norm.gain, norm.eps) if norm else (None, 0.0)
-    at_once = len(x) if weight_scale is None else 2  # int8, llama-3-8b: 4 rows take 810 us at once, 2 take 254
+    at_once = len(x) if weight_scale is None or packed else 2  # int8, llama-3-8b: 4 rows take 810 us at once, 2 take 254
     for i in range(0, len(x), at_once):
         rows = x[i : i + at_once]
         _head_kernel[(top.shape[1],)](
             rows, gain, weight, weight_scale, logits[i:], top[i:], n_vocab, logits.stride(0), eps, ONE,
-            ROWS=len(rows), DIM=dim, BLOCK_V=max(2, HEAD_ROWS // triton.next_power_of_2(len(rows))), BLOCK_K=1024,
-            GROUP=HEAD_ROWS, SCALING=scaling, PDL=pdl, num_warps=HEAD_WARPS, launch_pdl=pdl,
+            ROWS=len(rows), DIM=dim, BLOCK_V=max(1 if packed else 2, HEAD_ROWS // triton.next_power_of_2(len(rows))), BLOCK_K=1024,
+            GROUP=HEAD_ROWS, SCALING=scaling, PACKED=packed, PDL=pdl, num_warps=HEAD_WARPS, launch_pdl=pdl,
         )
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 GROUP, GROUP_BYTES = 64, 96  # weights, and their bytes
-CELL_IN, CELL = 32, 512  # rows and columns of a cell, whose escapes are listed together
+CELL_ROWS, CELL = 32, 512  # rows and columns of a cell, whose escapes are listed together
+HEAD_ROWS = 8  # of a cell of the lm_head
 SEGMENTS, HEADER = 3, 8  # at most; int32 numbers of an escape table before its starts
 MOST_BASE = 240  # of a window of 16 among 256 exponents
 SIGNS, CODES = 0x807F807F - (1 << 32), 0x07800780  # of two bfloat16: signs and mantissas; the lowest 4 bits of exponents
@@ -61,20 +62,20 @@ def _rotated_right(words: Tensor, n: int) -> Tensor:
     return words >> n & (1 << 32 - n) - 1 | words << 32 - n
 
 
-def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
+def escape_table(escapes: Tensor, n_rows: int, widths: list[int], cell_rows: int = CELL_ROWS) -> Tensor:
     """What `pack` lists of each segment, one after the other, as one int32 table for the kernels, 1-dimensional.
 
-    It begins with the bases of the segments' windows, in both halves of a number, 4 numbers, and the columns at which
-    segments start, 4 numbers, those absent at the end. Then come the starts of the cells in the list behind them, and
-    the list's end. A cell has 32 rows and 512 columns of a segment; cell k of a segment that starts at column s is
-    s // 512 + k + the segment's number, among as many for all rows as `cells_of` says. An entry is the bfloat16's bits
-    in the upper half, its row in the cell << 9, its column there.
+    It begins with the bases of three segments' windows, in both halves of a number each, the rows of a cell, and the
+    columns at which four segments start, those that are absent at the end. Then come the starts of the cells in the
+    list behind them, and the list's end. A cell has `cell_rows` rows and 512 columns of a segment; cell k of a segment
+    that starts at column s is s // 512 + k + the segment's number, among as many for all rows as `cells_of` says. An
+    entry is the bfloat16's bits in the upper half, its row in the cell << 9, its column there.
     Raises ValueError if they are not such escapes: the file is damaged.
     """
     width_of = torch.tensor(widths, device=escapes.device)
     heads = (escapes < 0).nonzero().flatten()
     segment = (escapes < 0).cumsum(0) - 1
-    if escapes.dtype != torch.int64 or escapes.dim() != 1 or len(heads) != len(widths) or heads[0] != 0:
+    if len(heads) != len(widths) or heads[0] != 0:
         raise ValueError(f"the escapes of packed weights are damaged: {len(heads)} segments, not {len(widths)}")
     bases, listed, segment = -1 - escapes[heads], escapes[escapes >= 0], segment[escapes >= 0]
     at, order = listed >> 16, listed + (segment << 56)
@@ -85,33 +86,33 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     starts = width_of.cumsum(0) - width_of
     row, column = at // width_of[segment], at % width_of[segment]
     n_cells = cells_of(sum(widths))
-    cell = row // CELL_IN * n_cells + starts[segment] // CELL + segment + column // CELL
-    entry = (row % CELL_IN) << 9 | column % CELL
+    cell = row // cell_rows * n_cells + starts[segment] // CELL + segment + column // CELL
+    entry = (row % cell_rows) << 9 | column % CELL
     cell, by_cell = cell.sort(stable=True)
     entries = (entry | (listed & 0xFFFF) << 16)[by_cell].to(torch.int32)
 
-    ends = torch.full((2, 4), sum(widths), device=escapes.device)
-    ends[0, : len(widths)], ends[1, : len(widths)] = bases * 0x00800080, starts
-    cells = torch.arange(-(-n_rows // CELL_IN) * n_cells + 1, device=escapes.device)
-    return torch.cat((ends.flatten().int(), torch.searchsorted(cell, cells).int(), entries))
+    header = torch.full((2, 4), sum(widths), device=escapes.device)
+    header[0, : len(widths)], header[0, 3], header[1, : len(widths)] = bases * 0x00800080, cell_rows, starts
+    cells = torch.arange(-(-n_rows // cell_rows) * n_cells + 1, device=escapes.device)
+    return torch.cat((header.flatten().int(), torch.searchsorted(cell, cells).int(), entries))
 
 
 def cells_of(n_columns: int) -> int:
-    """Room for the cells of 32 rows."""
+    """Room for the cells of the same rows."""
     return n_columns // CELL + SEGMENTS
 
 
 def table_part(table: Tensor, n_rows: int, first: int, last: int, n_columns: int) -> Tensor:
-    """The escape table of rows first .. last - 1 among n_rows; both multiples of 32, or the end."""
-    n_cells = cells_of(n_columns)
-    begin, end, all_cells = (n * n_cells for n in (first // CELL_IN, -(-last // CELL_IN), -(-n_rows // CELL_IN)))
+    """The escape table of rows first .. last - 1 among n_rows; both multiples of a cell's rows, or the end."""
+    cell_rows = int(table[3])
+    begin, end, all_cells = (-(-n // cell_rows) * cells_of(n_columns) for n in (first, last, n_rows))
     starts = table[HEADER + begin : HEADER + end + 1]
     entries = table[HEADER + all_cells + 1 :][starts[0] : starts[-1]]
     return torch.cat((table[:HEADER], starts - starts[0], entries))
 
 
-def unpack(packed: Tensor, table: Tensor) -> Tensor:
-    """The bfloat16 weights [n, c] of packed ones [n, 3 c / 2] and their `escape_table`."""
+def unpack(packed: Tensor, table: Tensor, cell_rows: int = CELL_ROWS) -> Tensor:
+    """The bfloat16 weights [n, c] of packed ones [n, 3 c / 2] and their `escape_table`, in plain torch."""
     n, c = packed.shape[0], packed.shape[1] * 2 // 3
     first, second, codes = packed.contiguous().view(torch.int32).view(n, c // GROUP, 3, 8).unbind(2)
     starts, bases = table[4 : 4 + SEGMENTS], table[:SEGMENTS]
@@ -123,12 +124,12 @@ def unpack(packed: Tensor, table: Tensor) -> Tensor:
     bits = torch.stack(pairs, 3).view(torch.int16).flatten(1)
 
     # the escapes, whose cells say where they are
-    n_cells, end = cells_of(c), HEADER + -(-n // CELL_IN) * cells_of(c) + 1
+    n_cells, end = cells_of(c), HEADER + -(-n // cell_rows) * cells_of(c) + 1
     entries = table[end:]
     cells = torch.arange(end - HEADER - 1, device=packed.device)
     cell = cells.repeat_interleave(table[HEADER:end].diff(), output_size=len(entries))
     ids = starts // CELL + torch.arange(SEGMENTS, device=packed.device)
     segment = ((cell % n_cells)[:, None] >= ids).sum(1) - 1
     column = starts[segment] + (cell % n_cells - ids[segment]) * CELL + (entries & CELL - 1)
-    bits[cell // n_cells * CELL_IN + (entries >> 9 & CELL_IN - 1), column] = (entries >> 16).to(torch.int16)
+    bits[cell // n_cells * cell_rows + (entries >> 9 & CELL_ROWS - 1), column] = (entries >> 16).to(torch.int16)
     return bits.view(torch.bfloat16)

@@ -1,15 +1,19 @@
-"""The form of a weight in memory: floating, int8 with a scale per output, or int4 with a scale and a minimum per group.
+"""The form of a weight in memory: floating, packed bfloat16, int8 with a scale per output, or int4 with a scale and a
+minimum per group.
 
 int4 is packed along the outputs, and its groups lie along them too. So a row holds all that its input needs, and a cut
-input skips its scales as well.
+input skips its scales as well. So does a row of packed bfloat16, see `kernels.packed`.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-_STORED_AS = {"int8": torch.int8, "int4": torch.uint8}
+from kernels import packed
+
+_STORED_AS = {"int8": torch.int8, "int4": torch.uint8, "packed": torch.uint8}
 
 
 class Form(NamedTuple):
@@ -21,6 +25,8 @@ class Form(NamedTuple):
     | "int8" | [in, out], int8 | [out], float32 |
     | "int4" | [in, out / 2], uint8, see `pack_int4` | [in, out / groupsize, 2], bfloat16: s and m of each group |
 
+    | "packed" | [in, 3 out / 2], uint8, see `packed.pack` | [any], int32: `packed.escape_table` |
+
     An int4 code n of 0 to 15 stands for s * n + m. `name` is ModelArgs.quant; groupsize is 0 but for int4.
     """
 
@@ -31,6 +37,8 @@ class Form(NamedTuple):
     @classmethod
     def named(cls, name: str, dtype: torch.dtype | None, groupsize: int) -> "Form":
         """The form that ModelArgs.quant and .groupsize name; `dtype`: the model's own, None for torch's default."""
+        if name == "packed" and dtype not in (None, torch.bfloat16):
+            raise ValueError(f"packed weights are bfloat16: choose --precision bfloat16, not {str(dtype)[6:]}")
         return cls(name, _STORED_AS.get(name) or dtype or torch.get_default_dtype(), groupsize * (name == "int4"))
 
     @property
@@ -48,8 +56,11 @@ class Form(NamedTuple):
         """A new weight [in, out] of this form and its scale, not filled; out_first: both `transposed`.
 
         segments: name and width of each projection fused along the outputs.
-        Raises ValueError: groups of int4 that do not divide a segment.
+        Raises ValueError: groups of int4, or of packed weights, that do not divide a segment.
         """
+        for name, width in segments.items() if self.name == "packed" else ():
+            if (width := n_in if name == "output" else width) % packed.GROUP:
+                raise ValueError(f"{name} cannot be packed: its rows of {width} are no multiple of {packed.GROUP}")
         for name, width in segments.items() if self.name == "int4" else ():
             if self.groupsize < 16 or self.groupsize % 16 or width % self.groupsize:
                 raise ValueError(
@@ -61,7 +72,12 @@ class Form(NamedTuple):
             scale = torch.empty(n_out, device="meta", dtype=torch.float32)
         elif self.name == "int4":
             scale = torch.empty(n_in, n_out // self.groupsize, 2, device="meta", dtype=torch.bfloat16)
+        elif self.name == "packed":
+            scale = torch.empty(0, device="meta", dtype=torch.int32)
 
+        if self.name == "packed" and list(segments) == ["output"]:  # the lm_head's rows are outputs
+            weight = torch.empty(n_out, n_in * 3 // 2, device="meta", dtype=self.dtype)
+            out_first = False
         shapes = transposed(weight, scale) if out_first else (weight, scale)
         return tuple(t if t is None else torch.empty(t.shape, device=device, dtype=t.dtype) for t in shapes)
 
@@ -81,16 +97,71 @@ def transposed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | N
     return weight.t(), scale.transpose(0, 1) if per_input else scale
 
 
-def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: torch.Generator) -> None:
-    """Fills a weight of any form, `transposed` or not. What it stands for has about mean 0 and deviation `std`."""
-    if weight.dtype == torch.uint8:
+def _packed_rows(module: Module) -> tuple[int, list[int]]:
+    """How many rows a module's packed weight has, and the widths of its segments: of the lm_head a row is an output."""
+    widths, shape = list(module.segments.values()), module.weight.shape
+    if list(module.segments) == ["output"]:
+        return widths[0], [shape[1] * 2 // 3]
+    return shape[1 if len(module.weight) == sum(widths) * 3 // 2 else 0], widths
+
+
+def cell_rows_of(module: Module) -> int:
+    """Rows of a cell of a module's escapes, see `packed.escape_table`."""
+    return packed.HEAD_ROWS if "output" in module.segments else packed.CELL_ROWS
+
+
+def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
+    """A load_state_dict pre-hook: makes the escape table of packed weights, whatever its length.
+
+    Raises ValueError: the escapes are damaged.
+    """
+    key = f"{prefix}scale"
+    if key in state_dict and state_dict[key].dtype == torch.int64:
+        escapes = state_dict[key].to(module.weight.device)
+        try:
+            state_dict[key] = packed.escape_table(escapes, *_packed_rows(module), cell_rows_of(module))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    if key in state_dict and state_dict[key].dtype == torch.int32:
+        module.scale = torch.empty_like(state_dict[key], device=module.weight.device)
+
+
+def dense_weight(module: Module, dtype: torch.dtype) -> Tensor:
+    """What a module's weight stands for, [out, in]; it is stored `transposed`, unless it is a packed lm_head."""
+    if module.scale.dtype == torch.int32 and "output" in module.segments:
+        return dequantize(module.weight, module.scale, dtype, packed.HEAD_ROWS)
+    return dequantize(*transposed(module.weight, module.scale), dtype).t()
+
+
+def fill_random(module: Module, std: float, generator: torch.Generator) -> None:
+    """Fills a module's weight of any form, and its scale. What it stands for has about mean 0 and deviation `std`."""
+    weight, scale = module.weight, getattr(module, "scale", None)
+    if scale is None:
+        weight.normal_(0.0, std, generator=generator)
+    elif scale.dtype == torch.int32:
+        n_rows, widths = _packed_rows(module)
+        rows = weight if len(weight) == n_rows else weight.t()
+        escapes, column = [], 0
+        for width in widths:
+            random = torch.empty(n_rows, width, device=weight.device, dtype=torch.bfloat16)
+            part, listed = packed.pack(random.normal_(0.0, std, generator=generator))
+            rows[:, column : column + part.shape[1]] = part
+            escapes, column = [*escapes, listed], column + part.shape[1]
+        module.scale = packed.escape_table(torch.cat(escapes), n_rows, widths, cell_rows_of(module))
+    elif weight.dtype == torch.uint8:
         weight.random_(0, 256, generator=generator)
         scale.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # 4.61: the deviation of 0 to 15
-    elif scale is not None:
+    else:
         weight.random_(-127, 128, generator=generator)
         scale.fill_(std / 73.3)  # the deviation of -127 to 127
-    else:
-        weight.normal_(0.0, std, generator=generator)
+
+
+def part_of(weight: Tensor, scale: Tensor | None, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+    """Inputs first .. last - 1 of a weight [in, out] and its scale; both multiples of 32, or the end."""
+    part, last = weight[first:last], min(last, len(weight))
+    if scale is not None and scale.dtype == torch.int32:
+        return part, packed.table_part(scale, len(weight), first, last, weight.shape[1] * 2 // 3)
+    return part, scale[first:last] if scale is not None and scale.dim() > 1 else scale
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -98,15 +169,28 @@ def pack_int4(codes: Tensor) -> Tensor:
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`."""
+def dequantize(
+    weight: Tensor, scale: Tensor | None, dtype: torch.dtype, cell_rows: int = packed.CELL_ROWS
+) -> Tensor:
+    """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`.
+
+    cell_rows: of the cells of packed weights.
+    """
     form = form_of(weight, scale)
     if scale is not None and weight.is_cuda and not torch.compiler.is_compiling():  # Inductor fuses what follows
-        from kernels.triton_dequantize import launch_dequantize
+        from kernels.triton_dequantize import launch_dequantize, launch_unpack
 
+        if form.name == "packed":
+            return launch_unpack(weight, scale, dtype, cell_rows)
         return launch_dequantize(weight, scale, dtype)
 
-    if form.name == "int4":
+    if form.name == "packed":
+        from kernels import cpu
+
+        if weight.device.type == "cpu" and not torch.compiler.is_compiling() and cpu.library() is not None:
+            return cpu.unpack(weight, scale).to(dtype)
+        weight = packed.unpack(weight, scale, cell_rows)
+    elif form.name == "int4":
         codes = torch.stack((weight & 15, weight >> 4), dim=-1)
         s, m = scale.float().unsqueeze(-2).unbind(-1)
         weight = (codes.view(*scale.shape[:2], -1) * s + m).flatten(1)

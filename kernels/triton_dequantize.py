@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import packed
+from kernels.triton_gemv import CELL_OUT, SEGMENTS_AT_MOST, TABLE, in_order, load_packed, unpacked
+
 
 @triton.jit
 def _dequantize_kernel(
@@ -62,4 +65,56 @@ def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
             weight, scale, out, *shape, *strides,
             STORED=stored, BY_ROW=by_row, BLOCK_IN=block_in, BLOCK_OUT=block_out,
         )
+    return out
+
+
+@triton.jit
+def _unpack_kernel(
+    weight_ptr, table_ptr, out_ptr, n_rows, n_columns, BLOCK_ROWS: tl.constexpr, ELEMENTS: tl.constexpr
+):
+    """out [n_rows, n_columns] of packed weights, but for their escapes: a program takes some rows and elements of 8."""
+    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    columns = tl.program_id(1) * (8 * ELEMENTS) + tl.arange(0, 8 * ELEMENTS)[None, :]
+    local, starts_ptr = tl.arange(0, ELEMENTS)[None, :], table_ptr + TABLE // 2
+    elements = tl.program_id(1) * ELEMENTS + local
+    segment = (8 * elements >= tl.load(starts_ptr + 1)).to(tl.int32) + (8 * elements >= tl.load(starts_ptr + 2))
+    at = weight_ptr + rows.to(tl.int64) * (n_columns // 8 * 3) + tl.program_id(1) * (3 * ELEMENTS)
+    there = (rows < n_rows) & (8 * elements < n_columns)
+    weights = unpacked(load_packed(at, local, there), tl.load(table_ptr + segment))
+    out = in_order(weights).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows.to(tl.int64) * n_columns + columns, out, mask=(rows < n_rows) & (columns < n_columns))
+
+
+@triton.jit
+def _escapes_kernel(table_ptr, out_ptr, n_columns, n_cells, n_starts):
+    """Writes the escapes of a cell."""
+    at = table_ptr + TABLE + tl.program_id(0)
+    cell, starts_ptr = tl.program_id(0) % n_cells, table_ptr + TABLE // 2
+    segment, start = 0, 0
+    for s in tl.static_range(1, SEGMENTS_AT_MOST):
+        start_s = tl.load(starts_ptr + s)
+        here = cell >= start_s // CELL_OUT + s
+        segment, start = tl.where(here, s, segment), tl.where(here, start_s, start)
+    first_row = (tl.program_id(0) // n_cells).to(tl.int64) * tl.load(table_ptr + 3)
+    first = start + (cell - start // CELL_OUT - segment) * CELL_OUT
+    for i in range(tl.load(at), tl.load(at + 1), 32):
+        k = i + tl.arange(0, 32)
+        entry = tl.load(table_ptr + TABLE + n_starts + k, mask=k < tl.load(at + 1), other=0)
+        place = (first_row + entry // CELL_OUT % 32) * n_columns + first + entry % CELL_OUT
+        value = (entry & -65536).to(tl.float32, bitcast=True)
+        tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=k < tl.load(at + 1))
+
+
+def launch_unpack(weight: Tensor, table: Tensor, dtype: torch.dtype, cell_rows: int) -> Tensor:
+    """`packed.unpack` in two launches, in `dtype`, contiguous."""
+    weight = weight.contiguous()
+    n_rows, n_columns = len(weight), weight.shape[1] * 2 // 3
+    n_cells = packed.cells_of(n_columns)
+    n_starts = triton.cdiv(n_rows, cell_rows) * n_cells + 1
+    out = torch.empty(n_rows, n_columns, device=weight.device, dtype=dtype)
+    with torch.cuda.device_of(weight):
+        _unpack_kernel[triton.cdiv(n_rows, 8), triton.cdiv(n_columns, 512)](
+            weight.view(torch.int32), table, out, n_rows, n_columns, BLOCK_ROWS=8, ELEMENTS=64
+        )
+        _escapes_kernel[(n_starts - 1,)](table, out, n_columns, n_cells, n_starts, num_warps=1)
     return out

@@ -330,12 +330,16 @@ def load_escapes(table_ptr, block, n_out, segment, start, first, OP: tl.constexp
 
 
 @triton.jit
-def with_escapes(weights, rows, elements, entries_ptr, n_entries):
-    """Eight weights [rows, elements] with the escapes among them; elements count from the cell's first."""
+def with_escapes(weights, rows, elements, entries_ptr, n_entries, n_first):
+    """Eight weights of rows and elements with the escapes among them; elements count from the cell's first.
+
+    n_first: how many entries are of that cell, the others are of the next one.
+    """
     k = 0
     while k < n_entries:
         entry = tl.load(entries_ptr + k)
-        here = (rows == entry // CELL_OUT % BLOCK) & (elements == entry % CELL_OUT // 8)
+        element = entry % CELL_OUT // 8 + tl.where(k < n_first, 0, CELL_OUT // 8)
+        here = (rows == entry // CELL_OUT % BLOCK) & (elements == element)
         value = (entry & -65536).to(tl.float32, bitcast=True)
         out = ()
         for j in tl.static_range(8):
@@ -444,7 +448,7 @@ def _add_packed_row(acc, words, i, x, base, escaped, elements, entries_ptr, n_en
         xs = xs + (x_s.to(tl.float32, bitcast=True),)  # noqa: RUF005
     weights = unpacked(words, base)
     if escaped != 0:
-        weights = with_escapes(weights, _by_strand(i, STRANDS), elements, entries_ptr, n_entries)
+        weights = with_escapes(weights, _by_strand(i, STRANDS), elements, entries_ptr, n_entries, n_entries)
     x = _by_strand(xs, STRANDS) if STRANDS > 1 else xs[0]
     sums = ()
     for k in tl.static_range(8):
