@@ -13,24 +13,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.plan import BLOCK_IN, Plan, plan_for
+from kernels.plan import BLOCK_IN, Plan, plan_for, strands_of
 from kernels.triton_gemv import (
     BLOCK,
+    CELL_OUT,
     MAX_SEGMENTS,
     ONE,
     Norm,
     Operation,
     Product,
     fraction,
+    in_order,
     inputs,
     joined,
     load_constants,
+    load_escapes,
     load_inputs,
+    load_packed,
     outputs_of_tile,
     prefetch,
     rstd_of,
     snap,
     starts_of,
+    unpacked,
+    with_escapes,
 )
 
 PREPARED = 256  # inputs that a program of the first launch makes
@@ -57,12 +63,12 @@ class RowsPlan(NamedTuple):
 def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, dependent: bool) -> RowsPlan:
     """How to launch a product of several rows of x, with the sums of the `plan` of one.
 
-    Triton lays a masked tile of 16 bits over a warp 8 outputs at a time, so that 256 outputs are one strand, 64 are 4.
     A thread keeps 4 or 8 outputs of each row, and what has left for the grid, in registers.
     """
-    strands = 1
-    if not plan.rows and sum(segments) % 16 == 0:  # else the loads of one row are not vectors
-        strands = max(1, (256 if bits == 16 else 128) // plan.block_out)
+    packed = bits == 12
+    strands, chained = plan.strands, plan.chained
+    if not packed:
+        strands, chained = strands_of(plan, sum(segments), bits), plan.rows > 0
     by_thread = 16 if bits == 4 and rows <= 2 else 8 if bits < 16 or rows <= 4 else 4
     block_out = 32 * by_thread // strands
     tiles = sum(triton.cdiv(width, block_out) for width in segments)
@@ -72,7 +78,8 @@ def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, 
         groups = triton.cdiv(n_groups, max(1, RESIDENT // tiles))
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
     at_once = min(16 if rows <= 2 or (bits == 16 and 4 < rows < 8) else 8, BLOCK_IN // strands)
-    return RowsPlan(plan.blocks, strands, plan.rows > 0, block_out, groups, at_once, ahead)
+    at_once = 8 if packed else at_once
+    return RowsPlan(plan.blocks, strands, chained, block_out, groups, at_once, ahead)
 
 
 @triton.constexpr_function
@@ -140,6 +147,9 @@ def _zeros(OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr):
     if OP.bits >= 16:
         STRANDS: tl.constexpr = PLAN.strands
         acc = (tl.zeros((STRANDS, WORDS), tl.float32),) * ROWS
+    elif OP.bits == 12:
+        STRANDS: tl.constexpr = PLAN.strands
+        acc = (tl.zeros((STRANDS, WORDS), tl.float32),) * (ROWS * PACK)
     else:
         acc = (tl.zeros((WORDS,), tl.float32),) * (ROWS * PACK)
         ones = (0.0,) * ROWS
@@ -171,6 +181,44 @@ def _x_of_row(word, r: tl.constexpr, OP: tl.constexpr):
     else:
         x = (word >> 16 * (r % 4)).to(tl.int16).to(OP.dtype, bitcast=True).to(tl.float32)
     return x
+
+
+@triton.jit
+def _add_packed_rows(
+    # sums [strands, elements] of each row of x and each of an element's eight outputs, in turn
+    acc,
+    # which of the block's rows any row of x keeps; words of x at the block's first input; its weights from the tile's
+    # first group on, their words and the tile's elements; what `kernels.triton_gemv` does it with
+    kept, x_ptr, weight_ptr, row_words, n_elements, base, entries_ptr, n_entries, escaped, ahead,
+    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,
+):
+    """`_add_rows` of packed weights."""
+    STRANDS: tl.constexpr = PLAN.strands
+    AT_ONCE: tl.constexpr = PLAN.rows
+    ELEMENTS: tl.constexpr = PLAN.block_out // 8
+    X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
+    IN_WORD: tl.constexpr = 64 // OP.dtype.primitive_bitwidth
+    local, strand = tl.arange(0, ELEMENTS)[None, :], tl.arange(0, STRANDS)[:, None]
+    for part in range(0, BLOCK // STRANDS, AT_ONCE):
+        words = ()
+        for j in tl.static_range(AT_ONCE):
+            i = (part + j) * STRANDS + strand
+            mask = (local < n_elements) & ((kept >> i) & 1 != 0)
+            words = words + (load_packed(weight_ptr + i * row_words, local, mask),)  # noqa: RUF005
+        for j in tl.static_range(AT_ONCE):
+            i = (part + j) * STRANDS + strand
+            weights = unpacked(words[j], base)
+            if ((escaped & kept) >> (part + j) * STRANDS) & ((1 << STRANDS) - 1) != 0:
+                weights = with_escapes(weights, i, ahead + local, entries_ptr, n_entries, n_entries)
+            sums = ()
+            for r in tl.static_range(ROWS):
+                if r % IN_WORD == 0:
+                    some = tl.load(x_ptr + i * X_WORDS + r // IN_WORD)
+                x = _x_of_row(some, r, OP)
+                for k in tl.static_range(8):
+                    sums = sums + (acc[r * 8 + k] + x * weights[k],)  # noqa: RUF005
+            acc = sums
+    return acc
 
 
 @triton.jit
@@ -249,6 +297,15 @@ def _add_rows(
 
 
 @triton.jit
+def _packed_sum(acc, r: tl.constexpr):
+    """Row r's sums of the outputs in their order, over all strands."""
+    sums = ()
+    for k in tl.static_range(8):
+        sums = sums + (tl.sum(acc[8 * r + k], axis=0),)  # noqa: RUF005
+    return in_order(sums)
+
+
+@triton.jit
 def _rows_kernel(
     x_ptr, kept_ptr, weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
     n_out, out_stride, tiles_1, tiles_2, start_1, start_2, one,
@@ -267,13 +324,18 @@ def _rows_kernel(
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
     n_words = n_out // PACK
+    PACKED: tl.constexpr = OP.bits == 12
+    if PACKED:
+        n_words = tl.multiple_of(3 * n_words, 8)
+        start = tl.where(segment > 1, start_2, tl.where(segment > 0, start_1, 0))
+        base = tl.load(weight_scale_ptr + segment)
     block = tl.program_id(1) * PLAN.groups * BLOCKS
 
     # before the wait: weights, which no launch writes
     if PREFETCH > 0:
         if tl.program_id(1) * tl.num_programs(0) + tile < PREFETCH:
             rows = block * BLOCK + tl.arange(0, BLOCK)
-            at = weight_ptr + rows.to(tl.int64) * n_words + first // PACK
+            at = weight_ptr + rows.to(tl.int64) * n_words + (first // 8 * 3 if PACKED else first // PACK)
             prefetch(at, rows < OP.n_in, BLOCK_OUT * OP.bits // 8)
     if OP.cut:  # each segment has inputs of its own
         x_ptr += segment * n_blocks * (BLOCK * X_WORDS)
@@ -300,15 +362,25 @@ def _rows_kernel(
             if PDL:
                 _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
             x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
-            acc, ones, low = _add_rows(
-                acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS
-            )
+            if PACKED:
+                at += tl.multiple_of(first // 8 * 3, 8)
+                escapes = load_escapes(weight_scale_ptr, block, n_out, segment, start, first, OP, BLOCK_OUT)
+                ahead = (first - start) % CELL_OUT // 8
+                acc = _add_packed_rows(
+                    acc, kept, x_at, at, n_words, (last - first) // 8, base,
+                    escapes[0], escapes[1], escapes[2], ahead, OP, PLAN, ROWS,
+                )
+            else:
+                acc, ones, low = _add_rows(
+                    acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS
+                )
             block += 1
             kept = next_kept
             if not PLAN.chained:
                 sums = ()
                 for r in tl.static_range(ROWS):
-                    sums = sums + (summed[r] + tl.sum(acc[r], axis=0),)  # noqa: RUF005 (Triton knows no stars)
+                    sum_r = _packed_sum(acc, r) if PACKED else tl.sum(acc[r], axis=0)
+                    sums = sums + (summed[r] + sum_r,)  # noqa: RUF005 (Triton knows no stars)
                 summed = sums
                 acc, ones, low = _zeros(OP, PLAN, ROWS)
 
@@ -317,7 +389,9 @@ def _rows_kernel(
         for r in tl.static_range(ROWS):
             out = summed[r]
             if PLAN.chained:
-                if OP.bits == 4:
+                if PACKED:
+                    out = _packed_sum(acc, r)
+                elif OP.bits == 4:
                     acc_r = acc[r * PACK : r * PACK + PACK]
                     out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]), OP.bits)
                 elif OP.bits == 8:

@@ -498,7 +498,7 @@ def _packed_head(
             xs = xs + (_eight(x_ptr + r * DIM, part * ELEMENTS + local, DIM),)  # noqa: RUF005
         escaped, k = 0, begin
         while k < end:
-            escaped = escaped | (1 << (tl.load(list_ptr + k) // CELL_OUT % 32))
+            escaped = escaped | (1 << (tl.load(list_ptr + k) >> 9 & 31))
             k += 1
 
         sums = ()

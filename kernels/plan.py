@@ -43,7 +43,6 @@ MOSTLY_CUT = 0.6
 LARGE = 1 << 26
 
 
-PACKED_BY_THREAD, PACKED_LISTED = 8, 8  # weights of a row that a thread takes; kept rows at once
 BFLOAT16 = Form("none", torch.bfloat16)
 
 
@@ -76,7 +75,8 @@ def plan_for(
     last_rstd: whether a norm's rstd is kept from token to token; without it no row after a norm can be guessed.
     """
     if form.name == "packed":
-        return _packed(plan_for(prologue, n_in, segments, sparsity, BFLOAT16, dependent, last_rstd), segments, sparsity)
+        plain = plan_for(prologue, n_in, segments, sparsity, BFLOAT16, dependent, last_rstd)
+        return _packed(plain, prologue, segments, sparsity)
     n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
     blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
 
@@ -103,12 +103,19 @@ def strands_of(plan: Plan, n_out: int, bits: int) -> int:
     return max(1, (256 if bits == 16 else 128) // plan.block_out)
 
 
-def _packed(plain: Plan, segments: list[int], sparsity: float) -> Plan:
-    """The plan of packed weights, with the sums of bfloat16's."""
+def _packed(plain: Plan, prologue: str, segments: list[int], sparsity: float) -> Plan:
+    """The plan of packed weights, with the sums of bfloat16's `plain` plan."""
     strands = strands_of(plain, sum(segments), 16)
-    block_out = 32 * PACKED_BY_THREAD // strands
-    plan = plain._replace(strands=strands, chained=plain.rows > 0, block_out=block_out, listed=sparsity > 0)
-    plan = plan._replace(rows=PACKED_LISTED if sparsity else 32 // strands, registers=None)
+    by_thread, rows = (16, 8) if strands == 1 else (8, 4 if sparsity else 8)
+    block_out = 32 * by_thread // strands
+    return packed_plan(plain, segments, strands, block_out, rows, sparsity > 0, None)
+
+
+def packed_plan(
+    plain: Plan, segments: list[int], strands: int, block_out: int, rows: int, listed: bool, registers: int | None
+) -> Plan:
+    plan = plain._replace(block_out=block_out, rows=rows, registers=registers, strands=strands, listed=listed)
+    plan = plan._replace(chained=plain.rows > 0)
     if math.gcd(*segments) % block_out:
         plan = plan._replace(prefetch=0, prefetch_blocks=0, guess=False)
     return plan

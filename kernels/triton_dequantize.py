@@ -100,7 +100,7 @@ def _escapes_kernel(table_ptr, out_ptr, n_columns, n_cells, n_starts):
     for i in range(tl.load(at), tl.load(at + 1), 32):
         k = i + tl.arange(0, 32)
         entry = tl.load(table_ptr + TABLE + n_starts + k, mask=k < tl.load(at + 1), other=0)
-        place = (first_row + entry // CELL_OUT % 32) * n_columns + first + entry % CELL_OUT
+        place = (first_row + (entry >> 9 & 31)) * n_columns + first + (entry & CELL_OUT - 1)
         value = (entry & -65536).to(tl.float32, bitcast=True)
         tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=k < tl.load(at + 1))
 

@@ -323,9 +323,9 @@ def load_escapes(table_ptr, block, n_out, segment, start, first, OP: tl.constexp
     entries_ptr = table_ptr + TABLE + n_blocks * n_cells + 1
     i = begin + tl.arange(0, BLOCK)
     entry = tl.load(entries_ptr + i, mask=i < end, other=0)
-    column = entry % CELL_OUT - (first - start) % CELL_OUT
+    column = (entry & CELL_OUT - 1) - (first - start) % CELL_OUT
     there = (i < end) & (column >= 0) & (column < BLOCK_OUT)
-    rows = tl.reduce(tl.where(there, 1 << (entry // CELL_OUT % BLOCK), 0), 0, _either)
+    rows = tl.reduce(tl.where(there, 1 << (entry >> 9 & 31), 0), 0, _either)
     return entries_ptr + begin, end - begin, tl.where(end - begin > BLOCK, -1, rows)
 
 
@@ -338,14 +338,14 @@ def with_escapes(weights, rows, elements, entries_ptr, n_entries, n_first):
     k = 0
     while k < n_entries:
         entry = tl.load(entries_ptr + k)
-        element = entry % CELL_OUT // 8 + tl.where(k < n_first, 0, CELL_OUT // 8)
-        here = (rows == entry // CELL_OUT % BLOCK) & (elements == element)
+        element = (entry >> 3 & 63) + tl.where(k < n_first, 0, CELL_OUT // 8)
+        slot = tl.where((rows == entry >> 9 & 31) & (elements == element), entry & 7, -1)
         value = (entry & -65536).to(tl.float32, bitcast=True)
         out = ()
         for j in tl.static_range(8):
-            out = out + (tl.where(here & (entry % 8 == j), value, weights[j]),)  # noqa: RUF005
+            out = out + (tl.where(slot == j, value, weights[j]),)  # noqa: RUF005
         weights = out
-        k += 1
+        k += 1 + (entry >> 14 & 1)  # which is 0: a compiler that knows would unroll, to four times the code
     return weights
 
 
