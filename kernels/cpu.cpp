@@ -82,10 +82,12 @@ float sum(Floats v) {
 
 struct BFloat16;
 struct Int4;
+struct Packed;
 
-// Whether `load` puts even and odd ones of 2 LANES weights apart, as sums lie too while rows are added.
+// How many vectors hold what lies side by side: output APART i + v is lane i of vector v, of weights and of the sums
+// while rows are added. 1: all are in order.
 template <typename T>
-constexpr bool APART = std::is_same_v<T, BFloat16> || std::is_same_v<T, Int4>;
+constexpr int64_t APART = std::is_same_v<T, Packed> ? 8 : std::is_same_v<T, BFloat16> || std::is_same_v<T, Int4> ? 2 : 1;
 
 struct BFloat16 {
   uint16_t bits;
@@ -172,6 +174,72 @@ struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the l
   }
 };
 
+// bfloat16 in 12 bits, see kernels/packed.py. 64 weights are a group of 96 bytes, three planes of 32-bit words, of which
+// the words t are about weights 8 t to 8 t + 7, an element. Escapes are in a table that kernels/packed.py describes.
+struct Packed {
+  static constexpr int64_t GROUP = 64, GROUP_BYTES = 96, CELL = 512, HEADER = 8;
+  uint8_t bytes[GROUP_BYTES];
+
+  template <typename Word>
+  static Word rotated(Word word) {
+    return word >> 8 | word << 24;
+  }
+
+  // Weights 2 pair and 2 pair + 1 of elements, bfloat16 side by side, from words of the first or second plane and of the
+  // third; base: of their segment's window, from the table.
+  template <typename Word>
+  static Word two(int pair, Word signs, Word codes, uint32_t base) {
+    const Word code = pair == 0 ? codes << 4 : pair == 1 ? codes : pair == 2 ? codes >> 4 : rotated(codes);
+    return (((pair % 2 ? rotated(signs) : signs) & 0x807f807f) | (code & 0x07800780)) + base;
+  }
+
+  // Weight i of a group, if it is no escape.
+  static BFloat16 one(const Packed* group, int64_t i, uint32_t base) {
+    const char* words = reinterpret_cast<const char*>(group) + i / 8 * 4;
+    const int pair = i % 8 / 2;
+    const uint32_t both = two(pair, read<uint32_t>(words + pair / 2 * 32), read<uint32_t>(words + 64), base);
+    return {uint16_t(i % 2 ? both >> 16 : both)};
+  }
+
+  // The segment of a column.
+  static int segment(const int32_t* table, int64_t column) { return (column >= table[5]) + (column >= table[6]); }
+
+  // Calls found(column, bits of the bfloat16) for the escapes of a row among columns begin .. end, in their order.
+  template <typename Found>
+  static void escapes(const int32_t* table, int64_t n_columns, int64_t row, int64_t begin, int64_t end, Found found) {
+    const int64_t rows = table[3], n_cells = n_columns / CELL + 3;
+    const int32_t *starts = table + HEADER + row / rows * n_cells, *entries = table + HEADER + table[7];
+    while (begin < end) {
+      const int s = segment(table, begin);
+      const int64_t start = table[4 + s], cell = (begin - start) / CELL, first = start + cell * CELL;
+      const int64_t last = std::min({end, first + CELL, s < 2 ? int64_t(table[5 + s]) : n_columns});
+      const int32_t* next = starts + start / CELL + s + cell;
+      for (int32_t k = next[0]; k < next[1]; k++) {
+        const int64_t column = first + (entries[k] & (CELL - 1));
+        if ((entries[k] >> 9 & 31) == row % rows && column >= begin && column < last)
+          found(column, uint16_t(uint32_t(entries[k]) >> 16));
+      }
+      begin = last;
+    }
+  }
+
+  // to = columns begin .. end, both multiples of GROUP, of a row.
+  static void unpack(const Packed* row, const int32_t* table, int64_t n_columns, int64_t i, int64_t begin, int64_t end,
+                     BFloat16* to) {
+    for (int64_t column = begin; column < end; column += GROUP) {
+      const uint32_t base = table[segment(table, column)];
+      uint32_t words[3][8], pairs[8][4];
+      std::memcpy(words, row + column / GROUP, sizeof(words));
+      for (int pair = 0; pair < 4; pair++)
+        for (int t = 0; t < 8; t++) pairs[t][pair] = two(pair, words[pair / 2][t], words[2][t], base);
+      std::memcpy(reinterpret_cast<uint16_t*>(to) + (column - begin), pairs, sizeof(pairs));
+    }
+    escapes(table, n_columns, i, begin, end, [&](int64_t column, uint16_t bits) {
+      std::memcpy(reinterpret_cast<uint16_t*>(to) + (column - begin), &bits, sizeof(bits));
+    });
+  }
+};
+
 template <typename T>
 float rounded(float value) {
   return T::from(value);
@@ -253,16 +321,26 @@ struct Row<Int4> {
   const BFloat16* pairs;  // scale and minimum of a group
 };
 
+template <>
+struct Row<Packed> {
+  const Packed* weights;
+  const int32_t* table;
+  int64_t n_out, input, output;  // which row, and the first of these weights
+};
+
 template <typename W>
 constexpr int64_t LINE = 64 / sizeof(W);  // outputs in a cache line
 template <>
 constexpr int64_t LINE<Int4> = 128;
+template <>
+constexpr int64_t LINE<Packed> = 42;  // at least
 
 // A weight [in, out].
 template <typename W>
 struct Matrix {
   const W* weight;
-  const void* scale;  // of Int4: scale and minimum, BFloat16, of every `group` outputs of an input; of others unused
+  const void* scale;  // of Int4: scale and minimum, BFloat16, of every `group` outputs of an input; of Packed: the table
+                      // of escapes; of others unused
   int64_t n_out, group;
   const int8_t* log_norms = nullptr;  // see `column_norms`; null: sums start at 0
 
@@ -270,6 +348,8 @@ struct Matrix {
     if constexpr (std::is_same_v<W, Int4>)
       return {weight + (input * n_out + output) / 2,
               static_cast<const BFloat16*>(scale) + (input * (n_out / group) + output / group) * 2};
+    else if constexpr (std::is_same_v<W, Packed>)
+      return {weight + (input * n_out + output) / W::GROUP, static_cast<const int32_t*>(scale), n_out, input, output};
     else
       return {weight + input * n_out + output};
   }
@@ -287,7 +367,7 @@ struct Texts {
 // cache, since the first has too few misses in flight: a step of SmolLM2-135M at 50 %, bfloat16, takes 7.0 to 7.5 ms on
 // two cores of an EPYC, 8.9 to 9.8 with the first.
 template <int N, int B, typename T>
-  requires(!std::is_same_v<T, Int4>)
+  requires(!std::is_same_v<T, Int4> && !std::is_same_v<T, Packed>)
 void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, Texts<float> sums, int64_t width,
               int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
   // what stands in registers is copied: else each store of a sum might change it
@@ -298,7 +378,7 @@ void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, T
   for (int b = 0; COPIED && b < B; b++)
     for (int k = 0; k < N; k++) copies[b][k] = value[b][k] - Floats{};
 
-  constexpr int VECTORS = APART<T> ? 2 : 1;
+  constexpr int VECTORS = APART<T>;
   int64_t j = 0;
   for (; j + VECTORS * LANES <= width; j += VECTORS * LANES) {
     if (j % LINE<T> == 0)
@@ -310,7 +390,7 @@ void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, T
 #pragma GCC unroll 8
     for (int k = 0; k < N; k++) {
       Floats vectors[2];
-      if constexpr (APART<T>)
+      if constexpr (VECTORS == 2)
         T::load(weights[k] + j, vectors[0], vectors[1]);
       else
         vectors[0] = T::load(weights[k] + j);
@@ -386,25 +466,131 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> va
   }
 }
 
-// to = the values of `from`, where even and odd ones of each 2 LANES lie apart, in order.
+// The same of packed weights, `width` a multiple of their group. Outputs that have an escape in one of these rows are added
+// up again, from what they were, in the same order.
+template <int N, int B>
+void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float> value, Texts<float> sums, int64_t width,
+              int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
+  constexpr int64_t BLOCK = APART<Packed> * LANES;
+  const auto place = [](int64_t j) { return j / BLOCK * BLOCK + j % 8 * LANES + j % BLOCK / 8; };
+  uint64_t escaped[COLUMNS / B / Packed::GROUP] = {};
+  float before[B][COLUMNS / B];
+  constexpr int MOST = 64;
+  struct {
+    int row;
+    int64_t j;
+    uint16_t bits;
+  } escapes[MOST];
+  int64_t n = 0;
+  for (int k = 0; k < N; k++)
+    Packed::escapes(row[k].table, row[k].n_out, row[k].input, row[k].output, row[k].output + width,
+                    [&](int64_t column, uint16_t bits) {
+                      const int64_t j = column - row[k].output;
+                      escaped[j / 64] |= uint64_t(1) << j % 64;
+                      for (int b = 0; b < B; b++) before[b][j] = sums[b][place(j)];
+                      if (n < MOST) escapes[n] = {k, j, bits};
+                      n++;
+                    });
+
+  const char *weights[N], *later[N];
+  for (int k = 0; k < N; k++) {
+    weights[k] = reinterpret_cast<const char*>(row[k].weights);
+    later[k] = reinterpret_cast<const char*>(next[k].weights);
+  }
+  const uint32_t base = row[0].table[Packed::segment(row[0].table, row[0].output)];
+  constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
+  for (int64_t j = 0; j < width; j += BLOCK) {
+    const int64_t at = j / Packed::GROUP * Packed::GROUP_BYTES + j % Packed::GROUP / 2;
+    const bool half = LANES == 16 && width - j < BLOCK;  // the second group is not there
+    const auto plane = [&](const char* from) {
+      Words words{};
+      std::memcpy(&words, from, std::min<int64_t>(sizeof(words), 32));
+#if defined(__AVX512F__)
+      if (!half) {
+        const __m256i second = read<__m256i>(from + Packed::GROUP_BYTES);
+        words = (Words)_mm512_inserti64x4((__m512i)words, second, 1);
+      }
+#endif
+      return words;
+    };
+    for (int k = 0; k < N; k++)
+      for (int64_t line = 0; line < BLOCK * 3 / 2; line += 64) __builtin_prefetch(later[k] + at + line, 0, 2);
+#pragma GCC unroll 4
+    for (int first = 0; first < 4; first += PAIRS) {
+      Floats total[B][2 * PAIRS];
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++)
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * PAIRS; v++) total[b][v] = read<Floats>(sums[b] + j + (2 * first + v) * LANES);
+#pragma GCC unroll 8
+      for (int k = 0; k < N; k++) {
+        const Words codes = plane(weights[k] + at + 64);
+        Words signs{};
+#pragma GCC unroll 4
+        for (int pair = first; pair < first + PAIRS; pair++) {
+          if (pair == first || pair == 2) signs = plane(weights[k] + at + pair / 2 * 32);
+          const Words two = Packed::two(pair, signs, codes, base);
+          const Floats even = (Floats)(two << 16), odd = (Floats)(two & 0xffff0000);
+#pragma GCC unroll 8
+          for (int b = 0; b < B; b++) {
+            const Floats x = value[b][k] - Floats{};
+            total[b][2 * (pair - first)] = fma(x, even, total[b][2 * (pair - first)]);
+            total[b][2 * (pair - first) + 1] = fma(x, odd, total[b][2 * (pair - first) + 1]);
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++)
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * PAIRS; v++)
+          std::memcpy(sums[b] + j + (2 * first + v) * LANES, &total[b][v], sizeof(Floats));
+    }
+  }
+
+  for (int64_t group = 0; n && group * Packed::GROUP < width; group++) {
+    BFloat16 unpacked[N][Packed::GROUP];  // where there are too many to be looked through for each weight
+    for (int k = 0; n > MOST && escaped[group] && k < N; k++) {
+      const int64_t begin = row[k].output + group * Packed::GROUP;
+      Packed::unpack(row[k].weights - row[k].output / Packed::GROUP, row[k].table, row[k].n_out, row[k].input, begin,
+                     begin + Packed::GROUP, unpacked[k]);
+    }
+    for (uint64_t left = escaped[group]; left; left &= left - 1) {
+      const int64_t i = std::countr_zero(left), j = group * Packed::GROUP + i;
+      for (int k = 0; k < N; k++) {
+        BFloat16 weight = n > MOST ? unpacked[k][i] : Packed::one(row[k].weights + group, i, base);
+        for (int64_t e = 0; e < n && n <= MOST; e++)
+          if (escapes[e].row == k && escapes[e].j == j) weight.bits = escapes[e].bits;
+        for (int b = 0; b < B; b++) before[b][j] = fma(value[b][k], weight, before[b][j]);
+      }
+      for (int b = 0; b < B; b++) sums[b][place(j)] = before[b][j];
+    }
+  }
+}
+
+// to = the values of `from`, where those of APART vectors lie apart, in order.
 template <typename T>
 void in_order(const float* from, float* to, int64_t width) {
+  constexpr int64_t V = APART<T>, BLOCK = V * LANES;
   int64_t j = 0;
-  for (; APART<T> && j + 2 * LANES <= width; j += 2 * LANES) {
-    const Floats even = read<Floats>(from + j), odd = read<Floats>(from + j + LANES);
-    for (int64_t lane = 0; lane < LANES; lane++) to[j + 2 * lane] = even[lane], to[j + 2 * lane + 1] = odd[lane];
+  for (; V > 1 && j + BLOCK <= width; j += BLOCK) {
+    Floats vectors[V];
+    for (int64_t v = 0; v < V; v++) vectors[v] = read<Floats>(from + j + v * LANES);
+    for (int64_t lane = 0; lane < LANES; lane++)
+      for (int64_t v = 0; v < V; v++) to[j + V * lane + v] = vectors[v][lane];
   }
+  for (; V == 8 && j < width; j++) to[j] = from[j / BLOCK * BLOCK + j % V * LANES + j % BLOCK / V];  // half a block
   std::copy(from + j, from + width, to + j);
 }
 
 // The other way.
 template <typename T>
 void apart(float* v, int64_t width) {
-  for (int64_t j = 0; APART<T> && j + 2 * LANES <= width; j += 2 * LANES) {
-    Floats even, odd;
-    for (int64_t lane = 0; lane < LANES; lane++) even[lane] = v[j + 2 * lane], odd[lane] = v[j + 2 * lane + 1];
-    std::memcpy(v + j, &even, sizeof(even));
-    std::memcpy(v + j + LANES, &odd, sizeof(odd));
+  constexpr int64_t V = APART<T>, BLOCK = V * LANES;
+  for (int64_t j = 0; V > 1 && (V == 8 ? j < width : j + BLOCK <= width); j += BLOCK) {
+    float values[BLOCK] = {};
+    std::copy(v + j, v + std::min(j + BLOCK, V == 8 ? width : j + BLOCK), values);
+    for (int64_t lane = 0; lane < LANES; lane++)
+      for (int64_t i = 0; i < V; i++) v[j + i * LANES + lane] = values[V * lane + i];
   }
 }
 
@@ -427,6 +613,72 @@ inline __attribute__((always_inline)) void dots(const T* row, Texts<const float>
     results[b] = sum((total[b][0] + total[b][1]) + (total[b][2] + total[b][3]));
     for (int64_t i = j; i < width; i++) results[b] = fma(x[b][i], float(row[i]), results[b]);
   }
+}
+// The same of a packed row, which is output `i` of a matrix [any, width]. buffer: room for a row. A row with many escapes,
+// or without AVX-512, is unpacked first. With it an element's sums are those that `dots` has of its outputs.
+template <int B>
+void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float> x, Texts<const float> x_apart,
+          int64_t width, BFloat16* buffer, float* results) {
+  constexpr int MOST = LANES == 16 ? 64 : 0;
+  std::pair<int64_t, uint16_t> escapes[MOST + 1];
+  int n = 0;
+  Packed::escapes(table, width, i, 0, width, [&](int64_t column, uint16_t bits) {
+    escapes[n] = {column, bits};
+    n = std::min(n + 1, MOST);
+  });
+  if (n >= MOST) {
+    Packed::unpack(row, table, width, i, 0, width, buffer);
+    return dots<B>(buffer, x, width, results);
+  }
+  escapes[n].first = width;
+#if defined(__AVX512F__)
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef uint32_t EightWords __attribute__((vector_size(32)));
+  const uint32_t base = table[0];
+  Eight total[B][8] = {};
+  constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
+#pragma GCC unroll 4
+  for (int first = 0; first < 4; first += PAIRS) {
+    const auto* escape = escapes;
+    for (int64_t j = 0; j < width; j += Packed::GROUP) {
+      const char* group = reinterpret_cast<const char*>(row + j / Packed::GROUP);
+      EightWords two[PAIRS];
+#pragma GCC unroll 4
+      for (int p = 0; p < PAIRS; p++) {
+        const int pair = first + p;
+        two[p] = Packed::two(pair, read<EightWords>(group + pair / 2 * 32), read<EightWords>(group + 64), base);
+      }
+      for (; escape->first < j + Packed::GROUP; escape++) {
+        const int64_t at = escape->first - j, p = at % 8 / 2 - first;
+        if (p < 0 || p >= PAIRS) continue;
+        uint16_t halves[PAIRS][8][2];
+        std::memcpy(halves, two, sizeof(two));
+        halves[p][at / 8][at % 2] = escape->second;
+        std::memcpy(two, halves, sizeof(two));
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < PAIRS; p++) {
+        const Eight even = (Eight)(two[p] << 16), odd = (Eight)(two[p] & 0xffff0000);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; b++) {
+          const float* const at = x_apart[b] + j + (first + p) * 16;
+          Eight& low = total[b][2 * (first + p)];
+          Eight& high = total[b][2 * (first + p) + 1];
+          low = (Eight)_mm256_fmadd_ps((__m256)read<Eight>(at), (__m256)even, (__m256)low);
+          high = (Eight)_mm256_fmadd_ps((__m256)read<Eight>(at + 8), (__m256)odd, (__m256)high);
+        }
+      }
+    }
+  }
+  for (int b = 0; b < B; b++) {
+    float in_order[64];
+    for (int v = 0; v < 8; v++)
+      for (int t = 0; t < 8; t++) in_order[8 * t + v] = total[b][v][t];
+    Floats quarters[4];
+    std::memcpy(quarters, in_order, sizeof(quarters));
+    results[b] = sum((quarters[0] + quarters[1]) + (quarters[2] + quarters[3]));
+  }
+#endif
 }
 template <typename T>
 __attribute__((noinline)) float dot(const T* row, const float* x, int64_t width) {
@@ -537,10 +789,16 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
   int32_t* const index = kept.index.data() + kept.first;
   const Texts<const float> value{kept.value.data() + kept.first, kept.values().apart};
   float starts[B][GROUPS / B] = {};  // of int4's groups
-  for (int64_t column = begin; column < end; column += columns) {
-    const int64_t width = std::min(columns, end - column);
+  for (int64_t column = begin, width; column < end; column += width) {
+    width = std::min(columns, end - column);
+    if constexpr (std::is_same_v<W, Packed>) {  // of one segment, whose window has one base
+      const int32_t* table = static_cast<const int32_t*>(matrix.scale);
+      const int segment = Packed::segment(table, column);
+      if (segment < 2) width = std::min<int64_t>(width, table[5 + segment] - column);
+    }
     const int8_t* log_norms = matrix.log_norms ? matrix.log_norms + column / (groups ? matrix.group : 1) : nullptr;
-    const Texts<float> block{kept.block.data(), width + LANES};  // not 4 KB apart, which CPUs take for the same place
+    const int64_t room = (width + 8 * LANES - 1) / (8 * LANES) * 8 * LANES;
+    const Texts<float> block{kept.block.data(), (APART<W> == 8 ? room : width) + LANES};  // not 4 KB apart, which CPUs take for the same place
 
     // the sums' starts
     for (int b = 0; b < B; b++) {
@@ -562,7 +820,7 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
         __builtin_prefetch(reinterpret_cast<const char*>(matrix.row(index[r], column).weights) + line * 64, 0, 2);
 
     // ROWS rows at a time, then the rest one by one; behind the last come the next columns' first ones
-    const int64_t jump = column + columns < end ? columns : 0;
+    const int64_t jump = column + width < end ? width : 0;
     for (int64_t r = 0; n && r < ahead; r++) index[n + r] = index[jump ? std::min(r, n - 1) : n - 1];
     const auto later = [&](int64_t r) { return matrix.row(index[r + ahead], column + (r + ahead < n ? 0 : jump)); };
     int64_t r = 0;
@@ -580,11 +838,11 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
     for (int b = 0; b < std::min<int64_t>(B, kept.batch); b++) {
       float* const to = sums[b] + column - begin;
       const int64_t length = groups ? matrix.group : width;
-      for (int64_t j = 0; APART<W> && j < width; j += length) {
+      for (int64_t j = 0; APART<W> > 1 && j < width; j += length) {
         in_order<W>(block[b] + j, to + j, length);
         for (int64_t i = j; groups && i < j + length; i++) to[i] -= starts[b][j / length];
       }
-      const float* const from = APART<W> ? to : block[b];
+      const float* const from = APART<W> > 1 ? to : block[b];
       if (!groups && log_norms)
 #pragma omp simd
         for (int64_t j = 0; j < width; j++) to[j] = from[j] - start_of_sum(log_norms[j], kept.norm[b]);
@@ -606,11 +864,16 @@ void column_norms(const Matrix<W>& matrix, int64_t n_in, int8_t* log_norms, int 
     float squares[BLOCK] = {};
     for (int64_t i = 0; i < n_in; i++) {
       const Row<W> row = matrix.row(i, begin * (groups ? matrix.group : 1));
+      BFloat16 unpacked[BLOCK];
+      if constexpr (std::is_same_v<W, Packed>)
+        W::unpack(row.weights - begin / W::GROUP, row.table, row.n_out, i, begin, begin + width, unpacked);
       for (int64_t j = 0; j < width; j++) {
         float most;
         if constexpr (groups) {
           const float s = row.pairs[2 * j], minimum = fma(8, s, float(row.pairs[2 * j + 1]));
           most = 8 * std::fabs(s) + std::fabs(minimum);
+        } else if constexpr (std::is_same_v<W, Packed>) {
+          most = unpacked[j];
         } else {
           most = row.weights[j];
         }
@@ -668,11 +931,11 @@ int product(const T* x, const Matrix<W>& matrix, const float* threshold, T* out,
 // are [vocab, dim].
 struct Projection {
   const void *weight, *bias;  // [in, out], [out] or null
-  const void* scale;          // of int8 [out] float, of int4 see Matrix, else null
+  const void* scale;          // of int8 [out] float, of int4 and packed weights see Matrix, else null
   const float* threshold;     // [segments, in]
   const float* shift;         // [in] or null: what a cut input is taken to be
   const float* offset;        // [out] or null: the product of the shift
-  int64_t group;              // of int4, else 0
+  int64_t group;              // of int4 and packed weights, else 0
   const int8_t* log_norms;    // see `column_norms`: [out], of int4 [groups]
 };
 
@@ -689,7 +952,7 @@ struct Model {
   int64_t n_layer, n_head, n_local_heads, head_dim, dim, hidden, vocab, cache_length;
   const Layer* layers;
   const void *embedding, *norm, *output;
-  const float* output_scale;  // [vocab] of an int8 output, else null
+  const void* output_scale;   // of an int8 output [vocab] float, of a packed one the table of escapes, else null
   float *h, *qkv, *y, *act, *logits;  // room for each text's values between the phases of a step
   float* tops;                        // the largest logit of each GROUP of each text
   int64_t* tokens;                    // [texts, cache_length + 1]: a step reads those at its positions, writes the next
@@ -896,16 +1159,27 @@ class Worker {
 
     // logits of this thread's groups of tokens, and the largest of each
     normalize(m.norm);
+    constexpr bool packed = std::is_same_v<V, Packed>;
+    std::vector<float> x_apart(packed ? x.size() : 0);  // of each group weights 8 t + v at 8 v + t
+    for (size_t i = 0; i < x_apart.size(); i++) x_apart[i / 64 * 64 + i % 8 * 8 + i % 64 / 8] = x[i];
+    std::vector<BFloat16> buffer(packed ? m.dim : 0);
+    const auto row_of = [&](int64_t v) { return static_cast<const V*>(m.output) + v * m.dim / (packed ? 64 : 1); };
     const Range rows(m.vocab, thread, threads, GROUP);
     for (int64_t v = rows.begin; v < rows.end; v += GROUP) {
       const int64_t n = std::min(GROUP, rows.end - v), groups = (m.vocab + GROUP - 1) / GROUP;
-      const V* row = static_cast<const V*>(m.output) + v * m.dim;
       for_batch(batch, [&](auto B) {
         constexpr int AT_ONCE = B < 4 ? B : 4;
         float results[B];
-        for (int64_t i = 0; i < n; i++, row += m.dim) {
-          for (int b = 0; b < B; b += AT_ONCE) dots<AT_ONCE>(row, {x.data() + b * m.dim, m.dim}, m.dim, results + b);
-          const float scale = m.output_scale ? m.output_scale[v + i] : 1.0f;
+        for (int64_t i = 0; i < n; i++) {
+          for (int b = 0; b < B; b += AT_ONCE) {
+            const Texts<const float> some{x.data() + b * m.dim, m.dim};
+            if constexpr (packed)
+              dots<AT_ONCE>(row_of(v + i), static_cast<const int32_t*>(m.output_scale), v + i, some,
+                            {x_apart.data() + b * m.dim, m.dim}, m.dim, buffer.data(), results + b);
+            else
+              dots<AT_ONCE>(row_of(v + i), some, m.dim, results + b);
+          }
+          const float scale = m.output_scale && !packed ? static_cast<const float*>(m.output_scale)[v + i] : 1.0f;
           for (int64_t b = 0; b < batch; b++) sums[b * GROUP + i] = results[b] * scale;
         }
       });
@@ -1192,12 +1466,20 @@ int decode(const Model& m, int64_t batch, const int64_t* positions, const uint32
 EXPORT(bfloat16, BFloat16, BFloat16, BFloat16)
 EXPORT(float16, Float16, Float16, Float16)
 EXPORT(float32, Float32, Float32, Float32)
+EXPORT(bfloat16_packed, BFloat16, Packed, Packed)
 EXPORT(bfloat16_int8, BFloat16, Int8, Int8)
 EXPORT(float16_int8, Float16, Int8, Int8)
 EXPORT(float32_int8, Float32, Int8, Int8)
 EXPORT(bfloat16_int4, BFloat16, Int4, Int8)
 EXPORT(float16_int4, Float16, Int4, Int8)
 EXPORT(float32_int4, Float32, Int4, Int8)
+
+// to [n, n_columns] = the bfloat16 of packed rows.
+extern "C" void unpack(const Packed* rows, const int32_t* table, BFloat16* to, int64_t n, int64_t n_columns, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < n; i++)
+    Packed::unpack(rows + i * n_columns / Packed::GROUP, table, n_columns, i, 0, n_columns, to + i * n_columns);
+}
 
 // Asks for huge pages under a range: rows at random places then miss fewer translations. Where it fails, nothing
 // changes.

@@ -65,8 +65,8 @@ def _rotated_right(words: Tensor, n: int) -> Tensor:
 def escape_table(escapes: Tensor, n_rows: int, widths: list[int], cell_rows: int = CELL_ROWS) -> Tensor:
     """What `pack` lists of each segment, one after the other, as one int32 table for the kernels, 1-dimensional.
 
-    It begins with the bases of three segments' windows, in both halves of a number each, the rows of a cell, and the
-    columns at which four segments start, those that are absent at the end. Then come the starts of the cells in the
+    It begins with the bases of three segments' windows, in both halves of a number each, the rows of a cell, the columns
+    at which three segments start, those that are absent at the end, and the number of starts. Then come the starts of the cells in the
     list behind them, and the list's end. A cell has `cell_rows` rows and 512 columns of a segment; cell k of a segment
     that starts at column s is s // 512 + k + the segment's number, among as many for all rows as `cells_of` says. An
     entry is the bfloat16's bits in the upper half, its row in the cell << 9, its column there.
@@ -94,6 +94,7 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int], cell_rows: int
     header = torch.full((2, 4), sum(widths), device=escapes.device)
     header[0, : len(widths)], header[0, 3], header[1, : len(widths)] = bases * 0x00800080, cell_rows, starts
     cells = torch.arange(-(-n_rows // cell_rows) * n_cells + 1, device=escapes.device)
+    header[1, 3] = len(cells)
     return torch.cat((header.flatten().int(), torch.searchsorted(cell, cells).int(), entries))
 
 
@@ -108,7 +109,7 @@ def table_part(table: Tensor, n_rows: int, first: int, last: int, n_columns: int
     begin, end, all_cells = (-(-n // cell_rows) * cells_of(n_columns) for n in (first, last, n_rows))
     starts = table[HEADER + begin : HEADER + end + 1]
     entries = table[HEADER + all_cells + 1 :][starts[0] : starts[-1]]
-    return torch.cat((table[:HEADER], starts - starts[0], entries))
+    return torch.cat((table[: HEADER - 1], table.new_tensor([len(starts)]), starts - starts[0], entries))
 
 
 def unpack(packed: Tensor, table: Tensor, cell_rows: int = CELL_ROWS) -> Tensor:
