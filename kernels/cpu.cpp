@@ -204,22 +204,37 @@ struct Packed {
   // The segment of a column.
   static int segment(const int32_t* table, int64_t column) { return (column >= table[5]) + (column >= table[6]); }
 
-  // Calls found(column, bits of the bfloat16) for the escapes of a row among columns begin .. end, in their order.
-  template <typename Found>
-  static void escapes(const int32_t* table, int64_t n_columns, int64_t row, int64_t begin, int64_t end, Found found) {
-    const int64_t rows = table[3], n_cells = n_columns / CELL + 3;
-    const int32_t *starts = table + HEADER + row / rows * n_cells, *entries = table + HEADER + table[7];
-    while (begin < end) {
-      const int s = segment(table, begin);
-      const int64_t start = table[4 + s], cell = (begin - start) / CELL, first = start + cell * CELL;
-      const int64_t last = std::min({end, first + CELL, s < 2 ? int64_t(table[5 + s]) : n_columns});
-      const int32_t* next = starts + start / CELL + s + cell;
-      for (int32_t k = next[0]; k < next[1]; k++) {
-        const int64_t column = first + (entries[k] & (CELL - 1));
-        if ((entries[k] >> 9 & 31) == row % rows && column >= begin && column < last)
-          found(column, uint16_t(uint32_t(entries[k]) >> 16));
+  // Calls found(k, column, bits of the bfloat16) for the escapes of N rows, in ascending order, among columns begin .. end.
+  // Those of one row come by column.
+  template <int N, typename Found>
+  static void escapes(const int32_t* table, int64_t n_columns, const int64_t (&rows)[N], int64_t begin, int64_t end,
+                      Found found) {
+    const int64_t cell_rows = table[3], n_cells = n_columns / CELL + 3;
+    const int32_t* entries = table + HEADER + table[7];
+    for (int k = 0; k < N;) {
+      // the rows that share cells
+      const int64_t cells = rows[k] / cell_rows;
+      uint32_t wanted = 0;
+      int8_t which[32];
+      for (; k < N && rows[k] / cell_rows == cells; k++) {
+        wanted |= uint32_t(1) << rows[k] % cell_rows;
+        which[rows[k] % cell_rows] = k;
       }
-      begin = last;
+
+      // the escapes of those cells, segment by segment
+      for (int64_t column = begin, last; column < end; column = last) {
+        const int s = segment(table, column);
+        const int64_t start = table[4 + s], first = (column - start) / CELL;
+        last = std::min<int64_t>(end, s < 2 ? table[5 + s] : n_columns);
+        const int32_t* starts = table + HEADER + cells * n_cells + start / CELL + s;
+        for (int64_t e = starts[first], cell = first; e < starts[(last - 1 - start) / CELL + 1]; e++) {
+          const uint32_t entry = entries[e], row = entry >> 9 & 31;
+          if (!(wanted >> row & 1)) continue;
+          while (starts[cell + 1] <= e) cell++;
+          const int64_t at = start + cell * CELL + (entry & (CELL - 1));
+          if (at >= column && at < last) found(which[row], at, uint16_t(entry >> 16));
+        }
+      }
     }
   }
 
@@ -234,7 +249,7 @@ struct Packed {
         for (int t = 0; t < 8; t++) pairs[t][pair] = two(pair, words[pair / 2][t], words[2][t], base);
       std::memcpy(reinterpret_cast<uint16_t*>(to) + (column - begin), pairs, sizeof(pairs));
     }
-    escapes(table, n_columns, i, begin, end, [&](int64_t column, uint16_t bits) {
+    escapes<1>(table, n_columns, {i}, begin, end, [&](int, int64_t column, uint16_t bits) {
       std::memcpy(reinterpret_cast<uint16_t*>(to) + (column - begin), &bits, sizeof(bits));
     });
   }
@@ -482,15 +497,16 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
     uint16_t bits;
   } escapes[MOST];
   int64_t n = 0;
-  for (int k = 0; k < N; k++)
-    Packed::escapes(row[k].table, row[k].n_out, row[k].input, row[k].output, row[k].output + width,
-                    [&](int64_t column, uint16_t bits) {
-                      const int64_t j = column - row[k].output;
-                      escaped[j / 64] |= uint64_t(1) << j % 64;
-                      for (int b = 0; b < B; b++) before[b][j] = sums[b][place(j)];
-                      if (n < MOST) escapes[n] = {k, j, bits};
-                      n++;
-                    });
+  int64_t inputs[N];
+  for (int k = 0; k < N; k++) inputs[k] = row[k].input;
+  const int64_t output = row[0].output;
+  Packed::escapes(row[0].table, row[0].n_out, inputs, output, output + width, [&](int k, int64_t column, uint16_t bits) {
+    const int64_t j = column - output;
+    escaped[j / 64] |= uint64_t(1) << j % 64;
+    for (int b = 0; b < B; b++) before[b][j] = sums[b][place(j)];
+    if (n < MOST) escapes[n] = {k, j, bits};
+    n++;
+  });
 
   const char *weights[N], *later[N];
   for (int k = 0; k < N; k++) {
@@ -499,22 +515,17 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
   }
   const uint32_t base = row[0].table[Packed::segment(row[0].table, row[0].output)];
   constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
-  for (int64_t j = 0; j < width; j += BLOCK) {
+  const auto add_block = [&](int64_t j, auto whole) {
     const int64_t at = j / Packed::GROUP * Packed::GROUP_BYTES + j % Packed::GROUP / 2;
-    const bool half = LANES == 16 && width - j < BLOCK;  // the second group is not there
     const auto plane = [&](const char* from) {
-      Words words{};
-      std::memcpy(&words, from, std::min<int64_t>(sizeof(words), 32));
-#if defined(__AVX512F__)
-      if (!half) {
-        const __m256i second = read<__m256i>(from + Packed::GROUP_BYTES);
-        words = (Words)_mm512_inserti64x4((__m512i)words, second, 1);
-      }
+#if defined(__AVX512F__)  // 16 words are of two groups, unless only one is left
+      const __m512i first = _mm512_castsi256_si512(read<__m256i>(from));
+      if constexpr (!whole) return (Words)_mm512_inserti64x4(first, _mm256_setzero_si256(), 1);
+      return (Words)_mm512_inserti64x4(first, read<__m256i>(from + Packed::GROUP_BYTES), 1);
+#else
+      return read<Words>(from);
 #endif
-      return words;
     };
-    for (int k = 0; k < N; k++)
-      for (int64_t line = 0; line < BLOCK * 3 / 2; line += 64) __builtin_prefetch(later[k] + at + line, 0, 2);
 #pragma GCC unroll 4
     for (int first = 0; first < 4; first += PAIRS) {
       Floats total[B][2 * PAIRS];
@@ -524,18 +535,17 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
         for (int v = 0; v < 2 * PAIRS; v++) total[b][v] = read<Floats>(sums[b] + j + (2 * first + v) * LANES);
 #pragma GCC unroll 8
       for (int k = 0; k < N; k++) {
-        const Words codes = plane(weights[k] + at + 64);
-        Words signs{};
+        const Words codes = plane(weights[k] + at + 64), signs[2] = {
+            plane(weights[k] + at + first / 2 * 32), PAIRS == 4 ? plane(weights[k] + at + 32) : Words{}};
 #pragma GCC unroll 4
-        for (int pair = first; pair < first + PAIRS; pair++) {
-          if (pair == first || pair == 2) signs = plane(weights[k] + at + pair / 2 * 32);
-          const Words two = Packed::two(pair, signs, codes, base);
+        for (int p = 0; p < PAIRS; p++) {
+          const Words two = Packed::two(first + p, signs[p / 2], codes, base);
           const Floats even = (Floats)(two << 16), odd = (Floats)(two & 0xffff0000);
 #pragma GCC unroll 8
           for (int b = 0; b < B; b++) {
             const Floats x = value[b][k] - Floats{};
-            total[b][2 * (pair - first)] = fma(x, even, total[b][2 * (pair - first)]);
-            total[b][2 * (pair - first) + 1] = fma(x, odd, total[b][2 * (pair - first) + 1]);
+            total[b][2 * p] = fma(x, even, total[b][2 * p]);
+            total[b][2 * p + 1] = fma(x, odd, total[b][2 * p + 1]);
           }
         }
       }
@@ -545,7 +555,16 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
         for (int v = 0; v < 2 * PAIRS; v++)
           std::memcpy(sums[b] + j + (2 * first + v) * LANES, &total[b][v], sizeof(Floats));
     }
+  };
+  int64_t j = 0;
+  for (; j + BLOCK <= width; j += BLOCK) {
+    const int64_t at = j / Packed::GROUP * Packed::GROUP_BYTES;
+    for (int k = 0; k < N; k++)
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < BLOCK * 3 / 2; line += 64) __builtin_prefetch(later[k] + at + line, 0, 2);
+    add_block(j, std::true_type());
   }
+  if (j < width) add_block(j, std::false_type());
 
   for (int64_t group = 0; n && group * Packed::GROUP < width; group++) {
     BFloat16 unpacked[N][Packed::GROUP];  // where there are too many to be looked through for each weight
@@ -622,7 +641,7 @@ void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float>
   constexpr int MOST = LANES == 16 ? 64 : 0;
   std::pair<int64_t, uint16_t> escapes[MOST + 1];
   int n = 0;
-  Packed::escapes(table, width, i, 0, width, [&](int64_t column, uint16_t bits) {
+  Packed::escapes<1>(table, width, {i}, 0, width, [&](int, int64_t column, uint16_t bits) {
     escapes[n] = {column, bits};
     n = std::min(n + 1, MOST);
   });
