@@ -22,7 +22,7 @@ from formats.checkpoint import check_tensors, fuse_on_load, is_own_head, load_we
 from formats.config import config_fields
 from formats.files import read_json
 from formats.named_configs import named_config
-from kernels.quantized import Form, dense_weight, fill_random, table_on_load
+from kernels.quantized import Form, dense_weight, fill_module, table_on_load
 from rope import Rope, apply_rope, by_length, cosines_and_sines, inverse_frequencies
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -469,7 +469,7 @@ class Transformer(UncastBuffers):
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 2:
-                    fill_random(module, std, generator)
+                    fill_module(module, std, generator)
                 else:
                     parameter.fill_(0.0 if name == "bias" or getattr(module, "plus_one", False) else 1.0)
 

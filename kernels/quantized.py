@@ -133,21 +133,23 @@ def dense_weight(module: Module, dtype: torch.dtype) -> Tensor:
     return dequantize(*transposed(module.weight, module.scale), dtype).t()
 
 
-def fill_random(module: Module, std: float, generator: torch.Generator) -> None:
-    """Fills a module's weight of any form, and its scale. What it stands for has about mean 0 and deviation `std`."""
+def fill_module(module: Module, std: float, generator: torch.Generator) -> None:
+    """`fill_random` of a module's weight and scale; packed weights are those of a normal distribution."""
     weight, scale = module.weight, getattr(module, "scale", None)
+    if scale is None or scale.dtype != torch.int32:
+        return fill_random(weight, scale, std, generator)
+    n_rows, widths = _packed_rows(module)
+    random = torch.empty(n_rows, sum(widths), device=weight.device, dtype=torch.bfloat16)
+    parts = random.normal_(0.0, std, generator=generator).split(widths, dim=1)
+    rows, escapes = zip(*map(packed.pack, parts), strict=True)
+    (weight if len(weight) == n_rows else weight.t()).copy_(torch.cat(rows, dim=1))
+    module.scale = packed.escape_table(torch.cat(escapes), n_rows, widths, cell_rows_of(module))
+
+
+def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: torch.Generator) -> None:
+    """Fills a weight of any other form, `transposed` or not. What it stands for has about mean 0 and deviation `std`."""
     if scale is None:
         weight.normal_(0.0, std, generator=generator)
-    elif scale.dtype == torch.int32:
-        n_rows, widths = _packed_rows(module)
-        rows = weight if len(weight) == n_rows else weight.t()
-        escapes, column = [], 0
-        for width in widths:
-            random = torch.empty(n_rows, width, device=weight.device, dtype=torch.bfloat16)
-            part, listed = packed.pack(random.normal_(0.0, std, generator=generator))
-            rows[:, column : column + part.shape[1]] = part
-            escapes, column = [*escapes, listed], column + part.shape[1]
-        module.scale = packed.escape_table(torch.cat(escapes), n_rows, widths, cell_rows_of(module))
     elif weight.dtype == torch.uint8:
         weight.random_(0, 256, generator=generator)
         scale.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # 4.61: the deviation of 0 to 15
