@@ -121,13 +121,17 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
     """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
 
-    # every input is counted on its way into its projections
-    recorders = [Recorder(module) for module in model.sites]
-    with ExitStack() as hooks, tqdm(total=tokens.numel(), desc="calibrating", unit="tok") as progress:
-        for module, recorder in zip(model.sites, recorders, strict=True):
-            hooks.enter_context(module.register_forward_pre_hook(recorder))
+    # every input is counted on its way into its projections, whose weights ranks have whole in a walk alone
+    recorders: list[Recorder] = []
+    with tqdm(total=tokens.numel(), desc="calibrating", unit="tok") as progress:
         for windows in tokens.split(max(1, WINDOW // tokens.shape[1])):
-            model(windows.to(model.device), num_logits=1)
+            for layer in model.walk([windows]):
+                modules = [layer.block.get_submodule(site.module) for site in SITES.values()]
+                recorders += map(Recorder, modules if len(recorders) == 4 * layer.index else ())
+                with ExitStack() as hooks:
+                    for module, recorder in zip(modules, recorders[4 * layer.index :], strict=False):
+                        hooks.enter_context(module.register_forward_pre_hook(recorder))
+                    assert layer.outputs
             progress.update(windows.numel())
 
     # counts to distributions

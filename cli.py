@@ -5,11 +5,14 @@ Neither this nor options.py imports torch before a model needs it: `--help` and 
 
 import argparse
 import ast
+import gc
 import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -185,6 +188,45 @@ def _line(message: object) -> str:
     return " ".join(str(message).split())[:MESSAGE]
 
 
+def rank_count() -> int:
+    """How many ranks torchrun has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Of several ranks the first alone prints. An error is told by the rank that meets it first, and ends all."""
+    if rank_count() == 1:
+        yield
+        return
+    rank, stderr, silence = int(os.environ["RANK"]), sys.stderr, open(os.devnull, "w")
+    if rank:
+        sys.stdout = sys.stderr = silence
+
+    def ranks():  # once they have joined
+        torch = sys.modules.get("torch")
+        return torch.distributed if torch and torch.distributed.is_initialized() else None
+
+    try:
+        yield
+        signal.alarm(20)  # the end of this process, which may wait for a GPU that waits for another rank
+        if joined := ranks():
+            gc.collect()  # graphs first
+            joined.barrier()
+            joined.destroy_process_group()
+        signal.alarm(0)
+    except BaseException as error:
+        signal.alarm(5)
+        first = rank == 0
+        if joined := ranks():
+            with suppress(RuntimeError):
+                first = joined.distributed_c10d._get_default_store().add("failed", 1) == 1
+        sys.stderr = stderr if first else silence
+        if isinstance(error, RuntimeError) and re.search("gloo|NCCL|store", str(error)):
+            raise ValueError(f"another rank has ended: {_line(error)[:200]}") from None
+        raise
+
+
 def command_line(main: Callable[[], object]) -> None:
     """Runs a script's main; a user's mistake ends it with one line on stderr and status 1, Ctrl-C with status 130."""
     warnings.formatwarning = lambda message, *_: f"{_line(message)}\n"  # no file and line of ours
@@ -195,8 +237,9 @@ def command_line(main: Callable[[], object]) -> None:
 
     script = Path(sys.argv[0]).name
     try:
-        main()
-        print(end="", flush=True)  # a full disk behind stdout shows here
+        with one_voice():
+            main()
+            print(end="", flush=True)  # a full disk behind stdout shows here
     except BrokenPipeError:  # who read stdout is gone; Python would try once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

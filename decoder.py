@@ -78,7 +78,7 @@ class FusedGpuStep:
         Each sees the keys of those before it: its logits are those of a step of one row there. 0: every row of the
         cache is a text of its own.
     tokens: [rows, positions of the cache + 1], int64; those from `start` on are valid.
-    logits: [rows, vocab and room for a norm's rstd], float32, of the last step.
+    logits: [rows, vocab], float32, of the last step.
     """
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
@@ -108,16 +108,19 @@ class FusedGpuStep:
         self.y = buffer(config.n_layer, rows, q, dtype=model.dtype)
         arrived = buffer(rows, config.n_local_heads, dtype=torch.int32)
         self.chunks = fused_step.Chunks(buffer(rows, splits, q), buffer(rows, splits, config.n_head), arrived)
-        self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size + rstd_buffer)
+        self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size)
         most = max(len(m.widths) * (-(-len(m.weight) // 32) * 32) for m in model.sites)  # inputs of all segments
         made = buffer((rows + 3) // 4 * 4 * most, dtype=model.dtype)
         self.prepared = few_rows.Prepared(made, buffer(rows * most // 32, dtype=torch.int32))
 
         # the sampling's room, and what goes from step to step
-        self.top = buffer(rows, -(-config.vocab_size // fused_step.HEAD_ROWS))
+        self.top = buffer(rows, -(-config.vocab_size // fused_step.GROUP))
         self.groups = buffer(rows, 1 << (self.sampling[1] + 31).bit_length(), dtype=torch.int32)
         self.seed, self.position, self.token = (buffer(rows, dtype=torch.int64) for _ in range(3))
         self.tokens = buffer(rows, cache_length + 1, dtype=torch.int64)
+
+        # what o and down add to, and what the lm_head writes: parts, where ranks share a step (tp.py)
+        self.added, self.head_out = self.residual.h, (self.logits, self.top)
 
         # what the launches multiply and normalise with
         self.last_rstds = buffer(2 * config.n_layer, 1)
@@ -157,7 +160,7 @@ class FusedGpuStep:
         gemv, rows = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl), len(h)
         if rows > 1:
             gemv = partial(self.few_rows.launch_rows, prepared=self.prepared, dtype=model.dtype, pdl=pdl)
-        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, self.logits, pdl)
+        kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, pdl)
 
         for i, block in enumerate(model.layers):
             attention, feed_forward, y = block.attention, block.feed_forward, self.y[i]
@@ -169,19 +172,21 @@ class FusedGpuStep:
             if shared:
                 kernels.launch_cache(*read, config.n_head, pdl)
             kernels.launch_attention(*read, self.chunks, y, self.residual, ahead, pdl, shared)
-            gemv("given", y, products[attention.wo], h)
+            gemv("given", y, products[attention.wo], self.added)
+            self.sum_parts()
             gemv("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
-            gemv(config.activation, self.gate_up, products[feed_forward.w2], h)
+            gemv(config.activation, self.gate_up, products[feed_forward.w2], self.added)
+            self.sum_parts()
 
-        scale, norm, x = model.output and model.output.scale, self.head_norm, h
-        if rows > 1 or config.quant == "packed":
-            x, prepared = self.x, self.prepared._replace(made=self.x)
-            options = {"norm": norm, "pdl": pdl, "num_warps": kernels.HEAD_WARPS}
-            self.few_rows.launch_prepare(h, self.head_operation, None, prepared, **options)
-            norm = None
-        kernels.launch_head(x, norm, model.output_weight, scale, config.logits_scaling, self.logits, self.top, pdl)
+        scale, prepared = model.output and model.output.scale, self.prepared._replace(made=self.x)
+        self.few_rows.launch_prepare(h, self.head_operation, None, prepared, norm=self.head_norm, pdl=pdl)
+        kernels.launch_head(self.x, model.output_weight, scale, config.logits_scaling, *self.head_out, pdl)
+        self.join_logits()
         state = self.seed, self.position, self.token, self.tokens
         kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)
+
+    # where ranks share a step, see tp.py: add all their parts of `added` to the residual stream; gather their logits
+    sum_parts = join_logits = staticmethod(lambda: None)
 
 
 class FusedCpuStep:
@@ -461,7 +466,7 @@ class Generator:
 
         # the step, in the form that was asked for
         if self.step == "fused":
-            fused_class = FusedCpuStep if self.device.type == "cpu" else FusedGpuStep
+            fused_class = getattr(model, "fused_class", FusedCpuStep if self.device.type == "cpu" else FusedGpuStep)
             self._step = fused_class(model, self.temperature, self.top_k, self.dense)
         else:
             run, mode = decode_one_token, "reduce-overhead" if self.device.type == "cuda" else "default"

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import options
+import tp
 from cli import placement
 from decoder import check_finite
 from formats.default_model import resolve_checkpoint
@@ -119,6 +120,7 @@ def main(argv: list[str] | None = None) -> dict:
     o = options.eval(argv)
     if o.tasks not in TASKS:
         check_harness(o.tasks)
+    tp.start(o.device)
     source = ModelSource(*placement(o), resolve_checkpoint(o.checkpoint_path))
 
     # a text that is too short is an error before anything is made

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import options
+import tp
 from calibrate import calibrate_random, statistics_for
 from cli import placement
 from decoder import FusedCpuStep, Generation, Generator, why_unfused
@@ -43,7 +44,7 @@ from kernels import cpu
 from model import ModelArgs, Transformer, read_config
 from sparse_model import SparseTransformer
 from speculate import MAX_DRAFTS, DraftingGenerator, acceptance, same_weights
-from thresholds import Cuts, Statistics, cuts_for, recorded_perplexity
+from thresholds import STATISTICS_NAME, Cuts, Statistics, cuts_for, recorded_perplexity
 from tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_QUESTION = "How do plants make their food?"  # where the model has a chat template
@@ -73,6 +74,7 @@ class ModelSource:
         return self.load(SparseTransformer)
 
     def load(self, cls: type) -> Transformer:
+        cls = tp.RankTransformer if tp.count() > 1 else cls
         if self.folder is None:
             return cls.random_init(self.random_init, self.device, self.dtype, self.seed)
         return cls.from_checkpoint(self.folder, self.device, self.dtype)
@@ -81,6 +83,8 @@ class ModelSource:
         """Those in the file, else those beside the checkpoint, else new ones; of random weights always new ones."""
         if self.folder is None:
             return calibrate_random(self.sparse_model)
+        if tp.count() > 1 and not (path or self.folder / STATISTICS_NAME).is_file():
+            raise ValueError(f"ranks make no statistics: python calibrate.py --checkpoint_path {self.folder}")
         return statistics_for(self.folder, path, self.sparse_model)
 
     def cut_model(self, o: argparse.Namespace) -> tuple[SparseTransformer, str]:
@@ -180,6 +184,8 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, 
     if not one_length and (reason or o.unfused or not o.compile):
         why = f"not fused here: {reason}" if reason else "fused with --compile, without --unfused"
         raise ValueError(f"--prompts of different lengths (in tokens) need fused steps; a step is {why}")
+    if reason and tp.count() > 1:
+        raise ValueError(f"torchrun's ranks need fused steps; a step is not fused here: {reason}")
     if o.draft and reason:
         raise ValueError(f"--draft needs fused steps; a step is not fused here: {reason}")
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
@@ -341,6 +347,8 @@ def write_trace(path: Path, generator: Generator, prompts: list[Tensor], max_new
     """A Chrome trace of one generation, written to `path` with .json at its end."""
     with torch.profiler.profile() as profiler:
         generator(prompts, max_new_tokens)
+    if tp.rank() > 0:
+        return
     with atomic_write(path if path.suffix == ".json" else f"{path}.json") as temporary:
         profiler.export_chrome_trace(str(temporary))
 
@@ -370,7 +378,7 @@ def summary(o: argparse.Namespace, step: str, generators: list[Generator], runs:
     result |= {"bytes_per_token": read, "bandwidth_gbps": read / ms / 1e6 if ms and not o.draft else None}
     lengths = [len(prompt) for prompt in runs[0][-1].prompts]
     result |= {"peak_memory_gb": peak_memory_gb(device), "prompt_tokens": lengths if o.prompts else lengths[0]}
-    result |= {"new_tokens": o.max_new_tokens, "batch": o.batch_size}
+    result |= {"new_tokens": o.max_new_tokens, "batch": o.batch_size, "ranks": tp.count()}
     if o.draft:
         rounds = [r for g in runs[0] for r in g.rounds]
         result |= {"draft": o.draft, "speculate_k": o.speculate_k} | acceptance(rounds)
@@ -389,7 +397,8 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
     # what ran
     weights = "random weights (normal, std 0.02)" if o.random_init else "trained weights"
     compiled = "" if r["compile_s"] is None else f"; compiled in {r['compile_s']:.1f} s, not in the speed"
-    print(f"\nModel      {r['model']}, {weights}, {r['dtype']}, on {r['device']}, {step} steps{compiled}")
+    device = r["device"] + f" x {r['ranks']} ranks" * (r["ranks"] > 1)
+    print(f"\nModel      {r['model']}, {weights}, {r['dtype']}, on {device}, {step} steps{compiled}")
 
     # speed, alone and against dense
     per_step, rate = "no decode step", ""
@@ -442,6 +451,7 @@ def main(argv: list[str] | None = None) -> dict:
     o = options.generate(argv)
     if o.interactive and sys.stdin is None:
         raise ValueError("--interactive reads stdin, which is closed")
+    tp.start(o.device, o.reduce)
     folder = None if o.random_init else resolve_checkpoint(o.checkpoint_path)
     source = ModelSource(*placement(o), folder, o.random_init, o.seed)
 

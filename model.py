@@ -324,8 +324,8 @@ class Transformer(UncastBuffers):
         self.norm = make_norm(config, config.dim, device, dtype)
         self.output = None
         if not config.tie_embeddings:
-            segments = {"output": config.vocab_size}
-            self.output = Projection(config.dim, segments, False, device, dtype, config.sensitive_quant)
+            form = (False, device, dtype, config.sensitive_quant)
+            self.output = Projection(config.dim, {"output": config.vocab_size}, *form)
         self.register_buffer("inv_freq", rope_inverse_frequencies(config).to(device), persistent=False)
         local = inverse_frequencies(config.local_rope_base, config.rotary_dim) if config.local_rope_base else None
         self.register_buffer("local_inv_freq", local if local is None else local.to(device), persistent=False)
@@ -384,7 +384,7 @@ class Transformer(UncastBuffers):
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., vocab] of the last norm's output [..., dim]."""
-        x = F.linear(x, self.tok_embeddings.weight) if self.output is None else self.output(x)
+        x = F.linear(x, self.output_weight) if self.output is None else self.output(x)
         scaling = self.config.logits_scaling
         return softcapped(x if scaling == 1 else x / scaling, self.config.logit_softcap)
 
@@ -465,13 +465,7 @@ class Transformer(UncastBuffers):
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Fills every matrix from a normal distribution (quantised ones likewise); gains are 1, biases 0."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 2:
-                    fill_module(module, std, generator)
-                else:
-                    parameter.fill_(0.0 if name == "bias" or getattr(module, "plus_one", False) else 1.0)
+        init_modules(self, torch.Generator(self.device).manual_seed(seed), std)
 
     @classmethod
     def random_init(cls, name: str, device="cpu", dtype=torch.bfloat16, seed: int = 0) -> "Transformer":
@@ -510,6 +504,16 @@ class Transformer(UncastBuffers):
             reason = " ".join(str(e).split())[:400]
             raise ValueError(f"the weights in {folder} do not fit its config: {reason}") from None
         return model.requires_grad_(False).eval()
+
+
+def init_modules(root: nn.Module, generator: torch.Generator, std: float) -> None:
+    # see `Transformer.init_weights`
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 2:
+                fill_module(module, std, generator)
+            else:
+                parameter.fill_(0.0 if name == "bias" or getattr(module, "plus_one", False) else 1.0)
 
 
 def read_config(folder: Path) -> ModelArgs:

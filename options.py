@@ -23,6 +23,7 @@ MAX_DRAFTS = 7  # guesses per round: a step has 8 rows
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # that finetune.py tunes
 CACHE, PROMPT = 512, 5  # positions of benchmarks.cpu_decode's cache, and its prompt
 SWEEP = (0.0, 0.25, 0.4, 0.5, 0.65)
+RANKED = ("generate", "eval", "benchmarks.decode")  # scripts that torchrun may start
 
 
 def run_script(script: str) -> None:
@@ -31,6 +32,8 @@ def run_script(script: str) -> None:
     # The rest of the file is not run as __main__, but imported under the script's own name.
 
     def main() -> None:
+        if cli.rank_count() > 1 and script not in RANKED:
+            raise ValueError("it runs as one process: start it with python, not with torchrun")
         globals()[script.rpartition(".")[2]]()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         module = importlib.import_module(script)
@@ -72,6 +75,7 @@ def generate(argv: list[str] | None = None) -> Namespace:
     add("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
     add("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
     add("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
+    add("--reduce", choices=("peer", "nccl"), default="peer", help="how GPUs that torchrun has started add up")
     cli.refuse_old_flag(parser, "--deterministic", "the only way that it runs; leave it out")
 
     # guessed ahead
@@ -95,6 +99,11 @@ def generate(argv: list[str] | None = None) -> Namespace:
     parser.refuse(o.random_init is not None, "statistics", "beside --random_init")
     model_drafts = o.draft not in (None, "prompt")
     parser.refuse("sparsity" not in parser.given and not model_drafts, "thresholds statistics", "without --sparsity")
+    ranks = cli.rank_count()
+    parser.refuse(ranks == 1, "reduce", "without torchrun")
+    parser.refuse(ranks > 1, "interactive unfused draft compile_prefill", "beside torchrun")
+    if ranks > 1 and not o.compile:
+        raise ValueError("torchrun's ranks need --compile: only fused steps are split")
     parser.refuse(not o.compile, "unfused draft", "without --compile")
     parser.refuse(o.draft is None, "draft_sparsity speculate_k", "without --draft")
     parser.refuse(o.draft == "prompt", "draft_sparsity", "beside --draft prompt")

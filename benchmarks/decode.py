@@ -4,6 +4,7 @@ python -m benchmarks.decode                                          # the defau
 python -m benchmarks.decode --random_init llama-3-8b llama-3-8b-int8 # latency of a shape, random weights
 python -m benchmarks.decode --random_init llama-3-8b --prompt 4096   # at a longer context
 python -m benchmarks.decode --random_init llama-3-8b --batch_size 4  # rows of different prompts at once
+torchrun --nproc_per_node 2 -m benchmarks.decode --random_init llama-3-70b  # over two GPUs
 
 Every row is what `generate.py` prints for the command in it: sampling included, prefill included in tokens_per_sec and
 not in ms_per_token; of a batch tokens_per_sec counts all rows, and ttft_ms waits for each. All other flags go to
@@ -23,6 +24,7 @@ import shlex
 import torch
 
 import options
+import tp
 from benchmarks.results import form, model_columns, provenance, short, write_rows
 from cli import resolve_device
 from decoder import why_unfused
@@ -40,14 +42,15 @@ def measure(flags: list[str], config: ModelArgs) -> dict:
     unfused = o.unfused or why_unfused(config, resolve_device(o.device), result["batch"], o.top_k)
     row = provenance(result["device"]) | model_columns(config)
     row |= {"weights": "random" if "--random_init" in flags else "trained", "dtype": result["dtype"]}
-    row |= {"batch": result["batch"], "gpus": 1, "draft": result.get("draft", "none")}
+    row |= {"batch": result["batch"], "gpus": result["ranks"], "draft": result.get("draft", "none")}
     row |= {"step": "compiled" if unfused else "fused", "sparsity": result["sparsity"]}
     row |= {"achieved_sparsity": f"{result['achieved_sparsity']:.4f}", "prompt_tokens": result["prompt_tokens"]}
     row |= {"new_tokens": result["new_tokens"], "tokens_per_sec": f"{result['tokens_per_sec']:.2f}"}
     row |= {"ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}", "ttft_ms": f"{result['ttft_ms']:.2f}"}
     row |= {"bytes_per_token": result["bytes_per_token"]}
     row |= {"bandwidth_gbps": f"{result['bandwidth_gbps'] or math.nan:.1f}"}
-    return row | {"command": shlex.join(["python", "generate.py", *map(short, flags)])}
+    start = f"torchrun --nproc_per_node {result['ranks']}" if result["ranks"] > 1 else "python"
+    return row | {"command": shlex.join([*start.split(), "generate.py", *map(short, flags)])}
 
 
 def print_table(rows: list[dict]) -> None:
@@ -80,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
             gc.collect()  # the next model takes this one's place on the GPU
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        write_rows("decode.csv", rows, KEY)
+        if tp.rank() == 0:
+            write_rows("decode.csv", rows, KEY)
         tables.append(rows)
 
     # all tables last: generate.py prints much between them

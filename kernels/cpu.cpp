@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -19,11 +20,13 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <omp.h>
+#include <signal.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -214,10 +217,10 @@ struct Packed {
     for (int k = 0; k < N;) {
       // the rows that share cells
       const int64_t cells = rows[k] / cell_rows;
-      uint32_t wanted = 0;
-      int8_t which[32];
+      uint64_t wanted = 0;
+      int8_t which[64];
       for (; k < N && rows[k] / cell_rows == cells; k++) {
-        wanted |= uint32_t(1) << rows[k] % cell_rows;
+        wanted |= uint64_t(1) << rows[k] % cell_rows;
         which[rows[k] % cell_rows] = k;
       }
 
@@ -228,7 +231,7 @@ struct Packed {
         last = std::min<int64_t>(end, s < 2 ? table[5 + s] : n_columns);
         const int32_t* starts = table + HEADER + cells * n_cells + start / CELL + s;
         for (int64_t e = starts[first], cell = first; e < starts[(last - 1 - start) / CELL + 1]; e++) {
-          const uint32_t entry = entries[e], row = entry >> 9 & 31;
+          const uint32_t entry = entries[e], row = entry >> 9 & 63;
           if (!(wanted >> row & 1)) continue;
           while (starts[cell + 1] <= e) cell++;
           const int64_t at = start + cell * CELL + (entry & (CELL - 1));
@@ -791,10 +794,14 @@ struct Kept {
     this->first = 0, this->n = n;
   }
 
-  // Keeps only the part of the list that a thread takes.
-  void take(int thread, int threads) {
-    first = n * thread / threads;
-    n = n * (thread + 1) / threads - first;
+  // Keeps only the part of the list that a thread takes, of inputs begin .. end.
+  void take(int64_t begin, int64_t end, int thread, int threads) {
+    const auto place = [&](int64_t input) {
+      return std::lower_bound(index.begin(), index.begin() + n, input) - index.begin();
+    };
+    const int64_t from = place(begin), own = place(end) - from;
+    first = from + own * thread / threads;
+    n = from + own * (thread + 1) / threads - first;
   }
 };
 
@@ -967,6 +974,16 @@ struct Layer {
   int64_t window;           // keys that a query sees, itself included
 };
 
+// Of a step that several processes of one host take together, each a rank with threads and weights of its own. Memory
+// that they share holds h, y, act, logits, tops and partials.
+struct Ranks {
+  int64_t rank, ranks;
+  int64_t hidden, hidden_first;  // of all ranks; where this one's begin
+  float* partials;               // see Worker
+  class Barrier* barrier;
+  const int64_t* pids;           // of all ranks
+};
+
 struct Model {
   int64_t n_layer, n_head, n_local_heads, head_dim, dim, hidden, vocab, cache_length;
   const Layer* layers;
@@ -981,17 +998,19 @@ struct Model {
   float eps, softmax_scale, embedding_multiplier, residual_multiplier, logits_scaling, temperature;
   int64_t top_k;
   struct Pace* pace;                  // zeros before the first step; null: every step takes all threads
+  const Ranks* ranks;                 // null: this process alone; else heads, hidden and W are this rank's part
 };
 constexpr int64_t GROUP = 64;  // logits
 
 // Threads wait for each other: awake at first, since most waits are shorter than waking up, then asleep, so that whoever
-// is waited for gets the core.
+// is waited for gets the core. Threads of several processes look in turn whether all of these are there.
+struct RankEnded {};
 class Barrier {
   alignas(64) std::atomic<int> waiting{0};
   alignas(64) std::atomic<int> round{0};
 
  public:
-  void wait(int threads) {
+  void wait(int threads, const Ranks* ranks) {
     const int now = round.load(std::memory_order_relaxed);
     if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       waiting.store(0, std::memory_order_relaxed);
@@ -1004,7 +1023,12 @@ class Barrier {
       _mm_pause();
 #endif
     }
-    round.wait(now, std::memory_order_acquire);
+    if (!ranks) round.wait(now, std::memory_order_acquire);
+    for (int naps = 1; ranks && round.load(std::memory_order_acquire) == now; naps++) {
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+      for (int64_t r = 0; naps % 4096 == 0 && r < ranks->ranks; r++)
+        if (kill(ranks->pids[r], 0) && errno == ESRCH) throw RankEnded();
+    }
   }
 };
 
@@ -1125,10 +1149,14 @@ class Worker {
   const Model& m;
   const int64_t batch, *const positions;
   const int thread, threads;
+  const int rank = m.ranks ? m.ranks->rank : 0, ranks = m.ranks ? m.ranks->ranks : 1;
+  const int member = rank * threads + thread, team = ranks * threads;  // among the threads of all ranks
   Barrier& barrier;
-  float* const partials;  // [2, threads, batch, most]: of two products in turn, as others may still read the last one's
+  float* const partials;  // [2, team, batch, most]: of two products in turn, as others may still read the last one's
   const int64_t most;     // outputs of a product
   const int64_t q = m.n_head * m.head_dim, kv = m.n_local_heads * m.head_dim, width = q + 2 * kv;
+  const int64_t hidden = m.ranks ? m.ranks->hidden : m.hidden;  // of all ranks
+  const int64_t hidden_first = m.ranks ? m.ranks->hidden_first : 0;
   bool second = false;
   Kept kept;
   std::vector<float> x, shifted, sums, scores, cos, sin, head;
@@ -1137,7 +1165,7 @@ class Worker {
   Worker(const Model& m, int64_t batch, const int64_t* positions, int thread, int threads, Barrier& barrier,
          float* partials, int64_t most)
       : m(m), batch(batch), positions(positions), thread(thread), threads(threads), barrier(barrier),
-        partials(partials), most(most), kept(batch, std::max({m.dim, m.hidden, q}), m.layers[0].w2.group),
+        partials(partials), most(most), kept(batch, std::max({m.dim, hidden, ranks * q}), m.layers[0].w2.group),
         x(std::bit_ceil(uint64_t(batch)) * m.dim), shifted(batch * kept.index.size()), sums(std::max({batch * GROUP, m.dim, 2 * m.hidden})),
         scores(*std::max_element(positions, positions + batch) + 1), cos(batch * m.head_dim / 2), sin(cos.size()),
         head(3 * m.head_dim) {}
@@ -1145,35 +1173,35 @@ class Worker {
   void step() {
     // h = the tokens' embeddings
     const float multiplier = rounded<T>(m.embedding_multiplier);
-    const Range mine(m.dim, thread, threads, GRAIN);
+    const Range mine(m.dim, member, team, GRAIN);
     for (int64_t b = 0; b < batch; b++) {
       const T* embedding = static_cast<const T*>(m.embedding) + *token(b, 0) * m.dim;
       for (int64_t i = mine.begin; i < mine.end; i++)
         m.h[b * m.dim + i] = rounded<T>(embedding[i] * multiplier);
     }
-    barrier.wait(threads);
+    meet();
 
     for (int64_t l = 0; l < m.n_layer; l++) {
       const Layer& layer = m.layers[l];
       if (l == 0 || layer.inv_freq != m.layers[l - 1].inv_freq) prepare_rotations(layer);
       project_qkv(layer);
-      expect(layer.wo, q, m.dim);
-      barrier.wait(threads);
+      expect(layer.wo, ranks * q, m.dim);
+      meet();
       if (m.shared) {
         share(batch * m.n_local_heads, [&](int64_t i) { cache(layer, i / m.n_local_heads, i % m.n_local_heads); });
-        barrier.wait(threads);
+        meet();
       }
       share(batch * m.n_head, [&](int64_t i) { attend(layer, i / m.n_head, i % m.n_head); });
-      barrier.wait(threads);
-      add_product(m.y, q, layer.wo);
+      meet();
+      add_product(m.y, ranks * q, rank * q, q, layer.wo);
       expect(layer.w13, 2 * m.dim, 2 * m.hidden);
-      barrier.wait(threads);
+      meet();
       gate_and_up(layer);
-      expect(layer.w2, m.hidden, m.dim);
-      barrier.wait(threads);
-      add_product(m.act, m.hidden, layer.w2);
+      expect(layer.w2, hidden, m.dim);
+      meet();
+      add_product(m.act, hidden, hidden_first, m.hidden, layer.w2);
       if (l + 1 < m.n_layer) expect(m.layers[l + 1].wqkv, 3 * m.dim, width);
-      barrier.wait(threads);
+      meet();
     }
 
     // logits of this thread's groups of tokens, and the largest of each
@@ -1183,7 +1211,7 @@ class Worker {
     for (size_t i = 0; i < x_apart.size(); i++) x_apart[i / 64 * 64 + i % 8 * 8 + i % 64 / 8] = x[i];
     std::vector<BFloat16> buffer(packed ? m.dim : 0);
     const auto row_of = [&](int64_t v) { return static_cast<const V*>(m.output) + v * m.dim / (packed ? 64 : 1); };
-    const Range rows(m.vocab, thread, threads, GROUP);
+    const Range rows(m.vocab, member, team, GROUP);
     for (int64_t v = rows.begin; v < rows.end; v += GROUP) {
       const int64_t n = std::min(GROUP, rows.end - v), groups = (m.vocab + GROUP - 1) / GROUP;
       for_batch(batch, [&](auto B) {
@@ -1209,7 +1237,7 @@ class Worker {
         m.tops[b * groups + v / GROUP] = *std::max_element(logits, logits + n);
       }
     }
-    barrier.wait(threads);
+    meet();
   }
 
   // The next tokens of this thread's texts. Raises std::bad_alloc.
@@ -1218,6 +1246,9 @@ class Worker {
   }
 
  private:
+  // Waits for the threads of all ranks.
+  void meet() { barrier.wait(team, m.ranks); }
+
   int64_t* token(int64_t b, int64_t behind) const { return m.tokens + b * (m.cache_length + 1) + positions[b] + behind; }
 
   // This thread's part of n calls.
@@ -1247,19 +1278,21 @@ class Worker {
     for (int64_t i = 0; next.log_norms && i < norms; i += 64) __builtin_prefetch(next.log_norms + i, 0, 2);
   }
 
-  // This thread's sums over its share of the kept inputs of from [batch, n_in]; then the threads meet. Segments with the
-  // same thresholds are taken as one: at threshold 0 the rows are as long as the dense product's.
+  // This thread's sums over its share of the kept inputs of from [batch, n_in], of which this rank has `own` from
+  // `first` on; then the threads meet. Segments with the same thresholds are taken as one: at threshold 0 the rows are
+  // as long as the dense product's.
   template <typename M>
-  void multiply(const float* from, const Projection& projection, int64_t n_in, std::initializer_list<int64_t> widths) {
+  void multiply(const float* from, const Projection& projection, int64_t n_in, int64_t first, int64_t own,
+                std::initializer_list<int64_t> widths) {
     const int64_t n_out = std::accumulate(widths.begin(), widths.end(), int64_t(0));
     const Matrix<M> matrix{static_cast<const M*>(projection.weight), projection.scale, n_out, projection.group,
                            ANY_ORDER<T> ? projection.log_norms : nullptr};
     second = !second;
-    float* to = partials + (second * threads + thread) * batch * most;
+    float* to = partials + (second * team + member) * batch * most;
     const auto add = [&](const float* threshold, int64_t begin, int64_t end) {
       for_batch(batch, [&](auto B) {
         kept.list<B>(from, threshold, n_in, ANY_ORDER<T>);
-        kept.take(thread, threads);
+        kept.take(first, first + own, thread, threads);
         outputs<B>(matrix, kept, begin, end, {to + begin, most});
       });
     };
@@ -1280,14 +1313,15 @@ class Worker {
       if (projection.offset)
         for (int64_t j = 0; j < n_out; j += 16) __builtin_prefetch(projection.offset + j, 0, 2);
     }
-    barrier.wait(threads);
+    meet();
   }
 
-  // to[0 .. end - begin) = a text's outputs begin .. end of the last product, rounded.
-  void gather(int64_t b, const Projection& projection, int64_t begin, int64_t end, float* to) {
-    const float* from = partials + (second * threads * batch + b) * most;
+  // to[0 .. end - begin) = a text's outputs begin .. end of the last product, rounded: the sum of `members` from `first`
+  // on, this rank's threads or those of all ranks.
+  void gather(int64_t b, const Projection& projection, int64_t begin, int64_t end, float* to, int first, int members) {
+    const float* from = partials + ((second * team + first) * batch + b) * most;
     std::copy(from + begin, from + end, to);
-    for (int t = 1; t < threads; t++)
+    for (int t = 1; t < members; t++)
       for (int64_t j = begin; j < end; j++) to[j - begin] += from[t * batch * most + j];
 
     // int8's scale, then offset and bias, rounded after each as the plain model rounds
@@ -1302,10 +1336,10 @@ class Worker {
 
   void project_qkv(const Layer& layer) {
     normalize(layer.attention_norm);
-    multiply<V>(shift(x.data(), layer.wqkv, m.dim), layer.wqkv, m.dim, {q, kv, kv});
+    multiply<V>(shift(x.data(), layer.wqkv, m.dim), layer.wqkv, m.dim, 0, m.dim, {q, kv, kv});
     const Range mine(width, thread, threads, GRAIN);
     for (int64_t b = 0; b < batch; b++)
-      gather(b, layer.wqkv, mine.begin, mine.end, m.qkv + b * width + mine.begin);
+      gather(b, layer.wqkv, mine.begin, mine.end, m.qkv + b * width + mine.begin, rank * threads, threads);
   }
 
   void prepare_rotations(const Layer& layer) {
@@ -1362,7 +1396,8 @@ class Worker {
 
     // the new query and key, rotated; the first of a key/value head's queries caches key and value
     if (!m.shared && h % heads_per_kv == 0) cache(layer, b, kv_head);
-    float *rotated = head.data(), *k = rotated + d, *weighted = k + d, *y = m.y + b * q + h * d;
+    float *rotated = head.data(), *k = rotated + d, *weighted = k + d;
+    float* const y = m.y + (b * ranks + rank) * q + h * d;
     const float *qkv = m.qkv + b * width, *v = qkv + q + kv + kv_head * d;
     rotate(b, qkv + h * d, layer.q_norm, rotated);
     rotate(b, qkv + q + kv_head * d, layer.k_norm, k);
@@ -1394,12 +1429,12 @@ class Worker {
   }
 
   // h += the residual multiplier times the product of from [batch, n_in]
-  void add_product(const float* from, int64_t n_in, const Projection& projection) {
-    const Range mine(m.dim, thread, threads, GRAIN);
-    multiply<W>(shift(from, projection, n_in), projection, n_in, {m.dim});
+  void add_product(const float* from, int64_t n_in, int64_t first, int64_t own, const Projection& projection) {
+    const Range mine(m.dim, member, team, GRAIN);
+    multiply<W>(shift(from, projection, n_in), projection, n_in, first, own, {m.dim});
     for (int64_t b = 0; b < batch; b++) {
       float* h = m.h + b * m.dim;
-      gather(b, projection, mine.begin, mine.end, sums.data());
+      gather(b, projection, mine.begin, mine.end, sums.data(), 0, team);
 #pragma omp simd
       for (int64_t j = mine.begin; j < mine.end; j++)
         h[j] = rounded<T>(h[j] + rounded<T>(sums[j - mine.begin] * m.residual_multiplier));
@@ -1411,11 +1446,11 @@ class Worker {
     normalize(layer.ffn_norm);
     const Range mine(m.hidden, thread, threads, GRAIN);
     float *gate = sums.data(), *up = gate + m.hidden;
-    multiply<W>(shift(x.data(), layer.w13, m.dim), layer.w13, m.dim, {m.hidden, m.hidden});
+    multiply<W>(shift(x.data(), layer.w13, m.dim), layer.w13, m.dim, 0, m.dim, {m.hidden, m.hidden});
     for (int64_t b = 0; b < batch; b++) {
-      float* act = m.act + b * m.hidden + mine.begin;
-      gather(b, layer.w13, mine.begin, mine.end, gate);
-      gather(b, layer.w13, m.hidden + mine.begin, m.hidden + mine.end, up);
+      float* act = m.act + b * hidden + hidden_first + mine.begin;
+      gather(b, layer.w13, mine.begin, mine.end, gate, rank * threads, threads);
+      gather(b, layer.w13, m.hidden + mine.begin, m.hidden + mine.end, up, rank * threads, threads);
       const auto times_up = [&](auto activation) {
 #pragma omp simd
         for (int64_t j = 0; j < mine.end - mine.begin; j++) act[j] = rounded<T>(rounded<T>(activation(gate[j])) * up[j]);
@@ -1429,35 +1464,41 @@ class Worker {
   }
 };
 
-// Writes the next tokens of `batch` texts at these positions. Returns 1 where memory is short, else 0. No thread starts
-// before all have their memory: none may miss a meeting.
+// Writes the next tokens of `batch` texts at these positions. Returns 1 where memory is short, 2 where another rank has
+// ended, else 0. No thread starts before all have their memory: none may miss a meeting.
 template <typename T, typename W, typename V>
 int decode(const Model& m, int64_t batch, const int64_t* positions, const uint32_t* seeds, int threads) try {
   const auto start = std::chrono::steady_clock::now();
   Pace* pace = ANY_ORDER<T> ? m.pace : nullptr;  // else the number of threads would change tokens
   if (pace) threads = pace->threads(threads);
   Barrier barrier;
-  const int64_t most = std::max({m.dim, 2 * m.hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim});
-  const auto partials = std::make_unique_for_overwrite<float[]>(2 * threads * batch * most);
+  const int64_t hidden = m.ranks ? m.ranks->hidden : m.hidden;  // all ranks have the same room for a product
+  const int64_t most = std::max({m.dim, 2 * hidden, (m.n_head + 2 * m.n_local_heads) * m.head_dim});
+  const auto own = std::make_unique_for_overwrite<float[]>(m.ranks ? 0 : 2 * threads * batch * most);
+  float* const partials = m.ranks ? m.ranks->partials : own.get();
+  Barrier& meeting = m.ranks ? *m.ranks->barrier : barrier;
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(threads)
   {
     std::unique_ptr<Worker<T, W, V>> worker;
     try {
       const int thread = omp_get_thread_num(), team = omp_get_num_threads();  // maybe fewer than were asked for
-      worker = std::make_unique<Worker<T, W, V>>(m, batch, positions, thread, team, barrier, partials.get(), most);
+      if (m.ranks && team != threads) throw std::bad_alloc();
+      worker = std::make_unique<Worker<T, W, V>>(m, batch, positions, thread, team, meeting, partials, most);
     } catch (const std::bad_alloc&) {
       failed = 1;
     }
 #pragma omp barrier
-    if (!failed) worker->step();
     try {
+      if (!failed) worker->step();
       if (!failed) worker->draw(seeds);
     } catch (const std::bad_alloc&) {
       failed = 1;
+    } catch (const RankEnded&) {
+      failed = 2;
     }
   }
-  if (failed) return 1;
+  if (failed) return failed;
   if (pace) pace->took(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   return 0;
 } catch (const std::bad_alloc&) {

@@ -185,4 +185,10 @@ class Model(ctypes.Structure):
     _fields_ = _fields(INTEGER, f"{SHAPE} cache_length") + _fields(ctypes.POINTER(Layer), "layers")
     _fields_ += _fields(POINTER, "embedding norm output output_scale h qkv y act logits tops tokens")
     _fields_ += _fields(INTEGER, "cut shared activation") + _fields(FLOAT, f"eps softmax_scale {FACTORS} temperature")
-    _fields_ += _fields(INTEGER, "top_k") + _fields(POINTER, "pace")
+    _fields_ += _fields(INTEGER, "top_k") + _fields(POINTER, "pace") + _fields(POINTER, "ranks")
+
+
+class Ranks(ctypes.Structure):
+    """`Ranks` of cpu.cpp, in its order."""
+
+    _fields_ = _fields(INTEGER, "rank ranks hidden hidden_first") + _fields(POINTER, "partials barrier pids")

@@ -2,8 +2,8 @@
 
 Two launches: one makes the inputs and lists which are kept, the other multiplies. Every row of x gets the sums that
 `kernels.triton_gemv` gives it alone, to the bit. So the plan of one row says which rows of W are added up, in which
-order, before a sum is put on its grid; a sum of such sums is exact, and how many a program takes is free. Products of
-16-bit numbers are exact in float32, and those of an input that a row cuts are 0.
+order, before a sum is put on its grid. Products of 16-bit numbers are exact in float32, and those of an input that a
+row cuts are 0.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.plan import BLOCK_IN, Plan, plan_for, strands_of
+from kernels.plan import BLOCK_IN, Plan, strands_of
 from kernels.triton_gemv import (
     BLOCK,
     CELL_OUT,
@@ -36,15 +36,15 @@ from kernels.triton_gemv import (
     snap,
     starts_of,
     unpacked,
+    widened,
     with_escapes,
 )
 
 PREPARED = 256  # inputs that a program of the first launch makes
-# Programs of a launch for up to 4 rows, if its sums allow. llama-3-8b's gate|up for 2 rows took 104 us with 4,224 and
-# 81 with 16,896 (bfloat16, dense, H100). Programs of more rows have more registers and live longer: their number is
-# what runs at once, 16 on each of an H100's 132 multiprocessors. For 8 rows the step took 1.72 of one row's time with
-# twice as many and 1.52 so.
-PROGRAMS, RESIDENT = 16896, 2112
+# Rows of x that one program takes at most; what two programs read is read from memory once. More rows need
+# registers that other programs lack then. A layer of llama-3-8b (bfloat16, H100) takes, in one program / in shares: 5
+# rows 214 / 204 us dense, 304 / 235 at 50 %; 8 rows 220 / 236 dense, 249 / 234 at 50 %.
+SHARE = 4
 PREFETCH = 528  # programs that prefetch the rows of their first block
 
 
@@ -55,31 +55,22 @@ class RowsPlan(NamedTuple):
     strands: int  # a block's rows i, i + strands, ... are added up, then the strands' sums
     chained: bool  # a block's sum begins with the one before it
     block_out: int  # outputs of a tile
-    groups: int  # how often a program takes `blocks`
     rows: int  # rows of W that each strand loads at once
     prefetch: bool  # whether the first PREFETCH programs prefetch
 
 
-def rows_plan(plan: Plan, n_in: int, segments: list[int], bits: int, rows: int, dependent: bool) -> RowsPlan:
+def rows_plan(plan: Plan, segments: list[int], bits: int, rows: int, dependent: bool) -> RowsPlan:
     """How to launch a product of several rows of x, with the sums of the `plan` of one.
 
-    A thread keeps 4 or 8 outputs of each row, and what has left for the grid, in registers.
+    A thread keeps 4 to 16 outputs of each row in registers.
     """
-    packed = bits == 12
-    strands, chained = plan.strands, plan.chained
-    if not packed:
-        strands, chained = strands_of(plan, sum(segments), bits), plan.rows > 0
-    by_thread = 16 if bits == 4 and rows <= 2 else 8 if bits < 16 or rows <= 4 else 4
+    strands, chained = (plan.strands, plan.chained) if bits == 12 else (strands_of(plan, sum(segments), bits), plan.rows > 0)
+    few = rows <= 2
+    by_thread = 16 if bits == 4 and few else 8 if bits < 16 or few else 4
     block_out = 32 * by_thread // strands
-    tiles = sum(triton.cdiv(width, block_out) for width in segments)
-    n_groups = triton.cdiv(n_in, BLOCK_IN * plan.blocks)
-    groups = max(1, tiles * n_groups // PROGRAMS)
-    if rows > 4:
-        groups = triton.cdiv(n_groups, max(1, RESIDENT // tiles))
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
-    at_once = min(16 if rows <= 2 or (bits == 16 and 4 < rows < 8) else 8, BLOCK_IN // strands)
-    at_once = 8 if packed else at_once
-    return RowsPlan(plan.blocks, strands, chained, block_out, groups, at_once, ahead)
+    at_once = min(16 if few and bits != 12 else 8, BLOCK_IN // strands)
+    return RowsPlan(plan.blocks, strands, chained, block_out, at_once, ahead)
 
 
 @triton.constexpr_function
@@ -92,7 +83,7 @@ def x_words(rows, dtype):
 def _prepare_kernel(
     x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, x_stride, n_zero, eps,
     # compiled in: strides of made, inputs of it with those beyond the last, which are 0
-    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr,
+    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr, SHARE: tl.constexpr,
     OP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """Inputs of one row of x, PART of them, and which are kept by one segment: 0 where cut, one bit each in kept."""
@@ -116,7 +107,8 @@ def _prepare_kernel(
     if OP.prologue == "norm":
         rstd = rstd_of(x_ptr, eps, OP.n_in)
     x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
-    tl.store(made_ptr + row * ROW + (segment * MADE + i) * INPUT, tl.where(keep, x, 0.0), mask=i < MADE)
+    share = segment * tl.cdiv(tl.num_programs(1), SHARE) + row // SHARE
+    tl.store(made_ptr + row % SHARE * ROW + (share * MADE + i) * INPUT, tl.where(keep, x, 0.0), mask=i < MADE)
     if OP.cut:
         bits = tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK))
         block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
@@ -125,13 +117,13 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _kept_by_any(kept_ptr, block, ROWS: tl.constexpr, OP: tl.constexpr):
+def _kept_by_any(kept_ptr, block, n_rows, ROWS: tl.constexpr, OP: tl.constexpr):
     """Bits of a block's inputs that any of the rows keeps; none beyond the last block."""
     n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
     if OP.cut:
         kept = 0
         for r in tl.static_range(ROWS):
-            kept = kept | tl.load(kept_ptr + r * n_blocks + block, mask=block < n_blocks, other=0)
+            kept = kept | tl.load(kept_ptr + r * n_blocks + block, mask=(block < n_blocks) & (r < n_rows), other=0)
     else:
         in_block = tl.minimum(tl.maximum(OP.n_in - block * BLOCK, 0), BLOCK)
         kept = tl.where(in_block == BLOCK, -1, (1 << in_block) - 1)
@@ -169,21 +161,6 @@ def _fetch_x(x_ptr, X_WORDS: tl.constexpr):
 
 
 @triton.jit
-def _x_of_row(word, r: tl.constexpr, OP: tl.constexpr):
-    """Row r of x, float32, from the 64 bits that hold it."""
-    if OP.dtype == tl.float32:
-        bits = (word >> 32 * (r % 2)).to(tl.int32)
-        x = bits.to(tl.float32, bitcast=True)
-    elif OP.dtype == tl.bfloat16:  # half the work of a conversion
-        half = (word >> 32 * (r // 2 % 2)).to(tl.int32)
-        half = half & -65536 if r % 2 else half << 16
-        x = half.to(tl.float32, bitcast=True)
-    else:
-        x = (word >> 16 * (r % 4)).to(tl.int16).to(OP.dtype, bitcast=True).to(tl.float32)
-    return x
-
-
-@triton.jit
 def _add_packed_rows(
     # sums [strands, elements] of each row of x and each of an element's eight outputs, in turn
     acc,
@@ -207,18 +184,27 @@ def _add_packed_rows(
             words = words + (load_packed(weight_ptr + i * row_words, local, mask),)  # noqa: RUF005
         for j in tl.static_range(AT_ONCE):
             i = (part + j) * STRANDS + strand
-            weights = unpacked(words[j], base)
+            weights = widened(words[j], base)
             if ((escaped & kept) >> (part + j) * STRANDS) & ((1 << STRANDS) - 1) != 0:
-                weights = with_escapes(weights, i, ahead + local, entries_ptr, n_entries, n_entries)
+                weights = with_escapes(weights, i, ahead, ELEMENTS, entries_ptr, n_entries)
             sums = ()
             for r in tl.static_range(ROWS):
                 if r % IN_WORD == 0:
                     some = tl.load(x_ptr + i * X_WORDS + r // IN_WORD)
-                x = _x_of_row(some, r, OP)
+                x = unpacked(some, r, OP.dtype)
                 for k in tl.static_range(8):
                     sums = sums + (acc[r * 8 + k] + x * weights[k],)  # noqa: RUF005
             acc = sums
     return acc
+
+
+@triton.jit
+def _packed_sum(acc, r: tl.constexpr):
+    """Row r's sums of the outputs in their order, over all strands."""
+    sums = ()
+    for k in tl.static_range(8):
+        sums = sums + (tl.sum(acc[8 * r + k], axis=0),)  # noqa: RUF005
+    return in_order(sums)
 
 
 @triton.jit
@@ -266,7 +252,7 @@ def _add_rows(
                 for r in tl.static_range(ROWS):
                     if r % IN_WORD == 0:
                         some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
-                    sums = sums + (acc[r] + _x_of_row(some, r, OP)[:, None] * weight,)  # noqa: RUF005
+                    sums = sums + (acc[r] + unpacked(some, r, OP.dtype)[:, None] * weight,)  # noqa: RUF005
             else:
                 # integers are widened once for all rows, see `fraction`
                 word = weights[j]
@@ -279,7 +265,7 @@ def _add_rows(
                 for r in tl.static_range(ROWS):
                     if r % IN_WORD == 0:
                         some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
-                    x = _x_of_row(some, r, OP)
+                    x = unpacked(some, r, OP.dtype)
                     if OP.bits == 4:
                         new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
                         x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
@@ -297,21 +283,13 @@ def _add_rows(
 
 
 @triton.jit
-def _packed_sum(acc, r: tl.constexpr):
-    """Row r's sums of the outputs in their order, over all strands."""
-    sums = ()
-    for k in tl.static_range(8):
-        sums = sums + (tl.sum(acc[8 * r + k], axis=0),)  # noqa: RUF005
-    return in_order(sums)
-
-
-@triton.jit
 def _rows_kernel(
     x_ptr, kept_ptr, weight_ptr, out_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
-    n_out, out_stride, tiles_1, tiles_2, start_1, start_2, one,
-    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    n_out, out_stride, n_rows, tiles_1, tiles_2, start_1, start_2, one,
+    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """out += m (W^T x + offset) for ROWS rows of prepared x: a program takes PLAN.groups of inputs, one tile."""
+    """out += m (W^T x + offset) for prepared x: a program takes PLAN.blocks, a tile and ROWS rows, one of SHARES."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     PACK: tl.constexpr = OP.pack
@@ -319,7 +297,7 @@ def _rows_kernel(
     BLOCK_OUT: tl.constexpr = PLAN.block_out
     X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
     n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
-    tile = tl.program_id(0)
+    tile, share = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES
     segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
@@ -329,88 +307,83 @@ def _rows_kernel(
         n_words = tl.multiple_of(3 * n_words, 8)
         start = tl.where(segment > 1, start_2, tl.where(segment > 0, start_1, 0))
         base = tl.load(weight_scale_ptr + segment)
-    block = tl.program_id(1) * PLAN.groups * BLOCKS
+    block = tl.program_id(1) * BLOCKS
 
     # before the wait: weights, which no launch writes
     if PREFETCH > 0:
-        if tl.program_id(1) * tl.num_programs(0) + tile < PREFETCH:
+        if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PREFETCH:
             rows = block * BLOCK + tl.arange(0, BLOCK)
             at = weight_ptr + rows.to(tl.int64) * n_words + (first // 8 * 3 if PACKED else first // PACK)
             prefetch(at, rows < OP.n_in, BLOCK_OUT * OP.bits // 8)
+    x_part = share
     if OP.cut:  # each segment has inputs of its own
-        x_ptr += segment * n_blocks * (BLOCK * X_WORDS)
-        kept_ptr += segment * ROWS * n_blocks
+        x_part += segment * SHARES
+        kept_ptr += segment * n_rows * n_blocks
+    x_ptr += x_part * n_blocks * (BLOCK * X_WORDS)
+    kept_ptr += share * ROWS * n_blocks
+    n_rows -= share * ROWS  # that are left for this program
+    out_ptr += share * ROWS * out_stride
 
     # the inputs are made
     if PDL:
         tl.extra.cuda.gdc_wait()
         _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
-    total = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
-    kept = _kept_by_any(kept_ptr, block, ROWS, OP)
-    for _group in range(PLAN.groups):
-        # sums of this group, as the kernel of one row takes them
-        starts_group = block
-        summed = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
-        acc, ones, low = _zeros(OP, PLAN, ROWS)
-        for _block in range(BLOCKS):
-            at = weight_ptr + block.to(tl.int64) * (BLOCK * n_words)
-            scale_at = weight_scale_ptr
-            if OP.bits == 4:
-                scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
-            # the next block's inputs come while this one's weights do
-            next_kept = _kept_by_any(kept_ptr, block + 1, ROWS, OP)
-            if PDL:
-                _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
-            x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
-            if PACKED:
-                at += tl.multiple_of(first // 8 * 3, 8)
-                escapes = load_escapes(weight_scale_ptr, block, n_out, segment, start, first, OP, BLOCK_OUT)
-                ahead = (first - start) % CELL_OUT // 8
-                acc = _add_packed_rows(
-                    acc, kept, x_at, at, n_words, (last - first) // 8, base,
-                    escapes[0], escapes[1], escapes[2], ahead, OP, PLAN, ROWS,
-                )
-            else:
-                acc, ones, low = _add_rows(
-                    acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS
-                )
-            block += 1
-            kept = next_kept
-            if not PLAN.chained:
-                sums = ()
-                for r in tl.static_range(ROWS):
-                    sum_r = _packed_sum(acc, r) if PACKED else tl.sum(acc[r], axis=0)
-                    sums = sums + (summed[r] + sum_r,)  # noqa: RUF005 (Triton knows no stars)
-                summed = sums
-                acc, ones, low = _zeros(OP, PLAN, ROWS)
+    kept = _kept_by_any(kept_ptr, block, n_rows, ROWS, OP)
+    summed = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
+    acc, ones, low = _zeros(OP, PLAN, ROWS)
+    for _block in range(BLOCKS):
+        at = weight_ptr + block.to(tl.int64) * (BLOCK * n_words)
+        scale_at = weight_scale_ptr
+        if OP.bits == 4:
+            scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
+        # the next block's inputs come while this one's weights do
+        next_kept = _kept_by_any(kept_ptr, block + 1, n_rows, ROWS, OP)
+        if PDL:
+            _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
+        x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
+        if PACKED:
+            at += tl.multiple_of(first // 8 * 3, 8)
+            escapes = load_escapes(weight_scale_ptr, block, n_out, segment, start, first, OP, BLOCK_OUT)
+            acc = _add_packed_rows(
+                acc, kept, x_at, at, n_words, (last - first) // 8, base, escapes[0], escapes[1], escapes[2],
+                (first - start) % CELL_OUT // 8, OP, PLAN, ROWS,
+            )
+        else:
+            acc, ones, low = _add_rows(
+                acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS
+            )
+        block += 1
+        kept = next_kept
+        if not PLAN.chained:
+            sums = ()
+            for r in tl.static_range(ROWS):
+                sum_r = _packed_sum(acc, r) if PACKED else tl.sum(acc[r], axis=0)
+                sums = sums + (summed[r] + sum_r,)  # noqa: RUF005 (Triton knows no stars)
+            summed = sums
+            acc, ones, low = _zeros(OP, PLAN, ROWS)
 
-        # the outputs in their order, with int8's scale and the offsets, on their grid
-        sums = ()
-        for r in tl.static_range(ROWS):
-            out = summed[r]
-            if PLAN.chained:
-                if PACKED:
-                    out = _packed_sum(acc, r)
-                elif OP.bits == 4:
-                    acc_r = acc[r * PACK : r * PACK + PACK]
-                    out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]), OP.bits)
-                elif OP.bits == 8:
-                    out = joined(acc[r * PACK : r * PACK + PACK], ones[r], -128 * ones[r], OP.bits)
-                    out *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
-                else:
-                    out = tl.sum(acc[r], axis=0)
-            if offset_ptr is not None:
-                if starts_group == 0:
-                    out += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
-            if OP.multiplier != 1.0:
-                out *= OP.multiplier
-            if fineness_ptr is not None:
-                out = snap(out, tl.load(fineness_ptr + cols, mask=in_cols, other=1.0))
-            sums = sums + (total[r] + out,)  # noqa: RUF005
-        total = sums
-
+    # the outputs in their order, with int8's scale and the offsets, on their grid
     for r in tl.static_range(ROWS):
-        tl.atomic_add(out_ptr + r * out_stride + cols, total[r], mask=in_cols, sem="relaxed")
+        out = summed[r]
+        if PLAN.chained:
+            if PACKED:
+                out = _packed_sum(acc, r)
+            elif OP.bits == 4:
+                acc_r = acc[r * PACK : r * PACK + PACK]
+                out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]), OP.bits)
+            elif OP.bits == 8:
+                out = joined(acc[r * PACK : r * PACK + PACK], ones[r], -128 * ones[r], OP.bits)
+                out *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
+            else:
+                out = tl.sum(acc[r], axis=0)
+        if offset_ptr is not None:
+            if tl.program_id(1) == 0:
+                out += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
+        if OP.multiplier != 1.0:
+            out *= OP.multiplier
+        if fineness_ptr is not None:
+            out = snap(out, tl.load(fineness_ptr + cols, mask=in_cols, other=1.0))
+        tl.atomic_add(out_ptr + r * out_stride + cols, out, mask=in_cols & (r < n_rows), sem="relaxed")
 
 
 class Prepared(NamedTuple):
@@ -433,10 +406,11 @@ def launch_rows(
     weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
     rows, segments = len(x), product.segments
     operation = product.operation(prologue, dtype)
-    room = x_words(rows, operation.dtype) * 64 // operation.dtype.primitive_bitwidth
-    launch_prepare(x, operation, product.threshold, prepared, room, norm=norm, zero=zero, pdl=pdl)
-    plan = plan_for(prologue, n_in, segments, product.sparsity, form, pdl)
-    plan = rows_plan(plan, n_in, segments, form.bits, rows, pdl)
+    shares = triton.cdiv(rows, SHARE)
+    share = triton.cdiv(rows, shares)
+    room = x_words(share, operation.dtype) * 64 // operation.dtype.primitive_bitwidth
+    launch_prepare(x, operation, product.threshold, prepared, room, share, norm=norm, zero=zero, pdl=pdl)
+    plan = rows_plan(product.plan(prologue, pdl), segments, form.bits, share, pdl)
 
     # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
     if form.name != "none":
@@ -445,21 +419,23 @@ def launch_rows(
         weight_scale = weight_scale.view(torch.int32)
     starts = starts_of(segments)
     tiles = starts_of([triton.cdiv(width, plan.block_out) for width in segments])
-    _rows_kernel[(tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks * plan.groups))](
+    _rows_kernel[(tiles[-1] * shares, triton.cdiv(n_in, BLOCK_IN * plan.blocks))](
         prepared.made.view(torch.int64), prepared.kept, weight, out, product.offset, weight_scale, product.fineness,
-        starts[-1], out.stride(0), *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], ONE,
-        OP=operation, PLAN=plan, ROWS=rows, PREFETCH=PREFETCH * plan.prefetch, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        starts[-1], out.stride(0), rows, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], ONE,
+        OP=operation, PLAN=plan, ROWS=share, SHARES=shares, PREFETCH=PREFETCH * plan.prefetch, PDL=pdl,
+        num_warps=1, launch_pdl=pdl,
     )
 
 
 def launch_prepare(
-    x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, *,
-    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False, num_warps: int = 1,
+    x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, share: int = 8, *,
+    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
 ) -> None:
     """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
 
-    room: rows that lie side by side in what is made, [segments, inputs in whole blocks, room]; 0: it is [rows, in].
-    num_warps: as many as the kernel of one row has, whose norm adds in their order.
+    room: rows that lie side by side in what is made, [segments, shares, inputs in whole blocks, room]; 0: it is
+        [rows, in].
+    share: rows that one program of the product takes.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)
@@ -469,6 +445,6 @@ def launch_prepare(
     made = triton.cdiv(operation.n_in, BLOCK_IN) * BLOCK_IN if room else operation.n_in
     _prepare_kernel[grid](
         x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,
-        ROW=1 if room else made, INPUT=room or 1, MADE=made, OP=operation, PART=PREPARED,
-        ZERO=zero_block, PDL=pdl, num_warps=num_warps, launch_pdl=pdl,
+        ROW=1 if room else made, INPUT=room or 1, MADE=made, SHARE=share, OP=operation, PART=PREPARED,
+        ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )

@@ -33,16 +33,18 @@ def bound_after_norm(
     """What no part of an RMSNorm's product with a weight exceeds, [out], float32, whatever the norm's input.
 
     By Cauchy-Schwarz: before the gain [in] a norm's output has a 2-norm of at most sqrt(in). Shifts [in] count twice,
-    in the inputs and in the offset, of which a bias [out] is another part.
+    in the inputs and in the offset, of which a bias [out] is another part. Sums are taken in float64, so that a few
+    columns of a weight, a rank's part, get the bounds that they have in the whole.
     """
     squares, shifted = 0.0, 0.0
     for i in range(0, len(weight), BLOCK):
         rows = slice(i, i + BLOCK)
         part = dequantize(*part_of(weight, scale, i, i + BLOCK), torch.float32)
-        squares += (part * gain[rows, None].float()).square().sum(0)
+        squares += (part * gain[rows, None].float()).double().square().sum(0)
         if shift is not None:
-            shifted += shift[rows].abs() @ part.abs()
-    return ROUNDING * (math.sqrt(len(weight)) * squares.sqrt() + 2 * shifted + (0 if bias is None else bias.abs()))
+            shifted += shift[rows].abs().double() @ part.abs().double()
+    bound = math.sqrt(len(weight)) * squares.sqrt() + 2 * shifted + (0 if bias is None else bias.abs())
+    return (ROUNDING * bound).float()
 
 
 def _probed(model: Module) -> list:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 GROUP, GROUP_BYTES = 64, 96  # weights, and their bytes
 CELL_ROWS, CELL = 32, 512  # rows and columns of a cell, whose escapes are listed together
-HEAD_ROWS = 8  # of a cell of the lm_head
+HEAD_ROWS = 64  # of a cell of the lm_head, as many as a program has tokens
 SEGMENTS, HEADER = 3, 8  # at most; int32 numbers of an escape table before its starts
 MOST_BASE = 240  # of a window of 16 among 256 exponents
 SIGNS, CODES = 0x807F807F - (1 << 32), 0x07800780  # of two bfloat16: signs and mantissas; the lowest 4 bits of exponents
@@ -132,5 +132,5 @@ def unpack(packed: Tensor, table: Tensor, cell_rows: int = CELL_ROWS) -> Tensor:
     ids = starts // CELL + torch.arange(SEGMENTS, device=packed.device)
     segment = ((cell % n_cells)[:, None] >= ids).sum(1) - 1
     column = starts[segment] + (cell % n_cells - ids[segment]) * CELL + (entries & CELL - 1)
-    bits[cell // n_cells * cell_rows + (entries >> 9 & CELL_ROWS - 1), column] = (entries >> 16).to(torch.int16)
+    bits[cell // n_cells * cell_rows + (entries >> 9 & HEAD_ROWS - 1), column] = (entries >> 16).to(torch.int16)
     return bits.view(torch.bfloat16)

@@ -64,7 +64,14 @@ class Plan(NamedTuple):
 
 
 def plan_for(
-    prologue: str, n_in: int, segments: list[int], sparsity: float, form: Form, dependent: bool, last_rstd: bool = True
+    prologue: str,
+    n_in: int,
+    segments: list[int],
+    sparsity: float,
+    form: Form,
+    dependent: bool,
+    last_rstd: bool = True,
+    part: list[int] | None = None,
 ) -> Plan:
     """How to launch a product.
 
@@ -73,6 +80,7 @@ def plan_for(
     sparsity, form: about the share of inputs that the thresholds cut; the weight's form.
     dependent: a dependent launch, which starts before the one before has ended.
     last_rstd: whether a norm's rstd is kept from token to token; without it no row after a norm can be guessed.
+    part: segments of a rank's part of the weight, which is multiplied with the sums of the whole.
     """
     if form.name == "packed":
         plain = plan_for(prologue, n_in, segments, sparsity, BFLOAT16, dependent, last_rstd)
@@ -88,7 +96,7 @@ def plan_for(
     registers = _registers(prologue, sparsity, bits, blocks, block_out, rows)
     prefetch, prefetch_blocks, guess = _prefetch(prologue, n_out, sparsity, bits, min(blocks, 3))
     unknown = guess and prologue == "norm" and not last_rstd
-    if not dependent or unknown or common % block_out:
+    if not dependent or unknown or math.gcd(*(part or segments)) % block_out:
         return Plan(blocks, block_out, rows, registers)
     return Plan(blocks, block_out, rows, registers, prefetch, prefetch_blocks, guess)
 

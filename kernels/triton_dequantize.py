@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import packed
-from kernels.triton_gemv import CELL_OUT, SEGMENTS_AT_MOST, TABLE, in_order, load_packed, unpacked
+from kernels.triton_gemv import CELL_OUT, SEGMENTS_AT_MOST, TABLE, in_order, load_packed, widened
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _unpack_kernel(
     segment = (8 * elements >= tl.load(starts_ptr + 1)).to(tl.int32) + (8 * elements >= tl.load(starts_ptr + 2))
     at = weight_ptr + rows.to(tl.int64) * (n_columns // 8 * 3) + tl.program_id(1) * (3 * ELEMENTS)
     there = (rows < n_rows) & (8 * elements < n_columns)
-    weights = unpacked(load_packed(at, local, there), tl.load(table_ptr + segment))
+    weights = widened(load_packed(at, local, there), tl.load(table_ptr + segment))
     out = in_order(weights).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows.to(tl.int64) * n_columns + columns, out, mask=(rows < n_rows) & (columns < n_columns))
 
@@ -100,7 +100,7 @@ def _escapes_kernel(table_ptr, out_ptr, n_columns, n_cells, n_starts):
     for i in range(tl.load(at), tl.load(at + 1), 32):
         k = i + tl.arange(0, 32)
         entry = tl.load(table_ptr + TABLE + n_starts + k, mask=k < tl.load(at + 1), other=0)
-        place = (first_row + (entry >> 9 & 31)) * n_columns + first + (entry & CELL_OUT - 1)
+        place = (first_row + (entry >> 9 & 63)) * n_columns + first + (entry & CELL_OUT - 1)
         value = (entry & -65536).to(tl.float32, bitcast=True)
         tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=k < tl.load(at + 1))
 

@@ -219,6 +219,21 @@ def prefetch_gate_up(
         prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
 
 
+@triton.jit
+def unpacked(word, i: tl.constexpr, DTYPE: tl.constexpr):
+    """The i-th number, as float32, of a run of DTYPE, from the word of 64 bits that holds it."""
+    if DTYPE == tl.float32:
+        bits = (word >> 32 * (i % 2)).to(tl.int32)
+        x = bits.to(tl.float32, bitcast=True)
+    elif DTYPE == tl.bfloat16:  # half the work of a conversion
+        half = (word >> 32 * (i // 2 % 2)).to(tl.int32)
+        half = half & -65536 if i % 2 else half << 16
+        x = half.to(tl.float32, bitcast=True)
+    else:
+        x = (word >> 16 * (i % 4)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return x
+
+
 # ---- integers: sums of x times integer, taken without converting the integers
 
 
@@ -284,7 +299,7 @@ def _rotated(word):
 
 
 @triton.jit
-def unpacked(words, base):
+def widened(words, base):
     """The eight weights, float32, of what `load_packed` gave; base: the segment's, from the escape table."""
     first, second, codes = words
     out = ()
@@ -325,27 +340,26 @@ def load_escapes(table_ptr, block, n_out, segment, start, first, OP: tl.constexp
     entry = tl.load(entries_ptr + i, mask=i < end, other=0)
     column = (entry & CELL_OUT - 1) - (first - start) % CELL_OUT
     there = (i < end) & (column >= 0) & (column < BLOCK_OUT)
-    rows = tl.reduce(tl.where(there, 1 << (entry >> 9 & 31), 0), 0, _either)
+    rows = tl.reduce(tl.where(there, 1 << (entry >> 9 & 63), 0), 0, _either)
     return entries_ptr + begin, end - begin, tl.where(end - begin > BLOCK, -1, rows)
 
 
 @triton.jit
-def with_escapes(weights, rows, elements, entries_ptr, n_entries, n_first):
-    """Eight weights of rows and elements with the escapes among them; elements count from the cell's first.
-
-    n_first: how many entries are of that cell, the others are of the next one.
-    """
+def with_escapes(weights, rows, ahead, N: tl.constexpr, entries_ptr, n_entries):
+    """Eight weights of `rows` [any, 1] and N elements with the escapes among them; ahead: the cell's elements before."""
+    elements = tl.arange(0, N)[None, :]
     k = 0
     while k < n_entries:
         entry = tl.load(entries_ptr + k)
-        element = (entry >> 3 & 63) + tl.where(k < n_first, 0, CELL_OUT // 8)
-        slot = tl.where((rows == entry >> 9 & 31) & (elements == element), entry & 7, -1)
-        value = (entry & -65536).to(tl.float32, bitcast=True)
-        out = ()
-        for j in tl.static_range(8):
-            out = out + (tl.where(slot == j, value, weights[j]),)  # noqa: RUF005
-        weights = out
-        k += 1 + (entry >> 14 & 1)  # which is 0: a compiler that knows would unroll, to four times the code
+        element = (entry >> 3 & 63) - ahead
+        if (element >= 0) & (element < N):
+            slot = tl.where((rows == entry >> 9 & 63) & (elements == element), entry & 7, -1)
+            value = (entry & -65536).to(tl.float32, bitcast=True)
+            out = ()
+            for j in tl.static_range(8):
+                out = out + (tl.where(slot == j, value, weights[j]),)  # noqa: RUF005
+            weights = out
+        k += 1 + (entry >> 15 & 1)  # which is 0: a compiler that knows would unroll, to four times the code
     return weights
 
 
@@ -436,7 +450,9 @@ def _by_strand(values, STRANDS: tl.constexpr):
 
 
 @triton.jit
-def _add_packed_row(acc, words, i, x, base, escaped, elements, entries_ptr, n_entries, STRANDS: tl.constexpr):
+def _add_packed_row(
+    acc, words, i, x, base, escaped, ahead, entries_ptr, n_entries, STRANDS: tl.constexpr, ELEMENTS: tl.constexpr
+):
     """Adds row i[s] (below 0: none) of each strand s, as `load_packed` gave it, times its x.
 
     escaped: not 0 if one of these rows has escapes.
@@ -446,9 +462,9 @@ def _add_packed_row(acc, words, i, x, base, escaped, elements, entries_ptr, n_en
     for s in tl.static_range(STRANDS):
         x_s = tl.sum(tl.where(lane == i[s], x.to(tl.int32, bitcast=True), 0), axis=0)
         xs = xs + (x_s.to(tl.float32, bitcast=True),)  # noqa: RUF005
-    weights = unpacked(words, base)
+    weights = widened(words, base)
     if escaped != 0:
-        weights = with_escapes(weights, _by_strand(i, STRANDS), elements, entries_ptr, n_entries, n_entries)
+        weights = with_escapes(weights, _by_strand(i, STRANDS), ahead, ELEMENTS, entries_ptr, n_entries)
     x = _by_strand(xs, STRANDS) if STRANDS > 1 else xs[0]
     sums = ()
     for k in tl.static_range(8):
@@ -471,7 +487,7 @@ def _add_packed_rows(
     ROWS: tl.constexpr = PLAN.rows
     ELEMENTS: tl.constexpr = PLAN.block_out // 8
     local = tl.arange(0, ELEMENTS)
-    in_tile, elements = (local < n_elements)[None, :], (ahead + local)[None, :]
+    in_tile = (local < n_elements)[None, :]
     x = tl.where(keep, x, 0.0)
     kept = tl.sum(keep.to(tl.int32) << tl.arange(0, BLOCK), axis=0)
     escaped = escaped & kept
@@ -491,7 +507,7 @@ def _add_packed_rows(
                 rows, bits = rows + (i,), bits + (bit,)  # noqa: RUF005
             for j in tl.static_range(ROWS):
                 acc = _add_packed_row(
-                    acc, words[j], rows[j], x, base, escaped & bits[j], elements, entries_ptr, n_entries, STRANDS
+                    acc, words[j], rows[j], x, base, escaped & bits[j], ahead, entries_ptr, n_entries, STRANDS, ELEMENTS
                 )
     else:
         for part in range(0, BLOCK, ROWS * STRANDS):
@@ -507,7 +523,7 @@ def _add_packed_rows(
             for j in tl.static_range(ROWS):
                 here = (escaped >> rows[j][0]) & ((1 << STRANDS) - 1)
                 acc = _add_packed_row(
-                    acc, words[j], rows[j], x, base, here, elements, entries_ptr, n_entries, STRANDS
+                    acc, words[j], rows[j], x, base, here, ahead, entries_ptr, n_entries, STRANDS, ELEMENTS
                 )
     return acc
 
@@ -680,6 +696,7 @@ class Product(NamedTuple):
     offset: [out], float32, what is added to a product, the shifts' product and a bias; or None.
     fineness: [out], float32, of the outputs' grid, see `kernels.grids`; None: sums depend on the order of the programs.
     multiplier: of the product, the offset included.
+    whole: inputs and segments of the weight that this one is a rank's part of; None: it is no part.
     """
 
     weight: Tensor
@@ -690,10 +707,16 @@ class Product(NamedTuple):
     offset: Tensor | None = None
     fineness: Tensor | None = None
     multiplier: float = 1.0
+    whole: tuple[int, list[int]] | None = None
 
     @property
     def form(self) -> Form:
         return form_of(self.weight, self.weight_scale)
+
+    def plan(self, prologue: str, dependent: bool, last_rstd: bool = True) -> Plan:
+        """See `plan_for`. A part's sums are those of the whole, so that any number of ranks gets the same bits."""
+        shape = self.whole or (len(self.weight), self.segments)
+        return plan_for(prologue, *shape, self.sparsity, self.form, dependent, last_rstd, self.segments)
 
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
@@ -753,7 +776,7 @@ def launch_gemv(
     weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
     gain, eps, last_rstd = norm or (None, 0.0, None)
     if plan is None:
-        plan = plan_for(prologue, n_in, product.segments, product.sparsity, form, pdl, last_rstd is not None)
+        plan = product.plan(prologue, pdl, last_rstd is not None)
 
     # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
     if form.name != "none":

@@ -276,10 +276,10 @@ def test_what_else_keeps_a_step_from_being_fused(monkeypatch):
 
 def draw(logits: torch.Tensor, temperature: float, top_k: int, n: int, seed: int = 5) -> torch.Tensor:
     """n draws of the sampling kernel from the same logits."""
-    from kernels.fused_step import HEAD_ROWS, RSTD_BUFFER, launch_sample
+    from kernels.fused_step import GROUP, launch_sample
 
-    top = torch.stack([group.max() for group in logits.split(HEAD_ROWS)])[None]
-    logits = torch.cat((logits, torch.zeros(RSTD_BUFFER, device=DEVICE)))[None]
+    top = torch.stack([group.max() for group in logits.split(GROUP)])[None]
+    logits = logits[None]
     groups = torch.zeros(1, 1 << (top_k + 31).bit_length(), dtype=torch.int32, device=DEVICE)
     token, position = (torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2))
     tokens = torch.full((1, n + 1), -1, device=DEVICE)

@@ -34,7 +34,8 @@ from tokenizer import load_tokenizer
 
 KEYS = {
     *("model", "device", "dtype", "sparsity", "achieved_sparsity", "tokens_per_sec", "ms_per_token", "bytes_per_token"),
-    *("bandwidth_gbps", "compile_s", "peak_memory_gb", "prompt_tokens", "new_tokens", "batch", "ttft_ms", "text"),
+    *("bandwidth_gbps", "compile_s", "peak_memory_gb", "prompt_tokens", "new_tokens", "batch", "ranks", "ttft_ms"),
+    "text",
 }
 DENSE_KEYS = {"dense_tokens_per_sec", "speedup", "dense_backend"}
 ROOT = Path(generate.__file__).parent

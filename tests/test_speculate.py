@@ -1,5 +1,6 @@
 """Drafts: the text is plain decoding's, to the bit, for any guesses; guesses by lookup; how many guesses pay."""
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -35,8 +36,8 @@ def draft_of(kind: str, model: SparseTransformer) -> SparseTransformer | None:
         return None
     draft = milder(model)
     if kind == "own cache":
-        draft.norm = type(model.norm)(len(model.norm.weight), model.norm.eps, dtype=model.dtype).requires_grad_(False)
-        draft.norm.weight.copy_(1.01 * model.norm.weight)
+        draft.norm = copy.deepcopy(model.norm)
+        draft.norm.weight.mul_(1.01)
     assert same_keys(draft, model) == (kind == "self")
     return draft
 
