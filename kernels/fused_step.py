@@ -443,13 +443,14 @@ def _head_kernel(
     if PACKED:  # its escapes are listed by BLOCK_V rows
         N: tl.constexpr = BLOCK_K // 8
         CELLS: tl.constexpr = DIM // CELL_OUT + SEGMENTS_AT_MOST
-        v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)[:, None]
+        rows = tl.arange(0, BLOCK_V)[:, None]
+        in_vocab = tl.program_id(0) * BLOCK_V + rows < n_vocab
         starts_ptr = weight_scale_ptr + TABLE + tl.program_id(0) * CELLS
         entries_ptr = weight_scale_ptr + TABLE + tl.num_programs(0) * CELLS + 1
         base = tl.load(weight_scale_ptr)
         local = tl.arange(0, N)[None, :]
-        at = weight_ptr + v.to(tl.int64) * (DIM // 8 * 3)
-        words = load_packed(at, local, (v < n_vocab) & (local < DIM // 8))
+        packed_ptr = weight_ptr + (tl.program_id(0) * BLOCK_V + rows).to(tl.int64) * (DIM // 8 * 3)
+        words = load_packed(packed_ptr, local, in_vocab & (local < DIM // 8))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -460,13 +461,12 @@ def _head_kernel(
         k = start + tl.arange(0, BLOCK_K)
         if PACKED:
             weights = widened(words, base)
-            at = weight_ptr + v[:, None].to(tl.int64) * (DIM // 8 * 3) + (start // 8 + N) * 3
-            words = load_packed(at, local, (v < n_vocab)[:, None] & (local < DIM // 8 - start // 8 - N))
+            packed_ptr += N * 3
+            words = load_packed(packed_ptr, local, in_vocab & (local < DIM // 8 - start // 8 - N))
             begin = tl.load(starts_ptr + start // CELL_OUT)
             n_entries = tl.load(starts_ptr + start // CELL_OUT + 1) - begin
             if n_entries > 0:
-                rows, ahead = tl.arange(0, BLOCK_V)[:, None], start // 8 % 64
-                weights = with_escapes(weights, rows, ahead, N, entries_ptr + begin, n_entries)
+                weights = with_escapes(weights, rows, start // 8 % 64, N, entries_ptr + begin, n_entries)
             weight = in_order(weights)
         else:
             at = weight_ptr + v[:, None].to(tl.int64) * DIM + k[None, :]
