@@ -157,7 +157,12 @@ def quantize(argv: list[str] | None = None) -> Namespace:
     cli.add_text_arguments(parser, 20480, least=0)
     add("--mode", choices=["packed", "int8", "int4"], required=True, help="what weights become (no default)")
     add("--groupsize", type=int, default=64, help="outputs that share a scale in int4")
-    add("--output_dir", type=output_folder, metavar="DIR", help="(default: the checkpoint's with -packed, -int8 or -int4)")
+    add(
+        "--output_dir",
+        type=output_folder,
+        metavar="DIR",
+        help="(default: the checkpoint's with -packed, -int8 or -int4)",
+    )
     o = cli.parse_text_arguments(parser, argv)
     parser.refuse(o.num_tokens == 0, "data seed", "beside --num_tokens 0")
     parser.refuse(o.mode != "int4", "groupsize", f"beside --mode {o.mode}")

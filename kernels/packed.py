@@ -19,7 +19,10 @@ CELL_ROWS, CELL = 32, 512  # rows and columns of a cell, whose escapes are liste
 HEAD_ROWS = 64  # of a cell of the lm_head, as many as a program has tokens
 SEGMENTS, HEADER = 3, 8  # at most; int32 numbers of an escape table before its starts
 MOST_BASE = 240  # of a window of 16 among 256 exponents
-SIGNS, CODES = 0x807F807F - (1 << 32), 0x07800780  # of two bfloat16: signs and mantissas; the lowest 4 bits of exponents
+SIGNS, CODES = (
+    0x807F807F - (1 << 32),
+    0x07800780,
+)  # of two bfloat16: signs and mantissas; the lowest 4 bits of exponents
 PART = 1 << 24  # weights packed at once
 
 

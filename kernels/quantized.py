@@ -171,9 +171,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def dequantize(
-    weight: Tensor, scale: Tensor | None, dtype: torch.dtype, cell_rows: int = packed.CELL_ROWS
-) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, cell_rows: int = packed.CELL_ROWS) -> Tensor:
     """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`.
 
     cell_rows: of the cells of packed weights.

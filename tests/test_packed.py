@@ -75,7 +75,9 @@ def test_damaged_escapes_are_an_error(change):
         packed.escape_table(damaged, 40, [64, 64])
 
 
-def pair(shape: dict = SHAPE, device: str = "cpu", zeros: float = 0.01, **options) -> tuple[SparseTransformer, SparseTransformer]:
+def pair(
+    shape: dict = SHAPE, device: str = "cpu", zeros: float = 0.01, **options
+) -> tuple[SparseTransformer, SparseTransformer]:
     """Models of the same bfloat16 weights, plain and packed, with the same cuts."""
     plain = build_cut(shape, std=0.1, dtype=torch.bfloat16, device=device, **options)
     for module in (*plain.sites, plain.output):
