@@ -82,9 +82,10 @@ class FusedGpuStep:
     """
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
-        from kernels import few_rows, fused_step, grids, triton_gemv
+        from kernels import few_rows, fused_step, grids, products, triton_gemv
 
-        self.kernels, self.gemv, self.few_rows, self.model = fused_step, triton_gemv, few_rows, model
+        self.kernels, self.launch_product, self.model = fused_step, products.launch_product, model
+        self.launch_prepare = few_rows.launch_prepare
         self.sparsity = 0.0 if dense else model.sparsity
         config, device = model.config, model.device
         self.sampling = temperature, min(top_k, config.vocab_size)
@@ -109,9 +110,10 @@ class FusedGpuStep:
         arrived = buffer(rows, config.n_local_heads, dtype=torch.int32)
         self.chunks = fused_step.Chunks(buffer(rows, splits, q), buffer(rows, splits, config.n_head), arrived)
         self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size)
-        most = max(len(m.widths) * (-(-len(m.weight) // 32) * 32) for m in model.sites)  # inputs of all segments
+        most = max(len(m.widths) * (-(-len(m.weight) // 128) * 128) for m in model.sites)  # inputs of all segments
         made = buffer((rows + 3) // 4 * 4 * most, dtype=model.dtype)
-        self.prepared = few_rows.Prepared(made, buffer(rows * most // 32, dtype=torch.int32))
+        kept, down = buffer(rows * most // 32, dtype=torch.int32), buffer(rows * most // 32)
+        self.prepared = few_rows.Prepared(made, kept, down)
 
         # the sampling's room, and what goes from step to step
         self.top = buffer(rows, -(-config.vocab_size // fused_step.GROUP))
@@ -157,9 +159,8 @@ class FusedGpuStep:
         """Launches the kernels of one step."""
         kernels, model, products, h, pdl = self.kernels, self.model, self.products, self.residual.h, self.pdl
         config, embedding = model.config, model.tok_embeddings.weight
-        gemv, rows = partial(self.gemv.launch_gemv, dtype=model.dtype, pdl=pdl), len(h)
-        if rows > 1:
-            gemv = partial(self.few_rows.launch_rows, prepared=self.prepared, dtype=model.dtype, pdl=pdl)
+        shared_room = self.prepared if len(h) > 1 else None
+        multiply = partial(self.launch_product, prepared=shared_room, dtype=model.dtype, pdl=pdl)
         kernels.launch_embed(self.token, embedding, config.embedding_multiplier, self.residual, pdl)
 
         for i, block in enumerate(model.layers):
@@ -168,18 +169,18 @@ class FusedGpuStep:
             gate_up, shared = products[feed_forward.w13], self.drafts > 0
             read, ahead = (self.qkv, self.heads[i], attention.kv_cache, self.position), (ffn_norm, gate_up)
 
-            gemv("norm", h, products[attention.wqkv], self.qkv, norm=attention_norm, zero=self.gate_up)
+            multiply("norm", h, products[attention.wqkv], self.qkv, norm=attention_norm, zero=self.gate_up)
             if shared:
                 kernels.launch_cache(*read, config.n_head, pdl)
             kernels.launch_attention(*read, self.chunks, y, self.residual, ahead, pdl, shared)
-            gemv("given", y, products[attention.wo], self.added)
+            multiply("given", y, products[attention.wo], self.added)
             self.sum_parts()
-            gemv("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
-            gemv(config.activation, self.gate_up, products[feed_forward.w2], self.added)
+            multiply("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
+            multiply(config.activation, self.gate_up, products[feed_forward.w2], self.added)
             self.sum_parts()
 
         scale, prepared = model.output and model.output.scale, self.prepared._replace(made=self.x)
-        self.few_rows.launch_prepare(h, self.head_operation, None, prepared, norm=self.head_norm, pdl=pdl)
+        self.launch_prepare(h, self.head_operation, None, prepared, norm=self.head_norm, pdl=pdl)
         kernels.launch_head(self.x, model.output_weight, scale, config.logits_scaling, *self.head_out, pdl)
         self.join_logits()
         state = self.seed, self.position, self.token, self.tokens

@@ -2,6 +2,7 @@
 
     python eval.py --tasks arc_challenge,piqa --sparsity 0.5                       # by the harness's names, fetched
     python eval.py --tasks benchmarks/tasks/multiple_choice.yaml --data piqa.jsonl --limit 100
+    python eval.py --tasks humaneval --confirm_run_unsafe_code                     # runs what the model writes
 
 Requests of equal length share a forward pass, so nothing is padded: a batch computes what single requests would. Of
 every input the last `sparse_fraction` is cut, as in perplexity; in generation all new tokens are cut as well. A row
@@ -9,6 +10,7 @@ that has stopped stays in its batch until all have: the sparsity counts what it 
 """
 
 import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
@@ -26,6 +28,7 @@ from lm_eval.api.registry import metric_registry
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +37,7 @@ from decoder import check_finite
 from formats.files import one_line, shown
 from formats.text import read_records, read_text
 from model import Transformer
+from options import TASKS
 from tokenizer import Tokenizer
 
 # Examples before the question in TEAL's evaluation (arXiv 2408.14690, section 5.1); other tasks: as the harness has it.
@@ -62,6 +66,8 @@ def batches(same_input: dict[tuple[Hashable, tuple], list], size: int, doing: st
 
 class HarnessModel(TemplateLM):
     """lm-eval's model interface over a Transformer or, if `sparse_fraction` is given, a SparseTransformer."""
+
+    run_code = False  # consent to run code that the model writes, on this machine, as HumanEval does
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, sparse_fraction: float | None, batch_size: int):
         super().__init__()
@@ -185,7 +191,7 @@ def load_task(name: str, data: Path | None) -> tuple[str | dict, TaskManager]:
     if not name.endswith((".yaml", ".yml")):
         manager = task_manager()
         if not manager.match_tasks([name]):
-            tasks = f"perplexity, wikitext, a file NAME.yaml, lm-eval's ({len(manager.all_tasks)}: lm-eval ls tasks)"
+            tasks = f"{', '.join(TASKS)}, a file NAME.yaml, lm-eval's ({len(manager.all_tasks)}: lm-eval ls tasks)"
             raise ValueError(f"unknown task {shown(name)}: give one of {tasks}")
         return name, manager
 
@@ -227,15 +233,26 @@ def refuse_code(config: dict, name: str) -> None:
         raise ValueError(f"the task file {name} has {found[0]}, which may run code: leave it out")
 
 
+def runs_written_code(name: str) -> bool:
+    """Whether lm-eval marks the task of this name as one that runs code which the model writes."""
+    entry = None if name.endswith((".yaml", ".yml")) else task_manager().task_index.get(name)
+    return bool(entry and entry.yaml_path and load_yaml(entry.yaml_path, resolve_func=False).get("unsafe_code"))
+
+
 def evaluate(
     model: HarnessModel, name: str, data: Path | None = None, num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Scores by task and metric of a task, a group of tasks or a task file; of each the first `limit` documents.
     num_fewshot: examples before each question; None: as in `NUM_FEWSHOT`, else the task's own number.
-    Raises ValueError for an unknown task, or one whose data cannot be fetched or read."""
+    Raises ValueError for an unknown task, one whose data cannot be fetched or read, or that may not run its code."""
     task, manager = load_task(name, data)
+    if model.run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    elif runs_written_code(name):
+        raise ValueError(f"task {name} runs code that the model writes, here; --confirm_run_unsafe_code allows it")
     fewshot = NUM_FEWSHOT.get(name) if num_fewshot is None else num_fewshot
     options = {"num_fewshot": fewshot, "limit": limit, "log_samples": False, "bootstrap_iters": 0}
+    options["confirm_run_unsafe_code"] = model.run_code
     try:
         results = simple_evaluate(model, tasks=[task], task_manager=manager, **options)["results"]
     except (ValueError, torch.OutOfMemoryError):

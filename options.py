@@ -15,7 +15,8 @@ import cli
 from cli import PRECISIONS, SPARSITY, Parser, at_least, number, output_folder, output_path
 
 TEMPERATURE, CHAT_TEMPERATURE = 0.8, 0.3
-TASKS = ("perplexity", "wikitext")  # of eval.py itself; all others are lm-eval's
+TASKS = ("perplexity", "wikitext", "generation")  # of eval.py itself; all others are lm-eval's
+GENERATION = {"context": 64, "window": 128, "num_windows": 200}  # defaults of that task
 QUALITY_RULES = ("dense", "uniform", "greedy", "refined", "norms", "cats", "relu", "up-input", "up-output")
 GATED = ("cats", "up-output")  # of them, those with thresholds of gates, which are calibrated on a text
 MAX_BATCH = 1024  # rows
@@ -204,18 +205,25 @@ def eval(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("eval")
     cli.add_sparsity_arguments(parser)
     cli.add_device_arguments(parser)
-    add("--tasks", default="perplexity", help="perplexity, wikitext, or lm-eval's names or task files (comma between)")
+    add("--tasks", default="perplexity", help=f"{', '.join(TASKS)}, or lm-eval's names or task files (comma between)")
     add("--data", type=Path, metavar="FILE", help="text file, or a task file's .jsonl (default: a named task's own)")
     add_protocol_arguments(parser)
     add("--num_fewshot", action=at_least(0), help="examples before a task's question (default: as in the paper)")
     add("--limit", action=at_least(1), help="only so many documents of a task (default: all)")
     add("--batch_size", action=at_least(1), default=8, help="requests of a task at once")
+    add("--judge", type=Path, help="checkpoint that judges what is written in generation (default: the same one)")
+    add("--confirm_run_unsafe_code", action="store_true", help="run code that the model writes, as humaneval does")
     o = parser.parse_args(argv)
 
     # options that go together
+    if o.tasks == "generation":
+        vars(o).update({name: value for name, value in GENERATION.items() if name not in parser.given})
+    parser.refuse(o.tasks == "generation", "sparse_fraction", "to --tasks generation, whose prompts are dense")
+    parser.refuse(o.tasks != "generation", "judge", "without --tasks generation")
     parser.refuse("sparsity" not in parser.given, "thresholds statistics sparse_fraction", "without --sparsity")
-    parser.refuse(o.tasks in TASKS, "num_fewshot limit batch_size", f"to --tasks {o.tasks[:100]}")
-    parser.refuse(o.tasks not in TASKS, "context window num_windows", f"to --tasks {o.tasks[:100]}")
+    of_harness, where = "num_fewshot limit batch_size confirm_run_unsafe_code", f"to --tasks {o.tasks[:100]}"
+    parser.refuse(o.tasks in TASKS, of_harness, where)
+    parser.refuse(o.tasks not in TASKS, "context window num_windows", where)
 
     # tasks of the harness
     named = [] if o.tasks in TASKS else o.tasks.split(",")
@@ -279,6 +287,17 @@ def plot(argv: list[str] | None = None) -> Namespace:
     o = Parser("benchmarks.plot").parse_args(argv)
     if find_spec("matplotlib") is None:
         raise ValueError("the plots need matplotlib: pip install matplotlib")
+    return o
+
+
+def paper(argv: list[str] | None = None) -> Namespace:
+    parser, add = _parser("benchmarks.paper")
+    add("action", choices=("typos", "estimate", "report"), help="(no default)")
+    add("paths", nargs="+", help="see above (no default)")
+    cli.add_device_arguments(parser)
+    o = parser.parse_args(argv)
+    if o.action == "report" and find_spec("matplotlib") is None:
+        raise ValueError("the report needs matplotlib: pip install matplotlib; results stay, so call it again")
     return o
 
 

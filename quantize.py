@@ -6,8 +6,8 @@ python quantize.py --mode int4 --data c4.jsonl --groupsize 32           # error 
 python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # default OUT: DIR-int8
 python quantize.py --mode int8 --num_tokens 0                           # to nearest, no text
 
-packed: bfloat16 in 12 bits, to the bit (`kernels.packed`): a run equals that of the plain checkpoint. Weights of float16
-or float32 become bfloat16 first, as a run with --precision bfloat16 makes them. Everything beside it goes along.
+packed: bfloat16 in 12 bits, to the bit (`kernels.packed`): a run equals that of the plain checkpoint. Weights of
+float16 or float32 become bfloat16 first, as in a run with --precision bfloat16. Everything beside it goes along.
 
 generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. int8 is symmetric with one
 scale per output, applied once to its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's
@@ -29,7 +29,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -91,11 +91,52 @@ def _codes(group: Tensor, s: Tensor, m: Tensor) -> Tensor:
     return ((group - m) / torch.where(s == 0, 1.0, s)).round_().clamp_(0, 15)
 
 
-def gptq(weight: Tensor, hessian: Tensor, rounding: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+def round_block(rows: Tensor, factors: Tensor, rounding: Callable, form: Tensor | int) -> list[Tensor]:
+    """Rounds a block's rows [n, out], the first first, each of which changes those below it; factors: [n, n].
+
+    Returns what they miss over their factors [n, out], and what is stored of them, each [n, ...].
+    """
+    errors, stored = torch.empty_like(rows), []
+    for i, (row, factor) in enumerate(zip(rows, factors, strict=True)):
+        value, *codes = rounding(row, form)
+        stored.append(codes)
+        errors[i] = (row - value) / factor[i]
+        rows[i + 1 :].addr_(factor[i + 1 :], errors[i], alpha=-1)
+    return [errors, *map(torch.stack, zip(*stored, strict=True))]
+
+
+@lru_cache
+def block_graph(shape: tuple[int, int], rounding: Callable, groupsize: int, device: torch.device) -> tuple:
+    """`round_block` recorded for blocks of this shape: the graph, what it reads (rows, factors, scale), its results.
+
+    In int4 a row is some 60 launches of 2 us, which cost the host 10 us each: 19 s per layer of llama-3-8b.
+    """
+    from kernels.fused_step import record_graph
+
+    rows, factors, scale = (torch.ones(size, device=device) for size in (shape, (shape[0],) * 2, shape[1:]))
+    results = []
+
+    def launch() -> None:
+        results[:] = round_block(rows, factors, rounding, groupsize or scale)
+
+    return record_graph(launch, rows), (rows, factors, scale), results
+
+
+def round_on_gpu(rows: Tensor, factors: Tensor, rounding: Callable, form: Tensor | int) -> list[Tensor]:
+    """`round_block` by its graph; leaves the rows as they are."""
+    groupsize = form if isinstance(form, int) else 0
+    graph, held, results = block_graph(tuple(rows.shape), rounding, groupsize, rows.device)
+    for tensor, value in zip(held, (rows, factors, *(() if groupsize else (form,))), strict=False):
+        tensor.copy_(value)
+    graph.replay()
+    return [tensor.clone() for tensor in results]
+
+
+def gptq(weight: Tensor, hessian: Tensor, rounding: Callable, form: Tensor | int) -> list[Tensor]:
     """Rounds a weight's rows by falling diagonal; those that follow make up for each row's error, by least squares.
 
     weight: [in, out], float32; hessian: [in, in], float32, the sum of x x^T over inputs x (zeros: every row is rounded
-    alone), is changed; rounding: of a row [out], to what the row becomes and whatever is stored of it.
+    alone), is changed; rounding: of a row [out] and `form`, `round_int8` and its scale or `round_int4` and a groupsize.
 
     Returns what is stored, each [in, ...].
     """
@@ -106,19 +147,15 @@ def gptq(weight: Tensor, hessian: Tensor, rounding: Callable[[Tensor], tuple[Ten
     weight = weight[order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    stored = []
-    for rows, factors in zip(weight.split(BLOCK), upper.split(BLOCK), strict=True):
-        first = len(stored)
-        errors = torch.empty_like(rows)
-        for i, (row, factor) in enumerate(zip(rows, factors[:, first : first + len(rows)], strict=True)):
-            value, *codes = rounding(row)
-            stored.append(codes)
-            errors[i] = (row - value) / factor[i]
-            rows[i + 1 :].addr_(factor[i + 1 :], errors[i], alpha=-1)
+
+    stored, round_rows = [], round_on_gpu if weight.is_cuda else round_block
+    for first, rows, factors in zip(range(0, len(weight), BLOCK), weight.split(BLOCK), upper.split(BLOCK), strict=True):
         end = first + len(rows)
+        errors, *codes = round_rows(rows, factors[:, first:end], rounding, form)
+        stored.append(codes)
         weight[end:].addmm_(factors[:, end:].t(), errors, alpha=-1)
     back = order.argsort()
-    return [torch.stack(part)[back] for part in zip(*stored, strict=True)]
+    return [torch.cat(part)[back] for part in zip(*stored, strict=True)]
 
 
 def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, groupsize: int) -> dict[str, Tensor]:
@@ -130,9 +167,9 @@ def quantize_weight(name: str, weight: Tensor, hessian: Tensor, mode: str, group
         raise ValueError(f"the inputs of {name} are not finite; choose another --precision")
     if mode == "int8":
         scale = int8_scale(weight)
-        (codes,) = gptq(weight, hessian, lambda row: round_int8(row, scale))
+        (codes,) = gptq(weight, hessian, round_int8, scale)
     else:
-        codes, scale = gptq(weight, hessian, lambda row: round_int4(row, groupsize))
+        codes, scale = gptq(weight, hessian, round_int4, groupsize)
         codes, scale = pack_int4(codes), scale.transpose(0, 1)
     return {f"{name}.weight": codes.t().contiguous().cpu(), f"{name}.scale": scale.contiguous().cpu()}
 
@@ -241,7 +278,7 @@ def main(argv: list[str] | None = None) -> Path:
         tensors = (weights | quantized).items()
         write_weights(part, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
 
-        # the artifacts belong to the new checkpoint; a table's quality was that of the original, which packed weights are
+        # the artifacts belong to the new checkpoint; a table's quality was that of the original's weights
         own = fingerprint(part)
         for name, artifact in artifacts.items():
             if o.mode != "packed":

@@ -40,6 +40,7 @@ from sparse_model import SITES, SparseProjection, SparseTransformer
 from thresholds import Cuts
 
 UNIT = 64  # hidden units, and tokens, that stay together: the most inputs of a sum before its grid, and cpu.GROUP
+INT8_UNIT = 128  # of int8, see `kernels.int8_mma`
 BY_INPUTS = ("o", "down")
 # The dimension along which a site's tensors are split; others are on every rank. Of int8 the scale is one per output.
 OUTPUT_DIMS = {"weight": 1, "scale": 1, "bias": 0, "offset": 0}
@@ -114,7 +115,8 @@ class Part(NamedTuple):
 def part_of(config: ModelArgs, r: int, ranks: int) -> Part:
     """The part of rank r. Raises ValueError if a model cannot be split over so many."""
     heads, kv, hidden = config.n_head, config.n_local_heads, config.intermediate_size
-    unit, name = math.lcm(UNIT, config.groupsize if config.quant == "int4" else 1), config.name or "the model"
+    unit = math.lcm(UNIT, {"int8": INT8_UNIT, "int4": config.groupsize}.get(config.quant, 1))
+    name = config.name or "the model"
     if config.quant == "packed":
         raise ValueError(f"{name} has packed weights, which run on one rank; give the checkpoint that it was made from")
     if heads % ranks or (kv % ranks and ranks % kv) or config.qk_norm == "whole":

@@ -35,8 +35,9 @@ from torch import Tensor
 
 import options
 from benchmarks.results import provenance, write_rows
+from kernels.products import launch_product
 from kernels.quantized import dequantize, form_of
-from kernels.triton_gemv import Product, launch_gemv
+from kernels.triton_gemv import Product
 from model import ModelArgs
 
 KEY = "device kernel in_features out_features dtype sparsity"
@@ -166,7 +167,7 @@ def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Ma
     def ours(matrix: Matrix) -> None:
         (weight, scale), (out, other) = matrix, next(turns)
         product = Product(weight, thresholds, [n_out], problem.sparsity, scale)
-        launch_gemv("given", x[None], product, out, dtype=x.dtype, zero=other, pdl=pdl)
+        launch_product("given", x[None], product, out, dtype=x.dtype, zero=other, pdl=pdl)
 
     if problem.matrices[0][1] is not None:
         return {"ours": [(ours, sums)]}

@@ -66,10 +66,6 @@ def share_of(model: SparseTransformer, *projections: str) -> float:
     return sum(sizes[p] for p in projections) / sum(sizes.values())
 
 
-def only(sparsity: float, *projections: str) -> dict[str, float]:
-    return {p: sparsity if p in projections else 0.0 for p in PROJECTIONS}
-
-
 @torch.no_grad()
 def set_gates(model: SparseTransformer, tokens: Tensor, share: float) -> None:
     """Gate thresholds below which a share of |SiLU(gate)| lies on `tokens` [N, T], in a model of GatedFeedForwards."""
@@ -123,7 +119,8 @@ def prepare(
     if not share < 1:
         raise ValueError(f"{rule} cuts at most {share_of(model, *cut):.1%} of the weights, not {sparsity:.0%}")
     if rule == "up-input":
-        model.set_cuts(cuts_of_shares(statistics, [only(share, "up")] * len(model.layers), sparsity))
+        shares = dict.fromkeys(PROJECTIONS, 0.0) | {"up": share}
+        model.set_cuts(cuts_of_shares(statistics, [shares] * len(model.layers), sparsity))
         return 1.0
     gate(model)
     set_gates(model, tokens, share)

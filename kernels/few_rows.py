@@ -22,6 +22,7 @@ from kernels.triton_gemv import (
     Norm,
     Operation,
     Product,
+    fixed,
     fraction,
     in_order,
     inputs,
@@ -33,6 +34,7 @@ from kernels.triton_gemv import (
     outputs_of_tile,
     prefetch,
     rstd_of,
+    scales_of,
     snap,
     starts_of,
     unpacked,
@@ -64,7 +66,9 @@ def rows_plan(plan: Plan, segments: list[int], bits: int, rows: int, dependent: 
 
     A thread keeps 4 to 16 outputs of each row in registers.
     """
-    strands, chained = (plan.strands, plan.chained) if bits == 12 else (strands_of(plan, sum(segments), bits), plan.rows > 0)
+    strands, chained = plan.strands, plan.chained
+    if bits != 12:
+        strands, chained = strands_of(plan, sum(segments), bits), plan.rows > 0
     few = rows <= 2
     by_thread = 16 if bits == 4 and few else 8 if bits < 16 or few else 4
     block_out = 32 * by_thread // strands
@@ -81,9 +85,9 @@ def x_words(rows, dtype):
 
 @triton.jit
 def _prepare_kernel(
-    x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, x_stride, n_zero, eps,
-    # compiled in: strides of made, inputs of it with those beyond the last, which are 0
-    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr, SHARE: tl.constexpr,
+    x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, down_ptr, x_stride, n_zero, eps,
+    # compiled in: strides of made, inputs of it with those beyond the last, which are 0; int8's inputs with one scale
+    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr,
     OP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """Inputs of one row of x, PART of them, and which are kept by one segment: 0 where cut, one bit each in kept."""
@@ -108,7 +112,14 @@ def _prepare_kernel(
         rstd = rstd_of(x_ptr, eps, OP.n_in)
     x, keep = inputs(i, load_inputs(i, x_ptr, OP, ""), constants, rstd, OP)
     share = segment * tl.cdiv(tl.num_programs(1), SHARE) + row // SHARE
-    tl.store(made_ptr + row % SHARE * ROW + (share * MADE + i) * INPUT, tl.where(keep, x, 0.0), mask=i < MADE)
+    x = tl.where(keep, x, 0.0)
+    if GROUP > 0:
+        x = tl.reshape(x, (PART // GROUP, GROUP))
+        up, down = scales_of(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1))
+        x = tl.reshape(fixed(x, up[:, None]), (PART,)).to(tl.int16)
+        group = tl.program_id(0) * (PART // GROUP) + tl.arange(0, PART // GROUP)
+        tl.store(down_ptr + copy * (MADE // GROUP) + group, down, mask=group < MADE // GROUP)
+    tl.store(made_ptr + row % SHARE * ROW + (share * MADE + i) * INPUT, x, mask=i < MADE)
     if OP.cut:
         bits = tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK))
         block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
@@ -117,7 +128,7 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _kept_by_any(kept_ptr, block, n_rows, ROWS: tl.constexpr, OP: tl.constexpr):
+def kept_by_any(kept_ptr, block, n_rows, ROWS: tl.constexpr, OP: tl.constexpr):
     """Bits of a block's inputs that any of the rows keeps; none beyond the last block."""
     n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
     if OP.cut:
@@ -144,8 +155,6 @@ def _zeros(OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr):
         acc = (tl.zeros((STRANDS, WORDS), tl.float32),) * (ROWS * PACK)
     else:
         acc = (tl.zeros((WORDS,), tl.float32),) * (ROWS * PACK)
-        ones = (0.0,) * ROWS
-    if OP.bits == 4:
         ones = (tl.zeros((WORDS // 2,), tl.float32),) * ROWS
         low = ones
     return acc, ones, low
@@ -209,7 +218,7 @@ def _packed_sum(acc, r: tl.constexpr):
 
 @triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs], of integers as `add_products` has them; ones and low too
+    # sums, a tuple of each row's in turn: [strands, outputs], of int4 as `add_products` has them; ones and low too
     acc, ones, low,
     # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
     # bits of 1.0
@@ -255,30 +264,23 @@ def _add_rows(
                     sums = sums + (acc[r] + unpacked(some, r, OP.dtype)[:, None] * weight,)  # noqa: RUF005
             else:
                 # integers are widened once for all rows, see `fraction`
-                word = weights[j]
-                if OP.bits == 8:
-                    word = word ^ -0x7F7F7F80  # the sign's bit flipped: 128 too large
                 fractions = ()
                 for k in tl.static_range(PACK):
-                    fractions = fractions + (fraction(word, one, k, OP.bits),)  # noqa: RUF005
-                # int4's x is multiplied by the scale of its group
+                    fractions = fractions + (fraction(weights[j], one, k),)  # noqa: RUF005
+                # x is multiplied by the scale of its group
                 for r in tl.static_range(ROWS):
                     if r % IN_WORD == 0:
                         some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
                     x = unpacked(some, r, OP.dtype)
-                    if OP.bits == 4:
-                        new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
-                        x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
+                    new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
+                    x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
                     new_ones = new_ones + (ones[r] + x,)  # noqa: RUF005
-                    if OP.bits == 4:
-                        x = tl.interleave(x, x)
+                    x = tl.interleave(x, x)
                     for k in tl.static_range(PACK):
                         sums = sums + (acc[r * PACK + k] + x * fractions[k],)  # noqa: RUF005
             acc = sums
-            if OP.bits < 16:
-                ones = new_ones
             if OP.bits == 4:
-                low = new_low
+                ones, low = new_ones, new_low
     return acc, ones, low
 
 
@@ -328,7 +330,7 @@ def _rows_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
-    kept = _kept_by_any(kept_ptr, block, n_rows, ROWS, OP)
+    kept = kept_by_any(kept_ptr, block, n_rows, ROWS, OP)
     summed = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
     acc, ones, low = _zeros(OP, PLAN, ROWS)
     for _block in range(BLOCKS):
@@ -337,7 +339,7 @@ def _rows_kernel(
         if OP.bits == 4:
             scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
         # the next block's inputs come while this one's weights do
-        next_kept = _kept_by_any(kept_ptr, block + 1, n_rows, ROWS, OP)
+        next_kept = kept_by_any(kept_ptr, block + 1, n_rows, ROWS, OP)
         if PDL:
             _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
         x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
@@ -362,7 +364,7 @@ def _rows_kernel(
             summed = sums
             acc, ones, low = _zeros(OP, PLAN, ROWS)
 
-    # the outputs in their order, with int8's scale and the offsets, on their grid
+    # the outputs in their order, with the offsets, on their grid
     for r in tl.static_range(ROWS):
         out = summed[r]
         if PLAN.chained:
@@ -370,10 +372,7 @@ def _rows_kernel(
                 out = _packed_sum(acc, r)
             elif OP.bits == 4:
                 acc_r = acc[r * PACK : r * PACK + PACK]
-                out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]), OP.bits)
-            elif OP.bits == 8:
-                out = joined(acc[r * PACK : r * PACK + PACK], ones[r], -128 * ones[r], OP.bits)
-                out *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
+                out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]))
             else:
                 out = tl.sum(acc[r], axis=0)
         if offset_ptr is not None:
@@ -387,10 +386,14 @@ def _rows_kernel(
 
 
 class Prepared(NamedTuple):
-    """Room for the inputs of a product: made [most], in the model's dtype, and which are kept, one bit each, int32."""
+    """Room for the inputs of a product: made [most], in the model's dtype, and which are kept, one bit each, int32.
+
+    Of int8 its own inputs, 16 bits each, and their scales `down`, float32.
+    """
 
     made: Tensor
     kept: Tensor
+    down: Tensor | None = None
 
 
 def launch_rows(
@@ -412,11 +415,9 @@ def launch_rows(
     launch_prepare(x, operation, product.threshold, prepared, room, share, norm=norm, zero=zero, pdl=pdl)
     plan = rows_plan(product.plan(prologue, pdl), segments, form.bits, share, pdl)
 
-    # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
+    # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
     if form.name != "none":
-        weight = weight.view(torch.int32)
-    if form.name == "int4":
-        weight_scale = weight_scale.view(torch.int32)
+        weight, weight_scale = weight.view(torch.int32), weight_scale.view(torch.int32)
     starts = starts_of(segments)
     tiles = starts_of([triton.cdiv(width, plan.block_out) for width in segments])
     _rows_kernel[(tiles[-1] * shares, triton.cdiv(n_in, BLOCK_IN * plan.blocks))](
@@ -429,22 +430,24 @@ def launch_rows(
 
 def launch_prepare(
     x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, share: int = 8, *,
-    norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
+    group: int = 0, norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
 ) -> None:
     """Makes the inputs of a product and lists the kept ones; see `launch_rows`.
 
     room: rows that lie side by side in what is made, [segments, shares, inputs in whole blocks, room]; 0: it is
         [rows, in].
     share: rows that one program of the product takes.
+    group: int8's inputs that have one scale: it makes [segments, rows, inputs in whole groups] and as many scales.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)
     grid = (triton.cdiv(operation.n_in, PREPARED), len(x), len(threshold) if operation.cut else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1] * grid[2])) if n_zero else 0
-    made = triton.cdiv(operation.n_in, BLOCK_IN) * BLOCK_IN if room else operation.n_in
+    whole = group or (BLOCK_IN if room else 1)
+    made = triton.cdiv(operation.n_in, whole) * whole
     _prepare_kernel[grid](
         x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,
-        ROW=1 if room else made, INPUT=room or 1, MADE=made, SHARE=share, OP=operation, PART=PREPARED,
-        ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        ROW=1 if room else made, INPUT=room or 1, MADE=made, SHARE=share, GROUP=group, OP=operation,
+        PART=PREPARED, ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )

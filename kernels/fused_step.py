@@ -502,8 +502,8 @@ def launch_head(
     weight = weight.view(torch.int32) if packed else weight
     _head_kernel[(triton.cdiv(n_vocab, block_v),)](
         x, weight, weight_scale, logits, top, n_vocab, logits.stride(0),
-        ROWS=len(x), DIM=dim, BLOCK_V=block_v, BLOCK_K=128, GROUP=GROUP, STAGES=stages, SCALING=scaling, PACKED=packed, PDL=pdl,
-        num_warps=4, launch_pdl=pdl,
+        ROWS=len(x), DIM=dim, BLOCK_V=block_v, BLOCK_K=128, GROUP=GROUP, STAGES=stages, SCALING=scaling, PACKED=packed,
+        PDL=pdl, num_warps=4, launch_pdl=pdl,
     )
 
 

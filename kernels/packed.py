@@ -68,11 +68,12 @@ def _rotated_right(words: Tensor, n: int) -> Tensor:
 def escape_table(escapes: Tensor, n_rows: int, widths: list[int], cell_rows: int = CELL_ROWS) -> Tensor:
     """What `pack` lists of each segment, one after the other, as one int32 table for the kernels, 1-dimensional.
 
-    It begins with the bases of three segments' windows, in both halves of a number each, the rows of a cell, the columns
-    at which three segments start, those that are absent at the end, and the number of starts. Then come the starts of the cells in the
-    list behind them, and the list's end. A cell has `cell_rows` rows and 512 columns of a segment; cell k of a segment
-    that starts at column s is s // 512 + k + the segment's number, among as many for all rows as `cells_of` says. An
-    entry is the bfloat16's bits in the upper half, its row in the cell << 9, its column there.
+    It begins with the bases of three segments' windows, in both halves of a number each, the rows of a cell, the
+    columns at which three segments start, those that are absent at the end, and the number of starts. Then come the
+    starts of the cells in the list behind them, and the list's end. A cell has `cell_rows` rows and 512 columns of a
+    segment; cell k of a segment that starts at column s is s // 512 + k + the segment's number, among as many for all
+    rows as `cells_of` says. An entry is the bfloat16's bits in the upper half, its row in the cell << 9, its column
+    there.
     Raises ValueError if they are not such escapes: the file is damaged.
     """
     width_of = torch.tensor(widths, device=escapes.device)

@@ -37,6 +37,9 @@ VERY_WIDE = 16384
 # 4096 -> 28672 in tiles of 256 outputs, masked / by row: 32.6 / 31.9 us at 65 %, 49.4 / 51.1 at 40 %.
 MOSTLY_CUT = 0.6
 
+# Outputs of an int8 program, see `kernels.int8_mma`.
+INT8_OUT = 128
+
 # Weights from which on rows of gate|up are prefetched during attention. llama-3-8b and llama-2-7b gain, see
 # `attention_prefetch`. With it llama-3.2-1b's step went from 0.708 to 0.705 ms at 50 % but from 0.616 to 0.620 at 65 %,
 # and qwen2.5-0.5b's from 0.580 to 0.589 at 50 %.
@@ -56,8 +59,8 @@ class Plan(NamedTuple):
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
-    # of packed weights alone, whose sums are those of plain ones: a block's rows i, i + strands, ... are added up, then
-    # the strands' sums; chained: a block's sum begins with the one before it; listed: kept rows are, else cut ones masked
+    # of packed weights alone, with the sums of plain ones: a block's rows i, i + strands, ... are added up, then the
+    # strands' sums; chained: a block's sum begins with the one before it; listed: kept rows, else cut ones are masked
     strands: int = 1
     chained: bool = False
     listed: bool = False
@@ -84,7 +87,11 @@ def plan_for(
     """
     if form.name == "packed":
         plain = plan_for(prologue, n_in, segments, sparsity, BFLOAT16, dependent, last_rstd)
-        return _packed(plain, prologue, segments, sparsity)
+        return _packed(plain, segments, sparsity)
+    if form.name == "int8":
+        unknown = prologue == "norm" and not last_rstd
+        prefetched = dependent and not unknown and math.gcd(*(part or segments)) % INT8_OUT == 0
+        return _int8_plan(prologue, n_in, segments, sparsity, prefetched)
     n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
     blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
 
@@ -111,49 +118,55 @@ def strands_of(plan: Plan, n_out: int, bits: int) -> int:
     return max(1, (256 if bits == 16 else 128) // plan.block_out)
 
 
-def _packed(plain: Plan, prologue: str, segments: list[int], sparsity: float) -> Plan:
+def _packed(plain: Plan, segments: list[int], sparsity: float) -> Plan:
     """The plan of packed weights, with the sums of bfloat16's `plain` plan."""
     strands = strands_of(plain, sum(segments), 16)
     by_thread, rows = (16, 8) if strands == 1 else (8, 4 if sparsity else 8)
-    block_out = 32 * by_thread // strands
-    return packed_plan(plain, segments, strands, block_out, rows, sparsity > 0, None)
-
-
-def packed_plan(
-    plain: Plan, segments: list[int], strands: int, block_out: int, rows: int, listed: bool, registers: int | None
-) -> Plan:
-    plan = plain._replace(block_out=block_out, rows=rows, registers=registers, strands=strands, listed=listed)
-    plan = plan._replace(chained=plain.rows > 0)
-    if math.gcd(*segments) % block_out:
+    plan = plain._replace(block_out=32 * by_thread // strands, rows=rows, registers=None, strands=strands)
+    plan = plan._replace(chained=plain.rows > 0, listed=sparsity > 0)
+    if math.gcd(*segments) % plan.block_out:
         plan = plan._replace(prefetch=0, prefetch_blocks=0, guess=False)
     return plan
+
+
+def _int8_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, prefetched: bool) -> Plan:
+    """That of an int8 product; its blocks share a scale of x, so they are the same for every number of rows of x.
+
+    prefetched: whether rows can be, where some are cut; dense weights themselves are loaded before the wait.
+
+    Four blocks save instructions, two have more programs. A step of llama-3-8b's 16 layers takes, in two / four blocks,
+    1.518 / 1.536 ms dense, 1.019 / 1.020 at 50 % and 0.938 / 0.889 at 65 %; at 50 % qkv (6,144 outputs) 7.48 / 6.03 us,
+    o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %.
+    """
+    wide, tiles = sum(segments) > WIDE, sum(-(-width // INT8_OUT) for width in segments)
+    # o has at most two: ranks split its inputs at heads, multiples of 64
+    most = 4 if sparsity and prologue != "given" and (not wide or sparsity > MOSTLY_CUT) else 2
+    programs = tiles * -(-n_in // BLOCK_IN)
+    blocks = next((b for b in (4, 2) if b <= most and programs >= b * RESIDENT // 2), 1)
+
+    # 1,056 programs prefetch all their blocks: 1.024 ms at 50 %, none 1.072, 2,112 of them 1.026. Registers are the
+    # compiler's: 128 dense (96: 1.518 -> 1.550 ms), 96 for two blocks, 168 for four.
+    plan = Plan(blocks, INT8_OUT, 0)
+    return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if prefetched and sparsity else plan
 
 
 def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int]:
     """(blocks, block_out, rows) of a `Plan`, before the tile is made to divide the segments."""
     blocks, tiles, given = -(-n_in // BLOCK_IN), -(-n_out // 128), prologue == "given"
     wide = n_out > WIDE or (bits >= 16 and not sparsity and n_out > DENSE_WIDE)
-    # Integers go by row: converting rows that are not needed costs what skipping them saves.
+    # int4 goes by row: converting rows that are not needed costs what skipping them saves.
     rows = 0 if bits >= 16 else 4 if sparsity else 16
 
     # A small product, see RESIDENT. Beyond half of what fits, 64 outputs gain nothing more (llama-3.2-1b at 50 %: 0.708
     # ms with 128, 0.710 with 64); int4 gains nothing from 128 there (0.626 ms with 512, 0.649 with 128).
     if not wide and blocks * -(-n_out // 64) <= RESIDENT // 2:
         return 1, 64, rows
-    if not wide and blocks * tiles <= RESIDENT and bits > 4:
+    if not wide and blocks * tiles <= RESIDENT and bits >= 16:
         return 1, 128, rows
 
-    # Integers. 4096 -> 28672 in int8 wants two blocks of 512 outputs (24.6 us at 50 %), 14336 -> 4096 two of 256; qkv
-    # and o lose 4 to 7 % to two blocks. Dense int4 wants 1,024 outputs of gate|up (a step of 2.529 instead of 2.544 ms)
-    # and 256 of o and down.
-    if bits < 16 and not sparsity:
-        return 1, 1024 if bits == 4 and wide else 256, rows
+    # int4, dense, wants 1,024 outputs of gate|up (a step of 2.529 instead of 2.544 ms) and 256 of o and down.
     if bits == 4:
-        return 1, 512, rows
-    if bits == 8 and wide and not given:
-        return 2, 512, rows
-    if bits == 8:
-        return 2 if n_in > 8192 else 1, 256, rows
+        return 1, 512 if sparsity else 1024 if wide else 256, rows
 
     # wide, of 16 bits
     if wide and sparsity > MOSTLY_CUT:
@@ -175,15 +188,14 @@ def _registers(prologue: str, sparsity: float, bits: int, blocks: int, block_out
     if bits > 16:
         return None
 
-    # Dense: int8's step 3.121 -> 2.975 ms with 80, int4's 2.534 -> 2.506 with 72, but not its gate|up; o and down of 16
-    # bits with 128 5.163 -> 5.145 (llama-3-8b).
+    # Dense: int4's step 2.534 -> 2.506 ms with 72, but not its gate|up; o and down of 16 bits with 128 5.163 -> 5.145
+    # (llama-3-8b).
     if not sparsity and bits < 16:
-        return None if block_out > 512 else 80 if bits == 8 else 72
+        return None if block_out > 512 else 72
     if not sparsity:
         return 128 if blocks > 1 else None
 
-    # By row after a norm: llama-3-8b's step at 65 % 2.398 -> 2.363 ms with 96, int8's at 50 % 2.030 -> 1.989 with 72,
-    # int4's 1.816 -> 1.789 with 72.
+    # By row after a norm: llama-3-8b's step at 65 % 2.398 -> 2.363 ms with 96, int4's at 50 % 1.816 -> 1.789 with 72.
     if rows:
         return (72 if bits < 16 else 96) if prologue == "norm" else None
 
@@ -199,8 +211,8 @@ def _prefetch(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int
     before has added up so far, or, given (o's x comes at once, at the end), from the last token's. The numbers are a
     step of llama-3-8b at 50 % unless said otherwise.
     """
-    # All rows where all are needed: dense 5.28 -> 5.14 ms. And before o and down of integers, where a guess costs what
-    # it saves: int8's down by all rows -0.85 %, o -0.1 %.
+    # All rows where all are needed: dense 5.28 -> 5.14 ms. And before o and down of int4, where a guess costs what it
+    # saves.
     if not sparsity:
         return 528, 1, False
     if prologue != "norm" and bits < 16:
@@ -215,8 +227,7 @@ def _prefetch(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int
     if prologue != "norm" or (n_out > VERY_WIDE and sparsity > MOSTLY_CUT):
         return 2112, 1, True
 
-    # qkv, gate|up. The second blocks of qkv's 528 programs: 3.005 -> 2.988 ms. int8's gate|up with two blocks of 1,056
-    # instead of one of 2,112: -0.45 %; llama-2-7b's qkv in int8 at 65 %: 1.586 ms with 264, 1.642 with 1,056.
+    # qkv, gate|up. The second blocks of qkv's 528 programs: 3.005 -> 2.988 ms.
     if bits >= 16:
         return 528, blocks, True
     return 1056 if n_out > VERY_WIDE else 264, blocks, True

@@ -147,7 +147,7 @@ def fill_module(module: Module, std: float, generator: torch.Generator) -> None:
 
 
 def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: torch.Generator) -> None:
-    """Fills a weight of any other form, `transposed` or not. What it stands for has about mean 0 and deviation `std`."""
+    """Fills a weight of another form, `transposed` or not. What it stands for has about mean 0 and deviation `std`."""
     if scale is None:
         weight.normal_(0.0, std, generator=generator)
     elif weight.dtype == torch.uint8:

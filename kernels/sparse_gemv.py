@@ -61,6 +61,6 @@ def _(x, weight, threshold, segments, scale=None, fineness=None):
 
 @sparse_gemv.register_kernel("cuda")
 def _(x, weight, threshold, segments, scale=None, fineness=None):
-    from kernels.triton_gemv import launch_sparse_gemv
+    from kernels.products import launch_sparse_gemv
 
     return launch_sparse_gemv(x, weight, threshold, segments, scale, fineness)

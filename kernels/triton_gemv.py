@@ -151,6 +151,29 @@ def inputs(rows, operands, constants, rstd, OP: tl.constexpr):
     return x, keep
 
 
+# ---- int8: x on 16-bit fixed point, see `kernels.int8_mma`
+
+
+@triton.jit
+def scales_of(largest):
+    """(2^s, 2^-s) such that |x| 2^s stays below 32,640 where the bits of |x| are at most `largest`, int32.
+
+    The second is not a number if x is not finite.
+    """
+    exponent = (largest.to(tl.float32, bitcast=True) * 1.004).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.maximum(exponent, 15)
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return up, tl.where(exponent >= 255, float("nan"), down)
+
+
+@triton.jit
+def fixed(x, up):
+    """x 2^s rounded to an integer 256 h + l, as the signed bytes h and l in the low half of an int32."""
+    n = (x * up + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # what is added to 1.5 2^23 loses its fraction
+    return ((n + 128) & 0xFF00) | (n & 0xFF)
+
+
 # ---- prefetching rows to L2, while the launch before still runs
 
 
@@ -164,7 +187,7 @@ def prefetch(rows_ptr, wanted, n_bytes):
 
 
 @triton.jit
-def _prefetch_tile(
+def prefetch_tile(
     # the tile's first inputs and their constants, its first output, and the words of a row
     rows, constants, first, n_words,
     # what guesses which rows are kept, and the rows
@@ -234,44 +257,41 @@ def unpacked(word, i: tl.constexpr, DTYPE: tl.constexpr):
     return x
 
 
-# ---- integers: sums of x times integer, taken without converting the integers
+# ---- int4: sums of x times integer, taken without converting the integers
 
 
 @triton.jit
-def fraction(word, one, k: tl.constexpr, BITS: tl.constexpr):
-    """1 + n / 2^(23 - PLACE) as float32, where n is the k-th integer, of BITS 4 or 8, of each int32 word.
+def fraction(word, one, k: tl.constexpr):
+    """1 + n / 2^(23 - PLACE) as float32, where n is the k-th integer of 4 bits of each int32 word.
 
-    n becomes part of the mantissa. That takes a shift (one for every two integers of 4 bits) and one operation at the
-    full rate (LOP3); a conversion instruction runs at a quarter of it. At lower places float32 sums of these fractions
-    would lose too much of n. `one` holds the bits of 1.0, and is an argument because the compiler makes two operations
-    of LOP3's two constants.
+    n becomes part of the mantissa. That takes a shift for every two integers and one operation at the full rate (LOP3);
+    a conversion instruction runs at a quarter of it. At lower places float32 sums of these fractions would lose too
+    much of n. `one` holds the bits of 1.0, and is an argument because the compiler makes two operations of LOP3's two
+    constants.
     """
-    PLACE: tl.constexpr = 15 + BITS % 8 * (k % 2)
-    SHIFT: tl.constexpr = k * BITS - PLACE
+    PLACE: tl.constexpr = 15 + 4 * (k % 2)
+    SHIFT: tl.constexpr = 4 * k - PLACE
     word = word >> SHIFT if SHIFT > 0 else word << -SHIFT
-    return ((word & (((1 << BITS) - 1) << PLACE)) | one).to(tl.float32, bitcast=True)
+    return ((word & (15 << PLACE)) | one).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def add_products(acc, x, word, one, BITS: tl.constexpr):
+def add_products(acc, x, word, one):
     """acc[k] + x * the `fraction` of the k-th integer of each word, for all k."""
     out = ()
-    for k in tl.static_range(32 // BITS):
-        out = out + (acc[k] + x * fraction(word, one, k, BITS),)  # noqa: RUF005 (Triton knows no stars)
+    for k in tl.static_range(8):
+        out = out + (acc[k] + x * fraction(word, one, k),)  # noqa: RUF005 (Triton knows no stars)
     return out
 
 
 @triton.jit
-def joined(acc, ones, low, BITS: tl.constexpr):
+def joined(acc, ones, low):
     """The sums of x * integer, plus `low`, in the outputs' order, from those of x * fraction and `ones`, that of x."""
     s = ()
-    for k in tl.static_range(32 // BITS):
-        s = s + ((acc[k] - ones) * 2.0 ** (8 - BITS % 8 * (k % 2)) + low,)  # noqa: RUF005
-    if BITS == 8:
-        even, odd = tl.interleave(s[0], s[2]), tl.interleave(s[1], s[3])
-    else:
-        even = tl.interleave(tl.interleave(s[0], s[4]), tl.interleave(s[2], s[6]))
-        odd = tl.interleave(tl.interleave(s[1], s[5]), tl.interleave(s[3], s[7]))
+    for k in tl.static_range(8):
+        s = s + ((acc[k] - ones) * 2.0 ** (8 - 4 * (k % 2)) + low,)  # noqa: RUF005
+    even = tl.interleave(tl.interleave(s[0], s[4]), tl.interleave(s[2], s[6]))
+    odd = tl.interleave(tl.interleave(s[1], s[5]), tl.interleave(s[3], s[7]))
     return tl.interleave(even, odd)
 
 
@@ -346,7 +366,8 @@ def load_escapes(table_ptr, block, n_out, segment, start, first, OP: tl.constexp
 
 @triton.jit
 def with_escapes(weights, rows, ahead, N: tl.constexpr, entries_ptr, n_entries):
-    """Eight weights of `rows` [any, 1] and N elements with the escapes among them; ahead: the cell's elements before."""
+    """Eight weights of `rows` [any, 1] and N elements with the escapes among them; ahead: the cell's elements before.
+    """
     elements = tl.arange(0, N)[None, :]
     k = 0
     while k < n_entries:
@@ -393,7 +414,7 @@ def outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: 
 
 @triton.jit
 def _add_kept_rows(
-    # sums of the tile so far, see `_add_products`; `ones` and `low` of integers alone
+    # sums of the tile so far, see `_add_products`; `ones` and `low` of int4 alone
     acc, ones, low,
     # the block's inputs, its rows, and the end of the tile's segment of outputs
     x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one,
@@ -417,9 +438,6 @@ def _add_kept_rows(
 
             if OP.bits >= 16:
                 acc = (acc[0] + x_i * word.to(tl.float32),)
-            elif OP.bits == 8:  # the sign's bit flipped: 128 too large
-                ones += x_i
-                acc = add_products(acc, x_i, word ^ -0x7F7F7F80, one, OP.bits)
             else:  # two bfloat16, a scale and a minimum, for two words
                 pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
                 at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
@@ -427,7 +445,7 @@ def _add_kept_rows(
                 low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
                 x_i *= (pair << 16).to(tl.float32, bitcast=True)
                 ones += x_i
-                acc = add_products(acc, tl.interleave(x_i, x_i), word, one, OP.bits)
+                acc = add_products(acc, tl.interleave(x_i, x_i), word, one)
             kept = kept & (kept - 1)
     return acc, ones, low
 
@@ -551,8 +569,8 @@ def _gemv_kernel(
 ):
     """out += m (W^T cut(x - shift) + offset): a program takes PLAN.blocks of inputs, a tile of outputs, a row of x.
 
-    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. Integers
-    come as int32 words of four or eight outputs, by row only.
+    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. int4 comes
+    as int32 words of eight outputs, by row only. int8 has kernels of its own, see `kernels.int8_mma`.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -585,7 +603,7 @@ def _gemv_kernel(
     constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
     if PLAN.prefetch > 0:
         if program < PLAN.prefetch:
-            _prefetch_tile(
+            prefetch_tile(
                 rows, constants, first, n_words,
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
@@ -663,15 +681,12 @@ def _gemv_kernel(
         if OP.bits == 4:
             weight_scale_ptr += BLOCK * (n_out // OP.groupsize)
 
-    # the sums of the outputs in their order, with int8's scale; the first row of programs adds the offsets
+    # the sums of the outputs in their order; the first row of programs adds the offsets
     total = acc[0]
     if PACKED:
         total = in_order(acc)
     elif OP.bits == 4:
-        total = joined(acc, tl.interleave(ones, ones), tl.interleave(low, low), OP.bits)
-    elif OP.bits == 8:
-        total = joined(acc, ones, -128 * ones, OP.bits)
-        total *= tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
+        total = joined(acc, tl.interleave(ones, ones), tl.interleave(low, low))
     if offset_ptr is not None:
         total += offset
     if OP.multiplier != 1.0:
@@ -721,8 +736,7 @@ class Product(NamedTuple):
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
         operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
-        pack = {12: 8}.get(bits, 32 // bits if bits < 16 else 1)
-        cut, shift = self.sparsity > 0, self.threshold.dim() == 3
+        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 8 if bits in (4, 12) else 1
         operation = operation._replace(cut=cut, shift=shift, bits=bits, pack=pack)
         return operation._replace(groupsize=self.form.groupsize, multiplier=self.multiplier)
 
@@ -773,16 +787,15 @@ def launch_gemv(
     pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
     """
     product.check()
+    assert product.form.name != "int8"
     weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
     gain, eps, last_rstd = norm or (None, 0.0, None)
     if plan is None:
         plan = product.plan(prologue, pdl, last_rstd is not None)
 
-    # the kernel takes integers, and int4's pairs of scale and minimum, as words of 32 bits
+    # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
     if form.name != "none":
-        weight = weight.view(torch.int32)
-    if form.name == "int4":
-        weight_scale = weight_scale.view(torch.int32)
+        weight, weight_scale = weight.view(torch.int32), weight_scale.view(torch.int32)
 
     # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
     starts = starts_of(product.segments)
@@ -798,14 +811,3 @@ def launch_gemv(
         OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )
-
-
-def launch_sparse_gemv(
-    x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None,
-    fineness: Tensor | None = None,
-) -> Tensor:
-    """The launcher behind `kernels.sparse_gemv.sparse_gemv`; same arguments and result."""
-    out = torch.zeros(x.shape[0], sum(segments), device=x.device, dtype=torch.float32)
-    product = Product(weight, threshold, segments, weight_scale=scale, fineness=fineness)
-    launch_gemv("given", x.contiguous(), product, out, dtype=x.dtype)
-    return out.to(x.dtype)

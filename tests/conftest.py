@@ -1,5 +1,6 @@
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def assembly():
+    """int8's kernels are partly assembly, which the interpreter does not know."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        import lanes
+
+        lanes.install()
 
 
 @pytest.fixture(scope="session")

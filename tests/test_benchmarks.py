@@ -1,5 +1,9 @@
 import csv
+import json
+import os
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from models import FUSED, build_cut, flags
 import benchmarks.results as results
 import generate
 import options
-from benchmarks import cpu_decode, decode, gemv, plot, quality
+from benchmarks import cpu_decode, decode, gemv, paper, plot, quality
 from benchmarks.results import provenance, read_rows, write_rows
 from kernels import cpu
 from model import ModelArgs
@@ -217,3 +221,106 @@ def test_a_cpus_variants_take_turns_and_count_the_bytes_that_they_read():
     assert cpu_decode.measure(model, variants, None, steps=4, rounds=2) > 0
     assert [len(variant.seconds) for variant in variants] == [3, 3]
     assert dense.bytes_per_token == 0 and 0.3 * all_bytes < cut.bytes_per_token < 0.95 * all_bytes
+
+
+def test_typos_are_in_every_50th_letter():
+    text = "rhinoceros 1234567890 " * 3000
+    wrong = paper.with_typos(text)
+    words = [word for word in wrong.split() if word != "1234567890"]
+    assert len(words) == 3000 and paper.with_typos(text) == wrong
+    assert 0.16 < sum(word != "rhinoceros" for word in words) / 3000 < 0.20  # 1 - 0.98^10
+    assert {9, 10, 11} <= {len(word) for word in words} <= {8, 9, 10, 11, 12}
+
+
+def fake_results(out, **tables):
+    for name, cells in tables.items():
+        (out / name).mkdir(parents=True)
+        for cell, result in cells.items():
+            (out / name / f"{cell}.json").write_text(json.dumps({"achieved_sparsity": 0.0} | result))
+
+
+def test_the_papers_report(tmp_path):
+    cut = {"perplexity": 22.8123, "achieved_sparsity": 0.493}
+    half = {"results": {"piqa": {"acc": 0.5, "acc_norm": 0.6}}}
+    fake_results(
+        tmp_path,
+        perplexity={"refined@50": cut, "dense@0": {"perplexity": 18.7}, "refined@25": cut | {"perplexity": 18.9}},
+        tasks={"piqa@50": half, "piqa@0": {"results": {"piqa": {"acc": 0.5, "acc_norm": 0.7}}}},
+        robustness={"typos@greedy": cut, "c4@dense": cut},
+        generation={"own-text@dense": {"perplexity": 5.0, "repetition": 0.1}},
+        latency={"refined@0": {"tokens_per_sec": 900.0}, "refined@50": {"tokens_per_sec": 2290.0}},
+    )
+    (tmp_path / "missing").write_text(f"123 {tmp_path}/tasks/mmlu@0.json\n")
+    (tmp_path / "commands.sh").write_text("python eval.py\n")
+    (tmp_path / "runs").write_text("date 2026: 3 steps\n")
+    paper.main(["report", str(tmp_path), "windows 2"])
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "\n\nwindows 2.\n\ndate 2026: 3 steps\n" in text
+        and "tasks/mmlu@0.json" in text
+        and "```\npython eval.py\n```" in text
+    )
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert ["perplexity", "0", "25", "50"] in rows and ["dense", "18.70 (0.0)"] in rows
+    assert ["refined", "", "18.90 (49.3)", "22.81 (49.3)"] in rows and ["piqa", "70.00", "60.00"] in rows
+    assert ["robustness", "dense", "greedy"] in rows and ["own-text", "5.00; 10.0%"] in rows
+    assert ["refined", "900.0 (0.0)", "2290.0 (0.0)"] in rows and (tmp_path / "report.png").stat().st_size > 9999
+
+
+def test_the_papers_steps_go_on_and_one_that_fails_stops_no_other(tmp_path):
+    """All of paper.sh but its scripts, whose place a script takes that notes how it is called."""
+    fake, root = tmp_path / "bin" / "python", Path(__file__).parents[1]
+    fake.parent.mkdir()
+    fake.write_text(
+        """#!/bin/sh
+echo "$@" >> "$LOG"
+case "$*" in
+  *" estimate "*) echo $(wc -l) left; exit;;
+  *calibrate.py*) touch "$MODEL/calibration.safetensors";;
+  *greedy.py*) touch "$MODEL/thresholds_greedy.safetensors";;
+  *refine.py*) touch "$MODEL/thresholds_refined.safetensors";;
+  *"$FAIL"*) exit 1;;
+esac
+echo progress
+echo '{"perplexity": 1}'
+"""
+    )
+    fake.chmod(0o755)
+    model, log, out = tmp_path / "model", tmp_path / "log", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").write_text('{"max_position_embeddings": 4096}')
+    (tmp_path / "wiki.txt").write_text("text")
+    environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}", "LOG": str(log), "MODEL": str(model)}
+    environment |= {"OUT": str(out), "WIKITEXT": str(tmp_path / "wiki.txt"), "TEXTS": "code=code.txt", "LIMIT": "7"}
+    environment |= {"TASKS": "piqa mmlu=task.yaml:mmlu.jsonl:5", "NUM_WINDOWS": "9", "DEVICE": "cpu"}
+
+    def run(**changes) -> list[str]:
+        log.write_text("")
+        command = [str(root / "benchmarks" / "paper.sh"), str(model)]
+        run.done = subprocess.run(command, env=environment | changes, capture_output=True, text=True, check=True)
+        return [line for line in log.read_text().splitlines() if not line.startswith("-m benchmarks.paper")]
+
+    # 3 that prepare, 13 perplexities, 4 rules on 2 texts and of own text, 2 tasks and latency at 5 sparsities
+    assert run(ESTIMATE="1", FAIL="no") == [] and run.done.stdout.endswith("43 left\n")
+    first = run(FAIL="--thresholds greedy")
+    assert len(first) == 43 and "failed: " + str(out / "perplexity/greedy@25.json") in run.done.stderr
+    assert (out / "missing").read_text().count("greedy") == 7
+    assert (out / "commands.sh").read_text().splitlines() == [f"python {line}" for line in first]
+    assert run(FAIL="no") == [line for line in first if "--thresholds greedy" in line]
+    assert run(FAIL="no") == [] and (out / "missing").read_text() == ""
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run(FAIL="no", NUM_WINDOWS="8")
+    assert "has results of other settings" in error.value.stderr and "windows 8" in error.value.stderr
+
+    # the commands themselves
+    base = f"--checkpoint_path {model} --precision bfloat16 --device cpu"
+    wikitext = f"--data {tmp_path / 'wiki.txt'}"
+    cut = "--sparsity 0.65 --thresholds"
+    assert f"eval.py {base} --json --tasks wikitext {wikitext} --num_windows 9 {cut} uniform" in first
+    assert f"eval.py {base} --json --tasks task.yaml --data mmlu.jsonl --num_fewshot 5 --limit 7 {cut} refined" in first
+    assert f"eval.py {base} --json --tasks piqa --limit 7" in first
+    assert f"eval.py {base} --json --tasks generation {wikitext} --num_windows 200" in first
+    for line in first:  # what the scripts themselves make of them
+        script, *arguments = line.split()
+        getattr(options, script.removesuffix(".py"))(arguments)
+    assert json.loads((out / "latency/refined@0.json").read_text()) == {"perplexity": 1}

@@ -10,10 +10,13 @@ from models import CONFIG, build, flags
 
 import eval as evaluation
 from calibrate import calibrate, collect
+from decoder import Generator
 from eval import perplexity, window_starts
 from model import Transformer
+from options import TEMPERATURE
+from options import eval as eval_options
 from sparse_model import SparseTransformer
-from thresholds import RuleInputs, load_statistics, uniform
+from thresholds import RuleInputs, cuts_for, load_statistics, uniform
 
 CONTEXT, WINDOW, NUM_WINDOWS = 21, 10, 4
 
@@ -144,6 +147,40 @@ def test_main(copy, text, capsys):
     assert perplexity(model, tokens, 40, 20, 3, dense_prefix=6) == sparse["perplexity"]
 
 
+def test_repetition():
+    assert evaluation.repetition([1, 2, 3]) == evaluation.repetition([1, 2, 3, 4, 1, 2, 3]) == 0
+    assert evaluation.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert evaluation.repetition([7] * 12) == pytest.approx(8 / 9)
+
+
+def test_generation_is_judged_by_the_dense_model(copy, text):
+    model = SparseTransformer.from_checkpoint(copy, dtype=torch.float32)
+    calibrate(copy, model, [str(text)], 640).save(copy / "calibration.safetensors")
+    options = {"checkpoint_path": copy, "data": text, "tasks": "generation", "context": 10, "window": 30}
+    options |= {"num_windows": 70, "precision": "float32"}
+    dense, sparse = (evaluation.main(flags(**options, sparsity=sparsity)) for sparsity in (None, 0.6))
+    assert dense["tokens"] == 70 * 30 and 0.4 < sparse["achieved_sparsity"] < 0.75 and sparse["repetition"] == 0
+
+    # the texts again, and what the dense model makes of them token by token
+    tokens = torch.tensor(evaluation.load_tokenizer(copy, 300).encode(text.read_text()))
+    prompts = torch.stack([tokens[start : start + 10] for start in window_starts(len(tokens), 10, 30, 70)])
+    model.set_cuts(cuts_for("uniform", 0.6, copy, lambda: load_statistics(copy / "calibration.safetensors"))[1])
+    judge = Transformer.from_checkpoint(copy, dtype=torch.float32)
+    for writer, found in ((judge, dense), (model, sparse)):
+        new = Generator(writer, 70, 40, TEMPERATURE)(prompts, 30).new
+        log_q = judge(torch.cat((prompts, new), 1)).log_softmax(-1)
+        losses = -log_q[:, 9:-1].gather(-1, new[..., None])[..., 0]
+        assert found["perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+
+    # a text ends behind its first end-of-text token
+    o, end = eval_options(flags(**options, sparsity=0.6)), new[3, 7].item()
+    lengths = [row.index(end) + 1 if end in row else 30 for row in new.tolist()]
+    expected = sum(row[:n].sum() for row, n in zip(losses, lengths, strict=True)) / sum(lengths)
+    ended, _ = evaluation.evaluate_generation(o, model, tokens, (end,))
+    assert ended["tokens"] == sum(lengths) < 70 * 30
+    assert ended["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -159,6 +196,10 @@ def test_main(copy, text, capsys):
         ({"tasks": "perplexity,piqa"}, "perplexity is a run of its own"),
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
         ({"limit": 0}, "--limit 0 must be at least 1"),
+        ({"judge": Path("other")}, "--judge says nothing without --tasks generation"),
+        ({"tasks": "generation", "judge": Path("absent"), "context": 9, "window": 9}, "absent"),
+        ({"tasks": "generation", "sparsity": 0.5, "sparse_fraction": 0.5}, "whose prompts are dense"),
+        ({"tasks": "generation", "context": 100, "window": 100}, "exceed|do not fit"),
     ],
 )
 def test_mistakes(tiny, text, options, message):

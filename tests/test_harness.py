@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,19 @@ def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task
 def test_mistakes(both, options, message):
     with pytest.raises(ValueError, match=message):
         evaluation.main(flags(checkpoint_path=both[1], precision="float32", **options))
+
+
+def test_code_that_the_model_writes_runs_with_consent_alone(both, monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    runs = []
+    monkeypatch.setattr(harness, "simple_evaluate", lambda *_, **options: runs.append(options) or {"results": {}})
+    with pytest.raises(ValueError, match=r"task humaneval_64 runs code .* --confirm_run_unsafe_code allows it"):
+        evaluation.main(flags(checkpoint_path=both[1], tasks="humaneval_64"))  # which includes humaneval's file
+    assert not runs and os.environ["HF_ALLOW_CODE_EVAL"] == "0"
+    evaluation.main(flags(checkpoint_path=both[1], tasks="piqa"))
+    evaluation.main(flags(checkpoint_path=both[1], tasks="humaneval", confirm_run_unsafe_code=True))
+    assert [run["confirm_run_unsafe_code"] for run in runs] == [False, True]
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from cli import Parser, command_line, output_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = "generate calibrate greedy refine finetune quantize convert_hf_checkpoint eval".split()
-SCRIPTS += "decode cpu_decode gemv plot quality".split()
+SCRIPTS += "decode cpu_decode gemv plot quality paper".split()
 
 
 def command(script: str) -> list[str]:
@@ -91,6 +91,7 @@ def test_help_and_wrong_flags_do_not_wait_for_torch(script):
         ("cpu_decode", "--llama_python python3"),
         ("cpu_decode", "--random_init a --checkpoint_path b"),
         ("quality", "--rules dense --calibration a.txt"),
+        ("eval", "--tasks wikitext --data a.txt --confirm_run_unsafe_code"),
     ],
 )
 def test_a_flag_that_another_makes_meaningless(script, line, tmp_path, monkeypatch):

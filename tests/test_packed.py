@@ -203,10 +203,10 @@ def test_a_damaged_or_foreign_packed_checkpoint_is_an_error(plain_and_packed, tm
         SparseTransformer.from_checkpoint(folder)
     tensors[name] = tensors[name].float()
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="wo.scale is .* float32, config.json asks for"):
+    with pytest.raises(ValueError, match=r"wo\.scale is .* float32, config.json asks for"):
         SparseTransformer.from_checkpoint(folder)
     edit_json(folder / "config.json", quantization={"mode": "packed2"})
-    with pytest.raises(ValueError, match="only quantize.py's packed, int8 and int4"):
+    with pytest.raises(ValueError, match=r"only quantize\.py's packed, int8 and int4"):
         SparseTransformer.from_checkpoint(folder)
 
 

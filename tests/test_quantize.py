@@ -123,7 +123,7 @@ def test_gptq_lowers_the_error_of_the_outputs(mode):
     x = randn(2000, 32) @ randn(32, 160, seed=1) + 0.1 * randn(2000, 160, seed=2)
     weight = randn(160, 64, seed=3)
     scale = int8_scale(weight)
-    rounding = {"int8": lambda row: round_int8(row, scale), "int4": lambda row: round_int4(row, 16)}[mode]
+    rounding, form = {"int8": (round_int8, scale), "int4": (round_int4, 16)}[mode]
 
     def error(hessian):
         tensors = quantize_weight("w", weight, hessian, mode, 16)
@@ -132,7 +132,7 @@ def test_gptq_lowers_the_error_of_the_outputs(mode):
         return (x @ (found - weight)).norm() / (x @ weight).norm()
 
     assert error(x.t() @ x) < 0.6 * error(torch.zeros(160, 160))
-    codes, expected = gptq(weight, torch.zeros(160, 160), rounding)[0], rounding(weight)[1]
+    codes, expected = gptq(weight, torch.zeros(160, 160), rounding, form)[0], rounding(weight, form)[1]
     assert torch.equal(codes, expected)  # no text: to nearest
 
 
@@ -351,3 +351,16 @@ def test_errors(checkpoint, tmp_path):
     (checkpoint / "config.json").unlink()
     with pytest.raises(ValueError, match=r"no config\.json"):
         quantize(checkpoint.rename(checkpoint.with_name("stories15M")), "int8", tmp_path / "again")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_rounds_a_block_to_the_bit(mode):
+    for seed in (0, 1):  # the second one replays the graphs of the first; the last block has 72 rows
+        weight, x = randn(200, 192, seed=seed).cuda(), randn(900, 200, seed=seed + 2).cuda()
+        rounding, form = (round_int8, int8_scale(weight)) if mode == "int8" else (round_int4, 64)
+        recorded = gptq(weight, x.t() @ x, rounding, form)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "round_on_gpu", script.round_block)
+            launched = gptq(weight, x.t() @ x, rounding, form)
+        assert all(map(torch.equal, recorded, launched))

@@ -15,8 +15,9 @@ import triton.language as tl
 
 from decoder import FusedGpuStep, Generator, random_bits
 from kernels import fused_step, grids
+from kernels.products import launch_product
 from kernels.quantized import dequantize
-from kernels.triton_gemv import RSTD_BUFFER, Norm, Product, launch_gemv, snap
+from kernels.triton_gemv import RSTD_BUFFER, Norm, Product, snap
 from model import Transformer
 from sparse_model import SparseTransformer
 
@@ -128,7 +129,7 @@ def test_a_multiplied_product_lies_on_its_grid(form):
     product = FusedGpuStep(model, 0.0, 1).products[module]
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     out = torch.zeros(1, 64, device=DEVICE)
-    launch_gemv("given", x, product, out, dtype=torch.bfloat16)
+    launch_product("given", x, product, out, dtype=torch.bfloat16)
     kept = torch.where(x.abs() > module.threshold, x, 0).float()
     expected = 0.22 * (kept @ module.dequantized(torch.float32) + module.bias.float())
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
@@ -167,7 +168,7 @@ def test_a_product_is_the_same_in_any_order_of_its_programs(form, on_grid, monke
     out = torch.zeros(1, sum(module.widths) + RSTD_BUFFER)
     h = torch.randn(1, 512, generator=torch.Generator().manual_seed(5))
     norm = Norm(norm.weight, norm.eps)
-    launch = partial(launch_gemv, "norm", h, product, out, norm=norm, dtype=torch.bfloat16)
+    launch = partial(launch_product, "norm", h, product, out, norm=norm, dtype=torch.bfloat16)
     sums = sums_in_other_orders(monkeypatch, launch, out)
     assert all(torch.equal(total, sums[0]) for total in sums) == on_grid
 
@@ -186,7 +187,7 @@ def test_the_unfused_product_is_the_same_in_any_order_too(changes, monkeypatch):
         for fineness in (module.fineness, None):
             out = torch.zeros(1, sum(module.widths))
             product = Product(module.weight, module.threshold, module.widths, fineness=fineness)
-            launch = partial(launch_gemv, "given", x, product, out, dtype=torch.float16)
+            launch = partial(launch_product, "given", x, product, out, dtype=torch.float16)
             sums = sums_in_other_orders(monkeypatch, launch, out)
             assert all(torch.equal(total, sums[0]) for total in sums) == (fineness is not None)
 

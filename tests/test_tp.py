@@ -34,7 +34,7 @@ SHAPE |= {"intermediate_size": 320, "head_dim": 16}
 FORMS = {
     "bfloat16": {},
     "float16, tied": {"dtype": torch.float16, "tie_embeddings": True},
-    "int8": {"quant": "int8"},
+    "int8": {"quant": "int8", "intermediate_size": 448},
     "int4, shifted": {"quant": "int4", "groupsize": 16, "shifted": True},
     "switches, shifted": SWITCHES | {"shifted": True, "sliding_window": 5},
 }

@@ -1,0 +1,84 @@
+"""The assembly of `kernels.int8_mma` in numpy, lane by lane as PTX defines it: for Triton's interpreter."""
+
+import ctypes
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+
+LANE = np.arange(32)
+GROUP, THREAD = LANE // 4, LANE % 4
+
+
+def data(x) -> np.ndarray:
+    """What each lane's register holds."""
+    return np.broadcast_to(x.handle.data if hasattr(x, "handle") else x, (32,))
+
+
+def register(values: np.ndarray) -> tl.tensor:
+    return tl.tensor(
+        TensorHandle(values.astype(np.int64).astype(np.uint32).view(np.int32), tl.int32), tl.block_type(tl.int32, [32])
+    )
+
+
+def gather(at: np.ndarray, wanted: np.ndarray, offsets: list[int], alignment: int) -> tuple[np.ndarray, np.ndarray]:
+    """The memory in which all wanted words lie, and where they do: words at these offsets of each lane's address."""
+    at = at[wanted].astype(np.int64)
+    assert not (at % alignment).any()
+    first, last = int(at.min()), int(at.max()) + 4 * max(offsets) + 4
+    words = np.frombuffer((ctypes.c_byte * (last - first)).from_address(first), np.int32)
+    return words, (at - first)[:, None] // 4 + offsets
+
+
+def load_four(HOW, at, wanted):
+    """Lanes that want nothing get nonsense."""
+    out, wanted = np.full((32, 4), 0x5A5A5A5A), np.flatnonzero(data(wanted))
+    if wanted.size:
+        halves = ".v2" in tl.core._unwrap_if_constexpr(HOW)
+        offsets = [0, 1, 16, 17] if halves else [0, 1, 2, 3]
+        words, where = gather(data(at), wanted, offsets, 8 if halves else 16)
+        out[wanted] = words[where]
+    return tuple(map(register, out.T))
+
+
+def add_four(at, wanted, v):
+    wanted = np.flatnonzero(data(wanted))
+    if wanted.size:
+        words, where = gather(data(at), wanted, [0, 1, 2, 3], 16)
+        words.view(np.float32)[where] += np.stack([data(x)[wanted] for x in v], axis=1)
+
+
+def from_lane(x, lane):
+    return register(data(x)[data(lane) % 32])
+
+
+def pick_bytes(word, choice):
+    both = np.concatenate([data(word).astype(np.int32).view(np.uint8).reshape(32, 4), np.zeros((32, 4), np.uint8)], 1)
+    digits = data(choice)[:, None] >> np.arange(0, 16, 4) & 15
+    assert (digits < 8).all()
+    return register(np.take_along_axis(both, digits, 1).copy().view(np.int32)[:, 0])
+
+
+def matrix(words: list, rows: int) -> np.ndarray:
+    """[rows, columns] of the words that lanes 4 g + t hold, each 4 bytes of row g and columns 4 t .. 4 t + 3."""
+    return np.concatenate([data(w).astype(np.int32).view(np.int8).reshape(8, 16) for w in words], rows)
+
+
+def multiply_add(sums, a0, a1, b0):
+    a, b = matrix([a0, a1], 0).astype(np.int64), matrix([b0], 0).T
+    product = a @ b
+    at = [product[GROUP + 8 * (i // 2), 2 * THREAD + i % 2] for i in range(4)]
+    return tuple(register(data(s) + new) for s, new in zip(sums, at, strict=True))
+
+
+def multiply_add_two(sums, a0, a1, a2, a3, b0, b1):
+    return multiply_add(multiply_add(sums, a0, a1, b0), a2, a3, b1)
+
+
+def install() -> None:
+    """Lets `kernels.int8_mma` run without a GPU."""
+    from kernels import int8_mma
+
+    for function in (load_four, add_four, from_lane, pick_bytes, multiply_add, multiply_add_two):
+        assert hasattr(int8_mma, f"_{function.__name__}")
+        setattr(int8_mma, f"_{function.__name__}", function)
