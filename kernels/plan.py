@@ -122,7 +122,7 @@ def _packed(plain: Plan, segments: list[int], sparsity: float) -> Plan:
     """The plan of packed weights, with the sums of bfloat16's `plain` plan."""
     strands = strands_of(plain, sum(segments), 16)
     by_thread, rows = (16, 8) if strands == 1 else (8, 4 if sparsity else 8)
-    plan = plain._replace(block_out=32 * by_thread // strands, rows=rows, registers=None, strands=strands)
+    plan = plain._replace(block_out=32 * by_thread // strands, rows=rows, registers=96, strands=strands)
     plan = plan._replace(chained=plain.rows > 0, listed=sparsity > 0)
     if math.gcd(*segments) % plan.block_out:
         plan = plan._replace(prefetch=0, prefetch_blocks=0, guess=False)
