@@ -271,6 +271,9 @@ class DraftingGenerator(Generator):
         super().__post_init__()
         own_cache = self.draft is not None and not same_keys(self.draft, self.model)
         if own_cache:
+            for ours, theirs in zip(self.draft.layers, self.model.layers, strict=False):
+                if ours.attention.kv_cache is theirs.attention.kv_cache:  # of `same_weights`
+                    ours.attention.kv_cache = None
             self.draft.setup_caches(1, self.max_length, self.spare)
         elif self.draft:
             self.draft.inv_freq = self.model.inv_freq

@@ -66,6 +66,7 @@ def assert_lossless(model, draft, temperature, guesses, dense=True, text=None):
 @pytest.mark.parametrize("kind", ["self", "own cache", "prompt"])
 def test_the_text_is_plain_decodings(kind, temperature, guesses):
     model = random_model(torch.bfloat16, "none", "cut")
+    model.setup_caches(1, PROMPT + NEW, guesses or MAX_DRAFTS)  # which a copy with keys of its own must not share
     rounds, _ = assert_lossless(model, draft_of(kind, model), temperature, guesses)
     assert {k for k, _ in rounds} - {0} <= set(range(1, (guesses or MAX_DRAFTS) + 1))
     if guesses and kind != "prompt":
