@@ -160,7 +160,7 @@ def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Ma
     """For each kernel the launches to try (the best counts), each with the buffer of its result."""
     x, threshold, device = problem.x, problem.threshold, problem.x.device
     n_in, n_out = len(x), problem.n_out
-    sums = torch.zeros(2, n_out, device=device)  # ours: one is added to while the launch zeroes the other
+    sums = torch.zeros(2, 1, n_out, device=device)  # ours: one is added to while the launch zeroes the other
     turns = itertools.cycle(((sums[0], sums[1]), (sums[1], sums[0])))
     thresholds = torch.full((1, n_in), threshold, device=device)
 

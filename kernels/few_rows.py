@@ -43,9 +43,10 @@ from kernels.triton_gemv import (
 )
 
 PREPARED = 256  # inputs that a program of the first launch makes
-# Rows of x that one program takes at most; what two programs read is read from memory once. More rows need
-# registers that other programs lack then. A layer of llama-3-8b (bfloat16, H100) takes, in one program / in shares: 5
-# rows 214 / 204 us dense, 304 / 235 at 50 %; 8 rows 220 / 236 dense, 249 / 234 at 50 %.
+
+# Rows of x that one program takes at most; what two programs read is read from memory once. More rows need registers
+# that other programs lack then. A layer of llama-3-8b (bfloat16, H100) takes, in one program / in shares: 5 rows dense
+# 214 / 204 us; 8 rows dense 220 / 236, at 50 % 249 / 234.
 SHARE = 4
 PREFETCH = 528  # programs that prefetch the rows of their first block
 

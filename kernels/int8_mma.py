@@ -2,8 +2,8 @@
 
 A program is one warp. It takes PLAN.blocks of 32 inputs and a tile of 128 outputs. Each row's inputs of one program
 share a power of two as their scale. No sum of integers rounds, so no order matters, and every number of rows has the
-same sums. Fixed point costs at most 2^-16 of the largest input of the program; bfloat16 itself costs 2^-9 of each. An
-input that is kept and not finite makes the outputs of its programs not a number.
+same sums. Fixed point moves an input by at most 2^-15 of the largest one of the program; bfloat16 itself moves each by
+up to 2^-9 of it. An input that is kept and not finite makes the outputs of its programs not a number.
 
 No weight is moved or widened for that: see "a tile" below. These kernels are written lane by lane: a tensor of 32
 numbers is one register of the warp.
@@ -355,7 +355,8 @@ def launch_int8(
     product.check()
     weight, segments, n_in, rows = product.weight, product.segments, len(product.weight), len(x)
     read = product.offset, product.weight_scale, product.fineness
-    assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, *read)) and out.stride(0) % 4 == 0
+    assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, *read))
+    assert len(out) == 1 or out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
     plan = product.plan(prologue, pdl, last_rstd is not None)
     operation, full = product.operation(prologue, dtype), not any(width % TILE.value for width in segments)

@@ -23,14 +23,7 @@ def launch_product(
         launch_gemv(prologue, x, product, out, **options)
 
 
-def launch_sparse_gemv(
-    x: Tensor,
-    weight: Tensor,
-    threshold: Tensor,
-    segments: list[int],
-    scale: Tensor | None = None,
-    fineness: Tensor | None = None,
-) -> Tensor:
+def launch_sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale=None, fineness=None):
     """The launcher behind `kernels.sparse_gemv.sparse_gemv`; same arguments and result."""
     out = torch.zeros(x.shape[0], sum(segments), device=x.device, dtype=torch.float32)
     product = Product(weight, threshold, segments, weight_scale=scale, fineness=fineness)

@@ -25,7 +25,7 @@ MODELS = {
     "shifted, large tiles": {"shifted": True, "resident": 1},
     "int8, shifted": {"quant": "int8", "shifted": True},
     "int8, large tiles": {"quant": "int8", "resident": 1},
-    "int4, large tiles": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "resident": 1},
+    "int4, large tiles": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "resident": 1, "prompt": 60},
     "int4, shifted": {"quant": "int4", "groupsize": 16, "intermediate_size": 176, "shifted": True},
     "no power of two, tied": {"dim": 48, "head_dim": 24, "tie_embeddings": True},
     "three heads a group, one chunk": {"n_head": 6, "dim": 48, "head_dim": 8, "prompt": 20, "cache": 30},
@@ -75,8 +75,8 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     if model.config.quant != "none" and DEVICE == "cpu":
         steps = 1  # of integers the interpreter makes long work
     model.setup_caches(1, cache)
-    # int8's x has 16 bits, and int4 its place in the mantissa
-    tolerance = 1e-4 if model.config.quant == "none" else 3e-3
+    # int8's x has 16 bits, and int4, whose q, k and v are int8, its place in the mantissa
+    tolerance = 1e-4 if model.config.quant == "none" else 6e-3
     model(random_tokens(1, prompt, 101).to(DEVICE), torch.arange(prompt, device=DEVICE))
     before = [tensor.clone() for tensor in caches(model)]
 
