@@ -1,9 +1,8 @@
 """Products of 2 to 8 rows of x on a GPU, in Triton: a weight row that any row of x keeps is read once.
 
-Two launches: one makes the inputs and lists which are kept, the other multiplies. Every row of x gets the sums that
-`kernels.triton_gemv` gives it alone, to the bit. So the plan of one row says which rows of W are added up, in which
-order, before a sum is put on its grid. Products of 16-bit numbers are exact in float32, and those of an input that a
-row cuts are 0.
+Two launches: one makes the inputs and lists which are kept, the other multiplies: here int4. Every row of x gets the
+sums that `kernels.triton_gemv` gives it alone, to the bit. So the plan of one row says which rows of W are added up, in
+which order, before a sum is put on its grid. Products of an input that a row cuts are 0.
 """
 
 from typing import NamedTuple
@@ -13,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.plan import BLOCK_IN, Plan, strands_of
+from kernels.plan import BLOCK_IN, Plan
 from kernels.triton_gemv import (
     BLOCK,
-    CELL_OUT,
     MAX_SEGMENTS,
     ONE,
     Norm,
@@ -24,13 +22,10 @@ from kernels.triton_gemv import (
     Product,
     fixed,
     fraction,
-    in_order,
     inputs,
     joined,
     load_constants,
-    load_escapes,
     load_inputs,
-    load_packed,
     outputs_of_tile,
     prefetch,
     rstd_of,
@@ -38,15 +33,12 @@ from kernels.triton_gemv import (
     snap,
     starts_of,
     unpacked,
-    widened,
-    with_escapes,
 )
 
 PREPARED = 256  # inputs that a program of the first launch makes
 
 # Rows of x that one program takes at most; what two programs read is read from memory once. More rows need registers
-# that other programs lack then. A layer of llama-3-8b (bfloat16, H100) takes, in one program / in shares: 5 rows dense
-# 214 / 204 us; 8 rows dense 220 / 236, at 50 % 249 / 234.
+# that other programs lack then.
 SHARE = 4
 PREFETCH = 528  # programs that prefetch the rows of their first block
 
@@ -55,27 +47,20 @@ class RowsPlan(NamedTuple):
     """One launch of the product's kernel. Its first three fields belong to the sums, see `rows_plan`."""
 
     blocks: int  # of BLOCK_IN inputs between two roundings to the grid
-    strands: int  # a block's rows i, i + strands, ... are added up, then the strands' sums
-    chained: bool  # a block's sum begins with the one before it
     block_out: int  # outputs of a tile
-    rows: int  # rows of W that each strand loads at once
+    rows: int  # rows of W that are loaded at once
     prefetch: bool  # whether the first PREFETCH programs prefetch
 
 
 def rows_plan(plan: Plan, segments: list[int], bits: int, rows: int, dependent: bool) -> RowsPlan:
     """How to launch a product of several rows of x, with the sums of the `plan` of one.
 
-    A thread keeps 4 to 16 outputs of each row in registers.
+    A thread keeps 8 or 16 outputs of each row in registers.
     """
-    strands, chained = plan.strands, plan.chained
-    if bits != 12:
-        strands, chained = strands_of(plan, sum(segments), bits), plan.rows > 0
     few = rows <= 2
-    by_thread = 16 if bits == 4 and few else 8 if bits < 16 or few else 4
-    block_out = 32 * by_thread // strands
+    block_out = 32 * (16 if few else 8)
     ahead = dependent and all(width % block_out == 0 for width in segments) and block_out * bits % 128 == 0
-    at_once = min(16 if few and bits != 12 else 8, BLOCK_IN // strands)
-    return RowsPlan(plan.blocks, strands, chained, block_out, at_once, ahead)
+    return RowsPlan(plan.blocks, block_out, 16 if few else 8, ahead)
 
 
 @triton.constexpr_function
@@ -147,18 +132,8 @@ def _zeros(OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr):
     """The sums that `_add_rows` adds to."""
     PACK: tl.constexpr = OP.pack
     WORDS: tl.constexpr = PLAN.block_out // PACK
-    ones, low = 0.0, 0.0
-    if OP.bits >= 16:
-        STRANDS: tl.constexpr = PLAN.strands
-        acc = (tl.zeros((STRANDS, WORDS), tl.float32),) * ROWS
-    elif OP.bits == 12:
-        STRANDS: tl.constexpr = PLAN.strands
-        acc = (tl.zeros((STRANDS, WORDS), tl.float32),) * (ROWS * PACK)
-    else:
-        acc = (tl.zeros((WORDS,), tl.float32),) * (ROWS * PACK)
-        ones = (tl.zeros((WORDS // 2,), tl.float32),) * ROWS
-        low = ones
-    return acc, ones, low
+    ones = (tl.zeros((WORDS // 2,), tl.float32),) * ROWS
+    return (tl.zeros((WORDS,), tl.float32),) * (ROWS * PACK), ones, ones
 
 
 @triton.jit
@@ -171,117 +146,53 @@ def _fetch_x(x_ptr, X_WORDS: tl.constexpr):
 
 
 @triton.jit
-def _add_packed_rows(
-    # sums [strands, elements] of each row of x and each of an element's eight outputs, in turn
-    acc,
-    # which of the block's rows any row of x keeps; words of x at the block's first input; its weights from the tile's
-    # first group on, their words and the tile's elements; what `kernels.triton_gemv` does it with
-    kept, x_ptr, weight_ptr, row_words, n_elements, base, entries_ptr, n_entries, escaped, ahead,
-    OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,
-):
-    """`_add_rows` of packed weights."""
-    STRANDS: tl.constexpr = PLAN.strands
-    AT_ONCE: tl.constexpr = PLAN.rows
-    ELEMENTS: tl.constexpr = PLAN.block_out // 8
-    X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
-    IN_WORD: tl.constexpr = 64 // OP.dtype.primitive_bitwidth
-    local, strand = tl.arange(0, ELEMENTS)[None, :], tl.arange(0, STRANDS)[:, None]
-    for part in range(0, BLOCK // STRANDS, AT_ONCE):
-        words = ()
-        for j in tl.static_range(AT_ONCE):
-            i = (part + j) * STRANDS + strand
-            mask = (local < n_elements) & ((kept >> i) & 1 != 0)
-            words = words + (load_packed(weight_ptr + i * row_words, local, mask),)  # noqa: RUF005
-        for j in tl.static_range(AT_ONCE):
-            i = (part + j) * STRANDS + strand
-            weights = widened(words[j], base)
-            if ((escaped & kept) >> (part + j) * STRANDS) & ((1 << STRANDS) - 1) != 0:
-                weights = with_escapes(weights, i, ahead, ELEMENTS, entries_ptr, n_entries)
-            sums = ()
-            for r in tl.static_range(ROWS):
-                if r % IN_WORD == 0:
-                    some = tl.load(x_ptr + i * X_WORDS + r // IN_WORD)
-                x = unpacked(some, r, OP.dtype)
-                for k in tl.static_range(8):
-                    sums = sums + (acc[r * 8 + k] + x * weights[k],)  # noqa: RUF005
-            acc = sums
-    return acc
-
-
-@triton.jit
-def _packed_sum(acc, r: tl.constexpr):
-    """Row r's sums of the outputs in their order, over all strands."""
-    sums = ()
-    for k in tl.static_range(8):
-        sums = sums + (tl.sum(acc[8 * r + k], axis=0),)  # noqa: RUF005
-    return in_order(sums)
-
-
-@triton.jit
 def _add_rows(
-    # sums, a tuple of each row's in turn: [strands, outputs], of int4 as `add_products` has them; ones and low too
+    # sums, a tuple of each row's in turn, as `add_products` has them; ones and low too
     acc, ones, low,
     # which of the block's rows any row of x keeps; words of x at the block's first input; its weights and the tile; the
     # bits of 1.0
     kept, x_ptr, weight_ptr, weight_scale_ptr, n_out, first, last, one,
     OP: tl.constexpr, PLAN: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Adds the block's rows of W, PLAN.rows at a time of each strand, to the sums of every row of x."""
+    """Adds the block's rows of W, PLAN.rows at a time, to the sums of every row of x."""
     PACK: tl.constexpr = OP.pack
     WORDS: tl.constexpr = PLAN.block_out // PACK
-    STRANDS: tl.constexpr = PLAN.strands
     AT_ONCE: tl.constexpr = PLAN.rows
     X_WORDS: tl.constexpr = x_words(ROWS, OP.dtype)
     IN_WORD: tl.constexpr = 64 // OP.dtype.primitive_bitwidth
     words = first // PACK + tl.arange(0, WORDS)
     in_words = words < last // PACK
-    strand = tl.arange(0, STRANDS)
-    for part in range(0, BLOCK // STRANDS, AT_ONCE):
-        # the weights, in int4 with pairs of scale and minimum of two words
+    for part in range(0, BLOCK, AT_ONCE):
+        # the weights, with pairs of scale and minimum of two words
         weights, scales = (), ()
         for j in tl.static_range(AT_ONCE):
-            if OP.bits >= 16:
-                i = (part + j) * STRANDS + strand
-                mask = ((kept >> i) & 1 != 0)[:, None] & in_words[None, :]
-                at = weight_ptr + i[:, None] * n_out + words[None, :]
-            else:
-                mask = in_words & ((kept >> (part + j)) & 1 != 0)
-                at = weight_ptr + (part + j) * (n_out // PACK) + words
+            mask = in_words & ((kept >> (part + j)) & 1 != 0)
+            at = weight_ptr + (part + j) * (n_out // PACK) + words
             weights = weights + (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)  # noqa: RUF005
-            if OP.bits == 4:
-                two = first // (2 * PACK) + tl.arange(0, WORDS // 2)
-                at = weight_scale_ptr + (part + j) * (n_out // OP.groupsize) + two * (2 * PACK) // OP.groupsize
-                mask = (two < last // (2 * PACK)) & ((kept >> (part + j)) & 1 != 0)
-                scales = scales + (tl.load(at, mask=mask, other=0),)  # noqa: RUF005 (Triton knows no stars)
+            two = first // (2 * PACK) + tl.arange(0, WORDS // 2)
+            at = weight_scale_ptr + (part + j) * (n_out // OP.groupsize) + two * (2 * PACK) // OP.groupsize
+            mask = (two < last // (2 * PACK)) & ((kept >> (part + j)) & 1 != 0)
+            scales = scales + (tl.load(at, mask=mask, other=0),)  # noqa: RUF005 (Triton knows no stars)
 
         # their products with every row of x
         for j in tl.static_range(AT_ONCE):
             sums, new_ones, new_low = (), (), ()
-            if OP.bits >= 16:
-                weight = weights[j].to(tl.float32)
-                for r in tl.static_range(ROWS):
-                    if r % IN_WORD == 0:
-                        some = tl.load(x_ptr + ((part + j) * STRANDS + strand) * X_WORDS + r // IN_WORD)
-                    sums = sums + (acc[r] + unpacked(some, r, OP.dtype)[:, None] * weight,)  # noqa: RUF005
-            else:
-                # integers are widened once for all rows, see `fraction`
-                fractions = ()
+            # integers are widened once for all rows, see `fraction`
+            fractions = ()
+            for k in tl.static_range(PACK):
+                fractions = fractions + (fraction(weights[j], one, k),)  # noqa: RUF005
+            # x is multiplied by the scale of its group
+            for r in tl.static_range(ROWS):
+                if r % IN_WORD == 0:
+                    some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
+                x = unpacked(some, r, OP.dtype)
+                new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
+                x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
+                new_ones = new_ones + (ones[r] + x,)  # noqa: RUF005
+                x = tl.interleave(x, x)
                 for k in tl.static_range(PACK):
-                    fractions = fractions + (fraction(weights[j], one, k),)  # noqa: RUF005
-                # x is multiplied by the scale of its group
-                for r in tl.static_range(ROWS):
-                    if r % IN_WORD == 0:
-                        some = tl.load(x_ptr + (part + j) * X_WORDS + r // IN_WORD)
-                    x = unpacked(some, r, OP.dtype)
-                    new_low = new_low + (low[r] + x * (scales[j] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
-                    x = x * (scales[j] << 16).to(tl.float32, bitcast=True)
-                    new_ones = new_ones + (ones[r] + x,)  # noqa: RUF005
-                    x = tl.interleave(x, x)
-                    for k in tl.static_range(PACK):
-                        sums = sums + (acc[r * PACK + k] + x * fractions[k],)  # noqa: RUF005
-            acc = sums
-            if OP.bits == 4:
-                ones, low = new_ones, new_low
+                    sums = sums + (acc[r * PACK + k] + x * fractions[k],)  # noqa: RUF005
+            acc, ones, low = sums, new_ones, new_low
     return acc, ones, low
 
 
@@ -305,18 +216,13 @@ def _rows_kernel(
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
     n_words = n_out // PACK
-    PACKED: tl.constexpr = OP.bits == 12
-    if PACKED:
-        n_words = tl.multiple_of(3 * n_words, 8)
-        start = tl.where(segment > 1, start_2, tl.where(segment > 0, start_1, 0))
-        base = tl.load(weight_scale_ptr + segment)
     block = tl.program_id(1) * BLOCKS
 
     # before the wait: weights, which no launch writes
     if PREFETCH > 0:
         if tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) < PREFETCH:
             rows = block * BLOCK + tl.arange(0, BLOCK)
-            at = weight_ptr + rows.to(tl.int64) * n_words + (first // 8 * 3 if PACKED else first // PACK)
+            at = weight_ptr + rows.to(tl.int64) * n_words + first // PACK
             prefetch(at, rows < OP.n_in, BLOCK_OUT * OP.bits // 8)
     x_part = share
     if OP.cut:  # each segment has inputs of its own
@@ -332,50 +238,23 @@ def _rows_kernel(
         tl.extra.cuda.gdc_wait()
         _fetch_x(x_ptr + block * (BLOCK * X_WORDS), X_WORDS)
     kept = kept_by_any(kept_ptr, block, n_rows, ROWS, OP)
-    summed = (tl.zeros((BLOCK_OUT,), tl.float32),) * ROWS
     acc, ones, low = _zeros(OP, PLAN, ROWS)
     for _block in range(BLOCKS):
         at = weight_ptr + block.to(tl.int64) * (BLOCK * n_words)
-        scale_at = weight_scale_ptr
-        if OP.bits == 4:
-            scale_at += block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
+        scale_at = weight_scale_ptr + block.to(tl.int64) * (BLOCK * (n_out // OP.groupsize))
         # the next block's inputs come while this one's weights do
         next_kept = kept_by_any(kept_ptr, block + 1, n_rows, ROWS, OP)
         if PDL:
             _fetch_x(x_ptr + tl.minimum(block + 1, n_blocks - 1) * (BLOCK * X_WORDS), X_WORDS)
         x_at = x_ptr + tl.minimum(block, n_blocks - 1) * (BLOCK * X_WORDS)  # beyond it nothing is kept
-        if PACKED:
-            at += tl.multiple_of(first // 8 * 3, 8)
-            escapes = load_escapes(weight_scale_ptr, block, n_out, segment, start, first, OP, BLOCK_OUT)
-            acc = _add_packed_rows(
-                acc, kept, x_at, at, n_words, (last - first) // 8, base, escapes[0], escapes[1], escapes[2],
-                (first - start) % CELL_OUT // 8, OP, PLAN, ROWS,
-            )
-        else:
-            acc, ones, low = _add_rows(
-                acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS
-            )
+        acc, ones, low = _add_rows(acc, ones, low, kept, x_at, at, scale_at, n_out, first, last, one, OP, PLAN, ROWS)
         block += 1
         kept = next_kept
-        if not PLAN.chained:
-            sums = ()
-            for r in tl.static_range(ROWS):
-                sum_r = _packed_sum(acc, r) if PACKED else tl.sum(acc[r], axis=0)
-                sums = sums + (summed[r] + sum_r,)  # noqa: RUF005 (Triton knows no stars)
-            summed = sums
-            acc, ones, low = _zeros(OP, PLAN, ROWS)
 
     # the outputs in their order, with the offsets, on their grid
     for r in tl.static_range(ROWS):
-        out = summed[r]
-        if PLAN.chained:
-            if PACKED:
-                out = _packed_sum(acc, r)
-            elif OP.bits == 4:
-                acc_r = acc[r * PACK : r * PACK + PACK]
-                out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]))
-            else:
-                out = tl.sum(acc[r], axis=0)
+        acc_r = acc[r * PACK : r * PACK + PACK]
+        out = joined(acc_r, tl.interleave(ones[r], ones[r]), tl.interleave(low[r], low[r]))
         if offset_ptr is not None:
             if tl.program_id(1) == 0:
                 out += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
@@ -401,13 +280,13 @@ def launch_rows(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     prepared: Prepared, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
 ) -> None:
-    """`kernels.triton_gemv.launch_gemv` for 2 to 8 rows of x, each with the sums that it has alone.
+    """`kernels.triton_gemv.launch_gemv` for 2 to 8 rows of x and int4, each with the sums that it has alone.
 
     x: "given" [rows, in]; else float32: h [rows, in] or gate|up [rows, 2 in and room].
     out: [rows, out and room], float32.
     """
     product.check()
-    weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
+    form, n_in = product.form, len(product.weight)
     rows, segments = len(x), product.segments
     operation = product.operation(prologue, dtype)
     shares = triton.cdiv(rows, SHARE)
@@ -417,8 +296,7 @@ def launch_rows(
     plan = rows_plan(product.plan(prologue, pdl), segments, form.bits, share, pdl)
 
     # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
-    if form.name != "none":
-        weight, weight_scale = weight.view(torch.int32), weight_scale.view(torch.int32)
+    weight, weight_scale = product.weight.view(torch.int32), product.weight_scale.view(torch.int32)
     starts = starts_of(segments)
     tiles = starts_of([triton.cdiv(width, plan.block_out) for width in segments])
     _rows_kernel[(tiles[-1] * shares, triton.cdiv(n_in, BLOCK_IN * plan.blocks))](

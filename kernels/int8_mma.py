@@ -205,6 +205,26 @@ def _load_factors(ptr, at, last):
 
 
 @triton.jit
+def _add_scaled(
+    sums, finenesses, out_ptr, at, last, OP: tl.constexpr, ADD_FOUR: tl.constexpr, GRID: tl.constexpr,
+):
+    """Adds 4 float32 sums, times the multiplier and put on the grid, to the 4 outputs from `at` on."""
+    out = ()
+    for i in tl.static_range(4):
+        x = sums[i]
+        if OP.multiplier != 1.0:
+            x *= OP.multiplier
+        if GRID:
+            x = snap(x, finenesses[i].to(tl.float32, bitcast=True))
+        out = out + (x,)  # noqa: RUF005
+    if ADD_FOUR:
+        _add_four(out_ptr + at, (at < last).to(tl.int32), out)
+    else:
+        for i in tl.static_range(4):
+            tl.atomic_add(out_ptr + at + i, out[i], mask=at < last, sem="relaxed")
+
+
+@triton.jit
 def _add_sums(
     low, high, down, scales, offsets, finenesses, out_ptr, at, last,
     OP: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr, GRID: tl.constexpr,
@@ -218,16 +238,8 @@ def _add_sums(
             x = tl.fma(x, scale, tl.where(tl.program_id(1) == 0, offsets[i].to(tl.float32, bitcast=True), 0.0))
         else:
             x *= scale
-        if OP.multiplier != 1.0:
-            x *= OP.multiplier
-        if GRID:
-            x = snap(x, finenesses[i].to(tl.float32, bitcast=True))
         out = out + (x,)  # noqa: RUF005
-    if LANES.add_four:
-        _add_four(out_ptr + at, (at < last).to(tl.int32), out)
-    else:
-        for i in tl.static_range(4):
-            tl.atomic_add(out_ptr + at + i, out[i], mask=at < last, sem="relaxed")
+    _add_scaled(out, finenesses, out_ptr, at, last, OP, LANES.add_four, GRID)
 
 
 # ---- the product

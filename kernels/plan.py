@@ -9,32 +9,22 @@ whole model at batch 1.
 import math
 from typing import NamedTuple
 
-import torch
-
 from kernels.quantized import Form
 
 # Inputs of a block: one per lane of a warp, and one per bit of the int32 in which the kernel lists kept inputs.
 BLOCK_IN = 32
 
 # Programs of 128 registers that run at the same time: 16 on each of an H100's 132 multiprocessors. A launch of more has
-# programs that wait for others to end. 4096 -> 6144 at 50 % in two blocks of inputs has 3,072 and takes 10.2 us, in
-# three 2,064 and 9.4 us. A small product ends soonest in small tiles, as long as all its programs run at once:
-# SmolLM2-135M's step at 50 % took 0.413 ms in tiles of 32 x 64, 0.455 in 32 x 128, 0.580 in two blocks of those.
+# programs that wait for others to end.
 RESIDENT = 2112
 
-# Outputs beyond which a product is wide: it has programs enough for 512 bytes of a row each. 4096 -> 28672 at 65 % took
-# 38.5 us in tiles of 128 outputs, 32.6 in 256 (16 bits); at 25 % 60.2 and 60.2. Dense, a product of 16 bits is wide
-# beyond DENSE_WIDE outputs.
-WIDE, DENSE_WIDE = 8192, 4096
+# Outputs beyond which a product is wide: it has programs enough for long parts of a row each.
+WIDE = 8192
 
-# Outputs beyond which a wide product of 16 bits keeps 256 outputs a program where cut rows are masked, and takes two
-# blocks of inputs where it goes by row. Two blocks make llama-3-8b's step at 65 % 1.1 % shorter (gate|up, 28,672
-# outputs). llama-2-7b's qkv (12,288) in the tiles of a narrow product makes its step at 50 % 0.6 % shorter, and
-# llama-3.2-1b's gate|up (16,384) its own 0.7 %. It also tells which products prefetch more, see `_prefetch`.
+# Outputs of a wide product, gate|up, from which on int4 prefetches more of it.
 VERY_WIDE = 16384
 
-# Sparsity above which a wide product of 16 bits goes by row: a masked tile spends the instructions of cut rows, too.
-# 4096 -> 28672 in tiles of 256 outputs, masked / by row: 32.6 / 31.9 us at 65 %, 49.4 / 51.1 at 40 %.
+# Sparsity above which most of the instructions of a tile would be about cut rows.
 MOSTLY_CUT = 0.6
 
 # Outputs of an int8 program, see `kernels.int8_mma`.
@@ -46,24 +36,16 @@ INT8_OUT = 128
 LARGE = 1 << 26
 
 
-BFLOAT16 = Form("none", torch.bfloat16)
-
-
 class Plan(NamedTuple):
     """One launch of the product's kernel."""
 
     blocks: int  # of BLOCK_IN inputs that a program takes
     block_out: int  # outputs of its tile
-    rows: int  # kept rows that it loads at once, listed; 0: all rows of a block are loaded, the cut ones masked
+    rows: int  # rows of W that it loads at once, in int4 kept ones, listed; 0: all of its rows, the cut ones masked
     registers: int | None = None  # most per thread; None: the compiler's choice
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
-    # of packed weights alone, with the sums of plain ones: a block's rows i, i + strands, ... are added up, then the
-    # strands' sums; chained: a block's sum begins with the one before it; listed: kept rows, else cut ones are masked
-    strands: int = 1
-    chained: bool = False
-    listed: bool = False
 
 
 def plan_for(
@@ -85,48 +67,67 @@ def plan_for(
     last_rstd: whether a norm's rstd is kept from token to token; without it no row after a norm can be guessed.
     part: segments of a rank's part of the weight, which is multiplied with the sums of the whole.
     """
-    if form.name == "packed":
-        plain = plan_for(prologue, n_in, segments, sparsity, BFLOAT16, dependent, last_rstd)
-        return _packed(plain, segments, sparsity)
+    unknown, common = prologue == "norm" and not last_rstd, math.gcd(*(part or segments))
     if form.name == "int8":
-        unknown = prologue == "norm" and not last_rstd
-        prefetched = dependent and not unknown and math.gcd(*(part or segments)) % INT8_OUT == 0
-        return _int8_plan(prologue, n_in, segments, sparsity, prefetched)
-    n_out, bits, common = sum(segments), form.bits, math.gcd(*segments)
-    blocks, block_out, rows = _tile(prologue, n_in, n_out, sparsity, bits)
+        return _int8_plan(prologue, n_in, segments, sparsity, dependent and not unknown and common % INT8_OUT == 0)
+    if form.bits == 16 and math.gcd(*segments) % 8 == 0:
+        plan = _half_plan(prologue, n_in, segments, sparsity)
+    elif form.bits >= 16:
+        plan = Plan(1, 64 if n_in * sum(segments) < RESIDENT * BLOCK_IN * 32 else 128, 0)
+    else:
+        plan = _int4_plan(prologue, n_in, segments, sparsity, dependent)
+    if not dependent or (plan.guess and unknown) or common % plan.block_out:
+        return plan._replace(prefetch=0, prefetch_blocks=0, guess=False)
+    return plan
 
-    # Only tiles that divide every segment are prefetched. int4's wide ones keep their size all the same: 512 outputs do
-    # not divide llama-2-7b's gate, but 256 make its step 4 to 6 % longer.
-    if dependent and common % 128 == 0 and not (bits == 4 and n_out > WIDE):
+
+def _half_plan(prologue: str, n_in: int, segments: list[int], sparsity: float) -> Plan:
+    """That of a 16-bit product; blocks and tile are the same for every number of rows of x, whose sums they make.
+
+    A dense program that prefetches nothing loads its weights before it waits for the launch before.
+    """
+    blocks, pieces = -(-n_in // BLOCK_IN), sum(-(-width // 64) for width in segments)
+    programs = blocks * pieces // 2  # of 2 x 64 or 1 x 128
+
+    # A small product ends soonest in small programs, as long as all run at once.
+    if 2 * programs <= RESIDENT // 2:
+        return Plan(1, 64, 0, None, RESIDENT, 1, True) if sparsity else Plan(1, 64, 0)
+    if not sparsity:
+        return Plan(2, 64, 0) if programs <= 4 * RESIDENT else Plan(1, 128, 0, None, 528, 1)
+    if programs <= RESIDENT:
+        return Plan(2, 64, 0, None, RESIDENT, 2, True)
+
+    # Large programs spend least on what is not multiplication: gate|up of llama-3-8b at 65 % takes 29.2 us in 2 x 128,
+    # 37.6 in 2 x 64. o and down have at most two blocks, since ranks split their inputs at multiples of 64.
+    if prologue == "norm" and sum(segments) <= WIDE and sparsity <= MOSTLY_CUT:
+        return Plan(3, 64, 0, None, 528, 3, True)
+    return Plan(2, 128, 0, None, {"norm": 528, "given": 1320}.get(prologue, 1056), 2, True)
+
+
+def _int4_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, dependent: bool) -> Plan:
+    """That of an int4 product, whose programs go by row: converting rows that are cut costs what skipping them saves."""
+    n_out, common = sum(segments), math.gcd(*segments)
+    wide, rows = n_out > WIDE, 4 if sparsity else 16
+
+    # A small product, see RESIDENT: beyond half of what fits, small tiles gain nothing more (llama-3.2-1b at 50 %:
+    # 0.626 ms with 512 outputs, 0.649 with 128). Dense, gate|up wants 1,024 outputs (a step of llama-3-8b of 2.529
+    # instead of 2.544 ms), o and down 256.
+    small = not wide and -(-n_in // BLOCK_IN) * -(-n_out // 64) <= RESIDENT // 2
+    block_out = 64 if small else 512 if sparsity else 1024 if wide else 256
+
+    # Only tiles that divide every segment are prefetched. Wide ones keep their size all the same: 512 outputs do not
+    # divide llama-2-7b's gate, but 256 make its step 4 to 6 % longer.
+    if dependent and common % 128 == 0 and not wide:
         block_out = min(block_out, common & -common)
 
-    registers = _registers(prologue, sparsity, bits, blocks, block_out, rows)
-    prefetch, prefetch_blocks, guess = _prefetch(prologue, n_out, sparsity, bits, min(blocks, 3))
-    unknown = guess and prologue == "norm" and not last_rstd
-    if not dependent or unknown or math.gcd(*(part or segments)) % block_out:
-        return Plan(blocks, block_out, rows, registers)
-    return Plan(blocks, block_out, rows, registers, prefetch, prefetch_blocks, guess)
+    # Most registers per thread. Dense, not gate|up: 2.534 -> 2.506 ms with 72; cut, after a norm: 1.816 -> 1.789.
+    registers = 72 if (block_out <= 512 if not sparsity else prologue == "norm") else None
 
-
-def strands_of(plan: Plan, n_out: int, bits: int) -> int:
-    """How many strands of a block's rows are summed apart by the one-row kernel of floating weights.
-
-    Triton lays a masked tile of 16 bits over a warp 8 outputs at a time, so that 256 outputs are one strand, 64 are 4.
-    """
-    if plan.rows or n_out % 16:  # else the loads of one row are not vectors
-        return 1
-    return max(1, (256 if bits == 16 else 128) // plan.block_out)
-
-
-def _packed(plain: Plan, segments: list[int], sparsity: float) -> Plan:
-    """The plan of packed weights, with the sums of bfloat16's `plain` plan."""
-    strands = strands_of(plain, sum(segments), 16)
-    by_thread, rows = (16, 8) if strands == 1 else (8, 4 if sparsity else 8)
-    plan = plain._replace(block_out=32 * by_thread // strands, rows=rows, registers=96, strands=strands)
-    plan = plan._replace(chained=plain.rows > 0, listed=sparsity > 0)
-    if math.gcd(*segments) % plan.block_out:
-        plan = plan._replace(prefetch=0, prefetch_blocks=0, guess=False)
-    return plan
+    # A guess comes from x as it is before the launch may begin. Before o and down it costs what it saves.
+    if not sparsity or prologue != "norm":
+        return Plan(1, block_out, rows, registers, 264 if sparsity else 528, 1)
+    prefetch = 264 if n_out <= VERY_WIDE else 2112 if sparsity > MOSTLY_CUT else 1056
+    return Plan(1, block_out, rows, registers, prefetch, 1, True)
 
 
 def _int8_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, prefetched: bool) -> Plan:
@@ -150,89 +151,6 @@ def _int8_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, p
     return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if prefetched and sparsity else plan
 
 
-def _tile(prologue: str, n_in: int, n_out: int, sparsity: float, bits: int) -> tuple[int, int, int]:
-    """(blocks, block_out, rows) of a `Plan`, before the tile is made to divide the segments."""
-    blocks, tiles, given = -(-n_in // BLOCK_IN), -(-n_out // 128), prologue == "given"
-    wide = n_out > WIDE or (bits >= 16 and not sparsity and n_out > DENSE_WIDE)
-    # int4 goes by row: converting rows that are not needed costs what skipping them saves.
-    rows = 0 if bits >= 16 else 4 if sparsity else 16
-
-    # A small product, see RESIDENT. Beyond half of what fits, 64 outputs gain nothing more (llama-3.2-1b at 50 %: 0.708
-    # ms with 128, 0.710 with 64); int4 gains nothing from 128 there (0.626 ms with 512, 0.649 with 128).
-    if not wide and blocks * -(-n_out // 64) <= RESIDENT // 2:
-        return 1, 64, rows
-    if not wide and blocks * tiles <= RESIDENT and bits >= 16:
-        return 1, 128, rows
-
-    # int4, dense, wants 1,024 outputs of gate|up (a step of 2.529 instead of 2.544 ms) and 256 of o and down.
-    if bits == 4:
-        return 1, 512 if sparsity else 1024 if wide else 256, rows
-
-    # wide, of 16 bits
-    if wide and sparsity > MOSTLY_CUT:
-        return 1 if given or n_out <= VERY_WIDE else 2, 256, 16
-    if wide and (not sparsity or n_out > VERY_WIDE):
-        return 1, 256, 0
-
-    # Narrow: more programs and fewer atomics. Three blocks where that lets all programs run at once, see RESIDENT.
-    three = tiles * -(-blocks // 2) > RESIDENT >= tiles * -(-blocks // 3)
-    return 3 if three and sparsity and prologue in ("given", "norm") else 2, 128, 0
-
-
-def _registers(prologue: str, sparsity: float, bits: int, blocks: int, block_out: int, rows: int) -> int | None:
-    """Most registers per thread, where the compiler's own choice is slower.
-
-    Of products by row and of dense ones it takes 64, so that 32 programs fit a multiprocessor. With more a program has
-    more loads in flight, and a norm's rstd, for which all others wait, comes sooner.
-    """
-    if bits > 16:
-        return None
-
-    # Dense: int4's step 2.534 -> 2.506 ms with 72, but not its gate|up; o and down of 16 bits with 128 5.163 -> 5.145
-    # (llama-3-8b).
-    if not sparsity and bits < 16:
-        return None if block_out > 512 else 72
-    if not sparsity:
-        return 128 if blocks > 1 else None
-
-    # By row after a norm: llama-3-8b's step at 65 % 2.398 -> 2.363 ms with 96, int4's at 50 % 1.816 -> 1.789 with 72.
-    if rows:
-        return (72 if bits < 16 else 96) if prologue == "norm" else None
-
-    # Three unrolled blocks take 134 by themselves, of which not RESIDENT programs fit: 4096 -> 6144 11.5 instead of 9.4
-    # us. After a norm the compiler needs no bound.
-    return 128 if prologue == "given" and blocks == 3 else None
-
-
-def _prefetch(prologue: str, n_out: int, sparsity: float, bits: int, blocks: int) -> tuple[int, int, bool]:
-    """(prefetch, prefetch_blocks, guess) of a `Plan`.
-
-    The memory is idle before a launch may begin. A guess comes from x as it is at that moment: from what the launch
-    before has added up so far, or, given (o's x comes at once, at the end), from the last token's. The numbers are a
-    step of llama-3-8b at 50 % unless said otherwise.
-    """
-    # All rows where all are needed: dense 5.28 -> 5.14 ms. And before o and down of int4, where a guess costs what it
-    # saves.
-    if not sparsity:
-        return 528, 1, False
-    if prologue != "norm" and bits < 16:
-        return 264, 1, False
-
-    # o: a guess takes 3.005 to 2.988 ms with both blocks of 1,056 programs. 1,320 programs of all blocks but the last
-    # cost the step 0.35 % of that, but serve all shapes best alone (4096 -> 6144: 9.3 us, 9.5 with 1,056).
-    if prologue == "given":
-        return 1320, max(1, blocks - 1), True
-
-    # down: 3.038 -> 3.016 ms from 528 to 2,112 programs; gate|up by row at 65 % 2.451 -> 2.428.
-    if prologue != "norm" or (n_out > VERY_WIDE and sparsity > MOSTLY_CUT):
-        return 2112, 1, True
-
-    # qkv, gate|up. The second blocks of qkv's 528 programs: 3.005 -> 2.988 ms.
-    if bits >= 16:
-        return 528, blocks, True
-    return 1056 if n_out > VERY_WIDE else 264, blocks, True
-
-
 # A program that prefetches during attention asks for AHEAD_BYTES of each of AHEAD_ROWS rows of gate or up. Pieces of 1,
 # 2 and 4 KB: 2.908, 2.910 and 2.919 ms (llama-3-8b's step at 50 %).
 AHEAD_ROWS, AHEAD_BYTES = 128, 2048
@@ -250,7 +168,7 @@ def attention_prefetch(n_in: int, n_out: int, sparsity: float, form: Form) -> in
     at 50 and 65 %; int8's and int4's is level.
     """
     half_bytes = n_out * form.bits // 16  # of gate's row, and of up's
-    if form.bits < 12 or n_in * n_out < LARGE or half_bytes % 16:
+    if form.bits < 16 or n_in * n_out < LARGE or half_bytes % 16:
         return 0
     return (ROWS_AHEAD if sparsity else DENSE_ROWS_AHEAD) // AHEAD_ROWS * 2 * -(-half_bytes // AHEAD_BYTES)
 

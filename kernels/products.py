@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.few_rows import Prepared, launch_rows
+from kernels.half_mma import fits_half, launch_half
 from kernels.int8_mma import launch_int8
 from kernels.triton_gemv import Product, launch_gemv
 
@@ -17,7 +18,9 @@ def launch_product(
     """
     if product.form.name == "int8":
         launch_int8(prologue, x, product, out, prepared=prepared, **options)
-    elif prepared:
+    elif fits_half(product):
+        launch_half(prologue, x, product, out, prepared=prepared, **options)
+    elif prepared and product.form.name == "int4":
         launch_rows(prologue, x, product, out, prepared=prepared, **options)
     else:
         launch_gemv(prologue, x, product, out, **options)

@@ -14,18 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.packed import CELL, CODES, GROUP, HEADER, SEGMENTS, SIGNS
 from kernels.plan import AHEAD_BYTES, AHEAD_ROWS, BLOCK_IN, Plan, plan_for
 from kernels.quantized import Form, form_of
 
-MAX_SEGMENTS = SEGMENTS
+MAX_SEGMENTS = 3
 SLOTS, STRIDE = tl.constexpr(64), tl.constexpr(32)  # copies of a norm's rstd, one per cache line of 32 float32
 RSTD_BUFFER = SLOTS.value * STRIDE.value  # behind the outputs of a product with a norm before it
 ONE = 0x3F800000  # bits of 1.0, see `fraction`
 BLOCK = tl.constexpr(BLOCK_IN)
 PIECE_ROWS, PIECE_BYTES = tl.constexpr(AHEAD_ROWS), tl.constexpr(AHEAD_BYTES)
-SEGMENTS_AT_MOST = tl.constexpr(SEGMENTS)
-CELL_OUT, TABLE, SIGN_BITS, CODE_BITS = (tl.constexpr(n) for n in (CELL, HEADER, SIGNS, CODES))
 
 
 class Operation(NamedTuple):
@@ -77,9 +74,20 @@ def shared_rstd(slots_ptr, program, h_ptr, eps, N: tl.constexpr):
     of programs that poll one address queue for it: 4096 -> 6144 at 50 % took 13.5 us so, 12.7 us with 64 (H100).
     """
     if program == 0:
-        rstd = rstd_of(h_ptr, eps, N)
-        tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, rstd + tl.zeros((SLOTS,), tl.float32))
+        share_rstd(slots_ptr, h_ptr, eps, N)
+    return wait_for_rstd(slots_ptr, program)
 
+
+@triton.jit
+def share_rstd(slots_ptr, h_ptr, eps, N: tl.constexpr):
+    """Fills the slots with `rstd_of` h."""
+    rstd = rstd_of(h_ptr, eps, N)
+    tl.store(slots_ptr + tl.arange(0, SLOTS) * STRIDE, rstd + tl.zeros((SLOTS,), tl.float32))
+
+
+@triton.jit
+def wait_for_rstd(slots_ptr, program):
+    """What the slots hold, as soon as it is there."""
     slot = slots_ptr + (program % SLOTS) * STRIDE
     rstd = tl.load(slot, volatile=True)
     while rstd == 0.0:
@@ -197,7 +205,6 @@ def prefetch_tile(
     """Prefetches the tile's part of the first blocks' rows, all of them or those that it guesses to be kept."""
     BLOCKS: tl.constexpr = PLAN.prefetch_blocks
     TILE_BYTES: tl.constexpr = PLAN.block_out * OP.bits // 8
-    WORD_BITS: tl.constexpr = 32 if OP.pack > 1 else OP.bits
     tl.static_assert(TILE_BYTES % 16 == 0)
     for block in tl.static_range(BLOCKS):
         ahead = rows + block * BLOCK
@@ -207,7 +214,7 @@ def prefetch_tile(
             if block > 0:
                 ahead_constants = load_constants(ahead, gain_ptr, threshold_ptr, OP)
             _x, wanted = inputs(ahead, load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first * OP.bits // WORD_BITS, wanted, TILE_BYTES)
+        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
 
 
 @triton.jit
@@ -302,96 +309,6 @@ def lowest_bit(bits):
     return (low.to(tl.int32, bitcast=True) >> 23) - 127
 
 
-# ---- packed bfloat16, see `kernels.packed`
-
-
-@triton.jit
-def load_packed(at, local, mask):
-    """Loads the words of the three planes that hold the weights of elements `local`, eight each, behind group `at`."""
-    at += local // 8 * 24 + local % 8
-    return tl.load(at, mask=mask, other=0), tl.load(at + 8, mask=mask, other=0), tl.load(at + 16, mask=mask, other=0)
-
-
-@triton.jit
-def _rotated(word):
-    """Right by 8 bits."""
-    return ((word >> 8) & 0xFFFFFF) | (word << 24)
-
-
-@triton.jit
-def widened(words, base):
-    """The eight weights, float32, of what `load_packed` gave; base: the segment's, from the escape table."""
-    first, second, codes = words
-    out = ()
-    for pair in tl.static_range(4):
-        signs = first if pair < 2 else second
-        if pair % 2 == 1:
-            signs = _rotated(signs)
-        code = codes
-        if pair == 0:
-            code = codes << 4
-        elif pair == 2:
-            code = codes >> 4
-        elif pair == 3:
-            code = _rotated(codes)
-        both = ((signs & SIGN_BITS) | (code & CODE_BITS)) + base
-        out = out + ((both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True))  # noqa: RUF005
-    return out
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit
-def load_escapes(table_ptr, block, n_out, segment, start, first, OP: tl.constexpr, BLOCK_OUT: tl.constexpr):
-    """Where a tile's escapes among a block's lie in the list, where they end, and which rows have one, a bit for each.
-
-    segment, start: the tile's segment of outputs and its first output; first: the tile's.
-    """
-    n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
-    n_cells = n_out // CELL_OUT + SEGMENTS_AT_MOST
-    at = table_ptr + TABLE + block * n_cells + start // CELL_OUT + segment + (first - start) // CELL_OUT
-    begin = tl.load(at, mask=block < n_blocks, other=0)
-    end = tl.load(at + 1, mask=block < n_blocks, other=0)
-    entries_ptr = table_ptr + TABLE + n_blocks * n_cells + 1
-    i = begin + tl.arange(0, BLOCK)
-    entry = tl.load(entries_ptr + i, mask=i < end, other=0)
-    column = (entry & CELL_OUT - 1) - (first - start) % CELL_OUT
-    there = (i < end) & (column >= 0) & (column < BLOCK_OUT)
-    rows = tl.reduce(tl.where(there, 1 << (entry >> 9 & 63), 0), 0, _either)
-    return entries_ptr + begin, end - begin, tl.where(end - begin > BLOCK, -1, rows)
-
-
-@triton.jit
-def with_escapes(weights, rows, ahead, N: tl.constexpr, entries_ptr, n_entries):
-    """Eight weights of `rows` [any, 1] and N elements with the escapes among them; ahead: the cell's elements before.
-    """
-    elements = tl.arange(0, N)[None, :]
-    k = 0
-    while k < n_entries:
-        entry = tl.load(entries_ptr + k)
-        element = (entry >> 3 & 63) - ahead
-        if (element >= 0) & (element < N):
-            slot = tl.where((rows == entry >> 9 & 63) & (elements == element), entry & 7, -1)
-            value = (entry & -65536).to(tl.float32, bitcast=True)
-            out = ()
-            for j in tl.static_range(8):
-                out = out + (tl.where(slot == j, value, weights[j]),)  # noqa: RUF005
-            weights = out
-        k += 1 + (entry >> 15 & 1)  # which is 0: a compiler that knows would unroll, to four times the code
-    return weights
-
-
-@triton.jit
-def in_order(s):
-    """The sums of outputs 8 i + k, s[k][i], in the outputs' order."""
-    even = tl.interleave(tl.interleave(s[0], s[4]), tl.interleave(s[2], s[6]))
-    odd = tl.interleave(tl.interleave(s[1], s[5]), tl.interleave(s[3], s[7]))
-    return tl.interleave(even, odd)
-
-
 # ---- the product
 
 
@@ -414,7 +331,7 @@ def outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: 
 
 @triton.jit
 def _add_kept_rows(
-    # sums of the tile so far, see `_add_products`; `ones` and `low` of int4 alone
+    # sums of the tile so far, see `add_products`
     acc, ones, low,
     # the block's inputs, its rows, and the end of the tile's segment of outputs
     x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one,
@@ -436,119 +353,21 @@ def _add_kept_rows(
             at = weight_ptr + i * (n_out // PACK) + words
             word = tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
 
-            if OP.bits >= 16:
-                acc = (acc[0] + x_i * word.to(tl.float32),)
-            else:  # two bfloat16, a scale and a minimum, for two words
-                pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
-                at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
-                pair = tl.load(at, mask=pairs < tl.where(kept != 0, last // (2 * PACK), 0), other=0)
-                low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
-                x_i *= (pair << 16).to(tl.float32, bitcast=True)
-                ones += x_i
-                acc = add_products(acc, tl.interleave(x_i, x_i), word, one)
+            # two bfloat16, a scale and a minimum, for two words
+            pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
+            at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
+            pair = tl.load(at, mask=pairs < tl.where(kept != 0, last // (2 * PACK), 0), other=0)
+            low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
+            x_i *= (pair << 16).to(tl.float32, bitcast=True)
+            ones += x_i
+            acc = add_products(acc, tl.interleave(x_i, x_i), word, one)
             kept = kept & (kept - 1)
     return acc, ones, low
 
 
-@triton.constexpr_function
-def strand_bits(strand, strands):
-    """int32 with a bit for each row of a strand."""
-    bits = sum([1 << i for i in range(strand, 32, strands)])
-    return bits - (bits >> 31 << 32)
-
-
-@triton.jit
-def _by_strand(values, STRANDS: tl.constexpr):
-    """A number of each strand, as [STRANDS, 1]."""
-    strand = tl.arange(0, STRANDS)[:, None]
-    out = tl.where(strand == 0, values[0], values[STRANDS - 1])
-    for s in tl.static_range(1, STRANDS - 1):
-        out = tl.where(strand == s, values[s], out)
-    return out
-
-
-@triton.jit
-def _add_packed_row(
-    acc, words, i, x, base, escaped, ahead, entries_ptr, n_entries, STRANDS: tl.constexpr, ELEMENTS: tl.constexpr
-):
-    """Adds row i[s] (below 0: none) of each strand s, as `load_packed` gave it, times its x.
-
-    escaped: not 0 if one of these rows has escapes.
-    """
-    lane = tl.arange(0, BLOCK)
-    xs = ()
-    for s in tl.static_range(STRANDS):
-        x_s = tl.sum(tl.where(lane == i[s], x.to(tl.int32, bitcast=True), 0), axis=0)
-        xs = xs + (x_s.to(tl.float32, bitcast=True),)  # noqa: RUF005
-    weights = widened(words, base)
-    if escaped != 0:
-        weights = with_escapes(weights, _by_strand(i, STRANDS), ahead, ELEMENTS, entries_ptr, n_entries)
-    x = _by_strand(xs, STRANDS) if STRANDS > 1 else xs[0]
-    sums = ()
-    for k in tl.static_range(8):
-        sums = sums + (acc[k] + x * weights[k],)  # noqa: RUF005
-    return sums
-
-
-@triton.jit
-def _add_packed_rows(
-    # sums of the tile so far: of outputs 8 e + k by strand and element e of the tile, for all k
-    acc,
-    # the block's inputs, its rows from the tile's first group on, their words, and how many elements the tile has
-    x, keep, weight_ptr, row_words, n_elements,
-    # the window's base, and the tile's escapes, see `load_escapes`; the cell's elements before the tile
-    base, entries_ptr, n_entries, escaped, ahead,
-    OP: tl.constexpr, PLAN: tl.constexpr,
-):
-    """Adds the block's rows, the kept ones listed or all with the cut ones masked, PLAN.rows of a strand at once."""
-    STRANDS: tl.constexpr = PLAN.strands
-    ROWS: tl.constexpr = PLAN.rows
-    ELEMENTS: tl.constexpr = PLAN.block_out // 8
-    local = tl.arange(0, ELEMENTS)
-    in_tile = (local < n_elements)[None, :]
-    x = tl.where(keep, x, 0.0)
-    kept = tl.sum(keep.to(tl.int32) << tl.arange(0, BLOCK), axis=0)
-    escaped = escaped & kept
-
-    if PLAN.listed:
-        while kept != 0:
-            words, rows, bits = (), (), ()
-            for _row in tl.static_range(ROWS):
-                i, bit = (), 0
-                for s in tl.static_range(STRANDS):
-                    left = kept & strand_bits(s, STRANDS)
-                    i = i + (lowest_bit(left),)  # noqa: RUF005
-                    bit = bit | (left & -left)
-                kept = kept & ~bit
-                row = _by_strand(i, STRANDS)
-                words = words + (load_packed(weight_ptr + row * row_words, local[None, :], in_tile & (row >= 0)),)  # noqa: RUF005
-                rows, bits = rows + (i,), bits + (bit,)  # noqa: RUF005
-            for j in tl.static_range(ROWS):
-                acc = _add_packed_row(
-                    acc, words[j], rows[j], x, base, escaped & bits[j], ahead, entries_ptr, n_entries, STRANDS, ELEMENTS
-                )
-    else:
-        for part in range(0, BLOCK, ROWS * STRANDS):
-            words, rows = (), ()
-            for j in tl.static_range(ROWS):
-                i = ()
-                for s in tl.static_range(STRANDS):
-                    i = i + (part + j * STRANDS + s,)  # noqa: RUF005
-                row = part + j * STRANDS + tl.arange(0, STRANDS)[:, None]
-                mask = in_tile & ((kept >> row) & 1 != 0) if OP.cut else in_tile & (row < BLOCK)
-                words = words + (load_packed(weight_ptr + row * row_words, local[None, :], mask),)  # noqa: RUF005
-                rows = rows + (i,)  # noqa: RUF005
-            for j in tl.static_range(ROWS):
-                here = (escaped >> rows[j][0]) & ((1 << STRANDS) - 1)
-                acc = _add_packed_row(
-                    acc, words[j], rows[j], x, base, here, ahead, entries_ptr, n_entries, STRANDS, ELEMENTS
-                )
-    return acc
-
-
 @triton.jit
 def _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols):
-    """The block's sum by a tile that is loaded at once, its cut rows masked: fewer latencies than row by row."""
+    """The block's sum by a tile that is loaded at once, its cut rows masked."""
     mask = keep[:, None] & in_cols[None, :]
     offsets = tl.arange(0, BLOCK)[:, None] * n_out + cols[None, :]
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -561,7 +380,7 @@ def _gemv_kernel(
     x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr,
     fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i
-    n_out, n_zero, tiles_1, tiles_2, start_1, start_2,
+    n_out, x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2,
     # the norm's epsilon, and the bits of 1.0, see `fraction`
     eps, one,
     # compiled in; ZERO: how much of zero_ptr each program fills
@@ -570,30 +389,27 @@ def _gemv_kernel(
     """out += m (W^T cut(x - shift) + offset): a program takes PLAN.blocks of inputs, a tile of outputs, a row of x.
 
     What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. int4 comes
-    as int32 words of eight outputs, by row only. int8 has kernels of its own, see `kernels.int8_mma`.
+    as int32 words of eight outputs, by row. int8 and 16 bits have kernels of their own, `kernels.int8_mma` and
+    `kernels.half_mma`, of which this one takes segments that 8 does not divide.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     PACK: tl.constexpr = OP.pack
     BLOCKS: tl.constexpr = PLAN.blocks
     BLOCK_OUT: tl.constexpr = PLAN.block_out
-    PACKED: tl.constexpr = OP.bits == 12
-    STRANDS: tl.constexpr = PLAN.strands
-    tl.static_assert(PACK == 1 or PLAN.rows > 0)
+    tl.static_assert((PACK > 1) == (PLAN.rows > 0))
 
     # the program's tile: inputs from `row` on, outputs from `first` on
     tile = tl.program_id(0)
     program = tl.program_id(1) * tl.num_programs(0) + tile
-    x_ptr += tl.program_id(2) * OP.n_in
-    out_ptr += tl.program_id(2) * n_out
+    x_ptr += tl.program_id(2) * x_stride
+    out_ptr += tl.program_id(2) * out_stride
     segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
     threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
     cols = first + tl.arange(0, BLOCK_OUT)
     in_cols = cols < last
     row = tl.program_id(1) * BLOCKS * BLOCK
     n_words = n_out // PACK
-    if PACKED:
-        n_words = tl.multiple_of(3 * n_words, 8)
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
     rows = row + tl.arange(0, BLOCK)
@@ -607,20 +423,7 @@ def _gemv_kernel(
                 rows, constants, first, n_words,
                 x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
             )
-    escapes = ()
-    if PACKED:
-        start = tl.where(segment > 1, start_2, tl.where(segment > 0, start_1, 0))
-        base = tl.load(weight_scale_ptr + segment)
-        for block in tl.static_range(BLOCKS):
-            at = row // BLOCK + block
-            escapes = escapes + (load_escapes(weight_scale_ptr, at, n_out, segment, start, first, OP, BLOCK_OUT),)  # noqa: RUF005
-    # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
-    # tile has no registers to hold the grid: qkv of llama-3-8b took 164 instead of 127, so not all programs ran at once
     offset = tl.zeros((BLOCK_OUT,), tl.float32)
-    fineness = offset
-    EARLY: tl.constexpr = BLOCK_OUT <= 64
-    if fineness_ptr is not None and EARLY:
-        fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
     if offset_ptr is not None:
         if tl.program_id(1) == 0:
             offset = tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
@@ -642,35 +445,20 @@ def _gemv_kernel(
     # sums of x times weight, of every output that a word holds; int4's scales lie beside the rows
     acc = (tl.zeros((BLOCK_OUT // PACK,), tl.float32),) * PACK
     weight_ptr += row.to(tl.int64) * n_words
-    if PACKED:
-        weight_ptr += tl.multiple_of(first // 8 * 3, 8)
-        strands = (tl.zeros((STRANDS, BLOCK_OUT // 8), tl.float32),) * 8
     ones, low = 0.0, 0.0
     if OP.bits == 4:
         ones = tl.zeros((BLOCK_OUT // (2 * PACK),), tl.float32)
         low = ones
         weight_scale_ptr += row.to(tl.int64) * (n_out // OP.groupsize)
 
-    for block in tl.static_range(BLOCKS):
+    for _block in tl.static_range(BLOCKS):
         x, keep = inputs(rows, operands, constants, rstd, OP)
         if BLOCKS > 1:  # the next block's inputs come while this one's weights do
             rows += BLOCK
             operands = load_inputs(rows, x_ptr, OP, "")
             constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
 
-        if PACKED:
-            entries_ptr, n_entries, escaped = escapes[block]
-            strands = _add_packed_rows(
-                strands, x, keep, weight_ptr, n_words, (last - first) // 8,
-                base, entries_ptr, n_entries, escaped, (first - start) % CELL_OUT // 8, OP, PLAN,
-            )
-            if not PLAN.chained or block == BLOCKS - 1:
-                sums = ()
-                for k in tl.static_range(8):
-                    sums = sums + (acc[k] + tl.sum(strands[k], axis=0),)  # noqa: RUF005
-                acc = sums
-                strands = (tl.zeros((STRANDS, BLOCK_OUT // 8), tl.float32),) * 8
-        elif PLAN.rows > 0:
+        if PLAN.rows > 0:
             acc, ones, low = _add_kept_rows(
                 acc, ones, low, x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one, OP, PLAN
             )
@@ -683,18 +471,14 @@ def _gemv_kernel(
 
     # the sums of the outputs in their order; the first row of programs adds the offsets
     total = acc[0]
-    if PACKED:
-        total = in_order(acc)
-    elif OP.bits == 4:
+    if OP.bits == 4:
         total = joined(acc, tl.interleave(ones, ones), tl.interleave(low, low))
     if offset_ptr is not None:
         total += offset
     if OP.multiplier != 1.0:
         total *= OP.multiplier
     if fineness_ptr is not None:
-        if not EARLY:
-            fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
-        total = snap(total, fineness)
+        total = snap(total, tl.load(fineness_ptr + cols, mask=in_cols, other=1.0))
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
@@ -736,7 +520,7 @@ class Product(NamedTuple):
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
         operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
-        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 8 if bits in (4, 12) else 1
+        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 8 if bits == 4 else 1
         operation = operation._replace(cut=cut, shift=shift, bits=bits, pack=pack)
         return operation._replace(groupsize=self.form.groupsize, multiplier=self.multiplier)
 
@@ -748,8 +532,6 @@ class Product(NamedTuple):
         assert self.weight.is_contiguous() and 8 * self.weight.nbytes == form.bits * n_in * n_out
         if form.name != "none":
             assert all(width * form.bits % 32 == 0 for width in self.segments) and self.weight_scale.is_contiguous()
-        if form.name == "packed":
-            assert all(width % GROUP == 0 for width in self.segments) and self.weight_scale.dtype == torch.int32
         if form.name == "int4":
             assert form.groupsize % 16 == 0 and all(width % form.groupsize == 0 for width in self.segments)
 
@@ -779,9 +561,9 @@ def launch_gemv(
 ) -> None:
     """Adds multiplier (W^T cut(x - shift) + offset) to `out`, with x made by the prologue, see `Operation`.
 
-    x: "given" [B, in]; else one row, float32: h [1, in] or gate|up [1, 2 in]. With `pdl` it is read before the launch
+    x: "given" [B, in]; else float32: h [B, in] or gate|up [B, 2 in and room]. With `pdl` it is read before the launch
         before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
-    out: [B, out], float32; with "norm" [1, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
+    out: [B, out and room], float32; with "norm" [B, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
     norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
     dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
     pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
@@ -794,20 +576,20 @@ def launch_gemv(
         plan = product.plan(prologue, pdl, last_rstd is not None)
 
     # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
-    if form.name != "none":
+    if form.name == "int4":
         weight, weight_scale = weight.view(torch.int32), weight_scale.view(torch.int32)
 
     # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
     starts = starts_of(product.segments)
     tiles = starts_of([triton.cdiv(width, plan.block_out) for width in product.segments])
-    grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), x.shape[0] if prologue == "given" else 1)
+    grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), len(x))
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
 
     _gemv_kernel[grid](
         x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, weight_scale,
         product.fineness,
-        starts[-1], n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
+        starts[-1], x.stride(0), out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
         OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )

@@ -1,8 +1,9 @@
-"""The assembly of `kernels.int8_mma` in numpy, lane by lane as PTX defines it: for Triton's interpreter."""
+"""The assembly of `kernels.int8_mma` and `kernels.half_mma` in numpy, lane by lane as PTX defines it: for Triton's interpreter."""
 
 import ctypes
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
@@ -30,11 +31,16 @@ def gather(at: np.ndarray, wanted: np.ndarray, offsets: list[int], alignment: in
     return words, (at - first)[:, None] // 4 + offsets
 
 
+def floats(values: np.ndarray) -> tl.tensor:
+    return tl.tensor(TensorHandle(values.astype(np.float32), tl.float32), tl.block_type(tl.float32, [32]))
+
+
 def load_four(HOW, at, wanted):
-    """Lanes that want nothing get nonsense."""
-    out, wanted = np.full((32, 4), 0x5A5A5A5A), np.flatnonzero(data(wanted))
+    """Lanes that want nothing get nonsense, as 16 bits not a number, or 0."""
+    how, wanted = tl.core._unwrap_if_constexpr(HOW), np.flatnonzero(data(wanted))
+    out = np.full((32, 4), 0 if "mov.u32 $0, 0" in how else 0x7FFF7FFF)
     if wanted.size:
-        halves = ".v2" in tl.core._unwrap_if_constexpr(HOW)
+        halves = ".v2" in how
         offsets = [0, 1, 16, 17] if halves else [0, 1, 2, 3]
         words, where = gather(data(at), wanted, offsets, 8 if halves else 16)
         out[wanted] = words[where]
@@ -75,10 +81,36 @@ def multiply_add_two(sums, a0, a1, a2, a3, b0, b1):
     return multiply_add(multiply_add(sums, a0, a1, b0), a2, a3, b1)
 
 
-def install() -> None:
-    """Lets `kernels.int8_mma` run without a GPU."""
-    from kernels import int8_mma
+def halves(word, dtype: torch.dtype) -> np.ndarray:
+    """[8, 8] of the words that lanes 4 g + t hold, each the 2 numbers of row g and columns 2 t and 2 t + 1."""
+    words = torch.from_numpy(data(word).astype(np.int32).copy())
+    return words.view(dtype).view(8, 8).double().numpy()
 
-    for function in (load_four, add_four, from_lane, pick_bytes, multiply_add, multiply_add_two):
-        assert hasattr(int8_mma, f"_{function.__name__}")
-        setattr(int8_mma, f"_{function.__name__}", function)
+
+def multiply_add_half(sums, a, b0, b1, DTYPE):
+    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[tl.core._unwrap_if_constexpr(DTYPE).name])
+    a = np.block([[halves(a[0], dtype), halves(a[2], dtype)], [halves(a[1], dtype), halves(a[3], dtype)]])
+    product = a @ np.concatenate([halves(b0, dtype).T, halves(b1, dtype).T])
+    at = [product[GROUP + 8 * (i // 2), 2 * THREAD + i % 2] for i in range(4)]
+    return tuple(floats(data(s) + new) for s, new in zip(sums, at, strict=True))
+
+
+def ballot(truth):
+    return register(np.full(32, (data(truth).astype(np.int64) << LANE).sum()))
+
+
+def eight_of(x):
+    return tuple(register(data(x)[THREAD * 8 + i]) for i in range(8))
+
+
+def install() -> None:
+    """Lets `kernels.int8_mma` and `kernels.half_mma` run without a GPU."""
+    from kernels import half_mma, int8_mma
+
+    shared, own = (load_four, pick_bytes), (multiply_add_half, ballot, eight_of)
+    functions = {int8_mma: (*shared, add_four, from_lane, multiply_add, multiply_add_two), half_mma: (*shared, *own)}
+    for module, replaced in functions.items():
+        for function in replaced:
+            assert hasattr(module, f"_{function.__name__}")
+            setattr(module, f"_{function.__name__}", function)
+    half_mma.RSTD_MAKERS = tl.constexpr(1)  # programs run one after the other

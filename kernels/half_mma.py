@@ -1,0 +1,374 @@
+"""Products of 16-bit weights on a GPU: exact products, sums in float32 on the tensor cores. 1 to 8 rows of x.
+
+A program is one warp. It takes PLAN.blocks of 32 inputs and a tile of 64 or 128 outputs, in pieces of 64. The tensor
+core multiplies A [16 x 16] with B [16 x 8]. A word of W [in, out] is 2 outputs of one input, and the 4 words that a
+lane loads at once are its part of A as they come:
+
+    lane 4 g + t loads outputs 8 g .. 8 g + 7 of input 8 t + i:   word 0 is A's row g,     columns 2 t, 2 t + 1
+                                                                  word 1    row g + 8, columns 2 t, 2 t + 1
+                                                                  word 2    row g,     columns 2 t + 8, 2 t + 9
+                                                                  word 3    row g + 8, columns 2 t + 8, 2 t + 9
+
+    so 4 columns of A belong to one input. Column 4 r + p of B holds x_r of that input in the p-th of these 4 rows, and
+    zeros in the other 3: two rows of x, r = 0 and 1, take one product. Lane 4 g + t gets the sums of outputs
+    8 g + 4 (t % 2) .. + 3 of row t // 2, as neighbours.
+
+A product adds inputs i, 8 + i, 16 + i and 24 + i of a block, and products follow one another by block and i, whatever
+the number of rows: so a row has the same sums beside any others. Registers that a lane does not load hold 0, since 0
+times what was there before may not be a number.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.few_rows import Prepared, kept_by_any, launch_prepare
+from kernels.int8_mma import CACHED, ONCE, _add_scaled, _load_factors, _load_four, _pick_bytes
+from kernels.triton_gemv import (
+    BLOCK,
+    MAX_SEGMENTS,
+    Norm,
+    Product,
+    inputs,
+    load_constants,
+    load_inputs,
+    outputs_of_tile,
+    prefetch_tile,
+    share_rstd,
+    starts_of,
+    wait_for_rstd,
+)
+
+PIECE = tl.constexpr(64)  # outputs that the warp loads at once, of 4 inputs
+ONCE_OR_ZERO = tl.constexpr("mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; " + ONCE.value)
+
+# Rows of x up to which every program makes its own inputs; more have a launch before for that.
+MAKES_ROWS = 2
+RSTD_MAKERS = tl.constexpr(8)  # programs that compute the rstds of rows
+
+
+class Lanes(NamedTuple):
+    """How a tile is loaded and added."""
+
+    full: bool  # segments end where a tile does
+    add_four: bool  # the GPU adds 4 neighbours at once
+
+
+# ---- a tile
+
+
+@triton.jit
+def _multiply_add_half(sums, a, b0, b1, DTYPE: tl.constexpr):
+    """sums + A B: 16 x 16 times 16 x 8, to 16 x 8 float32."""
+    TYPE: tl.constexpr = "bf16.bf16" if DTYPE == tl.bfloat16 else "f16.f16"
+    return tl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k16.row.col.f32." + TYPE + ".f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a[0], a[1], a[2], a[3], b0, b1, sums[0], sums[1], sums[2], sums[3]],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+    )
+
+
+@triton.jit
+def _ballot(truth):
+    """One bit of each lane's truth, in every lane."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "=r,r",
+        [truth.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+    )
+
+
+@triton.jit
+def _load_block(
+    weights, at, kept, col, last, FIRST: tl.constexpr, COUNT: tl.constexpr, N_OUT: tl.constexpr, ALL: tl.constexpr,
+    PLAN: tl.constexpr, LANES: tl.constexpr,
+):
+    """The tuple `weights`, and each lane's 4 words of COUNT of its 8 inputs of a block, from FIRST on, and every piece.
+
+    at: of the lane's first input and its output `col`; kept: bits of the block's inputs, or ALL of them are.
+    """
+    kept = kept >> (tl.arange(0, BLOCK) % 4 * 8)
+    for i in tl.static_range(FIRST, FIRST + COUNT):
+        for p in tl.static_range(PLAN.block_out // PIECE):
+            wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
+            if not LANES.full:
+                wanted = tl.where(col + p * PIECE < last, wanted, 0)
+            weights = weights + _load_four(ONCE_OR_ZERO, at + (i * N_OUT + p * PIECE), wanted)
+    return weights
+
+
+@triton.jit
+def _load_half(
+    weights, n: tl.constexpr, at, kept, col, last,
+    N_OUT: tl.constexpr, ALL: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr,
+):
+    """`_load_block` of the n-th half of a block; `at` and `kept` are of the first block, and of all."""
+    b: tl.constexpr = n // 2
+    return _load_block(
+        weights, at + b * BLOCK * N_OUT, kept[b], col, last, n % 2 * 4, 4, N_OUT, ALL, PLAN, LANES
+    )
+
+
+@triton.jit
+def _add_block(
+    sums, weights, at: tl.constexpr, x, choice_0, choice_1, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    DTYPE: tl.constexpr, PIECES: tl.constexpr,
+):
+    """Each piece's `sums`, and COUNT of a block's products; x: 8 words, inputs 8 t + i of two rows.
+
+    at: the index of the first word of the block in `weights`.
+    """
+    for i in tl.static_range(FIRST, FIRST + COUNT):
+        b0, b1, added = _pick_bytes(x[i], choice_0), _pick_bytes(x[i], choice_1), ()
+        for p in tl.static_range(PIECES):
+            a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
+            added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
+        sums = added
+    return sums
+
+
+@triton.jit
+def _added(a, b, PIECES: tl.constexpr):
+    out = ()
+    for p in tl.static_range(PIECES):
+        out = out + ((a[p][0] + b[p][0], a[p][1] + b[p][1], a[p][2] + b[p][2], a[p][3] + b[p][3]),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _with_offsets(sums, offsets):
+    """Those that the first programs add."""
+    out = ()
+    for i in tl.static_range(4):
+        offset = offsets[i].to(tl.float32, bitcast=True)
+        out = out + (sums[i] + tl.where(tl.program_id(1) == 0, offset, 0.0),)  # noqa: RUF005
+    return out
+
+
+# ---- x
+
+
+@triton.jit
+def _eight_of(x):
+    """x of lanes 8 t .. 8 t + 7 in lanes 4 g + t, through shared memory.
+
+    Its barrier keeps the compiler from loading weights after the first product, to save registers.
+    """
+    lane = tl.arange(0, BLOCK)
+    return tl.inline_asm_elementwise(
+        "{ .shared .align 16 .b32 words[32]; .reg .b32 a, b; mov.u32 a, words; add.u32 b, a, $9; "
+        "st.shared.b32 [b], $8; bar.warp.sync 0xffffffff; add.u32 a, a, $10; ld.shared.v4.b32 {$0, $1, $2, $3}, [a]; "
+        "ld.shared.v4.b32 {$4, $5, $6, $7}, [a + 16]; }",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r", [x, lane * 4, lane % 4 * 32], dtype=(tl.int32,) * 8,
+        is_pure=False, pack=1,
+    )
+
+
+@triton.jit
+def _shared_rstds(slots_ptr, slots_stride, program, h_ptr, h_stride, eps, N: tl.constexpr, ROWS: tl.constexpr):
+    """`triton_gemv.shared_rstd` of every row of h: the first programs compute one each."""
+    makers = tl.minimum(tl.num_programs(0) * tl.num_programs(1), RSTD_MAKERS)
+    row = tl.where(program < makers, program, ROWS)
+    while row < ROWS:
+        share_rstd(slots_ptr + row * slots_stride, h_ptr + row * h_stride, eps, N)
+        row += makers
+    out = ()
+    for r in tl.static_range(ROWS):
+        out = out + (wait_for_rstd(slots_ptr + r * slots_stride, program),)  # noqa: RUF005
+    return out
+
+
+# ---- the product
+
+
+@triton.jit
+def _half_kernel(
+    # read and written. With PREPARED x and kept are what `few_rows.launch_prepare` makes, two rows side by side
+    x_ptr, kept_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, fineness_ptr,
+    # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
+    x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
+    # compiled in; N_OUT: so that a load's place needs no arithmetic; ZERO: how much of zero_ptr each program fills
+    N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    PREPARED: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+):
+    """out += m (W^T cut(x - shift) + offset) for ROWS rows of x, as `kernels.triton_gemv` has it of other forms."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    BLOCKS: tl.constexpr = PLAN.blocks
+    PIECES: tl.constexpr = PLAN.block_out // PIECE
+    PAIRS: tl.constexpr = (ROWS + 1) // 2
+    N_BLOCKS: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
+    ALL: tl.constexpr = not OP.cut and LANES.full and OP.n_in % (32 * BLOCKS) == 0
+    BEFORE: tl.constexpr = not OP.cut and PLAN.prefetch == 0  # dense weights are loaded before the wait, or prefetched
+    SETS: tl.constexpr = 1 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
+    HALF: tl.constexpr = 32 * PIECES // 2  # words of half a lane's inputs of a block
+    lane = tl.arange(0, BLOCK)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    x_ptr += tl.program_id(2) * x_stride
+    out_ptr += tl.program_id(2) * out_stride
+    tile = tl.program_id(0)
+    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, N_OUT, PLAN.block_out)
+    block = tl.program_id(1) * BLOCKS
+    rows = block * BLOCK + lane
+    col = first + lane // 4 * 8
+    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * N_OUT + col
+    at, half = col + lane % 2 * 4, lane % 4 // 2  # which of two rows a lane adds
+    if ROWS == 1:  # both halves get the row's sums: each adds a piece
+        at += half * PIECE
+    if OP.cut:
+        threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
+    if PREPARED and OP.cut:  # each segment has inputs of its own
+        x_ptr += segment * (PAIRS * N_BLOCKS * BLOCK)
+        kept_ptr += segment * (ROWS * N_BLOCKS)
+
+    # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
+    constants, weights, finenesses, offsets = (), (), (), ()
+    if not PREPARED:
+        for b in tl.static_range(BLOCKS):
+            gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
+            constants = constants + ((gain, threshold, shift),)  # noqa: RUF005
+    if PLAN.prefetch > 0:
+        if program < PLAN.prefetch:
+            last_rstd = 1.0
+            if PLAN.guess and OP.prologue == "norm":
+                last_rstd = tl.load(last_rstd_ptr)
+            ahead = constants[0] if PLAN.guess else (0.0, 0.0, 0.0)
+            prefetch_tile(rows, ahead, first, N_OUT, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN)
+    if BEFORE:
+        for b in tl.static_range(BLOCKS):
+            there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_OUT
+            weights = _load_block(weights, block_at, there, col, last, 0, 8, N_OUT, ALL, PLAN, LANES)
+    for p in tl.static_range(SETS):
+        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * PIECE, last),)  # noqa: RUF005
+        first_ones = tl.where(tl.program_id(1) == 0, last, 0)
+        offsets = offsets + (_load_factors(offset_ptr, at + p * PIECE, first_ones),)  # noqa: RUF005
+
+    # the launch before has ended
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if ZERO > 0:
+        z = program * ZERO + tl.arange(0, ZERO)
+        tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
+    operands, rstds = (), (1.0,) * ROWS
+    if not PREPARED:
+        for n in tl.static_range(BLOCKS * ROWS):
+            a, up = load_inputs(rows + n // ROWS * BLOCK, x_ptr + n % ROWS * x_stride, OP, "")
+            operands = operands + ((a, up),)  # noqa: RUF005
+        if OP.prologue == "norm":
+            rstds = _shared_rstds(out_ptr + N_OUT, out_stride, program, x_ptr, x_stride, eps, OP.n_in, ROWS)
+            if PLAN.guess:
+                if program == 0:
+                    tl.store(last_rstd_ptr, rstds[0])
+
+    # x: a word per two rows, of a block's input `lane`; and the weights that any row keeps
+    made, kept = (), ()
+    for b in tl.static_range(BLOCKS):
+        any_keeps = tl.zeros((BLOCK,), tl.int1)
+        if not PREPARED:
+            for r in tl.static_range(ROWS):
+                x, keep = inputs(rows + b * BLOCK, operands[b * ROWS + r], constants[b], rstds[r], OP)
+                bits = tl.where(keep, x, 0.0).to(OP.dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+                word = word | (bits << 16) if r % 2 == 1 else bits  # noqa: F821
+                any_keeps = any_keeps | keep
+                if r % 2 == 1 or r == ROWS - 1:
+                    made = made + (word,)  # noqa: RUF005
+        if PREPARED or not OP.cut:
+            kept = kept + (kept_by_any(kept_ptr, block + b, ROWS, ROWS, OP),)  # noqa: RUF005
+        else:
+            kept = kept + (_ballot(any_keeps),)  # noqa: RUF005
+
+    # PLAN.rows of them are loaded before the first product, in halves of a block; 0: all are
+    AT_ONCE: tl.constexpr = 2 * BLOCKS if PLAN.rows == 0 or PAIRS > 1 else PLAN.rows // 16
+    if not BEFORE:
+        for n in tl.static_range(AT_ONCE):
+            weights = _load_half(weights, n, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES)
+
+    # all loads are under way before a product waits for the first, see `_eight_of`
+    if PREPARED:
+        tl.debug_barrier()
+
+    # the sums of two rows at a time; each block has a chain of products of its own, for their latency
+    place, low = lane // 4 % 4, 0 if ROWS == 1 else lane // 16
+    choice = tl.where(place % 2 == 0, 0x4410 + low * 0x22, 0x1044 + low * 0x2200)
+    choice_0, choice_1 = tl.where(place < 2, choice, 0x4444), tl.where(place < 2, 0x4444, choice)
+    z = tl.zeros((BLOCK,), tl.float32)
+    for q in tl.static_range(PAIRS):
+        sums = ()
+        for b in tl.static_range(BLOCKS):
+            if PREPARED:  # blocks beyond the last one have weights of 0
+                x_at = x_ptr + (q * N_BLOCKS + tl.minimum(block + b, N_BLOCKS - 1)) * BLOCK + lane % 4 * 8
+                one = tl.full((BLOCK,), 1, tl.int32)
+                x = _load_four(CACHED, x_at, one) + _load_four(CACHED, x_at + 4, one)
+            else:
+                x = _eight_of(made[b * PAIRS + q])
+            new = ((z, z, z, z),) * PIECES
+            for n in tl.static_range(2):
+                new = _add_block(new, weights, b * 2 * HALF, x, choice_0, choice_1, n * 4, 4, OP.dtype, PIECES)
+                if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
+                    weights = _load_half(weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES)
+            sums = _added(sums, new, PIECES) if b > 0 else new
+        if ROWS == 1 and PIECES == 2:
+            v = ()
+            for i in tl.static_range(4):
+                v = v + (tl.where(half == 0, sums[0][i], sums[1][i]),)  # noqa: RUF005
+            sums = (v,)
+        row = 0 if ROWS == 1 else 2 * q + half
+        end = tl.where(half < (PIECES if ROWS == 1 else ROWS - 2 * q), last, 0)
+        for p in tl.static_range(SETS):
+            out = sums[p]
+            if offset_ptr is not None:
+                out = _with_offsets(out, offsets[p])
+            out_at = out_ptr + row * out_stride
+            _add_scaled(out, finenesses[p], out_at, at + p * PIECE, end, OP, LANES.add_four, fineness_ptr is not None)
+
+
+# ---- launching it
+
+
+def fits_half(product: Product) -> bool:
+    """Whether a product is of 16-bit weights whose segments 8 divides, which a lane's load needs."""
+    return product.form.bits == 16 and not any(width % 8 for width in product.segments)
+
+
+def launch_half(
+    prologue: str, x: Tensor, product: Product, out: Tensor, *,
+    prepared: Prepared | None = None, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype,
+    pdl: bool = False,
+) -> None:
+    """`kernels.triton_gemv.launch_gemv` of a 16-bit weight, of several rows of any prologue with `prepared`.
+
+    x: "given" [rows, in], in dtype; else float32: h [rows, in] or gate|up [rows, 2 in and room].
+    out: [rows, out and room], float32.
+    """
+    product.check()
+    weight, segments, n_in = product.weight, product.segments, len(product.weight)
+    assert weight.dtype == dtype and fits_half(product) and (dtype == x.dtype or prologue != "given")
+    assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, product.offset, product.fineness))
+    assert len(out) == 1 or out.stride(0) % 4 == 0
+    gain, eps, last_rstd = norm or (None, 0.0, None)
+    rows = len(x) if prepared else 1
+    operation, made, kept, x_stride = product.operation(prologue, dtype), x, None, x.stride(0)
+    plan = product.plan(prologue, pdl, last_rstd is not None)
+    if rows > 1:  # what several keep is not guessed
+        plan = plan._replace(guess=False)
+    apart = rows > MAKES_ROWS
+    if apart:
+        launch_prepare(x, operation, product.threshold, prepared, 2, 2, norm=norm, zero=zero, pdl=pdl)
+        made, kept, zero = prepared.made.view(torch.int32), prepared.kept, None
+    hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
+    lanes = Lanes(not any(width % plan.block_out for width in segments), hopper)
+
+    # a launch's programs fill `zero` together
+    starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
+    grid = (tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks), 1 if prepared else len(x))
+    n_zero = 0 if zero is None else zero.numel()
+    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
+    _half_kernel[grid](
+        made, kept, gain, weight, product.threshold, out, zero, last_rstd, product.offset, product.fineness,
+        x_stride, out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
+        N_OUT=starts[-1], OP=operation, PLAN=plan, LANES=lanes, ROWS=rows, PREPARED=apart, ZERO=zero_block, PDL=pdl,
+        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
+    )
