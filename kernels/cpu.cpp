@@ -180,63 +180,55 @@ struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the l
 // bfloat16 in 12 bits, see kernels/packed.py. 64 weights are a group of 96 bytes, three planes of 32-bit words, of which
 // the words t are about weights 8 t to 8 t + 7, an element. Escapes are in a table that kernels/packed.py describes.
 struct Packed {
-  static constexpr int64_t GROUP = 64, GROUP_BYTES = 96, CELL = 512, HEADER = 8;
+  static constexpr int64_t GROUP = 64, GROUP_BYTES = 96, CELL_ROWS = 32, HEADER = 8;
   uint8_t bytes[GROUP_BYTES];
 
+  // Weights 2 pair and 2 pair + 1 of elements, bfloat16 side by side, from their words; base: of their segment's window,
+  // from the table.
   template <typename Word>
-  static Word rotated(Word word) {
-    return word >> 8 | word << 24;
-  }
-
-  // Weights 2 pair and 2 pair + 1 of elements, bfloat16 side by side, from words of the first or second plane and of the
-  // third; base: of their segment's window, from the table.
-  template <typename Word>
-  static Word two(int pair, Word signs, Word codes, uint32_t base) {
-    const Word code = pair == 0 ? codes << 4 : pair == 1 ? codes : pair == 2 ? codes >> 4 : rotated(codes);
-    return (((pair % 2 ? rotated(signs) : signs) & 0x807f807f) | (code & 0x07800780)) + base;
+  static Word two(int pair, Word first, Word second, Word third, uint32_t base) {
+    if (pair < 3) return ((pair == 0 ? first : pair == 1 ? second : third) & 0x87ff87ff) + base;
+    return ((first >> 4 & 0x07800780) | (second >> 8 & 0x00780078) | ((third >> 12 | third << 20) & 0x80078007)) + base;
   }
 
   // Weight i of a group, if it is no escape.
   static BFloat16 one(const Packed* group, int64_t i, uint32_t base) {
-    const char* words = reinterpret_cast<const char*>(group) + i / 8 * 4;
-    const int pair = i % 8 / 2;
-    const uint32_t both = two(pair, read<uint32_t>(words + pair / 2 * 32), read<uint32_t>(words + 64), base);
+    const char* at = reinterpret_cast<const char*>(group) + i / 8 * 4;
+    const uint32_t both = two(i % 8 / 2, read<uint32_t>(at), read<uint32_t>(at + 32), read<uint32_t>(at + 64), base);
     return {uint16_t(i % 2 ? both >> 16 : both)};
   }
 
   // The segment of a column.
   static int segment(const int32_t* table, int64_t column) { return (column >= table[5]) + (column >= table[6]); }
 
-  // Calls found(k, column, bits of the bfloat16) for the escapes of N rows, in ascending order, among columns begin .. end.
-  // Those of one row come by column.
+  // Calls found(k, column, bits of the bfloat16) for the escapes of N rows, in ascending order, among columns begin .. end,
+  // multiples of GROUP. Those of one row come by column.
   template <int N, typename Found>
   static void escapes(const int32_t* table, int64_t n_columns, const int64_t (&rows)[N], int64_t begin, int64_t end,
                       Found found) {
-    const int64_t cell_rows = table[3], n_cells = n_columns / CELL + 3;
-    const int32_t* entries = table + HEADER + table[7];
     for (int k = 0; k < N;) {
       // the rows that share cells
-      const int64_t cells = rows[k] / cell_rows;
-      uint64_t wanted = 0;
-      int8_t which[64];
-      for (; k < N && rows[k] / cell_rows == cells; k++) {
-        wanted |= uint64_t(1) << rows[k] % cell_rows;
-        which[rows[k] % cell_rows] = k;
+      const int64_t cells = rows[k] / CELL_ROWS;
+      uint32_t wanted = 0;
+      int8_t which[CELL_ROWS];
+      for (; k < N && rows[k] / CELL_ROWS == cells; k++) {
+        wanted |= 1u << rows[k] % CELL_ROWS;
+        which[rows[k] % CELL_ROWS] = k;
       }
 
-      // the escapes of those cells, segment by segment
-      for (int64_t column = begin, last; column < end; column = last) {
-        const int s = segment(table, column);
-        const int64_t start = table[4 + s], first = (column - start) / CELL;
-        last = std::min<int64_t>(end, s < 2 ? table[5 + s] : n_columns);
-        const int32_t* starts = table + HEADER + cells * n_cells + start / CELL + s;
-        for (int64_t e = starts[first], cell = first; e < starts[(last - 1 - start) / CELL + 1]; e++) {
-          const uint32_t entry = entries[e], row = entry >> 9 & 63;
-          if (!(wanted >> row & 1)) continue;
-          while (starts[cell + 1] <= e) cell++;
-          const int64_t at = start + cell * CELL + (entry & (CELL - 1));
-          if (at >= column && at < last) found(which[row], at, uint16_t(entry >> 16));
+      // the escapes of those cells: one in the slot, or several in a list
+      const int32_t* slots = table + HEADER + cells * (n_columns / GROUP);
+      for (int64_t column = begin; column < end; column += GROUP) {
+        const int32_t *entry = slots + column / GROUP, *last = entry + 1;
+        if (!*entry) continue;
+        if (*entry & 2) {
+          entry = table + HEADER + table[3] + (*entry >> 2);
+          last = entry + 1 + *entry;
+          entry++;
         }
+        for (; entry < last; entry++)
+          if (wanted >> (*entry >> 8 & 31) & 1)
+            found(which[*entry >> 8 & 31], column + (*entry >> 2 & 63), uint16_t(*entry >> 16));
       }
     }
   }
@@ -249,7 +241,7 @@ struct Packed {
       uint32_t words[3][8], pairs[8][4];
       std::memcpy(words, row + column / GROUP, sizeof(words));
       for (int pair = 0; pair < 4; pair++)
-        for (int t = 0; t < 8; t++) pairs[t][pair] = two(pair, words[pair / 2][t], words[2][t], base);
+        for (int t = 0; t < 8; t++) pairs[t][pair] = two(pair, words[0][t], words[1][t], words[2][t], base);
       std::memcpy(reinterpret_cast<uint16_t*>(to) + (column - begin), pairs, sizeof(pairs));
     }
     escapes<1>(table, n_columns, {i}, begin, end, [&](int, int64_t column, uint16_t bits) {
@@ -538,11 +530,10 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
         for (int v = 0; v < 2 * PAIRS; v++) total[b][v] = read<Floats>(sums[b] + j + (2 * first + v) * LANES);
 #pragma GCC unroll 8
       for (int k = 0; k < N; k++) {
-        const Words codes = plane(weights[k] + at + 64), signs[2] = {
-            plane(weights[k] + at + first / 2 * 32), PAIRS == 4 ? plane(weights[k] + at + 32) : Words{}};
+        const Words words[3] = {plane(weights[k] + at), plane(weights[k] + at + 32), plane(weights[k] + at + 64)};
 #pragma GCC unroll 4
         for (int p = 0; p < PAIRS; p++) {
-          const Words two = Packed::two(first + p, signs[p / 2], codes, base);
+          const Words two = Packed::two(first + p, words[0], words[1], words[2], base);
           const Floats even = (Floats)(two << 16), odd = (Floats)(two & 0xffff0000);
 #pragma GCC unroll 8
           for (int b = 0; b < B; b++) {
@@ -664,12 +655,10 @@ void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float>
     const auto* escape = escapes;
     for (int64_t j = 0; j < width; j += Packed::GROUP) {
       const char* group = reinterpret_cast<const char*>(row + j / Packed::GROUP);
+      const EightWords words[3] = {read<EightWords>(group), read<EightWords>(group + 32), read<EightWords>(group + 64)};
       EightWords two[PAIRS];
 #pragma GCC unroll 4
-      for (int p = 0; p < PAIRS; p++) {
-        const int pair = first + p;
-        two[p] = Packed::two(pair, read<EightWords>(group + pair / 2 * 32), read<EightWords>(group + 64), base);
-      }
+      for (int p = 0; p < PAIRS; p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
       for (; escape->first < j + Packed::GROUP; escape++) {
         const int64_t at = escape->first - j, p = at % 8 / 2 - first;
         if (p < 0 || p >= PAIRS) continue;

@@ -105,11 +105,6 @@ def _packed_rows(module: Module) -> tuple[int, list[int]]:
     return shape[1 if len(module.weight) == sum(widths) * 3 // 2 else 0], widths
 
 
-def cell_rows_of(module: Module) -> int:
-    """Rows of a cell of a module's escapes, see `packed.escape_table`."""
-    return packed.HEAD_ROWS if "output" in module.segments else packed.CELL_ROWS
-
-
 def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
     """A load_state_dict pre-hook: makes the escape table of packed weights, whatever its length.
 
@@ -119,7 +114,7 @@ def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
     if key in state_dict and state_dict[key].dtype == torch.int64:
         escapes = state_dict[key].to(module.weight.device)
         try:
-            state_dict[key] = packed.escape_table(escapes, *_packed_rows(module), cell_rows_of(module))
+            state_dict[key] = packed.escape_table(escapes, *_packed_rows(module))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
     if key in state_dict and state_dict[key].dtype == torch.int32:
@@ -129,7 +124,7 @@ def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
 def dense_weight(module: Module, dtype: torch.dtype) -> Tensor:
     """What a module's weight stands for, [out, in]; it is stored `transposed`, unless it is a packed lm_head."""
     if module.scale.dtype == torch.int32 and "output" in module.segments:
-        return dequantize(module.weight, module.scale, dtype, packed.HEAD_ROWS)
+        return dequantize(module.weight, module.scale, dtype)
     return dequantize(*transposed(module.weight, module.scale), dtype).t()
 
 
@@ -143,7 +138,7 @@ def fill_module(module: Module, std: float, generator: torch.Generator) -> None:
     parts = random.normal_(0.0, std, generator=generator).split(widths, dim=1)
     rows, escapes = zip(*map(packed.pack, parts), strict=True)
     (weight if len(weight) == n_rows else weight.t()).copy_(torch.cat(rows, dim=1))
-    module.scale = packed.escape_table(torch.cat(escapes), n_rows, widths, cell_rows_of(module))
+    module.scale = packed.escape_table(torch.cat(escapes), n_rows, widths)
 
 
 def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: torch.Generator) -> None:
@@ -162,7 +157,7 @@ def part_of(weight: Tensor, scale: Tensor | None, first: int, last: int) -> tupl
     """Inputs first .. last - 1 of a weight [in, out] and its scale; both multiples of 32, or the end."""
     part, last = weight[first:last], min(last, len(weight))
     if scale is not None and scale.dtype == torch.int32:
-        return part, packed.table_part(scale, len(weight), first, last, weight.shape[1] * 2 // 3)
+        return part, packed.table_part(scale, first, last, weight.shape[1] * 2 // 3)
     return part, scale[first:last] if scale is not None and scale.dim() > 1 else scale
 
 
@@ -171,17 +166,14 @@ def pack_int4(codes: Tensor) -> Tensor:
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, cell_rows: int = packed.CELL_ROWS) -> Tensor:
-    """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`.
-
-    cell_rows: of the cells of packed weights.
-    """
+def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`."""
     form = form_of(weight, scale)
     if scale is not None and weight.is_cuda and not torch.compiler.is_compiling():  # Inductor fuses what follows
         from kernels.triton_dequantize import launch_dequantize, launch_unpack
 
         if form.name == "packed":
-            return launch_unpack(weight, scale, dtype, cell_rows)
+            return launch_unpack(weight, scale, dtype)
         return launch_dequantize(weight, scale, dtype)
 
     if form.name == "packed":
@@ -189,7 +181,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype, cell_ro
 
         if weight.device.type == "cpu" and not torch.compiler.is_compiling() and cpu.library() is not None:
             return cpu.unpack(weight, scale).to(dtype)
-        weight = packed.unpack(weight, scale, cell_rows)
+        weight = packed.unpack(weight, scale)
     elif form.name == "int4":
         codes = torch.stack((weight & 15, weight >> 4), dim=-1)
         s, m = scale.float().unsqueeze(-2).unbind(-1)

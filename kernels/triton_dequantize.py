@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import packed
-from kernels.triton_gemv import CELL_OUT, SEGMENTS_AT_MOST, TABLE, in_order, load_packed, widened
+from kernels.packed import CELL_ROWS, GROUP
+from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, in_order, load_words, scales
 
 
 @triton.jit
@@ -69,52 +69,32 @@ def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
 
 
 @triton.jit
-def _unpack_kernel(
-    weight_ptr, table_ptr, out_ptr, n_rows, n_columns, BLOCK_ROWS: tl.constexpr, ELEMENTS: tl.constexpr
-):
-    """out [n_rows, n_columns] of packed weights, but for their escapes: a program takes some rows and elements of 8."""
-    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
-    columns = tl.program_id(1) * (8 * ELEMENTS) + tl.arange(0, 8 * ELEMENTS)[None, :]
-    local, starts_ptr = tl.arange(0, ELEMENTS)[None, :], table_ptr + TABLE // 2
-    elements = tl.program_id(1) * ELEMENTS + local
-    segment = (8 * elements >= tl.load(starts_ptr + 1)).to(tl.int32) + (8 * elements >= tl.load(starts_ptr + 2))
-    at = weight_ptr + rows.to(tl.int64) * (n_columns // 8 * 3) + tl.program_id(1) * (3 * ELEMENTS)
-    there = (rows < n_rows) & (8 * elements < n_columns)
-    weights = widened(load_packed(at, local, there), tl.load(table_ptr + segment))
-    out = in_order(weights).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows.to(tl.int64) * n_columns + columns, out, mask=(rows < n_rows) & (columns < n_columns))
+def _unpack_kernel(weight_ptr, table_ptr, out_ptr, n_rows, n_columns, ROWS: tl.constexpr):
+    """A cell's weights of packed ones, all columns of a group."""
+    groups, group = n_columns // WIDTH, tl.program_id(0)
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns, n_slots = group * WIDTH + tl.arange(0, WIDTH)[None, :], tl.load(table_ptr + 3)
+    segment = (group * WIDTH >= tl.load(table_ptr + 5)).to(tl.int32) + (group * WIDTH >= tl.load(table_ptr + 6))
+    at = weight_ptr + (rows * groups + group) * 24
+    words = load_words(at, tl.arange(0, WIDTH // 8)[None, :], rows < n_rows)
+    out = in_order(four_pairs(words[0], words[1], words[2])) * scales(table_ptr, segment)[1]
+    out_ptr += rows * n_columns + columns
+    slot = tl.load(table_ptr + TABLE + tl.program_id(1) * groups + group)
+    n, list_ptr = escapes_in(slot, table_ptr + TABLE + n_slots)
+    for k in range(1, n + 1):
+        row, column, bits = escape_of(slot, list_ptr, k)
+        here = (rows % ROWS == row) & (columns % WIDTH == column)
+        out = tl.where(here, bits.to(tl.float32, bitcast=True), out)
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=rows < n_rows)
 
 
-@triton.jit
-def _escapes_kernel(table_ptr, out_ptr, n_columns, n_cells, n_starts):
-    """Writes the escapes of a cell."""
-    at = table_ptr + TABLE + tl.program_id(0)
-    cell, starts_ptr = tl.program_id(0) % n_cells, table_ptr + TABLE // 2
-    segment, start = 0, 0
-    for s in tl.static_range(1, SEGMENTS_AT_MOST):
-        start_s = tl.load(starts_ptr + s)
-        here = cell >= start_s // CELL_OUT + s
-        segment, start = tl.where(here, s, segment), tl.where(here, start_s, start)
-    first_row = (tl.program_id(0) // n_cells).to(tl.int64) * tl.load(table_ptr + 3)
-    first = start + (cell - start // CELL_OUT - segment) * CELL_OUT
-    for i in range(tl.load(at), tl.load(at + 1), 32):
-        k = i + tl.arange(0, 32)
-        entry = tl.load(table_ptr + TABLE + n_starts + k, mask=k < tl.load(at + 1), other=0)
-        place = (first_row + (entry >> 9 & 63)) * n_columns + first + (entry & CELL_OUT - 1)
-        value = (entry & -65536).to(tl.float32, bitcast=True)
-        tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=k < tl.load(at + 1))
-
-
-def launch_unpack(weight: Tensor, table: Tensor, dtype: torch.dtype, cell_rows: int) -> Tensor:
-    """`packed.unpack` in two launches, in `dtype`, contiguous."""
+def launch_unpack(weight: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """`packed.unpack` in `dtype`, contiguous."""
     weight = weight.contiguous()
     n_rows, n_columns = len(weight), weight.shape[1] * 2 // 3
-    n_cells = packed.cells_of(n_columns)
-    n_starts = triton.cdiv(n_rows, cell_rows) * n_cells + 1
     out = torch.empty(n_rows, n_columns, device=weight.device, dtype=dtype)
     with torch.cuda.device_of(weight):
-        _unpack_kernel[triton.cdiv(n_rows, 8), triton.cdiv(n_columns, 512)](
-            weight.view(torch.int32), table, out, n_rows, n_columns, BLOCK_ROWS=8, ELEMENTS=64
+        _unpack_kernel[n_columns // GROUP, triton.cdiv(n_rows, CELL_ROWS)](
+            weight.view(torch.int32), table, out, n_rows, n_columns, ROWS=CELL_ROWS
         )
-        _escapes_kernel[(n_starts - 1,)](table, out, n_columns, n_cells, n_starts, num_warps=1)
     return out

@@ -36,9 +36,9 @@ def numbers(kind: str, n: int, c: int) -> torch.Tensor:
     return torch.full((n, c), {"zeros": 0.0, "ones": 1.0, "infinite": float("inf")}[kind]).bfloat16()
 
 
-def packed_of(weight: torch.Tensor, widths: list[int], cell_rows: int = packed.CELL_ROWS):
+def packed_of(weight: torch.Tensor, widths: list[int]):
     parts, escapes = zip(*(packed.pack(part) for part in weight.split(widths, dim=1)), strict=True)
-    return torch.cat(parts, dim=1), packed.escape_table(torch.cat(escapes), len(weight), widths, cell_rows)
+    return torch.cat(parts, dim=1), packed.escape_table(torch.cat(escapes), len(weight), widths)
 
 
 @pytest.mark.parametrize("widths", [[64], [576, 192, 192], [640, 1984]])

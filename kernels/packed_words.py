@@ -1,0 +1,73 @@
+"""Packed bfloat16 in Triton: the words of weights made of those that are stored, and their escapes, see `kernels.packed`.
+
+Weights are 2^(MOST_BASE - base) times as large, so that no exponent needs an addition; what is made of them is scaled.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.packed import GROUP, HEADER, IN_PLACE, MOST_BASE
+
+WIDTH, TABLE, MASK, TOP = (tl.constexpr(n) for n in (GROUP, HEADER, IN_PLACE, MOST_BASE))
+ABOVE = tl.constexpr(MOST_BASE * 0x00800080)  # the constant above the codes of two weights
+
+
+@triton.jit
+def scales(table_ptr, segment):
+    """(2^(MOST_BASE - base), 1 / that) of a segment, float32."""
+    base = (tl.load(table_ptr + segment) >> 7) & 255
+    return ((127 + TOP - base) << 23).to(tl.float32, bitcast=True), ((127 - TOP + base) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def four_pairs(first, second, third):
+    """The 4 words of two bfloat16 each of what the words of the three planes hold, escapes aside."""
+    last = ((first >> 4) & 0x07800780) | (((third << 20) | ((third >> 12) & 0xFFFFF)) & -0x07800781)
+    last = ((second >> 8) & 0x00780078) | (last & -0x00780079)
+    return (first & MASK) | ABOVE, (second & MASK) | ABOVE, (third & MASK) | ABOVE, (last & MASK) | ABOVE
+
+
+@triton.jit
+def load_words(at, element, mask):
+    """The words of three planes that hold elements of eight weights each, counted from the group at `at`."""
+    at += element // 8 * 24 + element % 8
+    return tl.load(at, mask=mask, other=0), tl.load(at + 8, mask=mask, other=0), tl.load(at + 16, mask=mask, other=0)
+
+
+@triton.jit
+def in_order(pairs):
+    """Eight weights of each element as float32, in order."""
+    low, high = (), ()
+    for p in tl.static_range(4):
+        low = low + ((pairs[p] << 16).to(tl.float32, bitcast=True),)  # noqa: RUF005 (Triton knows no stars)
+        high = high + ((pairs[p] & -65536).to(tl.float32, bitcast=True),)  # noqa: RUF005
+    even = tl.interleave(tl.interleave(low[0], low[2]), tl.interleave(low[1], low[3]))
+    odd = tl.interleave(tl.interleave(high[0], high[2]), tl.interleave(high[1], high[3]))
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def escapes_in(slot, lists_ptr):
+    """How many escapes a slot stands for, and where they are listed behind that number, if it is several."""
+    list_ptr = lists_ptr + (slot >> 2)
+    return tl.load(list_ptr, mask=(slot & 2) != 0, other=slot & 1), list_ptr
+
+
+@triton.jit
+def escape_of(slot, list_ptr, k):
+    """The k-th escape of a slot, from 1 on: row and column in its cell, and its bits in the upper half."""
+    entry = tl.where((slot & 2) != 0, tl.load(list_ptr + k, mask=(slot & 2) != 0, other=0), slot)
+    return (entry >> 8) & 31, (entry >> 2) & 63, entry & -65536
+
+
+@triton.jit
+def with_escape(pairs, mine, pair, odd, bits, up):
+    """`pairs`, any number of words of two weights each, where `mine` with weight `odd` of word `pair` replaced.
+
+    bits: the bfloat16 in the upper half; up: what it is scaled by.
+    """
+    scaled, out = (bits.to(tl.float32, bitcast=True) * up).to(tl.int32, bitcast=True), ()
+    for p in tl.static_range(len(pairs)):
+        new = tl.where(odd != 0, (scaled & -65536) | (pairs[p] & 0xFFFF), ((scaled >> 16) & 0xFFFF) | (pairs[p] & -65536))
+        out = out + (tl.where(mine & (pair == p), new, pairs[p]),)  # noqa: RUF005
+    return out
