@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
 from kernels.int8_mma import CACHED, ONCE, _add_scaled, _load_factors, _load_four, _pick_bytes
+from kernels.plan import of_rows
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
@@ -352,8 +353,7 @@ def launch_half(
     rows = len(x) if prepared else 1
     operation, made, kept, x_stride = product.operation(prologue, dtype), x, None, x.stride(0)
     plan = product.plan(prologue, pdl, last_rstd is not None)
-    if rows > 1:  # what several keep is not guessed
-        plan = plan._replace(guess=False)
+    plan = plan if rows == 1 else of_rows(plan, rows)
     apart = rows > MAKES_ROWS
     if apart:
         launch_prepare(x, operation, product.threshold, prepared, 2, 2, norm=norm, zero=zero, pdl=pdl)

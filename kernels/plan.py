@@ -98,10 +98,15 @@ def _half_plan(prologue: str, n_in: int, segments: list[int], sparsity: float) -
         return Plan(2, 64, 0, None, RESIDENT, 2, True)
 
     # Large programs spend least on what is not multiplication: gate|up of llama-3-8b at 65 % takes 29.2 us in 2 x 128,
-    # 37.6 in 2 x 64. o and down have at most two blocks, since ranks split their inputs at multiples of 64.
-    if prologue == "norm" and sum(segments) <= WIDE and sparsity <= MOSTLY_CUT:
-        return Plan(3, 64, 0, None, 528, 3, True)
-    return Plan(2, 128, 0, None, {"norm": 528, "given": 1320}.get(prologue, 1056), 2, True)
+    # 37.6 in 2 x 64. Three blocks where that lets all programs run at once, but not of o and down, whose inputs ranks
+    # split at multiples of 64. 48 rows at a time need no more than 128 registers.
+    blocks = 3 if prologue == "norm" and programs > 2 * RESIDENT >= programs // 3 * 2 else 2
+    return Plan(blocks, 128, 48, 128, {"norm": 528, "given": 1320}.get(prologue, 1056), blocks, True)
+
+
+def of_rows(plan: Plan, rows: int) -> Plan:
+    """A plan of 16 bits for several rows of x, with the same sums, which only the blocks make. Nothing is guessed."""
+    return plan._replace(guess=False) if rows <= 2 else plan._replace(guess=False, block_out=64, rows=0, registers=None)
 
 
 def _int4_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, dependent: bool) -> Plan:

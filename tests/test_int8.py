@@ -48,9 +48,9 @@ def case(n_in: int, segments: list[int], sparsity: float, rows: int, offset: boo
     return x.bfloat16().to(DEVICE), Product(weight, threshold, segments, sparsity, scale, offset, fineness)
 
 
-def room(rows: int, n_in: int, segments: int = 3) -> Prepared:
-    n = rows * segments * -(-n_in // 128) * 128
-    made = torch.zeros(n, device=DEVICE, dtype=torch.bfloat16)
+def room(rows: int, n_in: int, segments: int = 3, dtype=torch.bfloat16) -> Prepared:
+    n = -(-rows // 2) * 2 * segments * -(-n_in // 128) * 128
+    made = torch.zeros(n, device=DEVICE, dtype=dtype)
     kept, down = (torch.zeros(n // 32, device=DEVICE, dtype=dtype) for dtype in (torch.int32, torch.float32))
     return Prepared(made, kept, down)
 
