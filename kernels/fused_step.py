@@ -26,21 +26,8 @@ from torch.nn import Module
 
 from kernels import grids, plan
 from kernels.heads import Heads
-from kernels.packed import HEAD_ROWS
-from kernels.triton_gemv import (
-    CELL_OUT,
-    SEGMENTS_AT_MOST,
-    TABLE,
-    Norm,
-    Product,
-    in_order,
-    load_packed,
-    prefetch_gate_up,
-    rounded,
-    snap,
-    widened,
-    with_escapes,
-)
+from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, in_order, load_words, scales, with_escape
+from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap
 
 GROUP = 8  # tokens whose largest logit the sampling looks at
 JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
@@ -440,17 +427,16 @@ def _head_kernel(
     on how many there are.
     """
     MOST: tl.constexpr = 16
-    if PACKED:  # its escapes are listed by BLOCK_V rows
+    if PACKED:
         N: tl.constexpr = BLOCK_K // 8
-        CELLS: tl.constexpr = DIM // CELL_OUT + SEGMENTS_AT_MOST
-        rows = tl.arange(0, BLOCK_V)[:, None]
+        GROUPS: tl.constexpr = DIM // WIDTH
+        rows, local = tl.arange(0, BLOCK_V)[:, None], tl.arange(0, N)[None, :]
         in_vocab = tl.program_id(0) * BLOCK_V + rows < n_vocab
-        starts_ptr = weight_scale_ptr + TABLE + tl.program_id(0) * CELLS
-        entries_ptr = weight_scale_ptr + TABLE + tl.num_programs(0) * CELLS + 1
-        base = tl.load(weight_scale_ptr)
-        local = tl.arange(0, N)[None, :]
+        slots_ptr = weight_scale_ptr + TABLE + tl.program_id(0) * (2 * GROUPS)
+        lists_ptr = weight_scale_ptr + TABLE + tl.load(weight_scale_ptr + 3)
+        up, down = scales(weight_scale_ptr, 0)
         packed_ptr = weight_ptr + (tl.program_id(0) * BLOCK_V + rows).to(tl.int64) * (DIM // 8 * 3)
-        words = load_packed(packed_ptr, local, in_vocab & (local < DIM // 8))
+        words = load_words(packed_ptr, local, in_vocab & (local < DIM // 8))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -460,14 +446,25 @@ def _head_kernel(
     for start in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         if PACKED:
-            weights = widened(words, base)
+            pairs = four_pairs(words[0], words[1], words[2])
             packed_ptr += N * 3
-            words = load_packed(packed_ptr, local, in_vocab & (local < DIM // 8 - start // 8 - N))
-            begin = tl.load(starts_ptr + start // CELL_OUT)
-            n_entries = tl.load(starts_ptr + start // CELL_OUT + 1) - begin
-            if n_entries > 0:
-                weights = with_escapes(weights, rows, start // 8 % 64, N, entries_ptr + begin, n_entries)
-            weight = in_order(weights)
+            words = load_words(packed_ptr, local, in_vocab & (local < DIM // 8 - start // 8 - N))
+            slots, escapes = (), 0
+            for c in tl.static_range(4):  # cells of 32 rows and 64 columns
+                group = start // WIDTH + c % 2
+                there = (group < GROUPS) & (tl.program_id(0) * BLOCK_V + c // 2 * 32 < n_vocab)
+                slots = slots + (tl.load(slots_ptr + c // 2 * GROUPS + group, mask=there, other=0),)  # noqa: RUF005
+                escapes = escapes | slots[c]
+            if escapes != 0:
+                for c in tl.static_range(4):
+                    n_escapes, list_ptr = escapes_in(slots[c], lists_ptr)
+                    n = 1
+                    while n <= n_escapes:
+                        row, column, bits = escape_of(slots[c], list_ptr, n)
+                        mine = (rows == c // 2 * 32 + row) & (local == c % 2 * 8 + column // 8)
+                        pairs = with_escape(pairs, mine, column % 8 // 2, column % 2, bits, up)
+                        n += 1 + (bits & 1)
+            weight = in_order(pairs)
         else:
             at = weight_ptr + v[:, None].to(tl.int64) * DIM + k[None, :]
             weight = tl.load(at, mask=(v < n_vocab)[:, None] & (k < DIM)[None, :], other=0)
@@ -475,7 +472,9 @@ def _head_kernel(
         x = tl.load(at, mask=(row < ROWS)[None, :] & (k < DIM)[:, None], other=0.0)
         acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
 
-    if weight_scale_ptr is not None and not PACKED:
+    if PACKED:
+        acc *= down
+    elif weight_scale_ptr is not None:
         acc *= tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)[:, None]
     if SCALING != 1.0:
         acc /= SCALING
@@ -498,7 +497,7 @@ def launch_head(
     """
     # llama-3-8b, 1 to 8 rows: 344 to 351 us, int8 186 to 192 (203 in tiles of 64 tokens); the bytes take 349 and 175
     n_vocab, dim, packed = len(weight), x.shape[1], weight.dtype == torch.uint8
-    block_v, stages = (32, 5) if weight.dtype == torch.int8 else (HEAD_ROWS, 1) if packed else (64, 4)
+    block_v, stages = (32, 5) if weight.dtype == torch.int8 else (64, 1) if packed else (64, 4)
     weight = weight.view(torch.int32) if packed else weight
     _head_kernel[(triton.cdiv(n_vocab, block_v),)](
         x, weight, weight_scale, logits, top, n_vocab, logits.stride(0),

@@ -28,6 +28,7 @@ from torch import Tensor
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
 from kernels.int8_mma import CACHED, ONCE, _add_scaled, _load_factors, _load_four, _pick_bytes
 from kernels.plan import of_rows
+from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales, with_escape
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
@@ -48,6 +49,17 @@ ONCE_OR_ZERO = tl.constexpr("mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u3
 
 # Rows of x up to which every program makes its own inputs; more have a launch before for that.
 MAKES_ROWS = 2
+
+# What a lane loads of packed weights, eight of each of 1, 2 or 4 pieces side by side: their words of three planes.
+_LOAD = "@p ld.global.L1::no_allocate"
+PLANES_OF_1 = tl.constexpr(f"{_LOAD}.b32 $0, [$3]; {_LOAD}.b32 $1, [$3 + 32]; {_LOAD}.b32 $2, [$3 + 64];")
+PLANES_OF_2 = tl.constexpr(
+    f"{_LOAD}.v2.b32 {{$0, $1}}, [$6]; {_LOAD}.v2.b32 {{$2, $3}}, [$6 + 32]; {_LOAD}.v2.b32 {{$4, $5}}, [$6 + 64];"
+)
+PLANES_OF_4 = tl.constexpr(
+    f"{_LOAD}.v4.b32 {{$0, $1, $2, $3}}, [$12]; {_LOAD}.v4.b32 {{$4, $5, $6, $7}}, [$12 + 32]; "
+    f"{_LOAD}.v4.b32 {{$8, $9, $10, $11}}, [$12 + 64];"
+)
 RSTD_MAKERS = tl.constexpr(8)  # programs that compute the rstds of rows
 
 
@@ -56,6 +68,7 @@ class Lanes(NamedTuple):
 
     full: bool  # segments end where a tile does
     add_four: bool  # the GPU adds 4 neighbours at once
+    packed: bool
 
 
 # ---- a tile
@@ -83,17 +96,37 @@ def _ballot(truth):
 
 
 @triton.jit
+def _load_planes(HOW: tl.constexpr, at, wanted, N: tl.constexpr):
+    """N words of three planes at each lane's address where wanted is not 0, else anything."""
+    OUT: tl.constexpr = "=&r," * N + "l,r"
+    P: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $4, 0; " if N == 3 else (
+        "{ .reg .pred p; setp.ne.s32 p, $7, 0; " if N == 6 else "{ .reg .pred p; setp.ne.s32 p, $13, 0; "
+    )
+    return tl.inline_asm_elementwise(
+        P + HOW + " }", OUT, [at.to(tl.int64), wanted], dtype=(tl.int32,) * N, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _load_block(
     weights, at, kept, col, last, FIRST: tl.constexpr, COUNT: tl.constexpr, N_OUT: tl.constexpr, ALL: tl.constexpr,
     PLAN: tl.constexpr, LANES: tl.constexpr,
 ):
     """The tuple `weights`, and each lane's 4 words of COUNT of its 8 inputs of a block, from FIRST on, and every piece.
 
-    at: of the lane's first input and its output `col`; kept: bits of the block's inputs, or ALL of them are.
+    at: of the lane's first input and its output `col`; kept: bits of the block's inputs, or ALL of them are. Of packed
+    weights the words are 3 for every piece, by plane.
     """
     kept = kept >> (tl.arange(0, BLOCK) % 4 * 8)
+    PIECES: tl.constexpr = PLAN.block_out // PIECE
     for i in tl.static_range(FIRST, FIRST + COUNT):
-        for p in tl.static_range(PLAN.block_out // PIECE):
+        if LANES.packed:
+            wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
+            if not LANES.full:
+                wanted = tl.where(col < last, wanted, 0)
+            HOW: tl.constexpr = PLANES_OF_1 if PIECES == 1 else (PLANES_OF_2 if PIECES == 2 else PLANES_OF_4)
+            weights = weights + _load_planes(HOW, at + i * N_OUT, wanted, 3 * PIECES)
+        for p in tl.static_range(0 if LANES.packed else PIECES):
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
                 wanted = tl.where(col + p * PIECE < last, wanted, 0)
@@ -128,6 +161,47 @@ def _add_block(
             a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
             added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
         sums = added
+    return sums
+
+
+@triton.jit
+def _with_escapes(words, slot, column, i: tl.constexpr, kept, lists_ptr, up, PIECES: tl.constexpr):
+    """A lane's words of inputs 8 t + i and all pieces with the kept escapes of a slot, whose first output is `column`."""
+    lane, k = tl.arange(0, BLOCK), 1
+    n, list_ptr = escapes_in(slot, lists_ptr)
+    while k <= n:
+        row, out, bits = escape_of(slot, list_ptr, k)
+        out += column
+        mine = (lane == out // (8 * PIECES) * 4 + row // 8) & (row % 8 == i) & ((kept >> row) & 1 != 0)
+        words = with_escape(words, mine, out % (8 * PIECES) // 2, out % 2, bits, up)
+        k += 1 + (bits & 1)  # which is 1: a compiler that knows would unroll
+    return words
+
+
+@triton.jit
+def _packed_sums(
+    weights, xs, slots, kept, choice_0, choice_1, lists_ptr, up,
+    ESCAPES: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr,
+):
+    """Every piece's sums of BLOCKS; xs: 8 words of each; slots: of each block and piece, if there are ESCAPES."""
+    z = tl.zeros((BLOCK,), tl.float32)
+    sums = ()
+    for b in tl.static_range(BLOCKS):
+        new = ((z, z, z, z),) * PIECES
+        for i in tl.static_range(8):
+            b0, b1 = _pick_bytes(xs[8 * b + i], choice_0), _pick_bytes(xs[8 * b + i], choice_1)
+            AT: tl.constexpr = (8 * b + i) * 3 * PIECES
+            words, added = (), ()
+            for p in tl.static_range(PIECES):
+                words = words + four_pairs(weights[AT + p], weights[AT + PIECES + p], weights[AT + 2 * PIECES + p])
+            for p in tl.static_range(PIECES if ESCAPES else 0):
+                slot = slots[b * PIECES + p]
+                if ((slot & 2) != 0) | (((slot & 1) != 0) & ((slot >> 8) & 7 == i)):
+                    words = _with_escapes(words, slot, p * WIDTH, i, kept[b], lists_ptr, up, PIECES)
+            for p in tl.static_range(PIECES):
+                added = added + (_multiply_add_half(new[p], words[4 * p : 4 * p + 4], b0, b1, tl.bfloat16),)  # noqa: RUF005
+            new = added
+        sums = _added(sums, new, PIECES) if b > 0 else new
     return sums
 
 
@@ -189,6 +263,8 @@ def _shared_rstds(slots_ptr, slots_stride, program, h_ptr, h_stride, eps, N: tl.
 def _half_kernel(
     # read and written. With PREPARED x and kept are what `few_rows.launch_prepare` makes, two rows side by side
     x_ptr, kept_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, fineness_ptr,
+    # of packed weights: see `packed.escape_table`
+    table_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
     x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     # compiled in; N_OUT: so that a load's place needs no arithmetic; ZERO: how much of zero_ptr each program fills
@@ -204,7 +280,11 @@ def _half_kernel(
     N_BLOCKS: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
     ALL: tl.constexpr = not OP.cut and LANES.full and OP.n_in % (32 * BLOCKS) == 0
     BEFORE: tl.constexpr = not OP.cut and PLAN.prefetch == 0  # dense weights are loaded before the wait, or prefetched
-    SETS: tl.constexpr = 1 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
+    PACKED: tl.constexpr = LANES.packed
+    N_WORDS: tl.constexpr = N_OUT * 3 // 8 if PACKED else N_OUT  # of a row, as it is loaded
+    APART: tl.constexpr = 8 if PACKED else PIECE  # outputs from one of a lane's pieces to the next
+    SETS: tl.constexpr = (PIECES + 1) // 2 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
+    STEP: tl.constexpr = 2 * APART if ROWS == 1 else APART  # outputs from one set to the next
     HALF: tl.constexpr = 32 * PIECES // 2  # words of half a lane's inputs of a block
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -214,11 +294,12 @@ def _half_kernel(
     segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, N_OUT, PLAN.block_out)
     block = tl.program_id(1) * BLOCKS
     rows = block * BLOCK + lane
-    col = first + lane // 4 * 8
-    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * N_OUT + col
+    col = first + lane // 4 * (8 * PIECES if PACKED else 8)
+    words = col // PIECE * 24 + col % PIECE // 8 if PACKED else col
+    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * N_WORDS + words
     at, half = col + lane % 2 * 4, lane % 4 // 2  # which of two rows a lane adds
     if ROWS == 1:  # both halves get the row's sums: each adds a piece
-        at += half * PIECE
+        at += half * APART
     if OP.cut:
         threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
     if PREPARED and OP.cut:  # each segment has inputs of its own
@@ -226,7 +307,16 @@ def _half_kernel(
         kept_ptr += segment * (ROWS * N_BLOCKS)
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
-    constants, weights, finenesses, offsets = (), (), (), ()
+    constants, weights, finenesses, offsets, slots = (), (), (), (), ()
+    enlarge, shrink, lists_ptr = 1.0, 1.0, table_ptr
+    if PACKED:
+        for b in tl.static_range(BLOCKS):
+            for p in tl.static_range(PIECES):
+                slot_at = table_ptr + TABLE + (block + b) * (N_OUT // PIECE) + first // PIECE + p
+                there = (block + b < N_BLOCKS) & (first + p * PIECE < last)
+                slots = slots + (tl.load(slot_at, mask=there, other=0),)  # noqa: RUF005
+        enlarge, shrink = scales(table_ptr, segment)
+        lists_ptr += TABLE + tl.load(table_ptr + 3)
     if not PREPARED:
         for b in tl.static_range(BLOCKS):
             gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
@@ -237,15 +327,15 @@ def _half_kernel(
             if PLAN.guess and OP.prologue == "norm":
                 last_rstd = tl.load(last_rstd_ptr)
             ahead = constants[0] if PLAN.guess else (0.0, 0.0, 0.0)
-            prefetch_tile(rows, ahead, first, N_OUT, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN)
+            prefetch_tile(rows, ahead, first, N_WORDS, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN)
     if BEFORE:
         for b in tl.static_range(BLOCKS):
-            there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_OUT
-            weights = _load_block(weights, block_at, there, col, last, 0, 8, N_OUT, ALL, PLAN, LANES)
+            there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_WORDS
+            weights = _load_block(weights, block_at, there, col, last, 0, 8, N_WORDS, ALL, PLAN, LANES)
     for p in tl.static_range(SETS):
-        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * PIECE, last),)  # noqa: RUF005
+        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * STEP, last),)  # noqa: RUF005
         first_ones = tl.where(tl.program_id(1) == 0, last, 0)
-        offsets = offsets + (_load_factors(offset_ptr, at + p * PIECE, first_ones),)  # noqa: RUF005
+        offsets = offsets + (_load_factors(offset_ptr, at + p * STEP, first_ones),)  # noqa: RUF005
 
     # the launch before has ended
     if PDL:
@@ -285,7 +375,20 @@ def _half_kernel(
     AT_ONCE: tl.constexpr = 2 * BLOCKS if PLAN.rows == 0 or PAIRS > 1 else PLAN.rows // 16
     if not BEFORE:
         for n in tl.static_range(AT_ONCE):
-            weights = _load_half(weights, n, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES)
+            weights = _load_half(weights, n, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES)
+
+    # escapes of inputs that are not cut; most tiles have none
+    escapes = 0
+    if PACKED:
+        left = ()
+        for b in tl.static_range(BLOCKS):
+            for p in tl.static_range(PIECES):
+                slot = slots[b * PIECES + p]
+                if OP.cut:
+                    slot = tl.where((slot & 1) & ~(kept[b] >> ((slot >> 8) & 31)) != 0, 0, slot)
+                left = left + (slot,)  # noqa: RUF005
+                escapes = escapes | slot
+        slots = left
 
     # all loads are under way before a product waits for the first, see `_eight_of`
     if PREPARED:
@@ -297,7 +400,7 @@ def _half_kernel(
     choice_0, choice_1 = tl.where(place < 2, choice, 0x4444), tl.where(place < 2, 0x4444, choice)
     z = tl.zeros((BLOCK,), tl.float32)
     for q in tl.static_range(PAIRS):
-        sums = ()
+        sums, xs = (), ()
         for b in tl.static_range(BLOCKS):
             if PREPARED:  # blocks beyond the last one have weights of 0
                 x_at = x_ptr + (q * N_BLOCKS + tl.minimum(block + b, N_BLOCKS - 1)) * BLOCK + lane % 4 * 8
@@ -305,33 +408,48 @@ def _half_kernel(
                 x = _load_four(CACHED, x_at, one) + _load_four(CACHED, x_at + 4, one)
             else:
                 x = _eight_of(made[b * PAIRS + q])
+            BEYOND: tl.constexpr = PREPARED and N_BLOCKS % BLOCKS != 0
+            for i in tl.static_range(8 if PACKED else 0):  # there blocks beyond the last one have any weights
+                xs = xs + (tl.where(block + b < N_BLOCKS, x[i], 0) if BEYOND else x[i],)  # noqa: RUF005
             new = ((z, z, z, z),) * PIECES
-            for n in tl.static_range(2):
+            for n in tl.static_range(0 if PACKED else 2):
                 new = _add_block(new, weights, b * 2 * HALF, x, choice_0, choice_1, n * 4, 4, OP.dtype, PIECES)
                 if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
                     weights = _load_half(weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES)
             sums = _added(sums, new, PIECES) if b > 0 else new
-        if ROWS == 1 and PIECES == 2:
-            v = ()
-            for i in tl.static_range(4):
-                v = v + (tl.where(half == 0, sums[0][i], sums[1][i]),)  # noqa: RUF005
-            sums = (v,)
+        if PACKED:
+            if escapes == 0:
+                sums = _packed_sums(
+                    weights, xs, slots, kept, choice_0, choice_1, lists_ptr, enlarge, False, BLOCKS, PIECES
+                )
+            else:
+                sums = _packed_sums(weights, xs, slots, kept, choice_0, choice_1, lists_ptr, enlarge, True, BLOCKS, PIECES)
+        if ROWS == 1 and PIECES > 1:
+            mine = ()
+            for p in tl.static_range(SETS):
+                v = ()
+                for i in tl.static_range(4):
+                    v = v + (tl.where(half == 0, sums[2 * p][i], sums[2 * p + 1][i]),)  # noqa: RUF005
+                mine = mine + (v,)  # noqa: RUF005
+            sums = mine
         row = 0 if ROWS == 1 else 2 * q + half
         end = tl.where(half < (PIECES if ROWS == 1 else ROWS - 2 * q), last, 0)
         for p in tl.static_range(SETS):
             out = sums[p]
+            if PACKED:
+                out = (out[0] * shrink, out[1] * shrink, out[2] * shrink, out[3] * shrink)
             if offset_ptr is not None:
                 out = _with_offsets(out, offsets[p])
             out_at = out_ptr + row * out_stride
-            _add_scaled(out, finenesses[p], out_at, at + p * PIECE, end, OP, LANES.add_four, fineness_ptr is not None)
+            _add_scaled(out, finenesses[p], out_at, at + p * STEP, end, OP, LANES.add_four, fineness_ptr is not None)
 
 
 # ---- launching it
 
 
 def fits_half(product: Product) -> bool:
-    """Whether a product is of 16-bit weights whose segments 8 divides, which a lane's load needs."""
-    return product.form.bits == 16 and not any(width % 8 for width in product.segments)
+    """Whether a product is of 16-bit or packed weights whose segments 8 divides, which a lane's load needs."""
+    return product.form.bits in (12, 16) and not any(width % 8 for width in product.segments)
 
 
 def launch_half(
@@ -346,7 +464,10 @@ def launch_half(
     """
     product.check()
     weight, segments, n_in = product.weight, product.segments, len(product.weight)
-    assert weight.dtype == dtype and fits_half(product) and (dtype == x.dtype or prologue != "given")
+    table, packed = product.weight_scale, product.form.name == "packed"
+    if packed:
+        weight = weight.view(torch.int32)
+    assert (torch.bfloat16 if packed else weight.dtype) == dtype and fits_half(product) and (dtype == x.dtype or prologue != "given")
     assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, product.offset, product.fineness))
     assert len(out) == 1 or out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
@@ -359,7 +480,7 @@ def launch_half(
         launch_prepare(x, operation, product.threshold, prepared, 2, 2, norm=norm, zero=zero, pdl=pdl)
         made, kept, zero = prepared.made.view(torch.int32), prepared.kept, None
     hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
-    lanes = Lanes(not any(width % plan.block_out for width in segments), hopper)
+    lanes = Lanes(not any(width % plan.block_out for width in segments), hopper, packed)
 
     # a launch's programs fill `zero` together
     starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
@@ -367,7 +488,7 @@ def launch_half(
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _half_kernel[grid](
-        made, kept, gain, weight, product.threshold, out, zero, last_rstd, product.offset, product.fineness,
+        made, kept, gain, weight, product.threshold, out, zero, last_rstd, product.offset, product.fineness, table,
         x_stride, out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         N_OUT=starts[-1], OP=operation, PLAN=plan, LANES=lanes, ROWS=rows, PREPARED=apart, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,

@@ -8,7 +8,8 @@ import triton.language as tl
 
 from kernels.packed import GROUP, HEADER, IN_PLACE, MOST_BASE
 
-WIDTH, TABLE, MASK, TOP = (tl.constexpr(n) for n in (GROUP, HEADER, IN_PLACE, MOST_BASE))
+WIDTH, TABLE, MASK = (tl.constexpr(n) for n in (GROUP, HEADER, IN_PLACE))
+UP, DOWN = tl.constexpr(127 + MOST_BASE), tl.constexpr(127 - MOST_BASE)
 ABOVE = tl.constexpr(MOST_BASE * 0x00800080)  # the constant above the codes of two weights
 
 
@@ -16,7 +17,7 @@ ABOVE = tl.constexpr(MOST_BASE * 0x00800080)  # the constant above the codes of 
 def scales(table_ptr, segment):
     """(2^(MOST_BASE - base), 1 / that) of a segment, float32."""
     base = (tl.load(table_ptr + segment) >> 7) & 255
-    return ((127 + TOP - base) << 23).to(tl.float32, bitcast=True), ((127 - TOP + base) << 23).to(tl.float32, bitcast=True)
+    return ((-base + UP) << 23).to(tl.float32, bitcast=True), ((base + DOWN) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

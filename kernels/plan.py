@@ -70,7 +70,9 @@ def plan_for(
     unknown, common = prologue == "norm" and not last_rstd, math.gcd(*(part or segments))
     if form.name == "int8":
         return _int8_plan(prologue, n_in, segments, sparsity, dependent and not unknown and common % INT8_OUT == 0)
-    if form.bits == 16 and math.gcd(*segments) % 8 == 0:
+    if form.bits == 12:
+        plan = _packed_plan(_half_plan(prologue, n_in, segments, sparsity), segments)
+    elif form.bits == 16 and math.gcd(*segments) % 8 == 0:
         plan = _half_plan(prologue, n_in, segments, sparsity)
     elif form.bits >= 16:
         plan = Plan(1, 64 if n_in * sum(segments) < RESIDENT * BLOCK_IN * 32 else 128, 0)
@@ -107,6 +109,11 @@ def _half_plan(prologue: str, n_in: int, segments: list[int], sparsity: float) -
 def of_rows(plan: Plan, rows: int) -> Plan:
     """A plan of 16 bits for several rows of x, with the same sums, which only the blocks make. Nothing is guessed."""
     return plan._replace(guess=False) if rows <= 2 else plan._replace(guess=False, block_out=64, rows=0, registers=None)
+
+
+def _packed_plan(half: Plan, segments: list[int]) -> Plan:
+    """That of packed weights, with the blocks and so the sums of 16-bit ones."""
+    return half._replace(rows=0)
 
 
 def _int4_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, dependent: bool) -> Plan:
@@ -173,7 +180,7 @@ def attention_prefetch(n_in: int, n_out: int, sparsity: float, form: Form) -> in
     at 50 and 65 %; int8's and int4's is level.
     """
     half_bytes = n_out * form.bits // 16  # of gate's row, and of up's
-    if form.bits < 16 or n_in * n_out < LARGE or half_bytes % 16:
+    if form.bits < 12 or n_in * n_out < LARGE or half_bytes % 16:
         return 0
     return (ROWS_AHEAD if sparsity else DENSE_ROWS_AHEAD) // AHEAD_ROWS * 2 * -(-half_bytes // AHEAD_BYTES)
 

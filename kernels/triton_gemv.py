@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.packed import GROUP
 from kernels.plan import AHEAD_BYTES, AHEAD_ROWS, BLOCK_IN, Plan, plan_for
 from kernels.quantized import Form, form_of
 
@@ -205,6 +206,7 @@ def prefetch_tile(
     """Prefetches the tile's part of the first blocks' rows, all of them or those that it guesses to be kept."""
     BLOCKS: tl.constexpr = PLAN.prefetch_blocks
     TILE_BYTES: tl.constexpr = PLAN.block_out * OP.bits // 8
+    WORD_BITS: tl.constexpr = 32 if OP.pack > 1 else OP.bits
     tl.static_assert(TILE_BYTES % 16 == 0)
     for block in tl.static_range(BLOCKS):
         ahead = rows + block * BLOCK
@@ -214,7 +216,7 @@ def prefetch_tile(
             if block > 0:
                 ahead_constants = load_constants(ahead, gain_ptr, threshold_ptr, OP)
             _x, wanted = inputs(ahead, load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first // OP.pack, wanted, TILE_BYTES)
+        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first * OP.bits // WORD_BITS, wanted, TILE_BYTES)
 
 
 @triton.jit
@@ -520,7 +522,7 @@ class Product(NamedTuple):
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
         operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
-        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 8 if bits == 4 else 1
+        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 8 if bits in (4, 12) else 1
         operation = operation._replace(cut=cut, shift=shift, bits=bits, pack=pack)
         return operation._replace(groupsize=self.form.groupsize, multiplier=self.multiplier)
 
@@ -532,6 +534,8 @@ class Product(NamedTuple):
         assert self.weight.is_contiguous() and 8 * self.weight.nbytes == form.bits * n_in * n_out
         if form.name != "none":
             assert all(width * form.bits % 32 == 0 for width in self.segments) and self.weight_scale.is_contiguous()
+        if form.name == "packed":
+            assert all(width % GROUP == 0 for width in self.segments) and self.weight_scale.dtype == torch.int32
         if form.name == "int4":
             assert form.groupsize % 16 == 0 and all(width % form.groupsize == 0 for width in self.segments)
 

@@ -47,6 +47,16 @@ def load_four(HOW, at, wanted):
     return tuple(map(register, out.T))
 
 
+def load_planes(_how, at, wanted, n):
+    n = tl.core._unwrap_if_constexpr(n)
+    out, wanted = np.full((32, n), -1), np.flatnonzero(data(wanted))
+    if wanted.size:
+        offsets = [8 * plane + i for plane in range(3) for i in range(n // 3)]
+        words, where = gather(data(at), wanted, offsets, 4 * n // 3)
+        out[wanted] = words[where]
+    return tuple(map(register, out.T))
+
+
 def add_four(at, wanted, v):
     wanted = np.flatnonzero(data(wanted))
     if wanted.size:
@@ -107,7 +117,7 @@ def install() -> None:
     """Lets `kernels.int8_mma` and `kernels.half_mma` run without a GPU."""
     from kernels import half_mma, int8_mma
 
-    shared, own = (load_four, pick_bytes), (multiply_add_half, ballot, eight_of)
+    shared, own = (load_four, pick_bytes), (multiply_add_half, ballot, eight_of, load_planes)
     functions = {int8_mma: (*shared, add_four, from_lane, multiply_add, multiply_add_two), half_mma: (*shared, *own)}
     for module, replaced in functions.items():
         for function in replaced:
