@@ -119,12 +119,12 @@ def _load_block(
     """
     kept = kept >> (tl.arange(0, BLOCK) % 4 * 8)
     PIECES: tl.constexpr = PLAN.block_out // PIECE
+    HOW: tl.constexpr = PLANES_OF_1 if PIECES == 1 else (PLANES_OF_2 if PIECES == 2 else PLANES_OF_4)
     for i in tl.static_range(FIRST, FIRST + COUNT):
         if LANES.packed:
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
                 wanted = tl.where(col < last, wanted, 0)
-            HOW: tl.constexpr = PLANES_OF_1 if PIECES == 1 else (PLANES_OF_2 if PIECES == 2 else PLANES_OF_4)
             weights = weights + _load_planes(HOW, at + i * N_OUT, wanted, 3 * PIECES)
         for p in tl.static_range(0 if LANES.packed else PIECES):
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
@@ -147,61 +147,57 @@ def _load_half(
 
 
 @triton.jit
-def _add_block(
-    sums, weights, at: tl.constexpr, x, choice_0, choice_1, FIRST: tl.constexpr, COUNT: tl.constexpr,
-    DTYPE: tl.constexpr, PIECES: tl.constexpr,
-):
-    """Each piece's `sums`, and COUNT of a block's products; x: 8 words, inputs 8 t + i of two rows.
-
-    at: the index of the first word of the block in `weights`.
-    """
-    for i in tl.static_range(FIRST, FIRST + COUNT):
-        b0, b1, added = _pick_bytes(x[i], choice_0), _pick_bytes(x[i], choice_1), ()
-        for p in tl.static_range(PIECES):
-            a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
-            added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
-        sums = added
-    return sums
+def _load_hits(slot_at, n, PIECES: tl.constexpr):
+    """Bits i of a block's inputs 8 t + i of which n slots have escapes."""
+    hits = 0
+    for p in tl.static_range(PIECES):
+        slot = tl.load(slot_at + p, mask=p < n, other=0)
+        hits |= tl.where((slot & 2) != 0, 255, (slot & 1) << ((slot >> 8) & 7))
+    return hits
 
 
 @triton.jit
-def _with_escapes(words, slot, column, i: tl.constexpr, kept, lists_ptr, up, PIECES: tl.constexpr):
-    """A lane's words of inputs 8 t + i and all pieces with the kept escapes of a slot, whose first output is `column`."""
-    lane, k = tl.arange(0, BLOCK), 1
-    n, list_ptr = escapes_in(slot, lists_ptr)
-    while k <= n:
-        row, out, bits = escape_of(slot, list_ptr, k)
-        out += column
-        mine = (lane == out // (8 * PIECES) * 4 + row // 8) & (row % 8 == i) & ((kept >> row) & 1 != 0)
-        words = with_escape(words, mine, out % (8 * PIECES) // 2, out % 2, bits, up)
-        k += 1 + (bits & 1)  # which is 1: a compiler that knows would unroll
+def _with_escapes(words, i: tl.constexpr, escapes, PIECES: tl.constexpr):
+    """A lane's words of inputs 8 t + i and all pieces, with their escapes among the inputs that are kept."""
+    _hits, slot_at, n_slots, kept, lists_ptr, enlarge = escapes
+    lane, p = tl.arange(0, BLOCK), 0
+    while p < n_slots:
+        slot = tl.load(slot_at + p)
+        n, list_ptr = escapes_in(slot, lists_ptr)
+        k = 1
+        while k <= n:
+            row, out, bits = escape_of(slot, list_ptr, k)
+            out += p * WIDTH
+            mine = (lane == out // (8 * PIECES) * 4 + row // 8) & (row % 8 == i) & ((kept >> row) & 1 != 0)
+            words = with_escape(words, mine, out % (8 * PIECES) // 2, out % 2, bits, enlarge)
+            k += 1 + (bits & 1)  # which is 1: a compiler that knows would unroll
+        p += 1
     return words
 
 
 @triton.jit
-def _packed_sums(
-    weights, xs, slots, kept, choice_0, choice_1, lists_ptr, up,
-    ESCAPES: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr,
+def _add_block(
+    sums, weights, at: tl.constexpr, x, choice_0, choice_1, escapes, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    DTYPE: tl.constexpr, PIECES: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """Every piece's sums of BLOCKS; xs: 8 words of each; slots: of each block and piece, if there are ESCAPES."""
-    z = tl.zeros((BLOCK,), tl.float32)
-    sums = ()
-    for b in tl.static_range(BLOCKS):
-        new = ((z, z, z, z),) * PIECES
-        for i in tl.static_range(8):
-            b0, b1 = _pick_bytes(xs[8 * b + i], choice_0), _pick_bytes(xs[8 * b + i], choice_1)
-            AT: tl.constexpr = (8 * b + i) * 3 * PIECES
-            words, added = (), ()
+    """Each piece's `sums`, and COUNT of a block's products; x: 8 words, inputs 8 t + i of two rows.
+
+    at: the index of the first word of the block in `weights`; escapes: of PACKED weights, see `_with_escapes`.
+    """
+    for i in tl.static_range(FIRST, FIRST + COUNT):
+        b0, b1, added = _pick_bytes(x[i], choice_0), _pick_bytes(x[i], choice_1), ()
+        if PACKED:
+            words, w = (), weights[at + i * 3 * PIECES : at + (i + 1) * 3 * PIECES]
             for p in tl.static_range(PIECES):
-                words = words + four_pairs(weights[AT + p], weights[AT + PIECES + p], weights[AT + 2 * PIECES + p])
-            for p in tl.static_range(PIECES if ESCAPES else 0):
-                slot = slots[b * PIECES + p]
-                if ((slot & 2) != 0) | (((slot & 1) != 0) & ((slot >> 8) & 7 == i)):
-                    words = _with_escapes(words, slot, p * WIDTH, i, kept[b], lists_ptr, up, PIECES)
-            for p in tl.static_range(PIECES):
-                added = added + (_multiply_add_half(new[p], words[4 * p : 4 * p + 4], b0, b1, tl.bfloat16),)  # noqa: RUF005
-            new = added
-        sums = _added(sums, new, PIECES) if b > 0 else new
+                words = words + four_pairs(w[p], w[PIECES + p], w[2 * PIECES + p])
+            if escapes[0] & (1 << i) != 0:
+                words = _with_escapes(words, i, escapes, PIECES)
+        else:
+            words = weights[at + i * 4 * PIECES : at + (i + 1) * 4 * PIECES]
+        for p in tl.static_range(PIECES):
+            new = _multiply_add_half(sums[p], words[4 * p : 4 * p + 4], b0, b1, DTYPE)
+            added = added + (new,)  # noqa: RUF005 (Triton knows no stars)
+        sums = added
     return sums
 
 
@@ -224,6 +220,14 @@ def _with_offsets(sums, offsets):
 
 
 # ---- x
+
+
+@triton.jit
+def _where_each(truth, x):
+    out = ()
+    for i in tl.static_range(8):
+        out = out + (tl.where(truth, x[i], 0),)  # noqa: RUF005
+    return out
 
 
 @triton.jit
@@ -285,7 +289,7 @@ def _half_kernel(
     APART: tl.constexpr = 8 if PACKED else PIECE  # outputs from one of a lane's pieces to the next
     SETS: tl.constexpr = (PIECES + 1) // 2 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
     STEP: tl.constexpr = 2 * APART if ROWS == 1 else APART  # outputs from one set to the next
-    HALF: tl.constexpr = 32 * PIECES // 2  # words of half a lane's inputs of a block
+    HALF: tl.constexpr = (12 if PACKED else 16) * PIECES  # words of half a lane's inputs of a block
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     x_ptr += tl.program_id(2) * x_stride
@@ -307,16 +311,16 @@ def _half_kernel(
         kept_ptr += segment * (ROWS * N_BLOCKS)
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
-    constants, weights, finenesses, offsets, slots = (), (), (), (), ()
-    enlarge, shrink, lists_ptr = 1.0, 1.0, table_ptr
+    constants, weights, finenesses, offsets, escapes = (), (), (), (), ()
+    lists_ptr, enlarge, shrink, hits = table_ptr, 1.0, 1.0, ()
     if PACKED:
+        n_slots = tl.minimum((last - first) // PIECE, PIECES)
+        slots_ptr = table_ptr + TABLE + block * (N_OUT // PIECE) + first // PIECE
         for b in tl.static_range(BLOCKS):
-            for p in tl.static_range(PIECES):
-                slot_at = table_ptr + TABLE + (block + b) * (N_OUT // PIECE) + first // PIECE + p
-                there = (block + b < N_BLOCKS) & (first + p * PIECE < last)
-                slots = slots + (tl.load(slot_at, mask=there, other=0),)  # noqa: RUF005
-        enlarge, shrink = scales(table_ptr, segment)
+            n = tl.where(block + b < N_BLOCKS, n_slots, 0)
+            hits = hits + (_load_hits(slots_ptr + b * (N_OUT // PIECE), n, PIECES),)  # noqa: RUF005
         lists_ptr += TABLE + tl.load(table_ptr + 3)
+        enlarge, shrink = scales(table_ptr, segment)
     if not PREPARED:
         for b in tl.static_range(BLOCKS):
             gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
@@ -377,19 +381,6 @@ def _half_kernel(
         for n in tl.static_range(AT_ONCE):
             weights = _load_half(weights, n, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES)
 
-    # escapes of inputs that are not cut; most tiles have none
-    escapes = 0
-    if PACKED:
-        left = ()
-        for b in tl.static_range(BLOCKS):
-            for p in tl.static_range(PIECES):
-                slot = slots[b * PIECES + p]
-                if OP.cut:
-                    slot = tl.where((slot & 1) & ~(kept[b] >> ((slot >> 8) & 31)) != 0, 0, slot)
-                left = left + (slot,)  # noqa: RUF005
-                escapes = escapes | slot
-        slots = left
-
     # all loads are under way before a product waits for the first, see `_eight_of`
     if PREPARED:
         tl.debug_barrier()
@@ -400,30 +391,29 @@ def _half_kernel(
     choice_0, choice_1 = tl.where(place < 2, choice, 0x4444), tl.where(place < 2, 0x4444, choice)
     z = tl.zeros((BLOCK,), tl.float32)
     for q in tl.static_range(PAIRS):
-        sums, xs = (), ()
+        sums = ()
         for b in tl.static_range(BLOCKS):
-            if PREPARED:  # blocks beyond the last one have weights of 0
+            if PREPARED:  # blocks beyond the last one have weights of 0, packed ones anything
                 x_at = x_ptr + (q * N_BLOCKS + tl.minimum(block + b, N_BLOCKS - 1)) * BLOCK + lane % 4 * 8
                 one = tl.full((BLOCK,), 1, tl.int32)
                 x = _load_four(CACHED, x_at, one) + _load_four(CACHED, x_at + 4, one)
+                if PACKED and N_BLOCKS % BLOCKS != 0:
+                    x = _where_each(block + b < N_BLOCKS, x)
             else:
                 x = _eight_of(made[b * PAIRS + q])
-            BEYOND: tl.constexpr = PREPARED and N_BLOCKS % BLOCKS != 0
-            for i in tl.static_range(8 if PACKED else 0):  # there blocks beyond the last one have any weights
-                xs = xs + (tl.where(block + b < N_BLOCKS, x[i], 0) if BEYOND else x[i],)  # noqa: RUF005
+            if PACKED:
+                slot_at = slots_ptr + b * (N_OUT // PIECE)
+                escapes = hits[b], slot_at, n_slots, kept[b], lists_ptr, enlarge
             new = ((z, z, z, z),) * PIECES
-            for n in tl.static_range(0 if PACKED else 2):
-                new = _add_block(new, weights, b * 2 * HALF, x, choice_0, choice_1, n * 4, 4, OP.dtype, PIECES)
-                if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
-                    weights = _load_half(weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES)
-            sums = _added(sums, new, PIECES) if b > 0 else new
-        if PACKED:
-            if escapes == 0:
-                sums = _packed_sums(
-                    weights, xs, slots, kept, choice_0, choice_1, lists_ptr, enlarge, False, BLOCKS, PIECES
+            for n in tl.static_range(2):
+                new = _add_block(
+                    new, weights, b * 2 * HALF, x, choice_0, choice_1, escapes, n * 4, 4, OP.dtype, PIECES, PACKED
                 )
-            else:
-                sums = _packed_sums(weights, xs, slots, kept, choice_0, choice_1, lists_ptr, enlarge, True, BLOCKS, PIECES)
+                if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
+                    weights = _load_half(
+                        weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES
+                    )
+            sums = _added(sums, new, PIECES) if b > 0 else new
         if ROWS == 1 and PIECES > 1:
             mine = ()
             for p in tl.static_range(SETS):
