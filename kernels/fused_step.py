@@ -435,6 +435,7 @@ def _head_kernel(
         slots_ptr = weight_scale_ptr + TABLE + tl.program_id(0) * (2 * GROUPS)
         lists_ptr = weight_scale_ptr + TABLE + tl.load(weight_scale_ptr + 3)
         up, down = scales(weight_scale_ptr, 0)
+        above = tl.load(weight_scale_ptr + 7)
         packed_ptr = weight_ptr + (tl.program_id(0) * BLOCK_V + rows).to(tl.int64) * (DIM // 8 * 3)
         words = load_words(packed_ptr, local, in_vocab & (local < DIM // 8))
     if PDL:
@@ -446,7 +447,7 @@ def _head_kernel(
     for start in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         if PACKED:
-            pairs = four_pairs(words[0], words[1], words[2])
+            pairs = four_pairs(words[0], words[1], words[2], above)
             packed_ptr += N * 3
             words = load_words(packed_ptr, local, in_vocab & (local < DIM // 8 - start // 8 - N))
             slots, escapes = (), 0

@@ -158,20 +158,22 @@ def _load_hits(slot_at, n, PIECES: tl.constexpr):
 
 @triton.jit
 def _with_escapes(words, i: tl.constexpr, escapes, PIECES: tl.constexpr):
-    """A lane's words of inputs 8 t + i and all pieces, with their escapes among the inputs that are kept."""
-    _hits, slot_at, n_slots, kept, lists_ptr, enlarge = escapes
-    lane, p = tl.arange(0, BLOCK), 0
-    while p < n_slots:
+    """A lane's words of inputs 8 t + i and 8 t + i + 1 and all pieces, with their escapes of inputs that are kept."""
+    _hits, slot_at, n_slots, kept, lists_ptr, enlarge, _above = escapes
+    lane, p, more = tl.arange(0, BLOCK), 0, 1
+    while more != 0:
         slot = tl.load(slot_at + p)
         n, list_ptr = escapes_in(slot, lists_ptr)
         k = 1
         while k <= n:
             row, out, bits = escape_of(slot, list_ptr, k)
             out += p * WIDTH
-            mine = (lane == out // (8 * PIECES) * 4 + row // 8) & (row % 8 == i) & ((kept >> row) & 1 != 0)
-            words = with_escape(words, mine, out % (8 * PIECES) // 2, out % 2, bits, enlarge)
+            mine = (lane == out // (8 * PIECES) * 4 + row // 8) & ((row & 6) == i) & ((kept >> row) & 1 != 0)
+            pair = (row & 1) * (4 * PIECES) + out % (8 * PIECES) // 2
+            words = with_escape(words, mine, pair, out & 1, bits, enlarge)
             k += 1 + (bits & 1)  # which is 1: a compiler that knows would unroll
         p += 1
+        more = tl.where(p < n_slots, 1, 0)
     return words
 
 
@@ -184,20 +186,23 @@ def _add_block(
 
     at: the index of the first word of the block in `weights`; escapes: of PACKED weights, see `_with_escapes`.
     """
-    for i in tl.static_range(FIRST, FIRST + COUNT):
-        b0, b1, added = _pick_bytes(x[i], choice_0), _pick_bytes(x[i], choice_1), ()
+    for i in tl.static_range(FIRST, FIRST + COUNT, 2):
+        words = ()
         if PACKED:
-            words, w = (), weights[at + i * 3 * PIECES : at + (i + 1) * 3 * PIECES]
-            for p in tl.static_range(PIECES):
-                words = words + four_pairs(w[p], w[PIECES + p], w[2 * PIECES + p])
-            if escapes[0] & (1 << i) != 0:
+            for j in tl.static_range(2):
+                w = weights[at + (i + j) * 3 * PIECES : at + (i + j + 1) * 3 * PIECES]
+                for p in tl.static_range(PIECES):
+                    words = words + four_pairs(w[p], w[PIECES + p], w[2 * PIECES + p], escapes[6])
+            if (escapes[0] >> i) & 3 != 0:
                 words = _with_escapes(words, i, escapes, PIECES)
         else:
-            words = weights[at + i * 4 * PIECES : at + (i + 1) * 4 * PIECES]
-        for p in tl.static_range(PIECES):
-            new = _multiply_add_half(sums[p], words[4 * p : 4 * p + 4], b0, b1, DTYPE)
-            added = added + (new,)  # noqa: RUF005 (Triton knows no stars)
-        sums = added
+            words = weights[at + i * 4 * PIECES : at + (i + 2) * 4 * PIECES]
+        for j in tl.static_range(2):
+            b0, b1, added = _pick_bytes(x[i + j], choice_0), _pick_bytes(x[i + j], choice_1), ()
+            for p in tl.static_range(PIECES):
+                a = words[(j * PIECES + p) * 4 : (j * PIECES + p) * 4 + 4]
+                added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
+            sums = added
     return sums
 
 
@@ -299,7 +304,7 @@ def _half_kernel(
     block = tl.program_id(1) * BLOCKS
     rows = block * BLOCK + lane
     col = first + lane // 4 * (8 * PIECES if PACKED else 8)
-    words = col // PIECE * 24 + col % PIECE // 8 if PACKED else col
+    words = first // PIECE * 24 + lane // 4 * PIECES // 8 * 24 + lane // 4 * PIECES % 8 if PACKED else col
     weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * N_WORDS + words
     at, half = col + lane % 2 * 4, lane % 4 // 2  # which of two rows a lane adds
     if ROWS == 1:  # both halves get the row's sums: each adds a piece
@@ -321,6 +326,7 @@ def _half_kernel(
             hits = hits + (_load_hits(slots_ptr + b * (N_OUT // PIECE), n, PIECES),)  # noqa: RUF005
         lists_ptr += TABLE + tl.load(table_ptr + 3)
         enlarge, shrink = scales(table_ptr, segment)
+        above = tl.load(table_ptr + 7)
     if not PREPARED:
         for b in tl.static_range(BLOCKS):
             gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
@@ -403,7 +409,7 @@ def _half_kernel(
                 x = _eight_of(made[b * PAIRS + q])
             if PACKED:
                 slot_at = slots_ptr + b * (N_OUT // PIECE)
-                escapes = hits[b], slot_at, n_slots, kept[b], lists_ptr, enlarge
+                escapes = hits[b], slot_at, n_slots, kept[b], lists_ptr, enlarge, above
             new = ((z, z, z, z),) * PIECES
             for n in tl.static_range(2):
                 new = _add_block(

@@ -70,7 +70,7 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     """What `pack` lists of each segment, one after the other, as one int32 table for the kernels, 1-dimensional.
 
     It begins with the bases of three segments' windows, in both halves of a number each, the number of slots, the
-    columns at which three segments start, those that are absent at the end, and 0. Then comes a slot for each cell of
+    columns at which three segments start, those that are absent at the end, and MOST_BASE as the bases. Then comes a slot for each cell of
     32 rows and 64 columns, side by side, then lists. A slot is 0 for no escape. An escape is the bfloat16's bits << 16,
     its row in the cell << 8, its column there << 2, and 1. Several have a list, whose place << 2 | 2 is their slot, and
     which begins with their number; they are sorted by row and column.
@@ -104,6 +104,7 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
 
     header = torch.full((2, 4), sum(widths), device=escapes.device)
     header[0, : len(widths)], header[0, 3], header[1, : len(widths)] = bases * 0x00800080, len(slots), starts
+    header[1, 3] = MOST_BASE * 0x00800080
     return torch.cat((header.flatten(), slots, lists)).to(torch.int32)
 
 

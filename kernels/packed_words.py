@@ -10,7 +10,6 @@ from kernels.packed import GROUP, HEADER, IN_PLACE, MOST_BASE
 
 WIDTH, TABLE, MASK = (tl.constexpr(n) for n in (GROUP, HEADER, IN_PLACE))
 UP, DOWN = tl.constexpr(127 + MOST_BASE), tl.constexpr(127 - MOST_BASE)
-ABOVE = tl.constexpr(MOST_BASE * 0x00800080)  # the constant above the codes of two weights
 
 
 @triton.jit
@@ -21,11 +20,15 @@ def scales(table_ptr, segment):
 
 
 @triton.jit
-def four_pairs(first, second, third):
-    """The 4 words of two bfloat16 each of what the words of the three planes hold, escapes aside."""
-    last = ((first >> 4) & 0x07800780) | (((third << 20) | ((third >> 12) & 0xFFFFF)) & -0x07800781)
-    last = ((second >> 8) & 0x00780078) | (last & -0x00780079)
-    return (first & MASK) | ABOVE, (second & MASK) | ABOVE, (third & MASK) | ABOVE, (last & MASK) | ABOVE
+def four_pairs(first, second, third, above):
+    """The 4 words of two bfloat16 each of what the words of the three planes hold, escapes aside.
+
+    above: what stands above the codes, from the table's header: a compiler that knows it would spend an instruction
+    more on each word.
+    """
+    last = (((third << 20) | ((third >> 12) & 0xFFFFF)) & -0x7FF87FF9) | above
+    last = ((second >> 8) & 0x00780078) | (((first >> 4) & 0x07800780) | last)
+    return (first & MASK) | above, (second & MASK) | above, (third & MASK) | above, last
 
 
 @triton.jit

@@ -113,7 +113,7 @@ def of_rows(plan: Plan, rows: int) -> Plan:
 
 def _packed_plan(half: Plan, segments: list[int]) -> Plan:
     """That of packed weights, with the blocks and so the sums of 16-bit ones."""
-    return half._replace(rows=0)
+    return half
 
 
 def _int4_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, dependent: bool) -> Plan:

@@ -77,7 +77,7 @@ def _unpack_kernel(weight_ptr, table_ptr, out_ptr, n_rows, n_columns, ROWS: tl.c
     segment = (group * WIDTH >= tl.load(table_ptr + 5)).to(tl.int32) + (group * WIDTH >= tl.load(table_ptr + 6))
     at = weight_ptr + (rows * groups + group) * 24
     words = load_words(at, tl.arange(0, WIDTH // 8)[None, :], rows < n_rows)
-    out = in_order(four_pairs(words[0], words[1], words[2])) * scales(table_ptr, segment)[1]
+    out = in_order(four_pairs(words[0], words[1], words[2], tl.load(table_ptr + 7))) * scales(table_ptr, segment)[1]
     out_ptr += rows * n_columns + columns
     slot = tl.load(table_ptr + TABLE + tl.program_id(1) * groups + group)
     n, list_ptr = escapes_in(slot, table_ptr + TABLE + n_slots)
