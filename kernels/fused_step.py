@@ -461,8 +461,8 @@ def _head_kernel(
                     n_escapes, list_ptr = escapes_in(slots[c], lists_ptr)
                     n = 1
                     while n <= n_escapes:
-                        row, column, bits = escape_of(slots[c], list_ptr, n)
-                        mine = (rows == c // 2 * 32 + row) & (local == c % 2 * 8 + column // 8)
+                        cell_row, column, bits = escape_of(slots[c], list_ptr, n)
+                        mine = (rows == c // 2 * 32 + cell_row) & (local == c % 2 * 8 + column // 8)
                         pairs = with_escape(pairs, mine, column % 8 // 2, column % 2, bits, up)
                         n += 1 + (bits & 1)
             weight = in_order(pairs)
