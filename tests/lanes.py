@@ -1,4 +1,4 @@
-"""The assembly of `kernels.int8_mma` and `kernels.half_mma` in numpy, lane by lane as PTX defines it: for Triton's interpreter."""
+"""The assembly of `kernels.int8_mma` and `kernels.half_mma` in numpy, lane by lane, for Triton's interpreter."""
 
 import ctypes
 
@@ -100,7 +100,8 @@ def halves(word, dtype: torch.dtype) -> np.ndarray:
 def multiply_add_half(sums, a, b0, b1, DTYPE):
     dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[tl.core._unwrap_if_constexpr(DTYPE).name])
     a = np.block([[halves(a[0], dtype), halves(a[2], dtype)], [halves(a[1], dtype), halves(a[3], dtype)]])
-    product = a @ np.concatenate([halves(b0, dtype).T, halves(b1, dtype).T])
+    with np.errstate(invalid="ignore"):
+        product = a @ np.concatenate([halves(b0, dtype).T, halves(b1, dtype).T])
     at = [product[GROUP + 8 * (i // 2), 2 * THREAD + i % 2] for i in range(4)]
     return tuple(floats(data(s) + new) for s, new in zip(sums, at, strict=True))
 

@@ -107,7 +107,7 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
 def test_a_step_of_16_bits_rounds_as_the_plain_one(options):
     """bfloat16 on a GPU, float16 in the interpreter, which knows no other; inputs are cut whatever they are."""
     dtype, rtol = (torch.bfloat16, 3e-2) if DEVICE == "cuda" else (torch.float16, 3e-3)
-    model = build(dtype=dtype, by_channel=True, **options)
+    model = build(dtype=dtype, by_channel=True, intermediate_size=176, **options)
     model.setup_caches(1, 80)
     model(random_tokens(1, 63, 101).to(DEVICE), torch.arange(63, device=DEVICE))
     expected = model(torch.tensor([[3]], device=DEVICE), torch.tensor([63], device=DEVICE))[0, -1].float()
@@ -138,7 +138,6 @@ def test_attention_prefetches_the_rows_of_gate_and_up_that_h_keeps(crowded, spar
         fetched.extend((int(address), int(n_bytes.handle.data[0])) for address in at)
 
     monkeypatch.setattr("kernels.triton_gemv.prefetch", prefetch)
-    monkeypatch.setattr(plan, "_prefetch", lambda *product: (0, 0, False))
     monkeypatch.setattr(plan, "LARGE", 1)
     monkeypatch.setattr(plan, "CROWDED", 8 * 140 - crowded)
     monkeypatch.setattr(plan, "ROWS_AHEAD", 256)

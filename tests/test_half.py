@@ -25,7 +25,7 @@ def case(n_in: int, segments: list[int], sparsity: float, rows: int, shift: bool
         shifts = torch.randn(n_in, generator=generator).mul(0.3).to(dtype).float()
         threshold = torch.stack((threshold, shifts.expand_as(threshold)), 2).contiguous()
         offset = torch.randn(n_out, generator=generator).to(DEVICE)
-    fineness = grids.fineness(torch.full((n_out,), 300.0)).to(DEVICE)
+    fineness = grids.fineness(torch.full((n_out,), 10.0 * n_in**0.5)).to(DEVICE)
     weight, threshold = weight.to(DEVICE), threshold.to(DEVICE)
     product = Product(weight, threshold, segments, sparsity, None, offset, fineness, 0.75 if shift else 1.0)
     return x.to(DEVICE), product
@@ -44,7 +44,7 @@ def expected(x: Tensor, product: Product) -> Tensor:
     return out * product.multiplier
 
 
-SHAPES = [(64, [128], 2, 64, 0), (96, [128, 128], 3, 128, 48), (100, [72, 40], 1, 64, 0), (70, [136, 8], 2, 128, 48)]
+SHAPES = [(64, [64], 2, 64, 0), (96, [128], 3, 128, 48), (40, [40, 32], 1, 64, 0), (70, [136], 2, 128, 48)]
 CASES = [(*shape, 0.5 * (i != 0), i == 2) for i, shape in enumerate(SHAPES)]
 if DEVICE == "cuda":
     SHAPES += [(576, [576, 192, 192], 1, 64, 0), (4096, [4096], 2, 64, 0), (4096, [4096, 1024, 1024], 3, 128, 48)]
@@ -52,39 +52,38 @@ if DEVICE == "cuda":
     CASES = [(*shape, sparsity, shift) for shape in SHAPES for sparsity in (0.0, 0.5) for shift in (False, True)]
 
 
-@pytest.mark.parametrize(("n_in", "segments", "blocks", "block_out", "at_once", "sparsity", "shift"), CASES)
+@pytest.mark.parametrize(("n_in", "segments", "blocks", "tile", "at_once", "sparsity", "shift"), CASES)
 @pytest.mark.parametrize("dtype", [HALF] if DEVICE == "cpu" else [HALF, torch.bfloat16])
-def test_rows_equal_single_ones_and_are_near(n_in, segments, blocks, block_out, at_once, sparsity, shift, dtype, monkeypatch):
+def test_rows_equal_single_ones(n_in, segments, blocks, tile, at_once, sparsity, shift, dtype, monkeypatch):
     """In the interpreter by the assembly in numpy, see `lanes`. at_once: rows of W, or 0 for all."""
     choose = Product.plan
-    tile = {"blocks": blocks, "block_out": block_out, "rows": at_once}
-    monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(**tile))
-    x, product = case(n_in, segments, sparsity, 8 if DEVICE == "cuda" else 3, shift, dtype)
+    fields = {"blocks": blocks, "block_out": tile, "rows": at_once}
+    monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(**fields))
+    sizes = [(1, 8), (2, 1), (2, 8), (3, 1), (5, 1), (8, 8)] if DEVICE == "cuda" else [(3, 1), (2, 8)]
+    x, product = case(n_in, segments, sparsity, max(sizes)[0], shift, dtype)
     single = torch.zeros(len(x), sum(segments), device=DEVICE)
     launch_half("given", x, product, single, dtype=dtype)  # as the unfused op has them
     want = expected(x, product)
-    assert (single - want).abs().max() <= 2e-6 * n_in**0.5 * want.abs().max() + 5e-5 * len(want[0]) ** 0
-    for rows in (1, 2, 3, 5, 8):
-        for makes in (1, 8) if rows == 2 else (2,):
-            if rows > len(x):
-                continue
-            monkeypatch.setattr(half_mma, "MAKES_ROWS", makes)
-            prepared = room(rows, n_in, dtype=dtype)
-            prepared.made.fill_(NAN)
-            out = torch.zeros(rows, sum(segments), device=DEVICE)
-            launch_half("given", x[:rows].contiguous(), product, out, prepared=prepared, dtype=dtype, pdl=HOPPER)
-            assert torch.equal(out, single[:rows])
+    rounding = n_in / (32 * blocks) / product.fineness  # at most, of the programs' sums to their grid
+    assert ((single - want).abs() <= rounding + 1e-6 * want.abs().max()).all()
+    for rows, makes in sizes:
+        monkeypatch.setattr(half_mma, "MAKES_ROWS", makes)
+        prepared = room(rows, n_in, dtype=dtype)
+        prepared.made.fill_(NAN)
+        out = torch.zeros(rows, sum(segments), device=DEVICE)
+        launch_half("given", x[:rows].contiguous(), product, out, prepared=prepared, dtype=dtype, pdl=HOPPER)
+        assert torch.equal(out, single[:rows])
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, -INF])
 def test_an_input_that_is_not_finite_spoils_its_row_alone_and_only_if_kept(value):
-    x, product = case(40, [48, 16, 16], 0.5, 2)
+    x, product = case(24, [48, 32], 0.5, 2)
     want = torch.zeros(2, 80, device=DEVICE)
     launch_half("given", x, product, want, dtype=HALF)
     x[1, 7] = value
     for threshold in (0.67, INF):
         product.threshold[0, 7] = threshold
-        for prepared in (None, room(2, 40, dtype=HALF)):
+        for prepared in (None, room(2, 24, dtype=HALF)):
             out = torch.zeros(2, 80, device=DEVICE)
             launch_half("given", x, product, out, dtype=HALF, prepared=prepared)
             assert not out[1, 48:].isfinite().any()
@@ -93,13 +92,15 @@ def test_an_input_that_is_not_finite_spoils_its_row_alone_and_only_if_kept(value
 
 
 @pytest.mark.parametrize("prologue", ["norm", "silu"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5] if DEVICE == "cuda" else [0.5])
 def test_rows_with_a_prologue_equal_single_ones(prologue, sparsity):
     """What two rows make in every program, and more in a launch before."""
-    n_in, segments = (64, [64, 32]) if DEVICE == "cpu" else (4096, [14336, 14336]) if prologue == "norm" else (14336, [4096])
+    n_in, segments = (4096, [14336, 14336]) if prologue == "norm" else (14336, [4096])
+    if DEVICE == "cpu":
+        n_in, segments = 64, [64, 32]
     _, product = case(n_in, segments, sparsity, 1)
     n_rows, n_out = (3 if DEVICE == "cpu" else 8), sum(segments)
-    h = torch.randn(n_rows, n_in if prologue == "norm" else 2 * n_in, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    h = torch.randn(n_rows, n_in if prologue == "norm" else 2 * n_in, device=DEVICE)
     norm = None
     if prologue == "norm":
         norm = Norm(torch.ones(n_in, device=DEVICE, dtype=HALF), 1e-5, torch.ones(1, device=DEVICE))
