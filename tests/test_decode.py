@@ -209,7 +209,7 @@ widths = {"none": 5120, "int8": 5136, "int4": 4224}
 for quant, others in (("none", {}), ("int8", {}), ("int4", {}), ("none", switches))[: 4 if capability == 90 else 3]:
     config = ModelArgs(
         block_size=256, vocab_size=1000, n_layer=1, n_head=8, n_local_heads=8, dim=512, quant=quant,
-        intermediate_size=widths[quant], groupsize=64, **others,
+        intermediate_size=widths[quant] + (4 if others else 0), groupsize=64, **others,  # + 4: 8 does not divide it
     )
     model = SparseTransformer(config, "cpu", torch.bfloat16).requires_grad_(False)
     for module in model.sites:
