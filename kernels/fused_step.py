@@ -26,7 +26,17 @@ from torch.nn import Module
 
 from kernels import grids, plan
 from kernels.heads import Heads
-from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, in_order, load_words, scales, with_escape
+from kernels.packed_words import (
+    TABLE,
+    WIDTH,
+    escape_of,
+    escapes_in,
+    four_pairs,
+    in_order,
+    load_words,
+    scales,
+    with_escape,
+)
 from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap
 
 GROUP = 8  # tokens whose largest logit the sampling looks at

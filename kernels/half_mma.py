@@ -27,8 +27,8 @@ from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
 from kernels.int8_mma import CACHED, ONCE, _add_scaled, _load_factors, _load_four, _pick_bytes
-from kernels.plan import of_rows
 from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales, with_escape
+from kernels.plan import of_rows
 from kernels.triton_gemv import (
     BLOCK,
     MAX_SEGMENTS,
@@ -50,17 +50,6 @@ ONCE_OR_ZERO = tl.constexpr("mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u3
 # Rows of x up to which every program makes its own inputs; more have a launch before for that. A step of llama-3-8b, 4
 # rows, takes 5.18 ms so at 50 % and 5.31 with the launch; dense 5.69 and 5.64; 3 rows dense 5.44 and 5.55 (H100).
 MAKES_ROWS = 4
-
-# What a lane loads of packed weights, eight of each of 1, 2 or 4 pieces side by side: their words of three planes.
-_LOAD = "@p ld.global.L1::no_allocate"
-PLANES_OF_1 = tl.constexpr(f"{_LOAD}.b32 $0, [$3]; {_LOAD}.b32 $1, [$3 + 32]; {_LOAD}.b32 $2, [$3 + 64];")
-PLANES_OF_2 = tl.constexpr(
-    f"{_LOAD}.v2.b32 {{$0, $1}}, [$6]; {_LOAD}.v2.b32 {{$2, $3}}, [$6 + 32]; {_LOAD}.v2.b32 {{$4, $5}}, [$6 + 64];"
-)
-PLANES_OF_4 = tl.constexpr(
-    f"{_LOAD}.v4.b32 {{$0, $1, $2, $3}}, [$12]; {_LOAD}.v4.b32 {{$4, $5, $6, $7}}, [$12 + 32]; "
-    f"{_LOAD}.v4.b32 {{$8, $9, $10, $11}}, [$12 + 64];"
-)
 RSTD_MAKERS = tl.constexpr(8)  # programs that compute the rstds of rows
 
 
@@ -96,15 +85,23 @@ def _ballot(truth):
     )
 
 
+@triton.constexpr_function
+def planes_assembly(pieces):
+    """Loads words of three planes of packed weights, as many of each as pieces, where a lane wants them."""
+    out, vector = 3 * pieces, {1: "$%d", 2: ".v2.b32 {$%d, $%d}", 4: ".v4.b32 {$%d, $%d, $%d, $%d}"}[pieces]
+    words = [vector % tuple(range(plane, plane + pieces)) for plane in range(0, out, pieces)]
+    how = "@p ld.global.L1::no_allocate" + ".b32 " * (pieces == 1)
+    loads = "".join(f"{how}{word}, [${out} + {32 * plane}]; " for plane, word in enumerate(words))
+    return f"{{ .reg .pred p; setp.ne.s32 p, ${out + 1}, 0; {loads}}}"
+
+
 @triton.jit
-def _load_planes(HOW: tl.constexpr, at, wanted, N: tl.constexpr):
-    """N words of three planes at each lane's address where wanted is not 0, else anything."""
-    OUT: tl.constexpr = "=&r," * N + "l,r"
-    P: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $4, 0; " if N == 3 else (
-        "{ .reg .pred p; setp.ne.s32 p, $7, 0; " if N == 6 else "{ .reg .pred p; setp.ne.s32 p, $13, 0; "
-    )
+def _load_planes(at, wanted, PIECES: tl.constexpr):
+    """Words of three planes at each lane's address, int32, where wanted is not 0; else anything."""
+    WORDS: tl.constexpr = 3 * PIECES
     return tl.inline_asm_elementwise(
-        P + HOW + " }", OUT, [at.to(tl.int64), wanted], dtype=(tl.int32,) * N, is_pure=False, pack=1
+        planes_assembly(PIECES), "=&r," * WORDS + "l,r", [at.to(tl.int64), wanted], dtype=(tl.int32,) * WORDS,
+        is_pure=False, pack=1,
     )
 
 
@@ -120,13 +117,12 @@ def _load_block(
     """
     kept = kept >> (tl.arange(0, BLOCK) % 4 * 8)
     PIECES: tl.constexpr = PLAN.block_out // PIECE
-    HOW: tl.constexpr = PLANES_OF_1 if PIECES == 1 else (PLANES_OF_2 if PIECES == 2 else PLANES_OF_4)
     for i in tl.static_range(FIRST, FIRST + COUNT):
         if LANES.packed:
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
                 wanted = tl.where(col < last, wanted, 0)
-            weights = weights + _load_planes(HOW, at + i * N_OUT, wanted, 3 * PIECES)
+            weights = weights + _load_planes(at + i * N_OUT, wanted, PIECES)
         for p in tl.static_range(0 if LANES.packed else PIECES):
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
@@ -468,10 +464,9 @@ def launch_half(
     """
     product.check()
     weight, segments, n_in = product.weight, product.segments, len(product.weight)
-    table, packed = product.weight_scale, product.form.name == "packed"
-    if packed:
-        weight = weight.view(torch.int32)
-    assert (torch.bfloat16 if packed else weight.dtype) == dtype and fits_half(product) and (dtype == x.dtype or prologue != "given")
+    packed = product.form.name == "packed"
+    assert dtype == (torch.bfloat16 if packed else weight.dtype) and (dtype == x.dtype or prologue != "given")
+    assert fits_half(product)
     assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, product.offset, product.fineness))
     assert len(out) == 1 or out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
@@ -492,7 +487,8 @@ def launch_half(
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _half_kernel[grid](
-        made, kept, gain, weight, product.threshold, out, zero, last_rstd, product.offset, product.fineness, table,
+        made, kept, gain, weight.view(torch.int32) if packed else weight, product.threshold, out, zero, last_rstd,
+        product.offset, product.fineness, product.weight_scale,
         x_stride, out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         N_OUT=starts[-1], OP=operation, PLAN=plan, LANES=lanes, ROWS=rows, PREPARED=apart, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,

@@ -22,7 +22,7 @@ GROUP, GROUP_BYTES = 64, 96  # weights, and their bytes
 CELL_ROWS = 32  # of a cell, GROUP columns wide, whose escapes are listed together
 SEGMENTS, HEADER = 3, 8  # at most; int32 numbers of an escape table before its slots
 LEAST_BASE, MOST_BASE = 96, 128  # the latter a multiple of 16
-IN_PLACE, SPARE = 0x87FF87FF - (1 << 32), 0x78007800  # bits of a word
+IN_PLACE, SPARE, IN_LAST = 0x87FF87FF - (1 << 32), 0x78007800, 0x80078007 - (1 << 32)  # bits of a word
 PART = 1 << 24  # weights packed at once
 
 
@@ -70,10 +70,10 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     """What `pack` lists of each segment, one after the other, as one int32 table for the kernels, 1-dimensional.
 
     It begins with the bases of three segments' windows, in both halves of a number each, the number of slots, the
-    columns at which three segments start, those that are absent at the end, and MOST_BASE as the bases. Then comes a slot for each cell of
-    32 rows and 64 columns, side by side, then lists. A slot is 0 for no escape. An escape is the bfloat16's bits << 16,
-    its row in the cell << 8, its column there << 2, and 1. Several have a list, whose place << 2 | 2 is their slot, and
-    which begins with their number; they are sorted by row and column.
+    columns at which three segments start, those that are absent at the end, and MOST_BASE as the bases are. Then comes
+    a slot for each cell of 32 rows and 64 columns, side by side, then lists. A slot is 0 for no escape. An escape is
+    the bfloat16's bits << 16, its row in the cell << 8, its column there << 2, and 1. Several have a list, whose place
+    << 2 | 2 is their slot, and which begins with their number; they are sorted by row and column.
     Raises ValueError if they are not such escapes: the file is damaged.
     """
     width_of = torch.tensor(widths, device=escapes.device)
@@ -123,7 +123,7 @@ def unpack(packed: Tensor, table: Tensor) -> Tensor:
     planes = packed.contiguous().view(torch.int32).view(n, c // GROUP, 3, 8).unbind(2)
     group = torch.arange(0, c, GROUP, device=packed.device)
     base = table[:SEGMENTS][(group[:, None] >= table[4 : 4 + SEGMENTS]).sum(1) - 1][:, None]
-    last = planes[0] >> 4 & 0x07800780 | planes[1] >> 8 & 0x00780078 | _rotated_right(planes[2], 12) & 0x80078007 - (1 << 32)
+    last = planes[0] >> 4 & 0x07800780 | planes[1] >> 8 & 0x00780078 | _rotated_right(planes[2], 12) & IN_LAST
     pairs = [words + base for words in (*(plane & IN_PLACE for plane in planes), last)]
     bits = torch.stack(pairs, 3).view(torch.int16).flatten(1)
 

@@ -1,4 +1,4 @@
-"""Packed bfloat16 in Triton: the words of weights made of those that are stored, and their escapes, see `kernels.packed`.
+"""Packed bfloat16 in Triton: words of two weights, made of what is stored, and their escapes, see `kernels.packed`.
 
 Weights are 2^(MOST_BASE - base) times as large, so that no exponent needs an addition; what is made of them is scaled.
 """
@@ -6,9 +6,9 @@ Weights are 2^(MOST_BASE - base) times as large, so that no exponent needs an ad
 import triton
 import triton.language as tl
 
-from kernels.packed import GROUP, HEADER, IN_PLACE, MOST_BASE
+from kernels.packed import GROUP, HEADER, IN_LAST, IN_PLACE, MOST_BASE
 
-WIDTH, TABLE, MASK = (tl.constexpr(n) for n in (GROUP, HEADER, IN_PLACE))
+WIDTH, TABLE, MASK, LAST_MASK = (tl.constexpr(n) for n in (GROUP, HEADER, IN_PLACE, IN_LAST))
 UP, DOWN = tl.constexpr(127 + MOST_BASE), tl.constexpr(127 - MOST_BASE)
 
 
@@ -26,7 +26,7 @@ def four_pairs(first, second, third, above):
     above: what stands above the codes, from the table's header: a compiler that knows it would spend an instruction
     more on each word.
     """
-    last = (((third << 20) | ((third >> 12) & 0xFFFFF)) & -0x7FF87FF9) | above
+    last = (((third << 20) | ((third >> 12) & 0xFFFFF)) & LAST_MASK) | above
     last = ((second >> 8) & 0x00780078) | (((first >> 4) & 0x07800780) | last)
     return (first & MASK) | above, (second & MASK) | above, (third & MASK) | above, last
 
@@ -71,7 +71,8 @@ def with_escape(pairs, mine, pair, odd, bits, up):
     bits: the bfloat16 in the upper half; up: what it is scaled by.
     """
     scaled, out = (bits.to(tl.float32, bitcast=True) * up).to(tl.int32, bitcast=True), ()
+    there = tl.where(odd != 0, -65536, 0xFFFF)
+    scaled = tl.where(odd != 0, scaled, (scaled >> 16) & 0xFFFF) & there
     for p in tl.static_range(len(pairs)):
-        new = tl.where(odd != 0, (scaled & -65536) | (pairs[p] & 0xFFFF), ((scaled >> 16) & 0xFFFF) | (pairs[p] & -65536))
-        out = out + (tl.where(mine & (pair == p), new, pairs[p]),)  # noqa: RUF005
+        out = out + (tl.where(mine & (pair == p), (pairs[p] & ~there) | scaled, pairs[p]),)  # noqa: RUF005
     return out

@@ -47,8 +47,8 @@ def load_four(HOW, at, wanted):
     return tuple(map(register, out.T))
 
 
-def load_planes(_how, at, wanted, n):
-    n = tl.core._unwrap_if_constexpr(n)
+def load_planes(at, wanted, pieces):
+    n = 3 * tl.core._unwrap_if_constexpr(pieces)
     out, wanted = np.full((32, n), -1), np.flatnonzero(data(wanted))
     if wanted.size:
         offsets = [8 * plane + i for plane in range(3) for i in range(n // 3)]

@@ -123,22 +123,62 @@ def test_weights_that_are_all_escapes_still_give_the_same_sums():
     )
 
 
-@pytest.mark.parametrize(("strands", "block_out", "listed"), [(1, 256, True), (2, 128, False), (4, 64, True)])
-def test_a_gpus_product_is_the_plain_one(strands, block_out, listed):
-    gemv = pytest.importorskip("kernels.triton_gemv")
-    from kernels.plan import Plan
+def test_a_gpu_makes_words_of_all_patterns():
+    """For each window the words of its 4,096 bfloat16, scaled."""
+    pytest.importorskip("triton")
+    import triton.language as tl
+    from triton import jit
 
-    n_in, widths = 35, [128, 64]
-    weight = numbers("normal, some zeros", n_in, 192).to(DEVICE)
-    stored, table = packed_of(weight, widths)
-    x = torch.randn(1, n_in, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
-    threshold = torch.full((2, n_in), 0.5 if listed else -1.0, device=DEVICE)
-    product = gemv.Product(stored, threshold, widths, 0.5 * listed, table)
-    plan = Plan(2, block_out, 4, strands=strands, chained=strands == 1, listed=listed)
-    out = torch.zeros(1, 192, device=DEVICE)
-    gemv.launch_gemv("given", x, product, out, dtype=torch.bfloat16, plan=plan)
-    expected = torch.where(x.abs() <= threshold[0], 0, x).double() @ weight.double()
-    assert (out - expected).abs().max() < 1e-6 * expected.abs().max()  # an exponent off by one: 1e-3
+    from kernels.packed_words import four_pairs, load_words
+
+    @jit
+    def make_words(weight_ptr, table_ptr, out_ptr, N: tl.constexpr):
+        element = tl.arange(0, N)
+        words = load_words(weight_ptr, element, element >= 0)
+        pairs = four_pairs(words[0], words[1], words[2], tl.load(table_ptr + 7))
+        for p in tl.static_range(4):
+            tl.store(out_ptr + 4 * element + p, pairs[p])
+
+    patterns = torch.arange(-32768, 32768, dtype=torch.int32)
+    exponent = patterns >> 7 & 255
+    for base in range(packed.LEAST_BASE, packed.MOST_BASE + 1):
+        window = patterns[(exponent >= base) & (exponent < base + 16)]
+        stored, table = packed_of(window.to(torch.int16).view(torch.bfloat16)[None], [4096])
+        assert table[0] == base * 0x00800080 and not table[packed.HEADER :].any()
+        out = torch.zeros(2048, dtype=torch.int32, device=DEVICE)
+        make_words[(1,)](stored.view(torch.int32).to(DEVICE), table.to(DEVICE), out, 512)
+        assert torch.equal(out.cpu().view(torch.int16), (window + (packed.MOST_BASE - base << 7)).to(torch.int16))
+
+
+@pytest.mark.parametrize(("n_in", "widths", "blocks", "tiles"), [(70, [128, 64], 2, (64, 128)), (40, [256], 1, (256,))])
+@pytest.mark.parametrize(("rows", "cut"), [(1, 0.0), (8, 0.5)])
+def test_a_gpus_product_is_the_plain_one(n_in, widths, blocks, tiles, rows, cut, monkeypatch):
+    """To the bit, in the interpreter by the assembly in numpy, see `lanes`."""
+    pytest.importorskip("triton")
+    from kernels import plan
+    from kernels.few_rows import Prepared
+    from kernels.products import launch_product
+    from kernels.triton_gemv import Product
+
+    weight = torch.randn(n_in, sum(widths), generator=torch.Generator().manual_seed(1)).mul(0.02).bfloat16().to(DEVICE)
+    weight[17, 5], weight[30, 60], weight[31, 9] = float("inf"), 1e-39, 1e28
+    x = torch.randn(rows, n_in, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    x[:, 17] = 0.1 if cut else 1.0  # where it is cut, infinity does not matter
+    threshold = torch.full((len(widths), n_in), 0.5 if cut else -1.0, device=DEVICE)
+    room = Prepared(*(torch.zeros(8192, dtype=t, device=DEVICE) for t in (torch.bfloat16, torch.int32, torch.float32)))
+    outs = []
+    for stored, table, tile in ((weight, None, 64), *((*packed_of(weight, widths), tile) for tile in tiles)):
+        monkeypatch.setattr(plan, "_half_plan", lambda *_, tile=tile: plan.Plan(blocks, tile, 0))
+        monkeypatch.setattr(plan, "of_rows", lambda plan, rows: plan)
+        out = torch.zeros(rows, sum(widths), device=DEVICE)
+        product = Product(
+            stored, threshold, widths, cut, table, fineness=torch.full((sum(widths),), 2.0**16, device=DEVICE)
+        )
+        launch_product("given", x, product, out, prepared=room if rows > 1 else None, dtype=torch.bfloat16)
+        outs.append(out)
+    assert outs[0][:, :5].isfinite().all() and (cut or outs[0][:, 5].isinf().all())
+    for out in outs[1:]:
+        assert torch.equal(out.view(torch.int32), outs[0].view(torch.int32))
 
 
 @pytest.mark.parametrize("device", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
