@@ -102,8 +102,11 @@ def compare(ranks: int) -> dict[str, bool]:
 
 def interpreted() -> dict[str, bool]:
     """The same of a GPU's step, whose ranks write into each other's memory, or add by all-reduce."""
+    import lanes
+
     from decoder import FusedGpuStep
 
+    lanes.install()
     shape = SHAPE | {"n_layer": 1, "vocab_size": 130, "intermediate_size": 128}
     one = build_cut(shape, dtype=torch.bfloat16)
     part, found = split(one), {}
