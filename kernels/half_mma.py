@@ -175,6 +175,19 @@ def _with_escapes(words, i: tl.constexpr, escapes, PIECES: tl.constexpr):
 
 
 @triton.jit
+def _unpacked(weights, at: tl.constexpr, i: tl.constexpr, escapes, PIECES: tl.constexpr):
+    """A lane's words of inputs 8 t + i and 8 t + i + 1, made of the packed ones of a block from `at` on."""
+    words = ()
+    for j in tl.static_range(2):
+        w = weights[at + (i + j) * 3 * PIECES : at + (i + j + 1) * 3 * PIECES]
+        for p in tl.static_range(PIECES):
+            words = words + four_pairs(w[p], w[PIECES + p], w[2 * PIECES + p], escapes[6])
+    if (escapes[0] >> i) & 3 != 0:
+        words = _with_escapes(words, i, escapes, PIECES)
+    return words
+
+
+@triton.jit
 def _add_block(
     sums, weights, at: tl.constexpr, x, choice_0, choice_1, escapes, FIRST: tl.constexpr, COUNT: tl.constexpr,
     DTYPE: tl.constexpr, PIECES: tl.constexpr, PACKED: tl.constexpr,
@@ -184,14 +197,8 @@ def _add_block(
     at: the index of the first word of the block in `weights`; escapes: of PACKED weights, see `_with_escapes`.
     """
     for i in tl.static_range(FIRST, FIRST + COUNT, 2):
-        words = ()
         if PACKED:
-            for j in tl.static_range(2):
-                w = weights[at + (i + j) * 3 * PIECES : at + (i + j + 1) * 3 * PIECES]
-                for p in tl.static_range(PIECES):
-                    words = words + four_pairs(w[p], w[PIECES + p], w[2 * PIECES + p], escapes[6])
-            if (escapes[0] >> i) & 3 != 0:
-                words = _with_escapes(words, i, escapes, PIECES)
+            words = _unpacked(weights, at, i, escapes, PIECES)
         else:
             words = weights[at + i * 4 * PIECES : at + (i + 2) * 4 * PIECES]
         for j in tl.static_range(2):
@@ -291,7 +298,8 @@ def _half_kernel(
     APART: tl.constexpr = 8 if PACKED else PIECE  # outputs from one of a lane's pieces to the next
     SETS: tl.constexpr = (PIECES + 1) // 2 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
     STEP: tl.constexpr = 2 * APART if ROWS == 1 else APART  # outputs from one set to the next
-    HALF: tl.constexpr = (12 if PACKED else 16) * PIECES  # words of half a lane's inputs of a block
+    INLINE: tl.constexpr = PACKED and PAIRS == 1
+    HALF: tl.constexpr = (12 if INLINE else 16) * PIECES  # words of half a lane's inputs of a block
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     x_ptr += tl.program_id(2) * x_stride
@@ -396,6 +404,20 @@ def _half_kernel(
     choice_0, choice_1 = tl.where(place < 2, choice, 0x4444), tl.where(place < 2, 0x4444, choice)
     z = tl.zeros((BLOCK,), tl.float32)
 
+    # packed weights: what finds their escapes; for more than two rows all words are made once
+    if PACKED:
+        for b in tl.static_range(BLOCKS):
+            slot_at = slots_ptr + b * (N_OUT // PIECE)
+            escapes = escapes + ((hits[b], slot_at, n_slots, kept[b], lists_ptr, enlarge, above),)  # noqa: RUF005
+        if not INLINE:
+            made_words = ()
+            for b in tl.static_range(BLOCKS):
+                for i in tl.static_range(0, 8, 2):
+                    made_words = made_words + _unpacked(weights, b * 24 * PIECES, i, escapes[b], PIECES)
+            weights = made_words
+    else:
+        escapes = ((),) * BLOCKS
+
     # the sums of two rows at a time; each block has a chain of products of its own, for their latency
     for q in tl.static_range(PAIRS):
         sums = ()
@@ -408,13 +430,10 @@ def _half_kernel(
                     x = _where_each(block + b < N_BLOCKS, x)
             else:
                 x = _eight_of(made[b * PAIRS + q])
-            if PACKED:
-                slot_at = slots_ptr + b * (N_OUT // PIECE)
-                escapes = hits[b], slot_at, n_slots, kept[b], lists_ptr, enlarge, above
             new = ((z, z, z, z),) * PIECES
             for n in tl.static_range(2):
                 new = _add_block(
-                    new, weights, b * 2 * HALF, x, choice_0, choice_1, escapes, n * 4, 4, OP.dtype, PIECES, PACKED
+                    new, weights, b * 2 * HALF, x, choice_0, choice_1, escapes[b], n * 4, 4, OP.dtype, PIECES, INLINE
                 )
                 if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
                     weights = _load_half(
