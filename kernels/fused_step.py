@@ -471,7 +471,7 @@ def _head_kernel(
                     n_escapes, list_ptr = escapes_in(slots[c], lists_ptr)
                     n = 1
                     while n <= n_escapes:
-                        cell_row, column, bits = escape_of(slots[c], list_ptr, n)
+                        cell_row, column, bits = escape_of(slots[c], list_ptr, n, n_escapes)
                         mine = (rows == c // 2 * 32 + cell_row) & (local == c % 2 * 8 + column // 8)
                         pairs = with_escape(pairs, mine, column % 8 // 2, column % 2, bits, up)
                         n += 1 + (bits & 1)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
 from kernels.int8_mma import CACHED, ONCE, _add_scaled, _load_factors, _load_four, _pick_bytes
-from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales, with_escape
+from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales
 from kernels.plan import of_rows
 from kernels.triton_gemv import (
     BLOCK,
@@ -143,70 +143,101 @@ def _load_half(
     )
 
 
-@triton.jit
-def _load_hits(slot_at, n, PIECES: tl.constexpr):
-    """Bits i of a block's inputs 8 t + i of which n slots have escapes."""
-    hits = 0
-    for p in tl.static_range(PIECES):
-        slot = tl.load(slot_at + p, mask=p < n, other=0)
-        hits |= tl.where((slot & 2) != 0, 255, (slot & 1) << ((slot >> 8) & 7))
-    return hits
+@triton.constexpr_function
+def stage_assembly(words):
+    """The address of shared memory for words of each lane."""
+    return f"{{ .shared .align 16 .b32 stage[{words * 32}]; mov.u32 $0, stage; }}"
 
 
 @triton.jit
-def _with_escapes(words, i: tl.constexpr, escapes, PIECES: tl.constexpr):
-    """A lane's words of inputs 8 t + i and 8 t + i + 1 and all pieces, with their escapes of inputs that are kept."""
-    _hits, slot_at, n_slots, kept, lists_ptr, enlarge, _above = escapes
-    lane, p, more = tl.arange(0, BLOCK), 0, 1
-    while more != 0:
+def _stage(WORDS: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        stage_assembly(WORDS), "=r,r", [tl.arange(0, BLOCK)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _stage_four(at, w):
+    tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r", [at, w[0], w[1], w[2], w[3]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )
+
+
+@triton.jit
+def _staged_four(at):
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at], dtype=(tl.int32,) * 4, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _stage_half(at, upper, wanted):
+    """Stores the upper half of a word, where wanted is not 0."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b16 low, high; setp.ne.s32 p, $3, 0; mov.b32 {low, high}, $2; "
+        "@p st.shared.b16 [$1], high; mov.u32 $0, 0; }",
+        "=r,r,r,r", [at, upper, wanted], dtype=tl.int32, is_pure=False, pack=1,
+    )
+
+
+@triton.jit
+def _with_escapes(words, escapes, stage, PIECES: tl.constexpr):
+    """A lane's words of a block with the escapes of inputs that are kept, through shared memory: little code."""
+    slot_at, n_slots, kept, lists_ptr, enlarge, _above = escapes
+    lane = tl.arange(0, BLOCK)
+    for j in tl.static_range(8 * PIECES):
+        _stage_four(stage + lane * 16 + j * 512, words[4 * j : 4 * j + 4])
+    tl.debug_barrier()
+    p = 0
+    while p < n_slots:
         slot = tl.load(slot_at + p)
         n, list_ptr = escapes_in(slot, lists_ptr)
         k = 1
         while k <= n:
-            row, out, bits = escape_of(slot, list_ptr, k)
+            row, out, bits = escape_of(slot, list_ptr, k + lane, n)
             out += p * WIDTH
-            mine = (lane == out // (8 * PIECES) * 4 + row // 8) & ((row & 6) == i) & ((kept >> row) & 1 != 0)
-            pair = (row & 1) * (4 * PIECES) + out % (8 * PIECES) // 2
-            words = with_escape(words, mine, pair, out & 1, bits, enlarge)
-            k += 1 + (bits & 1)  # which is 1: a compiler that knows would unroll
+            word = row % 8 * (4 * PIECES) + out % (8 * PIECES) // 2
+            at = stage + word // 4 * 512 + (out // (8 * PIECES) * 4 + row // 8) * 16 + word % 4 * 4 + out % 2 * 2
+            value = (bits.to(tl.float32, bitcast=True) * enlarge).to(tl.int32, bitcast=True)
+            _stage_half(at, value, tl.where(k + lane <= n, kept >> row, 0) & 1)
+            k += BLOCK
         p += 1
-        more = tl.where(p < n_slots, 1, 0)
-    return words
+    tl.debug_barrier()
+    out = ()
+    for j in tl.static_range(8 * PIECES):
+        out = out + _staged_four(stage + lane * 16 + j * 512)
+    return out
 
 
 @triton.jit
-def _unpacked(weights, at: tl.constexpr, i: tl.constexpr, escapes, PIECES: tl.constexpr):
-    """A lane's words of inputs 8 t + i and 8 t + i + 1, made of the packed ones of a block from `at` on."""
+def _unpacked(weights, b: tl.constexpr, hit, escapes, stage, PIECES: tl.constexpr):
+    """A lane's words of block b, made of packed ones; hit: whether it has escapes."""
     words = ()
-    for j in tl.static_range(2):
-        w = weights[at + (i + j) * 3 * PIECES : at + (i + j + 1) * 3 * PIECES]
+    for i in tl.static_range(8):
+        w = weights[(8 * b + i) * 3 * PIECES : (8 * b + i + 1) * 3 * PIECES]
         for p in tl.static_range(PIECES):
-            words = words + four_pairs(w[p], w[PIECES + p], w[2 * PIECES + p], escapes[6])
-    if (escapes[0] >> i) & 3 != 0:
-        words = _with_escapes(words, i, escapes, PIECES)
+            words = words + four_pairs(w[p], w[PIECES + p], w[2 * PIECES + p], escapes[5])
+    if hit != 0:
+        words = _with_escapes(words, escapes, stage, PIECES)
     return words
 
 
 @triton.jit
 def _add_block(
-    sums, weights, at: tl.constexpr, x, choice_0, choice_1, escapes, FIRST: tl.constexpr, COUNT: tl.constexpr,
-    DTYPE: tl.constexpr, PIECES: tl.constexpr, PACKED: tl.constexpr,
+    sums, weights, at: tl.constexpr, x, choice_0, choice_1, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    DTYPE: tl.constexpr, PIECES: tl.constexpr,
 ):
     """Each piece's `sums`, and COUNT of a block's products; x: 8 words, inputs 8 t + i of two rows.
 
-    at: the index of the first word of the block in `weights`; escapes: of PACKED weights, see `_with_escapes`.
+    at: the index of the first word of the block in `weights`.
     """
-    for i in tl.static_range(FIRST, FIRST + COUNT, 2):
-        if PACKED:
-            words = _unpacked(weights, at, i, escapes, PIECES)
-        else:
-            words = weights[at + i * 4 * PIECES : at + (i + 2) * 4 * PIECES]
-        for j in tl.static_range(2):
-            b0, b1, added = _pick_bytes(x[i + j], choice_0), _pick_bytes(x[i + j], choice_1), ()
-            for p in tl.static_range(PIECES):
-                a = words[(j * PIECES + p) * 4 : (j * PIECES + p) * 4 + 4]
-                added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
-            sums = added
+    for i in tl.static_range(FIRST, FIRST + COUNT):
+        b0, b1, added = _pick_bytes(x[i], choice_0), _pick_bytes(x[i], choice_1), ()
+        for p in tl.static_range(PIECES):
+            a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
+            added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
+        sums = added
     return sums
 
 
@@ -299,7 +330,6 @@ def _half_kernel(
     SETS: tl.constexpr = (PIECES + 1) // 2 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
     STEP: tl.constexpr = 2 * APART if ROWS == 1 else APART  # outputs from one set to the next
     INLINE: tl.constexpr = PACKED and PAIRS == 1
-    HALF: tl.constexpr = (12 if INLINE else 16) * PIECES  # words of half a lane's inputs of a block
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     x_ptr += tl.program_id(2) * x_stride
@@ -311,8 +341,8 @@ def _half_kernel(
     block = tl.program_id(1) * BLOCKS
     rows = block * BLOCK + lane
     col = first + lane // 4 * (8 * PIECES if PACKED else 8)
-    words = first // PIECE * 24 + lane // 4 * PIECES // 8 * 24 + lane // 4 * PIECES % 8 if PACKED else col
-    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * N_WORDS + words
+    first_word = first // PIECE * 24 + lane // 4 * PIECES // 8 * 24 + lane // 4 * PIECES % 8 if PACKED else col
+    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * N_WORDS + first_word
     at, half = col + lane % 2 * 4, lane % 4 // 2  # which of two rows a lane adds
     if ROWS == 1:  # both halves get the row's sums: each adds a piece
         at += half * APART
@@ -323,17 +353,19 @@ def _half_kernel(
         kept_ptr += segment * (ROWS * N_BLOCKS)
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
-    constants, weights, finenesses, offsets, escapes = (), (), (), (), ()
-    lists_ptr, enlarge, shrink, hits = table_ptr, 1.0, 1.0, ()
+    constants, weights, finenesses, offsets, hits, escapes = (), (), (), (), (), ()
+    shrink = 1.0
     if PACKED:
         n_slots = tl.minimum((last - first) // PIECE, PIECES)
         slots_ptr = table_ptr + TABLE + block * (N_OUT // PIECE) + first // PIECE
         for b in tl.static_range(BLOCKS):
-            n = tl.where(block + b < N_BLOCKS, n_slots, 0)
-            hits = hits + (_load_hits(slots_ptr + b * (N_OUT // PIECE), n, PIECES),)  # noqa: RUF005
-        lists_ptr += TABLE + tl.load(table_ptr + 3)
+            hit = 0
+            for p in tl.static_range(PIECES):
+                there = (block + b < N_BLOCKS) & (p < n_slots)
+                hit = hit | tl.load(slots_ptr + b * (N_OUT // PIECE) + p, mask=there, other=0)
+            hits = hits + (hit,)  # noqa: RUF005
         enlarge, shrink = scales(table_ptr, segment)
-        above = tl.load(table_ptr + 7)
+        lists_ptr, above = table_ptr + TABLE + tl.load(table_ptr + 3), tl.load(table_ptr + 7)
     if not PREPARED:
         for b in tl.static_range(BLOCKS):
             gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
@@ -406,17 +438,14 @@ def _half_kernel(
 
     # packed weights: what finds their escapes; for more than two rows all words are made once
     if PACKED:
+        stage = _stage(32 * PIECES)
         for b in tl.static_range(BLOCKS):
-            slot_at = slots_ptr + b * (N_OUT // PIECE)
-            escapes = escapes + ((hits[b], slot_at, n_slots, kept[b], lists_ptr, enlarge, above),)  # noqa: RUF005
+            escapes = escapes + ((slots_ptr + b * (N_OUT // PIECE), n_slots, kept[b], lists_ptr, enlarge, above),)  # noqa: RUF005
         if not INLINE:
-            made_words = ()
+            words = ()
             for b in tl.static_range(BLOCKS):
-                for i in tl.static_range(0, 8, 2):
-                    made_words = made_words + _unpacked(weights, b * 24 * PIECES, i, escapes[b], PIECES)
-            weights = made_words
-    else:
-        escapes = ((),) * BLOCKS
+                words = words + _unpacked(weights, b, hits[b], escapes[b], stage, PIECES)
+            weights = words
 
     # the sums of two rows at a time; each block has a chain of products of its own, for their latency
     for q in tl.static_range(PAIRS):
@@ -430,10 +459,13 @@ def _half_kernel(
                     x = _where_each(block + b < N_BLOCKS, x)
             else:
                 x = _eight_of(made[b * PAIRS + q])
+            words = weights
+            if INLINE:
+                words = _unpacked(weights, b, hits[b], escapes[b], stage, PIECES)
             new = ((z, z, z, z),) * PIECES
             for n in tl.static_range(2):
                 new = _add_block(
-                    new, weights, b * 2 * HALF, x, choice_0, choice_1, escapes[b], n * 4, 4, OP.dtype, PIECES, INLINE
+                    new, words, 0 if INLINE else b * 32 * PIECES, x, choice_0, choice_1, n * 4, 4, OP.dtype, PIECES
                 )
                 if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
                     weights = _load_half(

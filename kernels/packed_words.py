@@ -58,9 +58,9 @@ def escapes_in(slot, lists_ptr):
 
 
 @triton.jit
-def escape_of(slot, list_ptr, k):
-    """The k-th escape of a slot, from 1 on: row and column in its cell, and its bits in the upper half."""
-    entry = tl.where((slot & 2) != 0, tl.load(list_ptr + k, mask=(slot & 2) != 0, other=0), slot)
+def escape_of(slot, list_ptr, k, n):
+    """The k-th of n escapes of a slot, from 1 on: row and column in its cell, and its bits in the upper half."""
+    entry = tl.where((slot & 2) != 0, tl.load(list_ptr + k, mask=k <= tl.where((slot & 2) != 0, n, 0), other=0), slot)
     return (entry >> 8) & 31, (entry >> 2) & 63, entry & -65536
 
 

@@ -82,7 +82,7 @@ def _unpack_kernel(weight_ptr, table_ptr, out_ptr, n_rows, n_columns, ROWS: tl.c
     slot = tl.load(table_ptr + TABLE + tl.program_id(1) * groups + group)
     n, list_ptr = escapes_in(slot, table_ptr + TABLE + n_slots)
     for k in range(1, n + 1):
-        row, column, bits = escape_of(slot, list_ptr, k)
+        row, column, bits = escape_of(slot, list_ptr, k, n)
         here = (rows % ROWS == row) & (columns % WIDTH == column)
         out = tl.where(here, bits.to(tl.float32, bitcast=True), out)
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=rows < n_rows)

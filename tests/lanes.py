@@ -57,6 +57,29 @@ def load_planes(at, wanted, pieces):
     return tuple(map(register, out.T))
 
 
+STAGE = np.zeros(2 * 32 * 128, np.uint16)  # shared memory, by halves of words
+
+
+def stage(words):
+    STAGE[:] = 0xFFFF
+    return register(np.zeros(32, np.int64))
+
+
+def stage_four(at, w):
+    words = np.stack([data(x).astype(np.int32) for x in w], 1).copy().view(np.uint16)
+    STAGE[(data(at)[:, None] // 2 + np.arange(8))] = words
+
+
+def staged_four(at):
+    words = STAGE[(data(at)[:, None] // 2 + np.arange(8))].copy().view(np.int32)
+    return tuple(map(register, words.T))
+
+
+def stage_half(at, upper, wanted):
+    for lane in np.flatnonzero(data(wanted)):
+        STAGE[data(at)[lane] // 2] = data(upper)[lane].astype(np.int32).view(np.uint32) >> 16
+
+
 def add_four(at, wanted, v):
     wanted = np.flatnonzero(data(wanted))
     if wanted.size:
@@ -118,7 +141,7 @@ def install() -> None:
     """Lets `kernels.int8_mma` and `kernels.half_mma` run without a GPU."""
     from kernels import half_mma, int8_mma
 
-    shared, own = (load_four, pick_bytes), (multiply_add_half, ballot, eight_of, load_planes)
+    shared, own = (load_four, pick_bytes), (multiply_add_half, ballot, eight_of, load_planes, stage, stage_four, staged_four, stage_half)
     functions = {int8_mma: (*shared, add_four, from_lane, multiply_add, multiply_add_two), half_mma: (*shared, *own)}
     for module, replaced in functions.items():
         for function in replaced:
