@@ -422,6 +422,7 @@ def _half_kernel(
 
     # PLAN.rows of them are loaded before the first product, in halves of a block; 0: all are
     AT_ONCE: tl.constexpr = 2 * BLOCKS if PLAN.rows == 0 or PAIRS > 1 else PLAN.rows // 16
+    tl.static_assert(AT_ONCE > 1 or not PACKED)  # whose block is made at once
     if not BEFORE:
         for n in tl.static_range(AT_ONCE):
             weights = _load_half(weights, n, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES)

@@ -105,7 +105,7 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     header = torch.full((2, 4), sum(widths), device=escapes.device)
     header[0, : len(widths)], header[0, 3], header[1, : len(widths)] = bases * 0x00800080, len(slots), starts
     header[1, 3] = MOST_BASE * 0x00800080
-    return torch.cat((header.flatten(), slots, lists)).to(torch.int32)
+    return torch.cat((header.flatten(), slots, lists, lists.new_zeros(8))).to(torch.int32)  # which a CPU reads beyond
 
 
 def table_part(table: Tensor, first: int, last: int, n_columns: int) -> Tensor:

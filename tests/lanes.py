@@ -141,7 +141,8 @@ def install() -> None:
     """Lets `kernels.int8_mma` and `kernels.half_mma` run without a GPU."""
     from kernels import half_mma, int8_mma
 
-    shared, own = (load_four, pick_bytes), (multiply_add_half, ballot, eight_of, load_planes, stage, stage_four, staged_four, stage_half)
+    staging = stage, stage_four, staged_four, stage_half
+    shared, own = (load_four, pick_bytes), (multiply_add_half, ballot, eight_of, load_planes, *staging)
     functions = {int8_mma: (*shared, add_four, from_lane, multiply_add, multiply_add_two), half_mma: (*shared, *own)}
     for module, replaced in functions.items():
         for function in replaced:
