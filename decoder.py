@@ -196,7 +196,7 @@ class FusedCpuStep:
     In bfloat16 and float16 a row's tokens depend neither on other rows nor on the number of threads. A step takes at
     most torch's: fewer while those are quicker, beside other work. Float32 (and a CPU without fused multiply-adds) adds
     in another order with other rows or threads, so it takes all. It reads the model's tensors where they lie, so they
-    must stay there. Arguments and attributes are those of `FusedGpuStep`; logits are rounded to the model's dtype.
+    must stay there. Arguments are those of `FusedGpuStep`. Logits are rounded to its dtype; not finite: token -1.
     """
 
     adaptive = True  # False, set before one is made: each step takes torch's number of threads
@@ -206,7 +206,7 @@ class FusedCpuStep:
         rows = drafts or len(cache)
         assert rows <= MAX_ROWS and (not drafts or len(cache) == 1)
         self._decode = cpu.kernel("decode", cache.dtype, model.layers[0].attention.wo.form)
-        self._decode.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+        self._decode.argtypes = [cpu.POINTER, cpu.INTEGER, cpu.POINTER, cpu.POINTER, ctypes.c_int, cpu.INTEGER]
         self._dtype = cache.dtype
         self._tensors = []  # those that only the structures point to
         self.logits = torch.zeros(rows, config.vocab_size)
@@ -274,15 +274,13 @@ class FusedCpuStep:
             self.numbers[row, position + row] = token
             self.positions[row] = position + row
 
-    def replay(self) -> None:
-        """One step. Raises MemoryError: too little for it; the positions are the same then."""
+    def replay(self, steps: int = 1) -> None:
+        """One step, or several. Raises MemoryError: too little for it; the positions are those of the steps made."""
         # little happens here: what a step read has swept Python's own data out of the caches
-        positions = self.positions
-        assert max(positions) < self._model.cache_length
-        if self._decode(ctypes.addressof(self._model), len(positions), positions, self.seeds, self._threads):
-            raise MemoryError(f"no memory for a decode step at position {max(positions)} on the CPU")
-        for row in range(len(positions)):
-            positions[row] += 1
+        at = self.positions
+        assert max(at) + steps <= self._model.cache_length
+        if self._decode(ctypes.addressof(self._model), len(at), at, self.seeds, self._threads, steps):
+            raise MemoryError(f"no memory for a decode step at position {max(at)} on the CPU")
 
 
 def not_finite(dtype: torch.dtype, what: str = "the model's output") -> ValueError:
@@ -570,7 +568,7 @@ class Generator:
 
     def _peaks(self) -> Tensor | None:
         """Each row's largest logit [B] of the last step; None where a token of -1 says that it is not a number."""
-        logits = self._step.logits
+        logits = None if hasattr(self._step, "numbers") else self._step.logits  # a step on a CPU says so itself
         return None if logits is None else logits[:, : self.model.config.vocab_size].amax(-1)
 
     @property

@@ -140,9 +140,9 @@ class CpuRounds:
     cache, so that it must be fed each token of the text, too.
     """
 
-    def __init__(self, plain, draft, make_verifier: Callable, n_vocab: int, own_cache: bool):
+    def __init__(self, plain, draft, make_verifier: Callable, own_cache: bool):
         self.plain, self.draft, self.make_verifier, self.verifiers = plain, draft, make_verifier, {}
-        self.n_vocab, self.own_cache = n_vocab, own_cache
+        self.own_cache = own_cache
 
     def start(self, token: Tensor, position: int, seed: int) -> None:
         """Begins behind a text of `position` tokens, which the caches hold, with a token [1]."""
@@ -177,18 +177,16 @@ class CpuRounds:
 
     def steps(self, n: int) -> tuple[list[int], bool]:
         """The new tokens of n plain steps, and whether the last one's logits were finite."""
-        for _ in range(n):
-            self.plain.replay()
+        self.plain.replay(n)
         self.position += n
-        new = self.plain.tokens[0, self.position + 1 - n : self.position + 1].tolist()
-        return new, bool(self.plain.logits[0, : self.n_vocab].amax().isfinite())
+        new = self.plain.numbers[0, self.position + 1 - n : self.position + 1].tolist()
+        return new, new[-1] >= 0
 
     def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
         at, text, verifier = self.position, self.plain.numbers[0], self.verifier(k)
         if self.draft:
             self.draft.feed([text[at]], at)
-            for _ in range(k):
-                self.draft.replay()
+            self.draft.replay(k)
             guesses = self.draft.numbers[0, at + 1 : at + 1 + k].tolist()
 
         verifier.feed([text[at], *guesses], at)
@@ -197,7 +195,7 @@ class CpuRounds:
         new = new[: next((i for i in range(k) if guesses[i] != new[i]), k) + 1]
         text[at + 1 : at + 1 + len(new)] = new
         self.plain.feed(new[-1:], at + len(new))
-        return new, bool(verifier.logits[: len(new)].amax(-1).isfinite().all())
+        return new, min(new) >= 0
 
 
 class GpuRounds(CpuRounds):
@@ -210,6 +208,13 @@ class GpuRounds(CpuRounds):
         self.rows = torch.arange(MAX_ROWS, device=device)
         self.guesses = torch.zeros(MAX_DRAFTS, dtype=torch.int64, device=device)
         self.outcome = torch.zeros(MAX_ROWS + 2, dtype=torch.int64, device=device)  # see `launch`
+
+    def steps(self, n: int) -> tuple[list[int], bool]:
+        for _ in range(n):
+            self.plain.replay()
+        self.position += n
+        new = self.plain.tokens[0, self.position + 1 - n : self.position + 1].tolist()
+        return new, bool(self.plain.top[0].amax().isfinite())
 
     def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
         if guesses:
@@ -283,7 +288,7 @@ class DraftingGenerator(Generator):
         kind, rounds = (FusedCpuStep, CpuRounds) if self.device.type == "cpu" else (FusedGpuStep, GpuRounds)
         draft = self.draft and kind(self.draft, self.temperature, self.top_k)
         verifier = partial(kind, self.model, self.temperature, self.top_k, self.dense)
-        self._drafting = rounds(self._step, draft, verifier, self.model.config.vocab_size, own_cache)
+        self._drafting = rounds(self._step, draft, verifier, own_cache)
         self._length: DraftLength | None = None
 
     def _first_token(self, row: int, prompt: Tensor) -> Tensor:
@@ -313,9 +318,7 @@ class DraftingGenerator(Generator):
         """The tokens of the next round, or of `burst` plain steps, where so many are left to be made."""
         rounds, length = self._drafting, self._length
         kind, guesses = self._lookup.guess(MAX_DRAFTS) if self._lookup else (0, [])
-        k = 0
-        if guesses or self.draft:
-            k = self.speculate_k or length.choose(kind, rounds.late())
+        k = (self.speculate_k or length.choose(kind, rounds.late())) if guesses or self.draft else 0
         if self.device.type == "cpu":  # elsewhere each number has a graph of its own
             k = min(k, left - 1)
 

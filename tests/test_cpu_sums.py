@@ -140,9 +140,9 @@ void split(std::vector<W> weight, std::vector<BFloat16> pairs, int64_t group, do
   matrix.log_norms = norms.data();
 
   const auto sums = [&](int thread, int threads, float* to) {
-    kept.list<1>(x.data(), nullptr, N_IN, true);
+    kept.list<1, 1>(x.data(), nullptr, N_IN, true);
     kept.take(0, N_IN, thread, threads);
-    outputs<1>(matrix, kept, 0, N_OUT, {to, 0});
+    outputs<1, 1>(matrix, kept, 0, N_OUT, {to, 0});
   };
   double most = 0, error = 0, norm = 0;
   sums(0, 1, whole.data());

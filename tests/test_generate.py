@@ -907,11 +907,13 @@ def test_one_step_that_is_not_finite_is_found(copy, step, damaged, monkeypatch):
     assert generator(prompt, 8).tokens.min() >= 0
     if step == "fused":
         replay = generator._step.replay
-        steps = iter(range(99))
+        steps, gain = iter(range(99)), model.norm.weight.data
+        good = gain[0].item()
 
         def poisoned():
+            gain[0] = float("nan") if next(steps) == damaged else good
             replay()
-            generator._step.logits[0, 7] = float("nan") if next(steps) == damaged else 0.0
+            gain[0] = good
 
         monkeypatch.setattr(generator._step, "replay", poisoned)
     else:

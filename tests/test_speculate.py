@@ -232,7 +232,7 @@ def test_a_round_on_a_gpu_keeps_what_plain_steps_draw(monkeypatch):
         plain.step()
     drawn = plain.tokens[0, 3:7].tolist()
 
-    rounds = GpuRounds(plain, None, partial(FusedGpuStep, model, 0.8, 20, True), 101, False)
+    rounds = GpuRounds(plain, None, partial(FusedGpuStep, model, 0.8, 20, True), False)
     rounds.start(torch.tensor([9]), 2, 4)
     guesses = [*drawn[:2], (drawn[2] + 1) % 101]
     assert rounds.round(3, guesses) == (drawn[:3], True)
