@@ -596,7 +596,6 @@ template <typename T>
 void in_order(const float* from, float* to, int64_t width) {
   constexpr int64_t V = APART<T>, BLOCK = V * LANES;
   int64_t j = 0;
-<<<<<<< HEAD
   for (; V > 1 && j + BLOCK <= width; j += BLOCK) {
     Floats vectors[V];
     for (int64_t v = 0; v < V; v++) vectors[v] = read<Floats>(from + j + v * LANES);
@@ -604,11 +603,6 @@ void in_order(const float* from, float* to, int64_t width) {
       for (int64_t v = 0; v < V; v++) to[j + V * lane + v] = vectors[v][lane];
   }
   for (; V == 8 && j < width; j++) to[j] = from[j / BLOCK * BLOCK + j % V * LANES + j % BLOCK / V];  // half a block
-=======
-  for (; APART<T> && j + 2 * LANES <= width; j += 2 * LANES)
-#pragma omp simd
-    for (int64_t i = j; i < j + LANES; i++) to[2 * i - j] = from[i], to[2 * i - j + 1] = from[i + LANES];
->>>>>>> main
   std::copy(from + j, from + width, to + j);
 }
 
@@ -758,7 +752,7 @@ struct Kept {
 
   Kept(int64_t batch, int64_t most, int64_t group)
       : batch(batch), index(most + LANES + ROWS_AHEAD), value(2 * std::bit_ceil(uint64_t(batch)) * index.size()),
-        block(COLUMNS + BATCH * (group + LANES)) {}
+        block(COLUMNS + BATCH * (group + 17 * LANES)) {}
 
   Texts<float> values() { return {value.data(), int64_t(index.size())}; }  // with room to write behind the last one
 
@@ -836,28 +830,22 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
   const int64_t n = kept.n;
   int32_t* const index = kept.index.data() + kept.first;
   const Texts<const float> value{kept.value.data() + kept.first, kept.values().apart};
-<<<<<<< HEAD
-  float starts[B][GROUPS / B] = {};  // of int4's groups
+  float starts[P][B][GROUPS / B] = {};  // of int4's groups
   for (int64_t column = begin, width; column < end; column += width) {
     width = std::min(columns, end - column);
-    if constexpr (std::is_same_v<W, Packed>) {  // of one segment, whose window has one base
+    if constexpr (std::is_same_v<W, Packed> && P == 1) {  // of one segment, whose window has one base
       const int32_t* table = static_cast<const int32_t*>(matrix.scale);
       const int segment = Packed::segment(table, column);
       if (segment < 2) width = std::min<int64_t>(width, table[5 + segment] - column);
     }
-=======
-  float starts[P][B][GROUPS / B] = {};  // of int4's groups
-  for (int64_t column = begin; column < end; column += columns) {
-    const int64_t width = std::min(columns, end - column), part = width / P;
-    const int64_t starts_of_part = groups ? part / matrix.group : part;
->>>>>>> main
+    const int64_t part = width / P, starts_of_part = groups ? part / matrix.group : part;
+    const int64_t apart_by = APART<W> == 8 ? (part + 8 * LANES - 1) / (8 * LANES) * 8 * LANES : part;  // whole blocks
     const int8_t* log_norms = matrix.log_norms ? matrix.log_norms + column / (groups ? matrix.group : 1) : nullptr;
-    const int64_t room = (width + 8 * LANES - 1) / (8 * LANES) * 8 * LANES;
-    const Texts<float> block{kept.block.data(), (APART<W> == 8 ? room : width) + LANES};  // not 4 KB apart, which CPUs take for the same place
+    const Texts<float> block{kept.block.data(), P * apart_by + LANES};  // not 4 KB apart, which CPUs take for the same place
 
     // the sums' starts
     for (int v = 0; v < P * B; v++) {
-      float *const to = block[v % B] + v / B * part, *const start = groups ? starts[v / B][v % B] : to;
+      float *const to = block[v % B] + v / B * apart_by, *const start = groups ? starts[v / B][v % B] : to;
       if (!log_norms)
         std::fill_n(start, starts_of_part, 0.0f);
       else
@@ -884,7 +872,7 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
           row[k] = matrix.row(index[r + k], column + p * part);
           next[k] = matrix.row(index[r + k + ahead], column + p * part + (r + k + ahead < n ? 0 : jump));
         }
-        add_rows<N, B>(row, next, {value[p * B] + r, value.apart}, {block[0] + p * part, block.apart}, part,
+        add_rows<N, B>(row, next, {value[p * B] + r, value.apart}, {block[0] + p * apart_by, block.apart}, part,
                        matrix.group, starts[p]);
       }
     };
@@ -893,28 +881,16 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
     for (; r < n; r++) add(std::integral_constant<int, 1>(), r);
 
     // what was added to them
-<<<<<<< HEAD
-    for (int b = 0; b < std::min<int64_t>(B, kept.batch); b++) {
-      float* const to = sums[b] + column - begin;
-      const int64_t length = groups ? matrix.group : width;
-      for (int64_t j = 0; APART<W> > 1 && j < width; j += length) {
-        in_order<W>(block[b] + j, to + j, length);
-        for (int64_t i = j; groups && i < j + length; i++) to[i] -= starts[b][j / length];
-      }
-      const float* const from = APART<W> > 1 ? to : block[b];
-      if (!groups && log_norms)
-=======
     for (int b = 0; b < std::min<int64_t>(B, kept.batch); b++)
       for (int p = 0; p < P; p++) {
-        float *const from = block[b] + p * part, *const to = sums[b] + column - begin + p * part;
+        float *const from = block[b] + p * apart_by, *const to = sums[b] + column - begin + p * part;
         const int64_t length = groups ? matrix.group : part;
-        for (int64_t j = 0; APART<W> && j < part; j += length) {
+        for (int64_t j = 0; APART<W> > 1 && j < part; j += length) {
           in_order<W>(from + j, to + j, length);
           for (int64_t i = j; groups && i < j + length; i++) to[i] -= starts[p][b][j / length];
         }
-        const float* const added = APART<W> ? to : from;
+        const float* const added = APART<W> > 1 ? to : from;
         if (!groups && log_norms)
->>>>>>> main
 #pragma omp simd
           for (int64_t j = 0; j < part; j++)
             to[j] = added[j] - start_of_sum(log_norms[p * part + j], kept.norm[p * B + b]);
