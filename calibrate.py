@@ -10,10 +10,10 @@ another). The script counts the distributions of each input x, of |x| and, per p
 The counts of a 70B model take 315 MB on its device, a window's widest inputs about 1 GB in float32, the file 64 MB.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("calibrate")
+if __name__ == "__main__":
+    options.run_script("calibrate")
 
 import warnings
 from contextlib import ExitStack
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import options
 from cli import output_path, placement
 from decoder import check_finite, not_finite
 from formats.checkpoint import fingerprint
@@ -115,7 +114,7 @@ class Recorder:
 
 @torch.no_grad()
 def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
-    """Runs the model densely over tokens [N, T] (int64, T > 1), a few windows at a time, and records its inputs.
+    """Statistics of all inputs in a dense pass over tokens [N, T], int64, T > 1.
 
     Raises ValueError if an input is not finite (float16 overflows in some models).
     """
@@ -142,17 +141,6 @@ def collect(model: SparseTransformer, tokens: Tensor) -> Statistics:
         tensors |= {f"{i // 4}.{name}": tensor for name, tensor in recorder.results().items()}
     dtype = str(model.dtype).removeprefix("torch.")
     return Statistics(tensors, {"kind": "own", "tokens": str(tokens.numel()), "dtype": dtype})
-
-
-def self_written_text(
-    model: SparseTransformer, start_token: int, num_tokens: int, seed: int = 0, row: int | None = None
-) -> Tensor:
-    """Text that the dense model writes at temperature 1: rows [N, T], int64, each from the start token on.
-
-    Rows have up to `row` (128) tokens, all rows at least `num_tokens`. Raises as `write_tails`.
-    """
-    length = max(2, min(row or OWN_ROW, model.config.block_size, num_tokens))
-    return write_tails(model, torch.full((-(-num_tokens // length), length), start_token), 1, seed)
 
 
 @torch.no_grad()
@@ -184,25 +172,23 @@ def write_tails(model: SparseTransformer, rows: Tensor, begun: int, seed: int = 
 
 
 def calibration_tokens(
-    folder: Path,
-    model: SparseTransformer,
-    data: list[str] | None,
-    num_tokens: int,
-    seed: int,
-    context: int | None = None,
+    folder: Path, model: SparseTransformer, data: list[str] | None, num_tokens: int, seed: int, context: int = 0
 ) -> tuple[Tensor, str]:
     """Windows of ids [N, T], int64, of `data` or, if None, of text that the model writes; and the text's name.
 
-    `context`: T, if it is given and the text is as long. Raises ValueError for a text that cannot be read or is too
-    short, or a tokenizer of another model.
+    context: T, if the text is as long; 0: that of the model, or 128 where it writes. Raises ValueError for a text that
+    cannot be read or is too short, a tokenizer of another model, and as `write_tails`.
     """
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if data is not None:
         names = " ".join(Path(source).name for source in data)
         return text_windows(data, tokenizer, num_tokens, context or model.config.block_size), names
+
+    # rows from the start token on, of at least num_tokens together
     start = next((i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None), 0)
-    text = self_written_text(model, start, num_tokens, seed, context or None)
-    return text, f"the model's own, seed {seed}"
+    length = max(2, min(context or OWN_ROW, model.config.block_size, num_tokens))
+    rows = torch.full((-(-num_tokens // length), length), start)
+    return write_tails(model, rows, 1, seed), f"the model's own, seed {seed}"
 
 
 def calibrate(
@@ -282,9 +268,8 @@ def main(argv: list[str] | None = None) -> Statistics:
 
         # the zeros of a ReLU cost nothing to cut: they are what threshold 0 cuts
         if model.config.activation == "relu":
-            zeros = [
-                (statistics.get(i, "down", "magnitude")[1:] == 0).float().mean() for i in range(statistics.n_layer)
-            ]
+            sizes = (statistics.get(i, "down", "magnitude")[1:] for i in range(statistics.n_layer))
+            zeros = [(size == 0).float().mean() for size in sizes]
             print(f"inputs of down that are exactly 0: {min(zeros):.1%} to {max(zeros):.1%}, by layer")
 
     statistics.save(output)

@@ -57,10 +57,11 @@ class Parser(argparse.ArgumentParser):
         return o, rest
 
     def refuse(self, useless: bool, flags: str, where: str) -> None:
-        """Raises ValueError if one of `flags` was given though it is `useless` there: "says nothing WHERE"."""
+        """Raises ValueError if one of `flags` was given though it is `useless` there: "has no effect WHERE"."""
+        advice = "leave it out" if where.startswith("without") else "leave one of them out"
         for flag in flags.split() if useless else ():
             if flag in self.given:
-                raise ValueError(f"--{flag} says nothing {where}; leave one of them out")
+                raise ValueError(f"--{flag} has no effect {where}; {advice}")
 
 
 def number(kind: type, allowed: Callable[..., bool], words: str) -> type[argparse.Action]:
@@ -139,12 +140,12 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_path", type=Path, help="folder, or a file in it (default: the default model)")
+    parser.add_argument("--checkpoint_path", type=Path, help="its folder, or a file in it (default: the default model)")
 
 
 def add_sparsity_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    parser.add_argument("--sparsity", action=SPARSITY, default=0.0, help="share of the weights to cut, 0 <= F < 1")
+    parser.add_argument("--sparsity", action=SPARSITY, default=0.0, help="share of the weights to cut, 0 to below 1")
     parser.add_argument("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
     add_statistics_argument(parser)
     parser.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
@@ -153,7 +154,7 @@ def add_sparsity_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--statistics", type=Path, metavar="FILE", help="(default: calibrate.py's, beside the checkpoint)"
+        "--statistics", type=Path, metavar="FILE", help="calibrate.py's file (default: the one beside the checkpoint)"
     )
 
 
@@ -164,15 +165,15 @@ def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int, least: int = 2) -> None:
     add_checkpoint_argument(parser)
     add = parser.add_argument
-    add("--data", nargs="+", metavar="FILE", help="text or JSON lines, gzip or not; c4 (default: the model writes one)")
-    add("--num_tokens", action=at_least(least), default=num_tokens, help="length of the text")
-    add("--seed", action=at_least(0), default=0, help="of the text that the model writes itself")
+    add("--data", nargs="+", metavar="FILE", help="text or JSON lines, gzip or not; c4 (default: the model writes it)")
+    add("--num_tokens", action=at_least(least), default=num_tokens, help="tokens of the text")
+    add("--seed", action=at_least(0), default=0, help="seed of the text that the model writes")
     add_device_arguments(parser)
 
 
 def parse_text_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     o = parser.parse_args(argv)
-    parser.refuse(o.data is not None, "seed", "beside --data")
+    parser.refuse(o.data is not None, "seed", "with --data")
     return o
 
 

@@ -9,15 +9,14 @@ The output folder (default: checkpoints/<org>/<name> beside this script) holds m
 It is built as <output>.partial and renamed at the end: a folder of its final name is complete.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("convert_hf_checkpoint")
+if __name__ == "__main__":
+    options.run_script("convert_hf_checkpoint")
 
 from functools import partial
 from pathlib import Path
 
-import options
 from formats.checkpoint import CHECKPOINTS, Shapes, check_absent, convert, expected_tensors
 from formats.files import lock
 from formats.gguf_file import convert_gguf

@@ -57,12 +57,12 @@ def fusable(config: ModelArgs) -> bool:
 def why_unfused(config: ModelArgs, device: torch.device, batch_size: int, top_k: int) -> str | None:
     """Why a run's steps are not fused, in a few words; None: they can be."""
     if batch_size > MAX_ROWS:
-        return f"it serves at most {MAX_ROWS} rows"
+        return f"a fused step serves at most {MAX_ROWS} rows"
     if device.type == "cpu" and cpu.library() is None:
-        return "it needs a C++ compiler"
+        return "a fused step needs a C++ compiler"
     if device.type == "cuda" and top_k > MAX_TOP_K:
-        return f"it sorts a top_k of at most {MAX_TOP_K}"
-    return None if fusable(config) else f"it does not implement {', '.join(unknown_parts(config))}"
+        return f"a fused step takes a --top_k of at most {MAX_TOP_K}"
+    return None if fusable(config) else f"a fused step does not implement {', '.join(unknown_parts(config))}"
 
 
 class FusedGpuStep:
@@ -80,6 +80,8 @@ class FusedGpuStep:
     tokens: [rows, positions of the cache + 1], int64; those from `start` on are valid.
     logits: [rows, vocab], float32, of the last step.
     """
+
+    marks_not_finite = False  # by a token of -1
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         from kernels import few_rows, fused_step, grids, products, triton_gemv
@@ -149,11 +151,12 @@ class FusedGpuStep:
         self.seed.copy_(torch.tensor(seeds))
         self.tokens.scatter_(1, self.position[:, None], self.token[:, None])
 
-    def replay(self) -> None:
-        """One step; the first call records it."""
+    def replay(self, steps: int = 1) -> None:
+        """One step, or several; the first call records it."""
         if self.graph is None:
             self.graph = self.kernels.record_graph(self.step, self.token, self.position)
-        self.graph.replay()
+        for _ in range(steps):
+            self.graph.replay()
 
     def step(self) -> None:
         """Launches the kernels of one step."""
@@ -196,10 +199,12 @@ class FusedCpuStep:
     In bfloat16 and float16 a row's tokens depend neither on other rows nor on the number of threads. A step takes at
     most torch's: fewer while those are quicker, beside other work. Float32 (and a CPU without fused multiply-adds) adds
     in another order with other rows or threads, so it takes all. It reads the model's tensors where they lie, so they
-    must stay there. Arguments are those of `FusedGpuStep`. Logits are rounded to its dtype; not finite: token -1.
+    must stay there. Arguments are those of `FusedGpuStep`. Logits are rounded to the model's dtype. A row whose logits
+    are not finite draws the token -1.
     """
 
     adaptive = True  # False, set before one is made: each step takes torch's number of threads
+    marks_not_finite = True
 
     def __init__(self, model: SparseTransformer, temperature: float, top_k: int, dense: bool = False, drafts: int = 0):
         config, cache = model.config, model.layers[0].attention.kv_cache.k_cache
@@ -361,8 +366,10 @@ class GraphedPrefill:
         if self.graph is None:
             self.prompt = prompt.clone()
             self.run(model, self.prompt, *sampling)  # warms up what must not happen while recording
+            for site, later in zip(model.sites, model.sites[len(SITES) :], strict=False):
+                site.later = [later]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(priority=-1)):  # before what is done ahead
                 self.token = self.run(model, self.prompt, *sampling)
         if prompt.shape != self.prompt.shape:
             return self.run(model, prompt, *sampling)
@@ -377,7 +384,7 @@ class UnfusedStep:
     tokens: [rows, positions of the cache + 1], int64; -1 where a row's logits were not finite.
     """
 
-    logits = None
+    marks_not_finite = True
 
     def __init__(self, model: Transformer, run: Callable[..., tuple[Tensor, Tensor]], temperature: float, top_k: int):
         self.model, self.run, self.sampling = model, run, (temperature, top_k)
@@ -567,9 +574,10 @@ class Generator:
             yield tokens, peaks, arrived
 
     def _peaks(self) -> Tensor | None:
-        """Each row's largest logit [B] of the last step; None where a token of -1 says that it is not a number."""
-        logits = None if hasattr(self._step, "numbers") else self._step.logits  # a step on a CPU says so itself
-        return None if logits is None else logits[:, : self.model.config.vocab_size].amax(-1)
+        """Each row's largest logit [B] of the last step. None: a token of -1 says that it is not finite."""
+        if self._step.marks_not_finite:
+            return None
+        return self._step.logits[:, : self.model.config.vocab_size].amax(-1)
 
     @property
     def left_grid(self) -> bool:

@@ -16,10 +16,10 @@ perplexity is that of what was written under the dense model, or that of --judge
 sequences of four tokens that it had before. Compare both with those of --sparsity 0.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("eval")
+if __name__ == "__main__":
+    options.run_script("eval")
 
 import argparse
 import json
@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm, trange
 
-import options
 import tp
 from cli import placement
 from decoder import MAX_ROWS, Generator, check_finite, why_unfused
@@ -53,7 +52,7 @@ def window_starts(num_tokens: int, context: int, window: int, num_windows: int) 
         raise ValueError(f"--context {context}, --window {window} and --num_windows {num_windows} must be at least 1")
     if num_tokens < context + window:
         short = f"the text has {num_tokens} tokens, a window {context} + {window}"
-        raise ValueError(f"{short}; give a longer text, or less --context")
+        raise ValueError(f"{short}; give a longer text or a smaller --context")
     if num_windows > max(DEFAULT_WINDOWS, places := num_tokens - context - window + 1):
         raise ValueError(f"--num_windows {num_windows} is more than the {places} places that the text has for a window")
     return [int(i * (num_tokens - context - window) / num_windows) for i in range(num_windows)]
@@ -68,8 +67,8 @@ def perplexity(
     A SparseTransformer cuts positions [dense_prefix:] of every window and counts them anew; None is dense.
     Raises ValueError for a window beyond the text or the model's context, and for logits that are not finite.
     """
-    if context + window > model.config.block_size:
-        raise ValueError(f"windows of {context} + {window} tokens exceed the model's context {model.config.block_size}")
+    if context + window > (most := model.config.block_size):
+        raise ValueError(f"windows of {context} + {window} tokens exceed the model's context of {most}")
     starts = window_starts(len(tokens), context, window, num_windows)
     options = {} if dense_prefix is None else {"dense_prefix": dense_prefix}
     if options:
@@ -160,11 +159,10 @@ def evaluate_tasks(o: argparse.Namespace, model: Transformer, tokenizer: Tokeniz
 
 
 def check_harness(tasks: str) -> None:
-    """Raises ValueError if lm-eval is not installed."""
     try:
         import harness  # noqa: F401
     except ImportError as error:
-        needs = f"--tasks {tasks}: perplexity and wikitext need nothing more, others lm-eval"
+        needs = f"--tasks {tasks} needs lm-eval, which {', '.join(options.TASKS)} do not"
         raise ValueError(f"{needs} (pip install -r requirements-dev.txt): {error}") from None
 
 

@@ -6,27 +6,27 @@
     python finetune.py --sparsity 0 --loss next_token --data c4             # a dense model on the same text, to compare
 
 The weight W of each projection in --targets becomes W + alpha / rank * A B (LoRA, arXiv 2106.09685). A [in, rank] and
-B [rank, out] are trained in float32, everything else is frozen. A product takes the sum, rounded to --precision, and
-inputs cut as in inference: every row of a batch at one of the levels in turn, its first 1 % dense. The gradient goes
-through kept inputs. A cut input's shift passes through the tuned weight, which is what the offset will be made of.
+B [rank, out] are trained in float32, everything else is frozen. A product takes the sum, rounded to --precision. Inputs
+are cut as in inference: the rows of a batch take the levels in turn, and the first 1 % of a row is dense. The gradient
+goes through kept inputs. A cut input's shift passes through the tuned weight, of which the offset will be made.
 
 The loss is the KL divergence from the dense model without LoRA (kl), or that of the text's next tokens. An eighth of
-the text, up to 16 windows, is held out. With --own_tokens further windows begin as one of the text, and the dense
-model goes on after a sixteenth. --seed is that of A, the order of the windows and what the model writes.
+the text, up to 16 windows, is held out. With --own_tokens there are further windows: the first sixteenth is text, and
+the dense model writes the rest. --seed is that of A, the order of the windows and what the model writes.
 
 The result is an ordinary checkpoint, in the dtype of the given one, for generate.py, eval.py and quantize.py. Its cut
-table is the one that it was trained with. All thresholds of a level are scaled by one factor, so that every window
-held out is cut by the level. finetune.json says how it was made. refine.py would find new thresholds, but for the
-tuned model as its own dense one. A run that was stopped goes on from <output_dir>.state.safetensors, kept every minute.
+table is the one that it was trained with. All thresholds of a level are scaled by one factor, so that every held-out
+window reaches the level. finetune.json says how it was made. refine.py would make a new table, but for the tuned model
+as its own dense one. A run that was stopped goes on from <output_dir>.state.safetensors, saved every minute.
 
 Memory: the model, 16 bytes per parameter of A and B, of every token in a batch the input of each block, and what one
 block keeps for its gradient.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("finetune")
+if __name__ == "__main__":
+    options.run_script("finetune")
 
 import argparse
 import copy
@@ -40,14 +40,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-import options
 from calibrate import calibration_tokens, statistics_for, write_tails
 from cli import placement
 from decoder import not_finite
@@ -172,16 +170,15 @@ class Training:
 
         self.parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
-            raise ValueError(f"--targets {' '.join(o.targets)} is of no projection of {model.config.name}")
+            raise ValueError(f"--targets {' '.join(o.targets)}: {model.config.name} has no such projection")
         self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.steps = max(1, round(o.epochs * len(windows) / o.batch_size))
         generator, epochs = torch.Generator().manual_seed(o.seed), -(-self.steps * o.batch_size // len(windows))
-        self.order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
-        self.order = self.order.to(model.device)
+        order = [torch.randperm(len(windows), generator=generator) for _ in range(epochs)]
+        self.order = torch.cat(order).to(model.device)
         self.losses = torch.zeros(0)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+    def learning_rate(self, step: int) -> float:
         rising = (step + 1) / max(1, WARM_UP * self.steps)
         return self.o.learning_rate * min(1.0, rising) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
@@ -209,20 +206,17 @@ class Training:
             parameter.grad /= len(hidden)
 
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_STEP)
-        self.optimizer.param_groups[0]["lr"] = self.rate(step)
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack(losses).sum() / len(hidden)
 
     def run(self) -> Iterator[None]:
-        """Makes the steps that are left, and yields when `losses` has those of some more.
-
-        Raises ValueError for one that is not finite.
-        """
+        """Makes the steps that are left; yields whenever `losses` has grown. Raises ValueError if one is not finite."""
         begun, new, looked = len(self.losses), [], time.monotonic()
         tokens = self.o.batch_size * self.windows.shape[1]
-        options = {"desc": "finetuning", "unit": "tok", "unit_scale": True, "initial": begun * tokens}
-        with tqdm(total=self.steps * tokens, **options) as progress:
+        total, initial = self.steps * tokens, begun * tokens
+        with tqdm(total=total, initial=initial, desc="finetuning", unit="tok", unit_scale=True) as progress:
             for step in range(begun, self.steps):
                 new.append(self.step(step))
                 if time.monotonic() - looked < LOOK_SECONDS and step + 1 < self.steps:
@@ -239,10 +233,8 @@ class Training:
 
 
 class SavedState(NamedTuple):
-    """What a run goes on from; the metadata are the options that it was started with."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
+    tensors: dict[str, Tensor]  # losses, parameters and their moments
+    metadata: dict[str, str]  # the options that the run was started with
 
     def check(self) -> None:
         if "losses" not in self.tensors:
@@ -332,11 +324,11 @@ def cuts_of_rows(o: argparse.Namespace, folder: Path, model: SparseTransformer) 
 def training_text(o: argparse.Namespace, folder: Path, model: SparseTransformer) -> tuple[Tensor, Tensor, dict]:
     """Windows [N, T] for training and those held out, and of how many tokens each text is. ValueError: too short."""
     if o.context > model.config.block_size:
-        raise ValueError(f"--context {o.context} is beyond the model's context, {model.config.block_size}")
+        raise ValueError(f"--context {o.context} exceeds the model's context of {model.config.block_size}")
     tokens, name = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed, o.context)
     if len(tokens) < 2:
         few = f"{tokens.numel()} tokens of text are one window of {tokens.shape[1]}"
-        raise ValueError(f"{few}; one more is needed to be held out: give more text, or less --context")
+        raise ValueError(f"{few}; another one must be held out: give more text or a smaller --context")
     count = max(1, min(len(tokens) // 8, HELD_OUT))
     windows, held_out = tokens[:-count].cpu(), tokens[-count:]
     amounts = {name: windows.numel()}
@@ -354,7 +346,7 @@ def main(argv: list[str] | None = None) -> Path:
     o = options.finetune(argv)
     folder = resolve_checkpoint(o.checkpoint_path)
     if (quant := read_config(folder).quant) != "none":
-        raise ValueError(f"{folder} has {quant} weights; tune the checkpoint that it was made from, and quantise that")
+        raise ValueError(f"{folder} has {quant} weights; tune the checkpoint that it was made from, then quantise")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json to go with the new weights; convert_hf_checkpoint.py writes one")
     output = o.output_dir or folder.with_name(f"{folder.name}-tuned")
@@ -395,8 +387,7 @@ def main(argv: list[str] | None = None) -> Path:
         convert(write, folder, output)
         state.unlink()
 
-    seen = f"{made['tokens_seen']:,} tokens in all, of {json.dumps(amounts)}"
-    print(f"{output}: tuned on {seen}; use it as --checkpoint_path")
+    print(f"{output}: tuned on {made['tokens_seen']:,} tokens of {json.dumps(amounts)}; use it as --checkpoint_path")
     if table:
         print(table.quality_report())
     return output

@@ -1,20 +1,20 @@
-"""Generates text at batch 1 to 8 and says what it cost: tokens/s, achieved sparsity, bytes read per token, bandwidth.
+"""Generates text and says what it cost: tokens/s, achieved sparsity, bytes read per token, bandwidth.
 
 python generate.py --sparsity 0.5 --compile                          # the default model, fetched on first use
 python generate.py --sparsity 0.5 --compile --checkpoint_path checkpoints/ORG/NAME --compare_dense
 python generate.py --sparsity 0.5 --compile --random_init llama-3-8b # latency alone, random weights
 python generate.py --sparsity 0.5 --compile --prompts FILE           # a prompt per line, each a row of one batch
 python generate.py --sparsity 0.4 --compile --interactive            # a chat
-python generate.py --draft self --compile                            # the dense model's text, guessed ahead; or prompt
+python generate.py --draft self --compile                            # the same text in less time, guessed ahead
 
-Samples of a run repeat the same draws, so that only their time differs; row r of a batch draws with --seed + r. The
-JSON's `text` is the last sample's first row, `prompt_tokens` its prompt's; of --prompts both are lists, by row.
+Samples of a run repeat the same draws, so that only their time differs. Row r of a batch draws with --seed + r. In JSON
+`text` is of the last sample's first row, and `prompt_tokens` counts its prompt; with --prompts both are lists of rows.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("generate")
+if __name__ == "__main__":
+    options.run_script("generate")
 
 import argparse
 import json
@@ -25,14 +25,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import options
 import tp
 from calibrate import calibrate_random, statistics_for
 from cli import placement
@@ -84,7 +83,7 @@ class ModelSource:
         if self.folder is None:
             return calibrate_random(self.sparse_model)
         if tp.count() > 1 and not (path or self.folder / STATISTICS_NAME).is_file():
-            raise ValueError(f"ranks make no statistics: python calibrate.py --checkpoint_path {self.folder}")
+            raise ValueError(f"ranks make no statistics; run python calibrate.py --checkpoint_path {self.folder}")
         return statistics_for(self.folder, path, self.sparse_model)
 
     def cut_model(self, o: argparse.Namespace) -> tuple[SparseTransformer, str]:
@@ -100,10 +99,8 @@ class ModelSource:
 
 @dataclass
 class Prompt:
-    """What is generated after: token ids, and the text to show before the answer (None: synthetic)."""
-
     ids: list[int]
-    shown: str | None = None
+    shown: str | None = None  # the text to show before the answer; None: synthetic
 
 
 def read_prompt(prompt: str | None, tokenizer: Tokenizer | None, config: ModelArgs, seed: int) -> Prompt:
@@ -150,7 +147,7 @@ def read_prompts(o: argparse.Namespace, tokenizer: Tokenizer | None, config: Mod
     lines = list(islice(lines, options.MAX_BATCH + 1))
     if not 1 <= len(lines) <= options.MAX_BATCH:
         count = "no prompt" if not lines else f"over {options.MAX_BATCH} prompts"
-        raise ValueError(f"{shown(o.prompts)} has {count}; each of its lines that is not blank is one")
+        raise ValueError(f"{shown(o.prompts)} has {count}; each line that is not blank is a prompt")
     return [text_prompt(line, tokenizer) for line in lines]
 
 
@@ -182,17 +179,16 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, 
         print("building the C++ kernels for this CPU, once (some 15 s)", file=sys.stderr)
     reason = why_unfused(config, device, o.batch_size, o.top_k)
     if not one_length and (reason or o.unfused or not o.compile):
-        why = f"not fused here: {reason}" if reason else "fused with --compile, without --unfused"
-        raise ValueError(f"--prompts of different lengths (in tokens) need fused steps; a step is {why}")
-    if reason and tp.count() > 1:
-        raise ValueError(f"torchrun's ranks need fused steps; a step is not fused here: {reason}")
-    if o.draft and reason:
-        raise ValueError(f"--draft needs fused steps; a step is not fused here: {reason}")
+        why = reason or "give --compile and leave out --unfused"
+        raise ValueError(f"--prompts of different lengths (in tokens) need fused steps: {why}")
+    who = "torchrun" if tp.count() > 1 else "--draft" if o.draft else None
+    if reason and who:
+        raise ValueError(f"{who} needs fused steps: {reason}")
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
-        print("--compile is left out: it needs a C++ compiler that works (g++, or CXX)", file=sys.stderr)
+        print("--compile is ignored: it needs a C++ compiler that works (g++, or $CXX)", file=sys.stderr)
         o.compile = o.compile_prefill = False
     if o.compile and (reason or o.unfused):
-        print(f"steps go through torch.compile, not the fused step: {reason or '--unfused'}", file=sys.stderr)
+        print(f"steps go through torch.compile: {reason or '--unfused'}", file=sys.stderr)
         return "compiled"
     if not o.compile and reason is None:
         fused = "one C++ call" if device.type == "cpu" else "one CUDA graph"
@@ -204,10 +200,8 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, 
 def load_generators(
     o: argparse.Namespace, source: ModelSource, length: int, step: str, static_prompt: bool
 ) -> tuple[list[Generator], str]:
-    """The model's Generator and, where a run compares, one of the dense model; and the name of the cuts' rule.
-
-    Where our kernels run, the dense model runs them too: a speed-up then comes from sparsity alone.
-    """
+    """The model's Generator and, where a run compares, one of the dense model; and the name of the cuts' rule."""
+    # where our kernels run, the dense model runs them too: a speed-up then comes from sparsity alone
     ours = step == "fused" or (source.device.type == "cpu" and o.batch_size == 1 and cpu.library() is not None)
     dense_class = SparseTransformer if ours else Transformer
     dense_model = source.sparse_model if o.draft else None if o.sparsity else source.load(dense_class)
@@ -242,7 +236,7 @@ def check_draft(o: argparse.Namespace, source: ModelSource) -> Path:
     folder = resolve_checkpoint(Path(o.draft))
     config, vocab = read_config(folder), source.config.vocab_size
     if reason := why_unfused(config, source.device, 1, o.top_k):
-        raise ValueError(f"--draft {shown(folder)} has no fused step: {reason}")
+        raise ValueError(f"--draft {shown(folder)} cannot guess: {reason}")
     other = f"--draft {shown(folder)} has another vocabulary than {source.config.name}"
     if config.vocab_size != vocab:
         raise ValueError(f"{other}, of {config.vocab_size} tokens, not {vocab}")
@@ -253,7 +247,6 @@ def check_draft(o: argparse.Namespace, source: ModelSource) -> Path:
 
 
 def dense_backend(step: str, dense_model: Transformer) -> str:
-    """How the dense model ran, for the report."""
     if step == "fused":
         kernels = "one C++ call" if dense_model.device.type == "cpu" else "one CUDA graph"
         return f"the sparse kernels without the threshold test, {kernels} per step"
@@ -305,11 +298,9 @@ def chat(generator: Generator, tokenizer: Tokenizer, max_new_tokens: int, contex
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
 
 
-def measure(
-    generators: list[Generator], prompts: list[Tensor], new_tokens: int, num_samples: int
-) -> list[list[Generation]]:
-    """`num_samples` generations of each generator, alternated so that a drift of the machine meets all alike."""
-    rounds = [[generator(prompts, new_tokens) for generator in generators] for _ in range(num_samples)]
+def measure(generators: list[Generator], prompts: list[Tensor], new_tokens: int, count: int) -> list[list[Generation]]:
+    """`count` generations of each generator, alternated so that a drift of the machine meets all alike."""
+    rounds = [[generator(prompts, new_tokens) for generator in generators] for _ in range(count)]
     return [list(generations) for generations in zip(*rounds, strict=True)]
 
 
@@ -355,8 +346,7 @@ def write_trace(path: Path, generator: Generator, prompts: list[Tensor], max_new
 
 def answer_of(new: list[int], prompt: Prompt, tokenizer: Tokenizer) -> str:
     """The text of a row's new tokens, up to the first that ends it."""
-    end = next((i for i, token in enumerate(new) if token in tokenizer.eos_ids), len(new))
-    return tokenizer.decode(new[:end], after=prompt.ids)
+    return tokenizer.decode(takewhile(lambda token: token not in tokenizer.eos_ids, new), after=prompt.ids)
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -390,10 +380,7 @@ def summary(o: argparse.Namespace, step: str, generators: list[Generator], runs:
 
 
 def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[float | None]) -> None:
-    """Prints what a person wants to know of the numbers in the JSON.
-
-    brief: milliseconds per step of the model and of the dense one in short alternated runs, where there were some.
-    """
+    """Prints the JSON's numbers for a person. brief: ms per step of the model and of the dense one in short runs."""
     # what ran
     weights = "random weights (normal, std 0.02)" if o.random_init else "trained weights"
     compiled = "" if r["compile_s"] is None else f"; compiled in {r['compile_s']:.1f} s, not in the speed"
@@ -405,14 +392,13 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
     if r["ms_per_token"] is not None:
         per_step = f"{r['ms_per_token']:.2f} ms per {'token' if o.draft else 'decode step'}"
         rate = f" = {r['bandwidth_gbps']:,.1f} GB/s" if r["bandwidth_gbps"] else ""
-    rows, per_row = "", ""
-    if r["batch"] > 1:
-        rows, per_row = f" x {r['batch']} rows", f" ({r['tokens_per_sec'] / r['batch']:.1f} per row)"
+    many = r["batch"] > 1
+    rows, per_row = f" x {r['batch']} rows" * many, f" ({r['tokens_per_sec'] / r['batch']:.1f} per row)" * many
     lengths = r["prompt_tokens"] if o.prompts else [r["prompt_tokens"]]
     prompt = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
     counts = f"{prompt} prompt tokens, {r['new_tokens']} new{rows}, sampling included"
     print(f"Speed      {r['tokens_per_sec']:.1f} tokens/s{per_row}, median of {o.num_samples} ({counts}); {per_step}")
-    print(f"First      {r['ttft_ms']:.1f} ms from the call to the first token{' of every row' * (r['batch'] > 1)}")
+    print(f"First      {r['ttft_ms']:.1f} ms from the call to the first token{' of every row' * many}")
     if "speedup" in r:
         dense = f"{r['dense_tokens_per_sec']:.1f} tokens/s ({r['dense_backend']})"
         print(f"Dense      {dense}: speed-up {r['speedup']:.2f}x")
@@ -438,7 +424,6 @@ def report(r: dict, o: argparse.Namespace, step: str, rule: str, brief: list[flo
 
 
 def report_quality(rule: str, folder: Path, sparsity: float) -> None:
-    """Prints what the sparsity costs in perplexity, by the cut table's own record."""
     recorded = recorded_perplexity(rule, folder, sparsity)
     quality = "not recorded for these thresholds; eval.py measures it"
     if recorded:
@@ -456,7 +441,7 @@ def main(argv: list[str] | None = None) -> dict:
     source = ModelSource(*placement(o), folder, o.random_init, o.seed)
 
     if o.threads and source.device.type != "cpu":
-        raise ValueError(f"--threads says nothing on {source.device}; it is for --device cpu")
+        raise ValueError(f"--threads has no effect on {source.device}; it is for --device cpu")
     if o.threads:
         torch.set_num_threads(o.threads)
     FusedCpuStep.adaptive = not o.threads

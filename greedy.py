@@ -16,10 +16,10 @@ per block on one busy core. Memory: the model and one block's activations over a
 on after the last complete block, which `<output>.<digest of the settings>.partial.safetensors` keeps.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("greedy")
+if __name__ == "__main__":
+    options.run_script("greedy")
 
 import math
 from collections.abc import Callable, Iterator
@@ -30,14 +30,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import options
 from calibrate import calibration_tokens, statistics_for
 from cli import output_path, placement
 from decoder import not_finite
 from formats.default_model import resolve_checkpoint
 from model import TransformerBlock
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
-from thresholds import CutTable, Statistics, make_table, table_metadata
+from thresholds import CutTable, Statistics, make_table, table_metadata, table_name
 
 MOST = 0.99  # no projection is cut further
 LEVELS = [round(0.01 * i, 2) for i in range(1, 96)]  # of the cut table
@@ -100,10 +99,9 @@ def greedy_path(
 def greedy_paths(
     model: SparseTransformer, statistics: Statistics, tokens: Tensor, step: float, skip: int = 0
 ) -> Iterator[dict[str, list[float]]]:
-    """The greedy paths of all blocks but the first `skip`, over tokens [N, T] (int64, T > 1).
+    """The paths of all blocks but the first `skip`, over tokens [N, T], int64, T > 1.
 
-    A block's dense pass leaves the keys and values of all positions in a cache. A trial runs the last quarter alone and
-    overwrites its part of the cache. Raises ValueError if an output is not finite (float16 overflows in some models).
+    Raises ValueError if an output is not finite.
     """
     assert tokens.dim() == 2 and tokens.shape[1] > 1, "a single token would be cut"
     length = tokens.shape[1]
@@ -112,8 +110,9 @@ def greedy_paths(
     # as many rounds as each projection takes alone, since a round raises one
     sizes = model.projection_sizes()
     rounds = sum(math.ceil(MOST * size / (step * sizes["q"])) for size in sizes.values())
-    layers = model.config.n_layer
-    with tqdm(total=layers * rounds, initial=skip * rounds, desc="greedy", unit="round") as progress:
+    with tqdm(total=model.config.n_layer * rounds, initial=skip * rounds, desc="greedy", unit="round") as progress:
+        # a block's dense pass leaves the keys and values of all positions in a cache, of which a trial, which runs the
+        # last quarter alone, overwrites its part
         for layer in model.walk([tokens], cached=True):
             (x,), (dense,) = layer.inputs, layer.outputs
             if not dense.isfinite().all():
@@ -138,7 +137,6 @@ def add_layer(table: CutTable, path: dict[str, list[float]], statistics: Statist
 
 
 def print_shares(table: CutTable) -> None:
-    """Prints the mean sparsity of each projection over the layers, at a few levels."""
     mean = torch.stack([table.tensors[f"{layer}.shares"] for layer in range(table.n_layer)]).mean(0)
     names = [p for p in PROJECTIONS if p != "gate" or mean.shape[1] == len(PROJECTIONS)]
     print("sparsity" + "".join(f"{projection:>7}" for projection in names))
@@ -152,7 +150,7 @@ def main(argv: list[str] | None = None) -> CutTable:
 
     # load the model, the statistics and the text
     folder = resolve_checkpoint(o.checkpoint_path)
-    output = o.output or output_path(folder / "thresholds_greedy.safetensors")
+    output = o.output or output_path(folder / table_name("greedy"))
     model = SparseTransformer.from_checkpoint(folder, *placement(o))
     statistics = statistics_for(folder, o.statistics, model)
     tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)

@@ -34,7 +34,7 @@ def run_script(script: str) -> None:
 
     def main() -> None:
         if cli.rank_count() > 1 and script not in RANKED:
-            raise ValueError("it runs as one process: start it with python, not with torchrun")
+            raise ValueError("this script runs as one process: start it with python, not with torchrun")
         globals()[script.rpartition(".")[2]]()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         module = importlib.import_module(script)
@@ -55,38 +55,38 @@ def _parser(script: str, **options) -> tuple[Parser, Callable]:
 def generate(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("generate")
     # what is generated
-    add("--prompt", help="a text; digits alone: that many random tokens (write ' 2024') (default: a question)")
-    add("--prompts", type=Path, metavar="FILE", help="a prompt per line, each a row of the batch (default: one prompt)")
+    add("--prompt", help="a text; a number N: N random tokens (' 2024' is a text) (default: a question)")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt per line, each a row of the batch (default: --prompt)")
     add("--interactive", action="store_true", help="chat")
-    add("--num_samples", action=at_least(1), default=5, help="how often it is generated and timed, with equal draws")
-    add("--max_new_tokens", action=at_least(1), default=200, help="new tokens of a sample, or of an answer")
+    add("--num_samples", action=at_least(1), default=5, help="how often to generate and time, with the same draws")
+    add("--max_new_tokens", action=at_least(1), default=200, help="new tokens per sample, in a chat per answer")
     batch = number(int, lambda n: 1 <= n <= MAX_BATCH, f"is outside 1 to {MAX_BATCH}")
-    add("--batch_size", action=batch, default=1, help="rows, fused up to 8; each cuts its own inputs")
-    add("--top_k", action=at_least(1), default=200, help="how many of the likeliest tokens may be drawn")
+    add("--batch_size", action=batch, default=1, help="rows of the batch; up to 8 are fused; each cuts its own inputs")
+    add("--top_k", action=at_least(1), default=200, help="draw from that many likeliest tokens")
     temperature = number(float, lambda t: t >= 0, "must be at least 0")
     add("--temperature", action=temperature, help=f"0 is greedy (default: {TEMPERATURE}, in a chat {CHAT_TEMPERATURE})")
-    add("--seed", action=at_least(0), default=1234, help="of draws (row r: + r), random prompt and weights")
+    add("--seed", action=at_least(0), default=1234, help="of draws (row r: seed + r), random prompts and weights")
 
     # by which model, in which form
-    add("--random_init", metavar="NAME", help="a named config, e.g. llama-3-8b (default: weights of a checkpoint)")
+    add("--random_init", metavar="NAME", help="named config, e.g. llama-3-8b, random weights (default: a checkpoint)")
     cli.add_sparsity_arguments(parser)
     cli.add_device_arguments(parser)
     threads = number(int, lambda n: 1 <= n <= 1024, "is outside 1 to 1024")
-    add("--threads", action=threads, metavar="N", help="a fixed number of CPU threads (default: as many as pay)")
-    add("--compile", action="store_true", help="fused decode steps: CUDA graphs, or C++ on a CPU")
-    add("--unfused", action="store_true", help="with --compile: torch.compile in place of fused steps")
-    add("--compile_prefill", action="store_true", help="torch.compile the prompt's pass too")
-    add("--reduce", choices=("peer", "nccl"), default="peer", help="how GPUs that torchrun has started add up")
+    add("--threads", action=threads, metavar="N", help="use this number of CPU threads (default: as many as pay)")
+    add("--compile", action="store_true", help="fuse the decode steps: CUDA graphs on a GPU, C++ on a CPU")
+    add("--unfused", action="store_true", help="with --compile: use torch.compile instead of fused steps")
+    add("--compile_prefill", action="store_true", help="use torch.compile for the prompt's pass, too")
+    add("--reduce", choices=("peer", "nccl"), default="peer", help="how GPUs add up: in common memory, or by NCCL")
     cli.refuse_old_flag(parser, "--deterministic", "the only way that it runs; leave it out")
 
     # guessed ahead
-    add("--draft", metavar="{self,prompt,PATH}", help="guess tokens, verify them in one step (default: no guesses)")
-    add("--draft_sparsity", action=cli.SPARSITY, default=0.5, help="of the draft's model")
+    add("--draft", metavar="{self,prompt,PATH}", help="guess by the cut model, the text so far, or PATH (default: off)")
+    add("--draft_sparsity", action=cli.SPARSITY, default=0.5, help="sparsity of the model that guesses")
     drafts = number(int, lambda k: 1 <= k <= MAX_DRAFTS, f"is outside 1 to {MAX_DRAFTS}")
     add("--speculate_k", action=drafts, metavar="K", help="guesses per round (default: as many as pay)")
 
     # what is measured
-    add("--compare_dense", action=BooleanOptionalAction, help="time the dense model too (default: in short fused runs)")
+    add("--compare_dense", action=BooleanOptionalAction, help="time the dense model, too (default: briefly, if fused)")
     add("--profile", type=output_path, metavar="FILE", help="write a Chrome trace of one generation (default: none)")
     o = parser.parse_args(argv)
 
@@ -94,25 +94,25 @@ def generate(argv: list[str] | None = None) -> Namespace:
     if o.temperature is None:
         o.temperature = CHAT_TEMPERATURE if o.interactive else TEMPERATURE
     if o.random_init and (o.checkpoint_path or o.interactive):
-        raise ValueError("--random_init has no text to load or to talk: leave out --checkpoint_path and --interactive")
-    parser.refuse(o.prompts is not None, "prompt batch_size interactive", "beside --prompts")
-    parser.refuse(o.interactive, "prompt num_samples batch_size compare_dense profile json", "beside --interactive")
-    parser.refuse(o.random_init is not None, "statistics", "beside --random_init")
+        raise ValueError("--random_init takes neither --checkpoint_path nor --interactive: its weights are random")
+    parser.refuse(o.prompts is not None, "prompt batch_size interactive", "with --prompts")
+    parser.refuse(o.interactive, "prompt num_samples batch_size compare_dense profile json", "with --interactive")
+    parser.refuse(o.random_init is not None, "statistics", "with --random_init")
     model_drafts = o.draft not in (None, "prompt")
     parser.refuse("sparsity" not in parser.given and not model_drafts, "thresholds statistics", "without --sparsity")
     ranks = cli.rank_count()
     parser.refuse(ranks == 1, "reduce", "without torchrun")
-    parser.refuse(ranks > 1, "interactive unfused draft compile_prefill", "beside torchrun")
+    parser.refuse(ranks > 1, "interactive unfused draft compile_prefill", "with torchrun")
     if ranks > 1 and not o.compile:
-        raise ValueError("torchrun's ranks need --compile: only fused steps are split")
+        raise ValueError("torchrun needs --compile: only fused steps are split over ranks")
     parser.refuse(not o.compile, "unfused draft", "without --compile")
     parser.refuse(o.draft is None, "draft_sparsity speculate_k", "without --draft")
-    parser.refuse(o.draft == "prompt", "draft_sparsity", "beside --draft prompt")
-    parser.refuse(o.draft is not None, "prompts unfused" + " batch_size" * (o.batch_size > 1), "beside --draft")
+    parser.refuse(o.draft == "prompt", "draft_sparsity", "with --draft prompt")
+    parser.refuse(o.draft is not None, "prompts unfused" + " batch_size" * (o.batch_size > 1), "with --draft")
     if o.draft == "self" and not o.draft_sparsity:
         raise ValueError("--draft self needs a --draft_sparsity above 0: at 0 it is the model itself")
     if o.draft and o.precision == "float32":
-        raise ValueError("--draft needs bfloat16 or float16: what float32 adds up depends on the number of guesses")
+        raise ValueError("--draft needs --precision bfloat16 or float16: float32 sums depend on the number of guesses")
     return o
 
 
@@ -125,7 +125,7 @@ def calibrate(argv: list[str] | None = None) -> Namespace:
     o = cli.parse_text_arguments(parser, argv)
 
     useless = "checkpoint_path data num_tokens seed device precision plot"
-    parser.refuse(o.teal_histograms is not None, useless, "beside --teal_histograms")
+    parser.refuse(o.teal_histograms is not None, useless, "with --teal_histograms")
     if o.teal_histograms is not None and o.output is None:
         raise ValueError("--teal_histograms needs --output")
     if o.plot is not None and find_spec("matplotlib") is None:
@@ -138,7 +138,7 @@ def greedy(argv: list[str] | None = None) -> Namespace:
     cli.add_text_arguments(parser, 4096)
     cli.add_statistics_argument(parser)
     step = number(float, lambda f: 0.001 <= f < 1, "is outside [0.001, 1); 0.1 is TEAL's")
-    add("--step", action=step, default=0.1, help="of q's sparsity; 0.1 is TEAL's")
+    add("--step", action=step, default=0.1, help="by which q's sparsity rises in a round; 0.1 is TEAL's")
     cli.add_output_argument(parser, "thresholds_greedy.safetensors")
     cli.refuse_old_flag(parser, "--method", "a script: greedy.py makes TEAL's thresholds, refine.py refined ones")
     return cli.parse_text_arguments(parser, argv)
@@ -147,8 +147,8 @@ def greedy(argv: list[str] | None = None) -> Namespace:
 def refine(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("refine")
     cli.add_text_arguments(parser, 262144)
-    add("--statistics", type=Path, metavar="FILE", help="not read: thresholds come from gradients (default: none)")
-    add("--updates", action=at_least(0), default=32, help="per level of sparsity")
+    add("--statistics", type=Path, metavar="FILE", help="ignored: thresholds come from gradients (default: none)")
+    add("--updates", action=at_least(0), default=32, help="gradient steps per level of sparsity")
     cli.add_output_argument(parser, "thresholds_refined.safetensors")
     return cli.parse_text_arguments(parser, argv)
 
@@ -156,38 +156,33 @@ def refine(argv: list[str] | None = None) -> Namespace:
 def quantize(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("quantize")
     cli.add_text_arguments(parser, 20480, least=0)
-    add("--mode", choices=["packed", "int8", "int4"], required=True, help="what weights become (no default)")
-    add("--groupsize", type=int, default=64, help="outputs that share a scale in int4")
-    add(
-        "--output_dir",
-        type=output_folder,
-        metavar="DIR",
-        help="(default: the checkpoint's with -packed, -int8 or -int4)",
-    )
+    add("--mode", choices=["packed", "int8", "int4"], required=True, help="form of the new weights (no default)")
+    add("--groupsize", type=int, default=64, help="int4: how many outputs share a scale and a minimum")
+    add("--output_dir", type=output_folder, metavar="DIR", help="folder to write (default: DIR-packed, -int8 or -int4)")
     o = cli.parse_text_arguments(parser, argv)
-    parser.refuse(o.num_tokens == 0, "data seed", "beside --num_tokens 0")
-    parser.refuse(o.mode != "int4", "groupsize", f"beside --mode {o.mode}")
-    parser.refuse(o.mode == "packed", "data num_tokens seed precision", "beside --mode packed, which rounds nothing")
+    parser.refuse(o.num_tokens == 0, "data seed", "with --num_tokens 0")
+    parser.refuse(o.mode != "int4", "groupsize", f"with --mode {o.mode}")
+    parser.refuse(o.mode == "packed", "data num_tokens seed precision", "with --mode packed, which rounds nothing")
     return o
 
 
 def finetune(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("finetune")
     cli.add_text_arguments(parser, 1 << 20)
-    add("--own_tokens", action=at_least(0), default=0, help="so many more, with which the model goes on from the text")
-    add("--sparsity", action=SPARSITY, nargs="+", default=[0.5], help="levels; each row of a batch is cut at one")
+    add("--own_tokens", action=at_least(0), default=0, help="further tokens, which the dense model writes")
+    add("--sparsity", action=SPARSITY, nargs="+", default=[0.5], help="each window of a batch is cut at one of them")
     add("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
-    add("--targets", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS), help="projections that are tuned")
-    add("--loss", choices=("kl", "next_token"), default="kl", help="to the dense model, or of the text")
-    add("--rank", action=at_least(1), default=32, help="of A B")
+    add("--targets", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS), help="projections to tune")
+    add("--loss", choices=("kl", "next_token"), default="kl", help="kl: to the dense model; next_token: of the text")
+    add("--rank", action=at_least(1), default=32, help="rank of A B, which is added to a weight")
     positive = number(float, lambda f: 0 < f < float("inf"), "must be above 0")
-    add("--alpha", action=positive, default=64.0, help="A B is scaled by alpha / rank")
-    add("--learning_rate", action=positive, default=2e-4, help="at its peak")
-    add("--epochs", action=positive, default=1.0, help="how often each window is seen")
+    add("--alpha", action=positive, default=64.0, help="A B is multiplied by alpha / rank")
+    add("--learning_rate", action=positive, default=2e-4, help="its largest value")
+    add("--epochs", action=positive, default=1.0, help="how often to train on each window")
     add("--batch_size", action=at_least(1), default=16, help="windows per step")
     add("--context", action=at_least(2), default=1024, help="tokens of a window")
-    add("--compile", action="store_true", help="torch.compile the blocks and the loss")
-    add("--output_dir", type=output_folder, metavar="DIR", help="(default: the checkpoint's with -tuned)")
+    add("--compile", action="store_true", help="use torch.compile for the blocks and the loss")
+    add("--output_dir", type=output_folder, metavar="DIR", help="folder to write (default: DIR-tuned)")
     return parser.parse_args(argv)
 
 
@@ -196,7 +191,7 @@ def convert_hf_checkpoint(argv: list[str] | None = None) -> Namespace:
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source("--repo_id", help="a repository of the Hugging Face hub, ORG/NAME (no default)")
     source("--checkpoint_dir", type=Path, metavar="DIR", help="folder of config.json, weights, tokenizer (no default)")
-    source("--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama or qwen2 (no default)")
+    source("--gguf", type=Path, metavar="FILE", help="a GGUF file (no default)")
     add("--output_dir", type=output_folder, metavar="DIR", help="folder to write (default: checkpoints/<org>/<name>)")
     return parser.parse_args(argv)
 
@@ -205,23 +200,23 @@ def eval(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("eval")
     cli.add_sparsity_arguments(parser)
     cli.add_device_arguments(parser)
-    add("--tasks", default="perplexity", help=f"{', '.join(TASKS)}, or lm-eval's names or task files (comma between)")
-    add("--data", type=Path, metavar="FILE", help="text file, or a task file's .jsonl (default: a named task's own)")
+    add("--tasks", default="perplexity", help=f"{', '.join(TASKS)}; or lm-eval's tasks, names or files, as a,b")
+    add("--data", type=Path, metavar="FILE", help="text file, or the .jsonl of a task file (default: the task's own)")
     add_protocol_arguments(parser)
-    add("--num_fewshot", action=at_least(0), help="examples before a task's question (default: as in the paper)")
-    add("--limit", action=at_least(1), help="only so many documents of a task (default: all)")
-    add("--batch_size", action=at_least(1), default=8, help="requests of a task at once")
-    add("--judge", type=Path, help="checkpoint that judges what is written in generation (default: the same one)")
-    add("--confirm_run_unsafe_code", action="store_true", help="run code that the model writes, as humaneval does")
+    add("--num_fewshot", action=at_least(0), help="examples before each question (default: as in the paper)")
+    add("--limit", action=at_least(1), help="documents per task (default: all)")
+    add("--batch_size", action=at_least(1), default=8, help="requests of a task per pass")
+    add("--judge", type=Path, help="dense checkpoint that judges what --tasks generation writes (default: same)")
+    add("--confirm_run_unsafe_code", action="store_true", help="let tasks such as humaneval run what the model writes")
     o = parser.parse_args(argv)
 
     # options that go together
     if o.tasks == "generation":
         vars(o).update({name: value for name, value in GENERATION.items() if name not in parser.given})
-    parser.refuse(o.tasks == "generation", "sparse_fraction", "to --tasks generation, whose prompts are dense")
+    parser.refuse(o.tasks == "generation", "sparse_fraction", "with --tasks generation, whose prompts are dense")
     parser.refuse(o.tasks != "generation", "judge", "without --tasks generation")
     parser.refuse("sparsity" not in parser.given, "thresholds statistics sparse_fraction", "without --sparsity")
-    of_harness, where = "num_fewshot limit batch_size confirm_run_unsafe_code", f"to --tasks {o.tasks[:100]}"
+    of_harness, where = "num_fewshot limit batch_size confirm_run_unsafe_code", f"with --tasks {o.tasks[:100]}"
     parser.refuse(o.tasks in TASKS, of_harness, where)
     parser.refuse(o.tasks not in TASKS, "context window num_windows", where)
 
@@ -230,16 +225,16 @@ def eval(argv: list[str] | None = None) -> Namespace:
     if mixed := [name for name in named if name in TASKS]:
         raise ValueError(f"--tasks {o.tasks[:100]}: {mixed[0]} is a run of its own; leave out the others")
     if o.data is not None and not all(name.endswith((".yaml", ".yml")) for name in named):
-        raise ValueError(f"--data is the text of perplexity and of task files; {o.tasks[:100]} has data of its own")
+        raise ValueError(f"--data is for perplexity and task files; {o.tasks[:100]} has data of its own")
     return o
 
 
 def add_protocol_arguments(parser: ArgumentParser) -> None:
     share, add = number(float, lambda f: 0 < f <= 1, "is outside (0, 1]"), parser.add_argument
-    add("--sparse_fraction", action=share, default=0.99, help="share of a window that is cut, its end")
-    add("--context", action=at_least(1), default=2048, help="tokens of a window without loss")
-    add("--window", action=at_least(1), default=512, help="tokens of a window with loss")
-    add("--num_windows", action=at_least(1), default=128, help="windows, spread over the text")
+    add("--sparse_fraction", action=share, default=0.99, help="share of each window, at its end, that is cut")
+    add("--context", action=at_least(1), default=2048, help="first tokens of each window, which are not scored")
+    add("--window", action=at_least(1), default=512, help="last tokens of each window, which are scored")
+    add("--num_windows", action=at_least(1), default=128, help="how many windows, spread over the text")
 
 
 def decode(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
@@ -250,7 +245,7 @@ def decode(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     add_sparsities(parser, SWEEP)
     o, flags = parser.parse_known_args(argv)
     if generate(["--compile", *flags, "--sparsity", "0"]).prompts:  # raises for a flag that it does not know
-        raise ValueError("--prompts says nothing in a sweep, whose rows have prompts of one length; give --batch_size")
+        raise ValueError("--prompts has no effect in a sweep, whose prompts have one length; give --batch_size")
     return o, flags
 
 
@@ -270,7 +265,7 @@ def cpu_decode(argv: list[str] | None = None) -> Namespace:
     add("--rounds", action=at_least(2), default=7, help="rounds, after one that warms up")
     add("--precision", choices=PRECISIONS, default="bfloat16", help="dtype of weights and activations")
     o = parser.parse_args(argv)
-    parser.refuse(o.random_init is not None, "checkpoint_path", "beside --random_init")
+    parser.refuse(o.random_init is not None, "checkpoint_path", "with --random_init")
     parser.refuse(o.gguf is None, "llama_python", "without --gguf")
     return o
 

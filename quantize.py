@@ -2,28 +2,28 @@
 
 python quantize.py --mode packed                                        # the default model, the same tokens from 3/4
 python quantize.py --mode int8                                          # the default model, on text that it writes
-python quantize.py --mode int4 --data c4.jsonl --groupsize 32           # error made up for on inputs of your text
+python quantize.py --mode int4 --data c4.jsonl --groupsize 32           # rounded for the inputs of your text
 python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # default OUT: DIR-int8
-python quantize.py --mode int8 --num_tokens 0                           # to nearest, no text
+python quantize.py --mode int8 --num_tokens 0                           # each weight to the nearest, no text
 
 packed: bfloat16 in 12 bits, to the bit (`kernels.packed`): a run equals that of the plain checkpoint. Weights of
 float16 or float32 become bfloat16 first, as in a run with --precision bfloat16. Everything beside it goes along.
 
 generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. int8 is symmetric with one
 scale per output, applied once to its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's
-outputs. A cut input skips the bytes of its weights, and of its s and m. q, k, v and lm_head are int8 in both modes. The
-embedding and the norms keep their dtype; a tied lm_head becomes a tensor of its own. Cut tables go along, to int8 the
-statistics too. Make int4 tables of its own: at 40 % and more perplexity is 0.2 to 0.6 % lower (SmolLM2-135M).
+outputs. For a cut input neither its weights nor its s and m are read. q, k, v and lm_head are int8 in both modes. The
+embedding and the norms keep their dtype; a tied lm_head becomes a tensor of its own. Cut tables are copied, for int8
+statistics, too. An int4 model's own tables give 0.2 to 0.6 % less perplexity at 40 % and more (SmolLM2-135M).
 
-Weights are rounded input by input, from those in --precision. The inputs not yet rounded make up for what that does to
-the outputs on the text. Memory: the model, the text's hidden states, eight float32 matrices [in, in] for one layer,
-lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
+Weights are rounded input by input, from those in --precision. Those not yet rounded make up for the error that this
+makes in the outputs on the text. Memory: the model, the text's hidden states, eight float32 matrices [in, in] for one
+layer, lm_head twice in float32, and the rounded weights in the host's. A run that ends early leaves nothing.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("quantize")
+if __name__ == "__main__":
+    options.run_script("quantize")
 
 import sys
 from collections.abc import Callable
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import options
+import thresholds
 from calibrate import calibration_tokens
 from cli import placement
 from formats.checkpoint import Source, convert, copy_files, fingerprint, load_weights, write_weights
@@ -47,7 +47,7 @@ from kernels.packed import pack
 from kernels.quantized import pack_int4
 from model import read_config
 from sparse_model import SITES, SparseTransformer
-from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, find_table, load_statistics, warn_of_old_files
+from thresholds import SCRIPTS, STATISTICS_NAME, CutTable, Statistics, find_table, load_statistics, table_name
 
 QUANTIZED = {f"{name}.weight" for name in ("wq", "wk", "wv", "wqkv", "wo", "w1", "w3", "w13", "w2", "output")}
 DAMPING, BLOCK = 0.01, 128  # of GPTQ: share of the mean diagonal that is added to it; inputs before the rest is updated
@@ -67,10 +67,8 @@ def round_int8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_int4(weight: Tensor, groupsize: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What weights [..., out], float32, become; their codes, uint8, 0 to 15; scale [..., out / groupsize, 2], bfloat16.
-
-    Of each group s and m are those of least squared error among fits that start from `SPANS` of its range.
-    """
+    """Weights [..., out], float32, rounded; their codes, uint8, 0 to 15; scale [..., out / groupsize, 2], bfloat16."""
+    # of each group s and m are those of least squared error among fits that start from `SPANS` of its range
     group = weight.unflatten(-1, (-1, groupsize))
     low, high = group.aminmax(dim=-1, keepdim=True)
     spans = torch.linspace(*SPANS, device=weight.device).view(-1, *[1] * group.dim())
@@ -107,10 +105,8 @@ def round_block(rows: Tensor, factors: Tensor, rounding: Callable, form: Tensor 
 
 @lru_cache
 def block_graph(shape: tuple[int, int], rounding: Callable, groupsize: int, device: torch.device) -> tuple:
-    """`round_block` recorded for blocks of this shape: the graph, what it reads (rows, factors, scale), its results.
-
-    In int4 a row is some 60 launches of 2 us, which cost the host 10 us each: 19 s per layer of llama-3-8b.
-    """
+    """`round_block` recorded for blocks of this shape: the graph, what it reads (rows, factors, scale), its results."""
+    # in int4 a row is some 60 launches of 2 us, which cost the host 10 us each: 19 s per layer of llama-3-8b
     from kernels.fused_step import record_graph
 
     rows, factors, scale = (torch.ones(size, device=device) for size in (shape, (shape[0],) * 2, shape[1:]))
@@ -230,10 +226,8 @@ def pack_model(model: SparseTransformer) -> dict[str, Tensor]:
 def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
     """Statistics (not of int4) and cut tables of the checkpoint in `folder`, by file name; says what stays behind."""
     path = folder / STATISTICS_NAME
-    warn_of_old_files(folder)
-    readers: dict[str, Callable] = {
-        f"thresholds_{rule}.safetensors": partial(find_table, rule, folder) for rule in SCRIPTS
-    }
+    thresholds.warn_of_old_files(folder)
+    readers: dict[str, Callable] = {table_name(rule): partial(find_table, rule, folder) for rule in SCRIPTS}
     readers |= {STATISTICS_NAME: partial(load_statistics, path, folder)} if path.is_file() else {}
     artifacts = {}
     for name, read in readers.items():

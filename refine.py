@@ -10,11 +10,12 @@ Every input channel of every projection has its own threshold. All thresholds of
    a row of the weight, `width` weights long. So an input is cut where x_i^2 F_i / width < price: its threshold is
    t_i = sqrt(price * width / F_i). A cut input is replaced by its channel's median c_i instead of 0, which adds a
    constant vector to the output and reads no weights.
-2. Refinement. F is taken where nothing is cut; errors add up otherwise where half of the model is cut. So we follow the
-   gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i over
-   cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the step of
-   the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per weight, is
-   subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the sparsity.
+2. Refinement. F is taken where nothing is cut; where half of the model is cut, errors add up differently. So we follow
+   the gradient of the KL divergence of the sparse model to the dense one. With respect to c_i it is the sum of dL/dx_i
+   over cut inputs. With respect to log t_i it is the sum of -dL/dx_i (x_i - c_i) over inputs near the threshold: the
+   step of the cut is smoothed over a factor e^`BAND` to either side. The price, which is the model's mean loss per
+   weight, is subtracted, so that weights move to where they count most. All thresholds are scaled together to keep the
+   sparsity.
 
 At the end of each level all thresholds are scaled until the sparse model cuts at least that level's share of the
 weights in every window of a held-out part of the text, up to an eighth, that the updates did not see: on the text that
@@ -23,20 +24,20 @@ they saw it cuts a little more, and texts differ. The table records the perplexi
 Cost: an update is two forward passes, a backward one and the gradients of the segments once more, 8 P operations per
 token for P weights. One update of five levels took an 8B model 52 s on an H100 (random weights, 40 GB); SmolLM2-135M
 took 1.0 s per update there. On two CPU cores a level takes hours: give fewer --updates. Beside the model, memory holds
-the activations of at least one window, see `windows_per_pass`. A run that was stopped goes on after the last complete
+the activations of at least one window, see `batches_of`. A run that was stopped goes on after the last complete
 level, which `<output>.<digest of the settings>.partial.safetensors` keeps.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("refine")
+if __name__ == "__main__":
+    options.run_script("refine")
 
 import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -44,13 +45,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import options
 from calibrate import calibration_tokens
 from cli import output_path, placement
 from decoder import check_finite, not_finite
 from formats.default_model import resolve_checkpoint
 from sparse_model import SITES, SparseProjection, SparseTransformer, dense_prefix_of
-from thresholds import Cuts, CutTable, make_table, table_metadata
+from thresholds import Cuts, CutTable, make_table, table_metadata, table_name
 
 LEVELS = (0.25, 0.4, 0.5, 0.65, 0.8)  # sparsities that are refined; between two, thresholds are interpolated
 CURVATURE_TOKENS = 16384  # of the text, for the initial cuts
@@ -61,47 +61,41 @@ MEMORY = 24e9  # bytes of activations and logits on a GPU, which bound the windo
 # Adam's learning rates: log t per projection, log t per channel, c in units of its channel's spread
 RATE_PROJECTION, RATE_CHANNEL, RATE_SHIFT = 0.005, 0.0025, 0.03
 
-Receive = Callable[[int, SparseProjection, Tensor, list[Tensor]], None]
-
 
 @contextmanager
-def segment_gradients(model: SparseTransformer, receive: Receive) -> Iterator[None]:
+def segment_gradients(model: SparseTransformer, receive: Callable) -> Iterator[None]:
     """Inside it every backward pass calls `receive(j, module, x, grads)` for site module j of the model.
 
-    x [B, T, in] is the module's input; grads are the loss's gradients by x through each of its segments alone, S x
-    [B, T, in]. No parameter needs a gradient: it flows from the embeddings on.
+    x: the module's input [B, T, in]; grads: the loss's gradients by x through each segment alone, S x [B, T, in].
     """
 
-    def watch(j: int) -> Callable:
-        def forward_hook(module: SparseProjection, args: tuple[Tensor], y: Tensor) -> None:
-            def backward_hook(grad: Tensor) -> None:
-                weight = module.dequantized(grad.dtype)
-                parts = zip(grad.split(module.widths, -1), weight.split(module.widths, 1), strict=True)
-                receive(j, module, args[0].detach(), [part @ weight.t() for part, weight in parts])
-
-            if y.requires_grad:
-                y.register_hook(backward_hook)
-
-        return forward_hook
-
-    hooks = [module.register_forward_hook(watch(j)) for j, module in enumerate(model.sites)]
-
+    # no parameter needs a gradient: it flows from the embeddings on
     def from_here(module, args: tuple[Tensor], y: Tensor) -> Tensor:
         return y.requires_grad_(torch.is_grad_enabled())
 
-    hooks.append(model.tok_embeddings.register_forward_hook(from_here))
-    try:
+    def forward_hook(j: int, module: SparseProjection, args: tuple[Tensor], y: Tensor) -> None:
+        def backward_hook(grad: Tensor) -> None:
+            weight = module.dequantized(grad.dtype)
+            parts = zip(grad.split(module.widths, -1), weight.split(module.widths, 1), strict=True)
+            receive(j, module, args[0].detach(), [part @ weight.t() for part, weight in parts])
+
+        if y.requires_grad:
+            y.register_hook(backward_hook)
+
+    with ExitStack() as hooks:
+        hooks.enter_context(model.tok_embeddings.register_forward_hook(from_here))
+        for j, module in enumerate(model.sites):
+            hooks.enter_context(module.register_forward_hook(partial(forward_hook, j)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def windows_per_pass(model: SparseTransformer, length: int) -> int:
-    """Windows of `length` tokens that a forward and backward pass takes within `MEMORY`; on a CPU one."""
-    config = model.config
-    token = 20 * config.vocab_size + 4 * config.n_layer * (12 * config.dim + 6 * config.intermediate_size)
-    return max(1, int(MEMORY / (token * length))) if model.device.type == "cuda" else 1
+def batches_of(windows: Tensor, model: SparseTransformer, single: bool = False) -> Iterator[Tensor]:
+    """Windows [N, T] on the model's device, as many at once as `MEMORY` holds with their gradients; on a CPU one."""
+    config, count = model.config, 1
+    if model.device.type == "cuda" and not single:
+        token = 20 * config.vocab_size + 4 * config.n_layer * (12 * config.dim + 6 * config.intermediate_size)
+        count = max(1, int(MEMORY / (token * windows.shape[1])))
+    return (batch.to(model.device) for batch in windows.split(count))
 
 
 def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cuts:
@@ -153,10 +147,10 @@ def scaled_to(model: SparseTransformer, windows: Tensor, level: float, cuts: Cut
 
         # the sparsity of all windows together, or the least of any
         achieved = []
-        for batch in windows.split(1 if every else windows_per_pass(model, windows.shape[1])):
+        for batch in batches_of(windows, model, single=every):
             if every or not achieved:
                 model.reset_counts()
-            model(batch.to(model.device), num_logits=1, dense_prefix=dense_prefix_of(windows.shape[1]))
+            model(batch, num_logits=1, dense_prefix=dense_prefix_of(windows.shape[1]))
             achieved.append(model.achieved_sparsity())
         reached = min(achieved) if every else achieved[-1]
         if abs(reached - level) < TOLERANCE:
@@ -210,8 +204,7 @@ class Refinement:
         model.reset_counts()
         divergence = 0.0
         with segment_gradients(model, receive):
-            for batch in windows.split(windows_per_pass(model, windows.shape[1])):
-                batch = batch.to(model.device)
+            for batch in batches_of(windows, model):
                 with torch.no_grad():
                     dense = torch.log_softmax(model(batch).float(), -1)
                 with torch.enable_grad():
@@ -244,18 +237,14 @@ def perplexity_of(model: SparseTransformer, windows: Tensor, cut: bool) -> float
     """Perplexity on windows [N, T], cut after each window's dense prefix or dense."""
     prefix = dense_prefix_of(windows.shape[1]) if cut else None
     loss = 0.0
-    for batch in windows.split(windows_per_pass(model, windows.shape[1])):
-        batch = batch.to(model.device)
+    for batch in batches_of(windows, model):
         logits = model(batch[:, :-1], dense_prefix=prefix).float()
         loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     return math.exp(loss / windows[:, 1:].numel())
 
 
 def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTable, seed: int = 0) -> Iterator[None]:
-    """Appends the levels that `table` lacks, one per iteration, from windows `tokens` [N, T] (int64, T > 1).
-
-    The table is rounded to float16 at the end alone, so that a stopped run goes on exactly. Raises as `initial_cuts`.
-    """
+    """Appends the levels that `table` lacks, one per step; tokens: [N, T], int64, T > 1. Raises as `initial_cuts`."""
     # initial cuts, and the part of the text that no update sees
     cuts = initial_cuts(model, tokens[: max(1, CURVATURE_TOKENS // tokens.shape[1])], seed)
     device = model.device
@@ -287,6 +276,7 @@ def refine(model: SparseTransformer, tokens: Tensor, updates: int, table: CutTab
             table.append(cuts)
             yield
 
+    # rounded to float16 here alone, so that a stopped run goes on exactly
     text = "held-out calibration text" if held_out else "the calibration text"
     finish(model, table, unseen, text)
 
@@ -318,7 +308,7 @@ def main(argv: list[str] | None = None) -> CutTable:
 
     # load the model and the text
     folder = resolve_checkpoint(o.checkpoint_path)
-    output = o.output or output_path(folder / "thresholds_refined.safetensors")
+    output = o.output or output_path(folder / table_name("refined"))
     model = SparseTransformer.from_checkpoint(folder, *placement(o))
     tokens, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kernels.quantized import Form, dequantize, form_of, table_on_load
+from kernels.quantized import Form, dequantize, form_of, product, table_on_load
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 from model import Transformer, UncastBuffers
 
@@ -67,6 +67,7 @@ class SparseProjection(UncastBuffers):
             self.register_buffer(name, torch.zeros_like(threshold[:, 0], dtype=torch.int64), persistent=False)
         self.seen = self.steps = 0
         self.dense_prefix: int | list[int] | None = None
+        self.later, self.ready = [], None  # the same site a layer on, and its weight: see `kernels.quantized.product`
         self.register_load_state_dict_pre_hook(table_on_load)
         self.register_load_state_dict_pre_hook(_transpose_on_load)
 
@@ -77,11 +78,11 @@ class SparseProjection(UncastBuffers):
         elif prefix is None and length == 1:
             y = self._sparse_product(sparse_gemv, x[:, 0])[:, None]
         else:
-            y = x @ self.dequantized(x.dtype)
+            y = product(x, self)
         return y if self.bias is None else y + self.bias
 
-    def _sparse_product(self, product: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        y = product(self._compared(x), self.weight, self.threshold, self.widths, self.scale, self.fineness)
+    def _sparse_product(self, multiply: Callable, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        y = multiply(self._compared(x), self.weight, self.threshold, self.widths, self.scale, self.fineness)
         return y if self.offset is None else (y + self.offset).to(x.dtype)
 
     def _compared(self, x: Tensor) -> Tensor:

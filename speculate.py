@@ -179,8 +179,11 @@ class CpuRounds:
         """The new tokens of n plain steps, and whether the last one's logits were finite."""
         self.plain.replay(n)
         self.position += n
-        new = self.plain.numbers[0, self.position + 1 - n : self.position + 1].tolist()
-        return new, new[-1] >= 0
+        new = self.plain.tokens[0, self.position + 1 - n : self.position + 1].tolist()
+        return new, self._finite(new)
+
+    def _finite(self, new: list[int]) -> bool:
+        return new[-1] >= 0
 
     def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
         at, text, verifier = self.position, self.plain.numbers[0], self.verifier(k)
@@ -209,12 +212,8 @@ class GpuRounds(CpuRounds):
         self.guesses = torch.zeros(MAX_DRAFTS, dtype=torch.int64, device=device)
         self.outcome = torch.zeros(MAX_ROWS + 2, dtype=torch.int64, device=device)  # see `launch`
 
-    def steps(self, n: int) -> tuple[list[int], bool]:
-        for _ in range(n):
-            self.plain.replay()
-        self.position += n
-        new = self.plain.tokens[0, self.position + 1 - n : self.position + 1].tolist()
-        return new, bool(self.plain.top[0].amax().isfinite())
+    def _finite(self, new: list[int]) -> bool:
+        return bool(self.plain.logits[0].amax().isfinite())
 
     def _verify(self, k: int, guesses: list[int]) -> tuple[list[int], bool]:
         if guesses:

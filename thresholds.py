@@ -6,7 +6,7 @@
     refined    refine.py: gradients of the KL divergence   thresholds_refined.safetensors
 
 `cuts_for` is the one way from `--thresholds` and `--sparsity` to `Cuts`; `SparseTransformer.set_cuts` takes them. A new
-rule is a function of (RuleInputs, sparsity) and its row in `RULES`.
+rule is a function of (folder, statistics, sparsity), see `cuts_for`, and its row in `RULES`.
 """
 
 import hashlib
@@ -368,17 +368,10 @@ def make_table(output: Path, new: CutTable, steps: Callable[[CutTable], Iterable
     return table
 
 
-class RuleInputs(NamedTuple):
-    """What a rule makes cuts from."""
-
-    folder: Path | None  # the checkpoint's; None for random weights
-    statistics: Callable[[], Statistics]  # reads or makes the statistics of this model's inputs; called if needed
-
-
-def uniform(inputs: RuleInputs, sparsity: float) -> Cuts:
+def uniform(folder: Path | None, statistics: Callable[[], Statistics], sparsity: float) -> Cuts:
     """TEAL's uniform rule (arXiv 2408.14690, section 4.1): every projection's inputs are cut to the same sparsity."""
-    statistics = inputs.statistics()
-    return cuts_of_shares(statistics, [dict.fromkeys(statistics.projections, sparsity)] * statistics.n_layer, sparsity)
+    own = statistics()
+    return cuts_of_shares(own, [dict.fromkeys(own.projections, sparsity)] * own.n_layer, sparsity)
 
 
 def cuts_of_shares(statistics: Statistics, shares: list[dict[str, float]], sparsity: float) -> Cuts:
@@ -405,16 +398,16 @@ def find_table(rule: str, folder: Path | None) -> CutTable | None:
     return next((table for table in shipped if table.metadata["fingerprint"] == fingerprint(folder)), None)
 
 
-def tabulated(rule: str, inputs: RuleInputs, sparsity: float) -> Cuts:
+def tabulated(rule: str, folder: Path | None, statistics: Callable[[], Statistics], sparsity: float) -> Cuts:
     """The cuts of a rule that a script of its own makes, from its table. Raises ValueError without one."""
-    if table := find_table(rule, inputs.folder):
+    if table := find_table(rule, folder):
         return table.at(sparsity)
-    where = f"beside {inputs.folder}" if inputs.folder else "for random weights"
+    where = f"beside {folder}" if folder else "for random weights"
     raise ValueError(f"--thresholds {rule}: no cut table {where}; make one: python {SCRIPTS[rule]}")
 
 
 # the best first
-RULES: dict[str, Callable[[RuleInputs, float], Cuts]] = {rule: partial(tabulated, rule) for rule in SCRIPTS}
+RULES: dict[str, Callable[[Path | None, Callable, float], Cuts]] = {rule: partial(tabulated, rule) for rule in SCRIPTS}
 RULES["uniform"] = uniform
 
 
@@ -440,7 +433,8 @@ def cuts_for(
     """From a run's options to the rule's name (or the file's path), for reports, and the cuts.
 
     thresholds: a rule of `RULES`, the path of a cut table, or best: see `best_rule`; uniform with own statistics.
-    folder, statistics: see `RuleInputs`; own_statistics: whether the user gave `--statistics`.
+    folder: the checkpoint's, None for random weights; statistics: reads or makes those of this model, if needed;
+    own_statistics: whether the user gave `--statistics`.
 
     Raises ValueError: an unknown rule; a table that is missing, of another checkpoint, or without that sparsity;
     statistics beside a table, which reads none.
@@ -453,9 +447,9 @@ def cuts_for(
     if rule not in RULES and not Path(rule).is_file():
         raise ValueError(f"--thresholds {rule}: no such file; it takes best, {', '.join(RULES)} or a file")
     if own_statistics and (rule in SCRIPTS or rule not in RULES):
-        raise ValueError(f"--statistics says nothing to --thresholds {rule}, whose table holds thresholds; drop one")
+        raise ValueError(f"--statistics has no effect with --thresholds {rule}, a table of thresholds; drop one")
     if rule in RULES:
-        return rule, RULES[rule](RuleInputs(folder, statistics), sparsity)
+        return rule, RULES[rule](folder, statistics, sparsity)
     return rule, load_table(rule, folder).at(sparsity)
 
 

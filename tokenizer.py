@@ -147,10 +147,8 @@ class Tokenizer:
     @cached_property
     def _finder(self) -> tuple[tokenizers.Tokenizer, list[int]]:
         # a tokenizer without pieces, which finds the added tokens in a text; their ids in its order
-        finder, ids = (
-            tokenizers.Tokenizer(tokenizers.models.BPE()),
-            {token.content: i for i, token in self.added.items()},
-        )
+        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
+        ids = {token.content: i for i, token in self.added.items()}
         finder.add_tokens([self.added[i] for i in ids.values()])
         return finder, list(ids.values())
 

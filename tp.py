@@ -17,20 +17,16 @@ GPUs write their parts into each other's memory (`kernels.exchange`), or NCCL ad
 import ctypes
 import math
 import os
-import re
 import tempfile
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations, starmap
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cli import rank_count
 from decoder import FusedCpuStep, FusedGpuStep
@@ -40,7 +36,7 @@ from sparse_model import SITES, SparseProjection, SparseTransformer
 from thresholds import Cuts
 
 UNIT = 64  # hidden units, and tokens, that stay together: the most inputs of a sum before its grid, and cpu.GROUP
-INT8_UNIT = 128  # of int8, see `kernels.int8_mma`
+INTEGER_UNIT = 128  # of integers, see `kernels.integer_mma`
 BY_INPUTS = ("o", "down")
 # The dimension along which a site's tensors are split; others are on every rank. Of int8 the scale is one per output.
 OUTPUT_DIMS = {"weight": 1, "scale": 1, "bias": 0, "offset": 0}
@@ -78,7 +74,7 @@ def start(device: str | None, how: str = "peer") -> None:
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
         if how == "peer" and not all(starmap(torch.cuda.can_device_access_peer, permutations(range(ranks), 2))):
-            warnings.warn("a GPU cannot write to another's memory, so NCCL adds: --reduce nccl", stacklevel=2)
+            warnings.warn("a GPU cannot write to another's memory, so NCCL adds, as with --reduce nccl", stacklevel=2)
             reduction = "nccl"
     os.environ |= {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
     dist.init_process_group("nccl" if own else "gloo", device_id=own)
@@ -105,17 +101,18 @@ def edges(n: int, unit: int, ranks: int) -> list[int]:
 
 
 class Part(NamedTuple):
-    """A rank's part: the config, which outputs of a projection, of o and down which inputs, which tokens' logits."""
+    """A rank's part of a model."""
 
     config: ModelArgs
-    spans: dict[str, tuple[int, int]]
-    tokens: slice
+    spans: dict[str, tuple[int, int]]  # which outputs of each projection, of o and down which inputs
+    tokens: slice  # whose logits
 
 
 def part_of(config: ModelArgs, r: int, ranks: int) -> Part:
     """The part of rank r. Raises ValueError if a model cannot be split over so many."""
     heads, kv, hidden = config.n_head, config.n_local_heads, config.intermediate_size
-    unit = math.lcm(UNIT, {"int8": INT8_UNIT, "int4": config.groupsize}.get(config.quant, 1))
+    unit = UNIT if config.quant == "none" else INTEGER_UNIT
+    unit = math.lcm(unit, config.groupsize) if config.quant == "int4" else unit
     name = config.name or "the model"
     if config.quant == "packed":
         raise ValueError(f"{name} has packed weights, which run on one rank; give the checkpoint that it was made from")
@@ -125,40 +122,34 @@ def part_of(config: ModelArgs, r: int, ranks: int) -> Part:
     if min(-(-hidden // unit), -(-config.vocab_size // UNIT)) < ranks:
         raise ValueError(f"{name} has {hidden} hidden units, of which {unit} stay together, too few for {ranks} ranks")
 
-    kv_heads, first_kv = max(1, kv // ranks), r * kv // ranks
+    size, n, n_kv, first_kv = config.head_dim, heads // ranks, max(1, kv // ranks), r * kv // ranks
     units, tokens = (edges(n, u, ranks)[r : r + 2] for n, u in ((hidden, unit), (config.vocab_size, UNIT)))
-    shape = {"n_head": heads // ranks, "n_local_heads": kv_heads, "intermediate_size": units[1] - units[0]}
-    q, k = (
-        (first * config.head_dim, (first + n) * config.head_dim)
-        for first, n in ((r * heads // ranks, heads // ranks), (first_kv, kv_heads))
-    )
+    q, k = (r * n * size, (r + 1) * n * size), (first_kv * size, (first_kv + n_kv) * size)
     spans = {"q": q, "k": k, "v": k, "o": q} | dict.fromkeys(("gate", "up", "down"), tuple(units))
-    return Part(replace(config, **shape), spans, slice(*tokens))
+    own = replace(config, n_head=n, n_local_heads=n_kv, intermediate_size=units[1] - units[0])
+    return Part(own, spans, slice(*tokens))
 
 
 def _site_views(whole: SparseProjection, part: SparseProjection, spans: dict, names: str) -> Iterator[tuple]:
     """Pairs of views, of a whole site's tensors and of a rank's part, that hold the same numbers."""
     by_inputs = next(iter(whole.segments)) in BY_INPUTS
-    widths = [whole.threshold.shape[1]] if by_inputs else whole.widths
+    widths, own = [whole.threshold.shape[1]] if by_inputs else whole.widths, [spans[name] for name in whole.segments]
     for name in names.split():
-        x, y = getattr(whole, name), getattr(part, name)
-        if x is None:
-            continue
-        dim = (INPUT_DIMS if by_inputs else OUTPUT_DIMS).get(name)
-        if name == "scale" and x.dim() == 1:  # int8's
+        x, y, dim = getattr(whole, name), getattr(part, name), (INPUT_DIMS if by_inputs else OUTPUT_DIMS).get(name)
+        if name == "scale" and x is not None and x.dim() == 1:  # int8's
             dim = None if by_inputs else 0
-        if dim is None:
+        if x is not None and dim is None:
             yield x, y
-            continue
-        packed, start, at = sum(widths) // x.shape[dim], 0, 0  # numbers of an element: int4's 2, or a group of a scale
-        for width, (first, end) in zip(widths, map(spans.get, whole.segments), strict=True):
-            size = (end - first) // packed
-            yield x.narrow(dim, (start + first) // packed, size), y.narrow(dim, at, size)
-            start, at = start + width, at + size
+        elif x is not None:
+            packed = sum(widths) // x.shape[dim]  # numbers of an element: int4's 2, or a group of a scale
+            pieces = x.split([width // packed for width in widths], dim)
+            own_pieces = y.split([(end - first) // packed for first, end in own], dim)
+            for piece, own_piece, (first, _) in zip(pieces, own_pieces, own, strict=True):
+                yield piece.narrow(dim, first // packed, own_piece.shape[dim]), own_piece
 
 
 def _block_views(whole: TransformerBlock, part: TransformerBlock, spans: dict) -> Iterator[tuple]:
-    """The same of all that a checkpoint holds of a block."""
+    # of all that a checkpoint holds of a block
     for site in SITES.values():
         yield from _site_views(*(b.get_submodule(site.module) for b in (whole, part)), spans, "weight scale bias")
     sites = tuple(site.module for site in SITES.values())
@@ -175,6 +166,7 @@ class RankTransformer(SparseTransformer):
         part = part_of(config, rank(), count())
         super().__init__(part.config, device, dtype)
         self.whole_config, self.part = config, part
+        self.fused_class = RankCpuStep if self.device.type == "cpu" else RankGpuStep
         if self.output is not None:
             self.output = self._head(part.tokens.stop - part.tokens.start)
         for module in self.sites:
@@ -182,16 +174,11 @@ class RankTransformer(SparseTransformer):
                 module.whole = {}  # of all ranks' inputs, what a CPU's step needs
                 module.register_forward_hook(lambda _module, _inputs, y: add_up(y))
 
-    def _head(self, tokens: int) -> Projection:
-        quant = self.config.sensitive_quant
-        return Projection(self.config.dim, {"output": tokens}, False, self.device, self.dtype, quant)
+    def _head(self, n: int) -> Projection:
+        return Projection(self.config.dim, {"output": n}, False, self.device, self.dtype, self.config.sensitive_quant)
 
     def _block(self, config: ModelArgs) -> TransformerBlock:
         return TransformerBlock(config, SparseProjection, self.device, self.dtype).requires_grad_(False)
-
-    @property
-    def fused_class(self) -> type:
-        return RankCpuStep if self.device.type == "cpu" else RankGpuStep
 
     @property
     def output_weight(self) -> Tensor:
@@ -213,42 +200,41 @@ class RankTransformer(SparseTransformer):
 
     # ---- weights come whole, a layer at a time
 
+    @torch.no_grad()
+    def _whole_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """A whole model's modules to be filled, with the prefix of their names; takes this rank's part of each then."""
+        for name, child in self.named_children():
+            if name == "layers":
+                for i, block in enumerate(child):
+                    whole = self._block(self.whole_config)
+                    yield f"layers.{i}.", whole
+                    self._take(block, whole)
+            elif name == "output":
+                whole = self._head(self.config.vocab_size)
+                yield "output.", whole
+                for x, y in zip(whole.state_dict().values(), child.state_dict().values(), strict=True):
+                    y.copy_(x[self.part.tokens])
+            else:
+                yield f"{name}.", child
+
     def load_state_dict(self, state_dict: dict[str, Tensor], *_) -> None:
         """Takes this rank's part of a whole model's weights. Raises RuntimeError for missing or foreign ones."""
-        layers, rest = defaultdict(dict), {}
-        for name, tensor in state_dict.items():
-            if match := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
-                layers[int(match[1])][match[2]] = tensor
-            else:
-                rest[name] = tensor[self.part.tokens] if name.startswith("output.") else tensor
-        found = super().load_state_dict(rest, strict=False)
-        if wrong := [*(n for n in found.missing_keys if not n.startswith("layers.")), *found.unexpected_keys]:
+        left, wrong = dict(state_dict), []
+        for prefix, module in self._whole_modules():
+            own = {name.removeprefix(prefix): left.pop(name) for name in [*left] if name.startswith(prefix)}
+            wrong += [prefix + name for names in module.load_state_dict(own, strict=False) for name in names]
+        if wrong := [*wrong, *left]:
             raise RuntimeError(f"missing or foreign: {', '.join(wrong)}")
-        for i, block in enumerate(self.layers):
-            whole = self._block(self.whole_config)
-            whole.load_state_dict(layers[i])
-            self._take(block, whole)
 
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> None:
         """Takes this rank's part of what a whole model gets of this seed."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        for name, child in self.named_children():
-            for block in child if name == "layers" else ():
-                whole = self._block(self.whole_config)
-                init_modules(whole, generator, std)
-                self._take(block, whole)
-            if name == "output":
-                whole = self._head(self.config.vocab_size).requires_grad_(False)
-                init_modules(whole, generator, std)
-                for kind, tensor in whole.state_dict().items():
-                    getattr(child, kind).copy_(tensor[self.part.tokens])
-            elif name != "layers":
-                init_modules(child, generator, std)
+        for _, module in self._whole_modules():
+            init_modules(module, generator, std)
 
-    @torch.no_grad()
     def _take(self, block: TransformerBlock, whole: TransformerBlock) -> None:
-        """Fills this rank's block from a whole one. The first rank alone adds a bias of o and down."""
+        # the first rank alone adds a bias of o and down
         for x, y in _block_views(whole, block, self.part.spans):
             y.copy_(x)
         for path in ("attention.wo", "feed_forward.w2"):
@@ -309,16 +295,11 @@ class RankTransformer(SparseTransformer):
 
 def common_memory(n_bytes: int) -> Tensor:
     """Zeros, uint8, in memory that the processes of all ranks share."""
-    names, folder = [""], "/dev/shm" if Path("/dev/shm").is_dir() else None
-    if rank() == 0:
-        handle, names[0] = tempfile.mkstemp(dir=folder)
-        os.truncate(handle, n_bytes)
-        os.close(handle)
-    dist.broadcast_object_list(names)
-    memory = torch.from_file(names[0], shared=True, size=n_bytes, dtype=torch.uint8)
-    dist.barrier()
-    if rank() == 0:
-        os.unlink(names[0])
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
+        names = [file.name]
+        dist.broadcast_object_list(names)  # the first rank's
+        memory = torch.from_file(names[0], shared=True, size=n_bytes, dtype=torch.uint8)
+        dist.barrier()
     return memory
 
 
@@ -359,7 +340,7 @@ class RankCpuStep(FusedCpuStep):
         self._run, self._decode = self._decode, self._checked
 
     def _projection(self, module: SparseProjection) -> cpu.Projection:
-        """Of o and down: what belongs to all inputs, and where the weights of the first one would be."""
+        # of o and down: what belongs to all inputs, and where the weights of the first one would be
         projection, name = super()._projection(module), next(iter(module.segments))
         if name in BY_INPUTS:
             for kind, tensor in module.whole.items():
@@ -388,28 +369,26 @@ class RankGpuStep(FusedGpuStep):
 
         # a product adds up as the whole one does
         block = TransformerBlock(model.whole_config, SparseProjection, device="meta")
-        sites = [block.get_submodule(site.module) for site in SITES.values()]
-        for i, module in enumerate(model.sites):
-            whole = sites[i % len(SITES)]
+        sites = [block.get_submodule(site.module) for site in SITES.values()] * len(model.layers)
+        for module, whole in zip(model.sites, sites, strict=True):
             self.products[module] = self.products[module]._replace(whole=(len(whole.weight), whole.widths))
 
-        # what o and down leave, and the lm_head, whose other tokens stay 0
-        h, n_own = self.residual.h, len(model.output_weight)
-        self.added, self.own_logits = torch.zeros_like(h), torch.zeros_like(self.logits)
-        self.head_out = h.new_zeros(len(h), n_own), h.new_zeros(len(h), -(-n_own // self.kernels.GROUP))
+        # what o and down leave, and the lm_head, whose other tokens stay 0: logits and each group's largest
+        h, tokens, group, n = self.residual.h, model.part.tokens, self.kernels.GROUP, self.logits.numel()
+        self.added, (self.own, self.joined) = torch.zeros_like(h), h.new_zeros(2, n + self.top.numel())
+        own_logits, own_top = self.own[:n].view_as(self.logits), self.own[n:].view_as(self.top)
+        self.own_top = own_top[:, tokens.start // group : -(-tokens.stop // group)]
+        self.head_out = own_logits[:, tokens], self.own_top.clone(memory_format=torch.contiguous_format)
+        self.logits, self.top = self.joined[:n].view_as(self.logits), self.joined[n:].view_as(self.top)
+
         self.exchanges = None
         if reduction == "peer":
-            room = max(h.numel(), self.logits.numel())
+            room = max(h.numel(), len(self.own))
             inboxes, self._memory = peer_memory(2 * count() * room, h.device)
             self.exchanges = Exchanges(inboxes, rank(), room, 2 * model.config.n_layer + 1, self.pdl)
 
-    def step(self) -> None:
-        if self.exchanges:
-            self.exchanges.begin_step()
-        super().step()
-
     def _add(self, part: Tensor, total: Tensor) -> None:
-        """total += the sum of all ranks' parts; the part becomes 0."""
+        # total += the sum of all ranks' parts; the part becomes 0
         if self.exchanges:
             self.exchanges.add(part, total)
         else:
@@ -421,25 +400,19 @@ class RankGpuStep(FusedGpuStep):
         self._add(self.added, self.residual.h)
 
     def join_logits(self) -> None:
-        tokens, group = self.model.part.tokens, self.kernels.GROUP
-        self.own_logits[:, tokens] = self.head_out[0][:, : tokens.stop - tokens.start]
-        self._add(self.own_logits, self.logits.zero_())
-        groups = F.pad(self.logits, (0, -self.logits.shape[1] % group), value=-math.inf).unflatten(1, (-1, group))
-        torch.amax(groups, 2, out=self.top)
+        self.own_top.copy_(self.head_out[1])
+        self._add(self.own, self.joined.zero_())
+        if self.exchanges:
+            self.exchanges.next_step()
 
 
 def peer_memory(words: int, device: torch.device) -> tuple[Tensor, object]:
     """Where each rank's memory of so many words of 64 bits lies, zeroed, [ranks] int64; and what must be kept."""
-    if device.type == "cpu":
-        kept = common_memory(8 * words * count())
-        pointers = [kept.data_ptr() + 8 * words * r for r in range(count())]
-    else:
-        import torch.distributed._symmetric_memory as symmetric
+    import torch.distributed._symmetric_memory as symmetric
 
-        memory = symmetric.empty(words, dtype=torch.int64, device=device).zero_()
-        handle = symmetric.rendezvous(memory, dist.group.WORLD)
-        pointers = [handle.get_buffer(r, memory.shape, memory.dtype).data_ptr() for r in range(count())]
-        kept = memory, handle
-        torch.cuda.synchronize(device)
+    memory = symmetric.empty(words, dtype=torch.int64, device=device).zero_()
+    handle = symmetric.rendezvous(memory, dist.group.WORLD)
+    pointers = [handle.get_buffer(r, memory.shape, memory.dtype).data_ptr() for r in range(count())]
+    torch.cuda.synchronize(device)
     dist.barrier()
-    return torch.tensor(pointers, dtype=torch.int64, device=device), kept
+    return torch.tensor(pointers, dtype=torch.int64, device=device), (memory, handle)

@@ -10,10 +10,10 @@ own decode of one token after another, without sampling), our dense model, our k
 sparsities asked for. Ours include sampling. Medians and quartiles go to benchmarks/results/cpu.csv.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.cpu_decode")
+if __name__ == "__main__":
+    options.run_script("benchmarks.cpu_decode")
 
 import ctypes
 import statistics as stats
@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-import options
 from benchmarks.results import command, model_columns, provenance, write_rows
 from decoder import FusedCpuStep, Generation
 from formats.default_model import resolve_checkpoint
@@ -79,13 +78,11 @@ class LlamaCpp:
 
 @dataclass
 class Variant:
-    """One way to decode: its cuts (None: nothing is cut), the bytes read per token, the seconds per token by round."""
-
     what: str
     sparsity: float
-    bytes_per_token: int
-    cuts: Cuts | None = None
-    seconds: list[float] = field(default_factory=list)
+    bytes_per_token: int  # that are read
+    cuts: Cuts | None = None  # None: nothing is cut
+    seconds: list[float] = field(default_factory=list)  # per token, by round
 
 
 def our_seconds_per_token(decoder: FusedCpuStep, steps: int) -> float:

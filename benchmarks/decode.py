@@ -12,10 +12,10 @@ generate.py; thresholds are uniform unless they say otherwise. Rows go to benchm
 `python -m benchmarks.plot` draws them.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.decode")
+if __name__ == "__main__":
+    options.run_script("benchmarks.decode")
 
 import gc
 import math
@@ -23,7 +23,6 @@ import shlex
 
 import torch
 
-import options
 import tp
 from benchmarks.results import form, model_columns, provenance, short, write_rows
 from cli import resolve_device
@@ -33,6 +32,9 @@ from generate import main as generate
 from model import ModelArgs, read_config
 
 KEY = "device model quant weights dtype batch gpus draft step sparsity prompt_tokens new_tokens"
+# the numbers of generate.py's JSON that a row keeps, as it writes them
+FORMATS = {"achieved_sparsity": ".4f", "prompt_tokens": "", "new_tokens": "", "tokens_per_sec": ".2f"}
+FORMATS |= {"ms_per_token": ".4f", "ttft_ms": ".2f", "bytes_per_token": "", "bandwidth_gbps": ".1f"}
 
 
 def measure(flags: list[str], config: ModelArgs) -> dict:
@@ -44,11 +46,8 @@ def measure(flags: list[str], config: ModelArgs) -> dict:
     row |= {"weights": "random" if "--random_init" in flags else "trained", "dtype": result["dtype"]}
     row |= {"batch": result["batch"], "gpus": result["ranks"], "draft": result.get("draft", "none")}
     row |= {"step": "compiled" if unfused else "fused", "sparsity": result["sparsity"]}
-    row |= {"achieved_sparsity": f"{result['achieved_sparsity']:.4f}", "prompt_tokens": result["prompt_tokens"]}
-    row |= {"new_tokens": result["new_tokens"], "tokens_per_sec": f"{result['tokens_per_sec']:.2f}"}
-    row |= {"ms_per_token": f"{result['ms_per_token'] or math.nan:.4f}", "ttft_ms": f"{result['ttft_ms']:.2f}"}
-    row |= {"bytes_per_token": result["bytes_per_token"]}
-    row |= {"bandwidth_gbps": f"{result['bandwidth_gbps'] or math.nan:.1f}"}
+    numbers = {name: math.nan if result[name] is None else result[name] for name in FORMATS}
+    row |= {name: format(value, FORMATS[name]) for name, value in numbers.items()}
     start = f"torchrun --nproc_per_node {result['ranks']}" if result["ranks"] > 1 else "python"
     return row | {"command": shlex.join([*start.split(), "generate.py", *map(short, flags)])}
 
@@ -60,10 +59,9 @@ def print_table(rows: list[dict]) -> None:
     print(f"{'sparsity':>9}{'achieved':>10}{'tokens/s':>10}{'speed-up':>10}{'ms/token':>10}{'GB/s':>8}")
     for row in rows:
         speedup = f"{float(row['tokens_per_sec']) / dense:.2f}x" if dense else ""
-        counted = (
-            f"{row['sparsity']:>9.0%}{float(row['achieved_sparsity']):>10.1%}{float(row['tokens_per_sec']):>10.1f}"
-        )
-        print(f"{counted}{speedup:>10}{float(row['ms_per_token']):>10.3f}{float(row['bandwidth_gbps']):>8.0f}")
+        counted = f"{row['sparsity']:>9.0%}{float(row['achieved_sparsity']):>10.1%}"
+        speed = f"{float(row['tokens_per_sec']):>10.1f}{speedup:>10}{float(row['ms_per_token']):>10.3f}"
+        print(f"{counted}{speed}{float(row['bandwidth_gbps']):>8.0f}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         for sparsity in o.sparsities:
             rows.append(measure(["--sparsity", str(sparsity), *source, *flags], config))
             gc.collect()  # the next model takes this one's place on the GPU
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         if tp.rank() == 0:
             write_rows("decode.csv", rows, KEY)
         tables.append(rows)

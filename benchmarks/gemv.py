@@ -8,33 +8,31 @@ Each kernel runs in a CUDA graph over enough different matrices to overflow the 
 median of replays over the number of matrices, with all launches that a product needs (zeroed outputs, masks), of the
 best of three recordings with new inputs and matrices: now and then one is 18 % slower than the next, and matrices
 differ by up to 1 %. Inputs are uniform in [-0.5, 0.5]. The same run checks the results against float64. Rows go to
-results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch: it starts, and fetches rows, while the
-launch before ends. Its guess of the kept rows is right here, since x never changes; in the step o guesses by the last
-token's x. The others are ordinary launches, written anew after what their authors describe, each with its best tile of
-a small search (one recording per tile, then two more of the best three):
+results/gemv.csv. On Hopper ours runs as in the decode step, by dependent launch. The others are ordinary launches,
+written anew after what their authors describe, each with its best tile of a small search (one recording per tile, then
+two more of the best three):
     dejavu   a launch makes flags from the mask; the product loads rows by flag (Deja Vu, arXiv 2310.17157, section 4)
     teal     the product tests the threshold itself, outputs zeroed and added to in float16, of bfloat16 in
              float32 (arXiv 2408.14690, 4.3)
     dense    cuBLAS on [out, in]; dense_t: on [in, out]
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.gemv")
+if __name__ == "__main__":
+    options.run_script("benchmarks.gemv")
 
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-import options
 from benchmarks.results import provenance, write_rows
+from kernels.fused_step import record_graph
 from kernels.products import launch_product
 from kernels.quantized import dequantize, form_of
 from kernels.triton_gemv import Product
@@ -98,21 +96,16 @@ def random_matrix(n_in: int, n_out: int, dtype: str, device: str) -> Matrix:
     return (torch.randn(n_in, n_out, device=device) * std).to(getattr(torch, dtype)), None
 
 
-@dataclass
 class Problem:
     """One product: x [in], matrices [in, out] enough to overflow the L2, and a threshold that cuts the wanted share."""
 
-    x: Tensor
-    matrices: list[Matrix]
-    n_out: int
-    threshold: float
-    sparsity: float
-
-    @classmethod
-    def make(cls, n_in: int, n_out: int, sparsity: float, dtype: str, device="cuda") -> "Problem":
+    def __init__(self, n_in: int, n_out: int, sparsity: float, dtype: str, device="cuda"):
+        self.n_out, self.sparsity = n_out, sparsity
         first = random_matrix(n_in, n_out, dtype, device)
         copies = max(MIN_COPIES, round(COLD_BYTES / first[0].nbytes))
-        matrices = [first] + [random_matrix(n_in, n_out, dtype, device) for _ in range(copies - 1)]
+        self.matrices = [first] + [random_matrix(n_in, n_out, dtype, device) for _ in range(copies - 1)]
+
+        # inputs and their threshold
         x = (torch.rand(n_in, device=device) - 0.5).to(torch.bfloat16 if first[1] is not None else first[0].dtype)
         order = x.float().abs().argsort()
         cut = round(sparsity * n_in)
@@ -120,7 +113,7 @@ class Problem:
         kept = order[cut:]
         ties = kept[x[kept].abs() <= threshold]  # rounding makes some: of 4,096 inputs up to 20 more would be cut
         x[ties] = threshold * 1.01 + 1e-3
-        return cls(x, matrices, n_out, threshold, sparsity)
+        self.x, self.threshold = x, threshold
 
     def expected(self, threshold: float) -> Tensor:
         kept = torch.where(self.x.float().abs() > threshold, self.x, 0).double()
@@ -135,25 +128,21 @@ class Problem:
 
 def graph_us(launch: Callable[[Matrix], None], matrices: list[Matrix]) -> float:
     """Median microseconds of one product in a graph over all `matrices`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        launch(matrices[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def launch_all() -> None:
         for matrix in matrices:
             launch(matrix)
-    times = []
-    for i in range(WARM_UP + REPLAYS):
+
+    # the row that it keeps, which no launch changes, says on which device
+    graph, times = record_graph(launch_all, matrices[0][0][:1]), []
+    for _ in range(WARM_UP + REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        if i >= WARM_UP:
-            times.append(start.elapsed_time(end))
-    return 1e3 * sorted(times)[REPLAYS // 2] / len(matrices)
+        times.append(start.elapsed_time(end))
+    return 1e3 * sorted(times[WARM_UP:])[REPLAYS // 2] / len(matrices)
 
 
 def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Matrix], None], Tensor]]]:
@@ -164,6 +153,8 @@ def contenders(problem: Problem, pdl: bool) -> dict[str, list[tuple[Callable[[Ma
     turns = itertools.cycle(((sums[0], sums[1]), (sums[1], sums[0])))
     thresholds = torch.full((1, n_in), threshold, device=device)
 
+    # By dependent launch it starts, and fetches rows, while the launch before ends. Its guess of the kept rows is right
+    # here, since x never changes; in the step o guesses by the last token's x.
     def ours(matrix: Matrix) -> None:
         (weight, scale), (out, other) = matrix, next(turns)
         product = Product(weight, thresholds, [n_out], problem.sparsity, scale)
@@ -195,11 +186,10 @@ def check(launch: Callable[[Matrix], None], out: Tensor, problem: Problem, name:
 
 
 def measure(n_in: int, n_out: int, sparsity: float, dtype: str) -> list[dict]:
-    """Rows of all kernels for one shape, dtype and sparsity."""
     pdl = torch.cuda.get_device_capability() >= (9, 0)
     times: dict[str, list[float]] = {}  # of each launch, the best so far
     for recording in range(RECORDINGS):
-        problem = Problem.make(n_in, n_out, sparsity, dtype)
+        problem = Problem(n_in, n_out, sparsity, dtype)
         for name, launches in contenders(problem, pdl).items():
             best = times.setdefault(name, [math.inf] * len(launches))
             for i in range(len(launches)) if recording == 0 else promising(best):

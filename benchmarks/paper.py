@@ -5,10 +5,10 @@ python -m benchmarks.paper report DIR NOTE        # DIR/<table>/<row>@<column>.j
 ... | python -m benchmarks.paper estimate DIR     # of a checkpoint; lines "tokens of forward passes, result"
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.paper")
+if __name__ == "__main__":
+    options.run_script("benchmarks.paper")
 
 import random
 import sys
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-import options
 from benchmarks.plot import RULES, grid, ticks
 from benchmarks.results import provenance
 from cli import placement
@@ -75,12 +74,7 @@ def results_of(folder: Path) -> dict[str, dict[str, dict]]:
 
 
 def draw(path: Path, tables: dict[str, dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = grid(plt, 3)
+    figure, axes = grid(3)
     panels = {"perplexity": "perplexity", "tasks": "score", "latency": "tokens_per_sec"}
     for axis, (name, value) in zip(axes, panels.items(), strict=True):
         for row, found in tables[name].items():

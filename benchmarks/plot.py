@@ -3,16 +3,15 @@
 python -m benchmarks.plot            # decode.csv -> decode.png, gemv.csv -> gemv.png, quality.csv -> quality.png
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.plot")
+if __name__ == "__main__":
+    options.run_script("benchmarks.plot")
 
 from collections import defaultdict
 
 import numpy as np
 
-import options
 from benchmarks.results import RESULTS, form, read_rows
 from formats.files import atomic_write
 
@@ -30,22 +29,21 @@ SPEEDUP = "NVIDIA H100 80GB HBM3", "llama-3-8b"  # whose sweep with a short prom
 MOST_PERPLEXITY = 300  # what is above is drawn at this height, with its number
 
 
-def plot_decode(plt) -> None:
-    """A panel per device, model and prompt, a line per form of the weights; only sweeps of four sparsities or more.
-
-    A last panel puts the speed-ups of `SPEEDUP` beside the peers.
-    """
+def plot_decode() -> None:
+    """A panel per device, model and prompt, a line per form of the weights; a last one: `SPEEDUP` beside the peers."""
     panels = defaultdict(lambda: defaultdict(list))
     for row in sorted(read_rows("decode.csv"), key=lambda row: float(row["sparsity"])):
         if (row["batch"], row["gpus"], row["draft"], row["step"]) == ("1", "1", "none", "fused"):
             sweep = row["device"], row["model"], int(row["prompt_tokens"]), row["new_tokens"]
             panels[sweep][form(row)].append(row)
+
+    # sweeps of four sparsities or more
     panels = {sweep: {name: rows for name, rows in lines.items() if len(rows) >= 4} for sweep, lines in panels.items()}
     panels = {sweep: lines for sweep, lines in panels.items() if lines}
     if not panels:
         return
     with_peers = [sweep for sweep in panels if sweep[:2] == SPEEDUP and "bfloat16" in panels[sweep]]
-    figure, axes = grid(plt, len(panels) + bool(with_peers))
+    figure, axes = grid(len(panels) + bool(with_peers))
 
     # time per token
     for axis, (sweep, lines) in zip(axes, sorted(panels.items()), strict=False):
@@ -88,13 +86,13 @@ def plot_speedup(axis, lines: dict[str, list[dict]]) -> None:
     ticks(axis, (0.7, 1, 1.5, 2, 3, 4, 6, 8))
 
 
-def plot_gemv(plt) -> None:
+def plot_gemv() -> None:
     """One product: a panel per shape and device, a line per kernel and form of the weights, ours with their limits."""
     panels = defaultdict(lambda: defaultdict(list))
     for row in sorted(read_rows("gemv.csv"), key=lambda row: float(row["sparsity"])):
         shape = row["device"], int(row["in_features"]), int(row["out_features"])
         panels[shape][row["kernel"], row["dtype"]].append(row)
-    figure, axes = grid(plt, len(panels))
+    figure, axes = grid(len(panels))
     for axis, ((device, n_in, n_out), lines) in zip(axes, sorted(panels.items()), strict=True):
         peak = PEAK_BANDWIDTH.get(device)
         for (kernel, dtype), rows in sorted(lines.items(), key=lambda line: (line[0][0] != "ours", line[0])):
@@ -109,17 +107,14 @@ def plot_gemv(plt) -> None:
     save(figure, "gemv.png", legend=axes)
 
 
-def plot_quality(plt) -> None:
-    """The rules on WikiText-2, full protocol, a line each; dense is a line across.
-
-    Beside them, for 16, 8 and 4 bits, perplexity against the bytes read per token: see `bytes_line`.
-    """
+def plot_quality() -> None:
+    """The rules on WikiText-2, full protocol; beside them, for 16, 8 and 4 bits, perplexity against bytes per token."""
     protocol = {"text": "wikitext", "sparse_fraction": "0.99", "context": "2048", "window": "512", "num_windows": "128"}
     measured = [row for row in read_rows("quality.csv") if protocol.items() <= row.items()]
     models = sorted({row["model"] for row in measured})
     if not models:
         return
-    figure, axes = grid(plt, 2 * len(models), columns=2)
+    figure, axes = grid(2 * len(models), columns=2)
     for model, by_sparsity, by_bytes in zip(models, axes[::2], axes[1::2], strict=True):
         lines = defaultdict(list)
         for row in sorted(measured, key=lambda row: float(row["achieved_sparsity"])):
@@ -155,18 +150,15 @@ def plot_quality(plt) -> None:
 def draw_perplexity(axis, x, rows: list[dict], style: str, label: str | None = None) -> None:
     """A rule's line in its colour; what is above `MOST_PERPLEXITY` lies at that height, with its number."""
     y = column(rows, "perplexity")
-    color = RULES[rows[-1]["rule"]]
-    axis.plot(x, y.clip(max=MOST_PERPLEXITY), style, color=color, label=label, markersize=4)
+    axis.plot(x, y.clip(max=MOST_PERPLEXITY), style, color=RULES[rows[-1]["rule"]], label=label, markersize=4)
     for place, value in zip(x, y, strict=True):
         if value > MOST_PERPLEXITY:
             axis.text(place, 1.05 * MOST_PERPLEXITY, f"\u2191{value:,.0f}", ha="center", fontsize=7)
 
 
 def bytes_line(model: str, quant: str):
-    """Bytes per token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two.
-
-    The shifts of refined thresholds, under 1 % of the bytes, are not in it where those rows have uniform ones.
-    """
+    """Bytes per token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two."""
+    # the shifts of refined thresholds, under 1 % of the bytes, are not in it where those rows have uniform ones
     rows = [row for row in read_rows("decode.csv") if (row["model"], row["quant"]) == (model, quant)]
     rows = sorted((row for row in rows if row["dtype"] != "float32"), key=lambda row: float(row["achieved_sparsity"]))
     if len(rows) < 2:
@@ -183,12 +175,14 @@ def percent(rows: list[dict]) -> np.ndarray:
     return 100 * column(rows, "achieved_sparsity")
 
 
-def grid(plt, n: int, columns: int = 3):
+def grid(n: int, columns: int = 3):
     """A figure and its n axes, at most `columns` in a row."""
+    from matplotlib.figure import Figure
+
     columns = min(columns, n)
     lines = -(-n // columns)
-    size = 4.8 * columns, 3.9 * lines + 0.6
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.8 * columns, 3.9 * lines + 0.6), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     for axis in axes.flat[n:]:
         axis.set_visible(False)
@@ -219,14 +213,9 @@ def save(figure, name: str, legend: list) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Draws what has rows. Raises ValueError without matplotlib, or where nothing was measured."""
     options.plot(argv)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     plots = {"decode.csv": plot_decode, "gemv.csv": plot_gemv, "quality.csv": plot_quality}
     measured = [plot for name, plot in plots.items() if read_rows(name)]
     if not measured:
         raise ValueError(f"{RESULTS} has no rows; run benchmarks/run.sh or benchmarks/quality.sh first")
     for plot in measured:
-        plot(plt)
+        plot()

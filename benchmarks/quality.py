@@ -9,21 +9,19 @@ all else dense); relu (ReLUfication: SiLU replaced, no threshold); up-input and 
 inputs as in TEAL, or its outputs where |SiLU(gate)| is small). The sparsity is that of the whole model.
 """
 
-if __name__ == "__main__":
-    from options import run_script
+import options
 
-    run_script("benchmarks.quality")
+if __name__ == "__main__":
+    options.run_script("benchmarks.quality")
 
 import math
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-import options
 from benchmarks.results import command, model_columns, provenance, write_rows
 from calibrate import calibration_tokens
 from cli import placement
@@ -32,9 +30,8 @@ from formats.default_model import resolve_checkpoint
 from formats.text import task_tokens
 from generate import ModelSource
 from model import FeedForward
-from options import GATED
 from sparse_model import PROJECTIONS, SITES, SparseTransformer
-from thresholds import RULES, Cuts, RuleInputs, Statistics, cuts_of_shares
+from thresholds import RULES, Cuts, Statistics, cuts_of_shares
 from tokenizer import load_tokenizer
 
 KEY = "device model quant text rule sparsity sparse_fraction context window num_windows"
@@ -61,7 +58,6 @@ class GatedFeedForward(nn.Module):
 
 
 def share_of(model: SparseTransformer, *projections: str) -> float:
-    """These projections' share of the weights of all."""
     sizes = model.projection_sizes()
     return sum(sizes[p] for p in projections) / sum(sizes.values())
 
@@ -104,7 +100,7 @@ def prepare(
     Raises ValueError for a sparsity that the rule cannot reach, or a missing cut table.
     """
     if rule in RULES:
-        model.set_cuts(RULES[rule](RuleInputs(folder, lambda: statistics), sparsity))
+        model.set_cuts(RULES[rule](folder, lambda: statistics, sparsity))
     elif rule == "norms":
         model.set_cuts(norm_cuts(statistics, sparsity))
     elif rule == "relu":
@@ -138,7 +134,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     tokenizer = load_tokenizer(folder, source.config.vocab_size)
     tokens = task_tokens("wikitext" if o.text == "wikitext" else "perplexity", o.data, tokenizer)
     statistics, gate_tokens = source.statistics(o.statistics), None
-    if set(o.rules) & set(GATED):
+    if set(o.rules) & set(options.GATED):
         gate_tokens, _ = calibration_tokens(folder, source.sparse_model, o.calibration, CALIBRATION_TOKENS, seed=0)
     del source.sparse_model  # its memory is the next model's
     made = provenance(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 from formats.files import atomic_write
@@ -19,15 +19,10 @@ def provenance(device: str) -> dict[str, str]:
     """date, device, torch, triton, commit of a measurement made now. A tree with changes is marked -dirty."""
     # a machine that has the tree without its history can be told the commit
     git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    if not (commit := os.environ.get("GIT_COMMIT", "")):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
+    commit = os.environ.get("GIT_COMMIT") or subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    triton = next((found.version for found in distributions(name="triton")), "")
     today = date.today().isoformat()
-    return {"date": today, "device": device, "torch": version("torch"), "triton": triton, "commit": commit}
+    return {"date": today, "device": device, "torch": version("torch"), "triton": triton, "commit": commit or "unknown"}
 
 
 def model_columns(config: ModelArgs) -> dict[str, str]:

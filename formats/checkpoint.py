@@ -22,16 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from formats.files import (
-    ECHO,
-    check_space,
-    no_space_is_value_error,
-    one_line,
-    read_json,
-    regular_file,
-    shown,
-    write_json,
-)
+from formats.files import check_space, no_space_is_value_error, one_line, read_json, regular_file, shown, write_json
 
 Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}  # projections that a checkpoint may hold apart, in order
@@ -39,10 +30,8 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
 SINGLE_FILE_BYTES, SHARD_BYTES = 10 * 10**9, 5 * 10**9  # weights beyond the first are cut into shards of the second
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that a source may have
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
-COPIED_FILES = (
-    "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json chat_template.jinja chat_template.json"
-).split()
+COPIED_FILES = "config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json".split()
+COPIED_FILES += "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json".split()
 
 
 # ---------------------------------------------------------------- reading
@@ -97,7 +86,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         pickled = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
     except Exception as error:  # of safetensors, torch, pickle, and whatever damaged bytes lead to in them
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path} is refused: it would run {refused[1][:ECHO]}; get it as safetensors") from None
+            raise ValueError(f"{path} is refused: it would run {one_line(refused[1])}; get it as safetensors") from None
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__  # no advice
         raise ValueError(f"{path} cannot be read, it is truncated or no weight file: {one_line(reason)}") from None
     if not isinstance(pickled, dict):

@@ -24,14 +24,9 @@ FAMILIES: dict[str, dict] = {
     "Gemma2ForCausalLM": {"norm": "rms_plus_one", "post_norm": True},
     "Gemma3ForCausalLM": {"norm": "rms_plus_one", "post_norm": True, "qk_norm": "head"},
     "GPTNeoXForCausalLM": {"norm": "layer", "gated": False, "mlp_bias": True},
-    "OPTForCausalLM": {
-        "norm": "layer",
-        "norm_eps": 1e-5,
-        "gated": False,
-        "rotary_share": 0.0,
-        "learned_positions": True,
-    },
 }
+FAMILIES["OPTForCausalLM"] = {"norm": "layer", "norm_eps": 1e-5, "gated": False}
+FAMILIES["OPTForCausalLM"] |= {"rotary_share": 0.0, "learned_positions": True}
 GEMMAS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 MODEL_TYPES = {"smollm3": "SmolLM3", "gpt_neox": "GPTNeoX", "gptneox": "GPTNeoX", "opt": "OPT", "gemma3_text": "Gemma3"}
 
@@ -78,15 +73,10 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"} 
 ACTIVATIONS |= dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_tanh")
 ACTIVATION_KEYS = dict.fromkeys(GEMMAS, "hidden_activation") | {"OPTForCausalLM": "activation_function"}
 UNBIASED, PARTLY_ROTARY = ("MistralForCausalLM", "Phi3ForCausalLM"), ("Phi3ForCausalLM", "GPTNeoXForCausalLM")
-ROPE_KEYS = {  # what each type of rope scaling needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "dynamic": ("factor",),
-    "yarn": (),
-    "longrope": ("short_factor", "long_factor"),
-    "factors": ("factors",),
-}
+# what each type of rope scaling needs
+ROPE_KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",)}
+ROPE_KEYS["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_KEYS |= {"dynamic": ("factor",), "yarn": (), "longrope": ("short_factor", "long_factor"), "factors": ("factors",)}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -227,9 +217,7 @@ def _rope(config: dict, family: str, fields: dict) -> dict:
     share = checked(found, "partial_rotary_factor", float, share, least=LEAST, most=1)
     rotary_dim = int(fields["head_dim"] * share)
     if (share != 1 and family not in PARTLY_ROTARY) or rotary_dim % 2 or not rotary_dim:
-        raise ValueError(
-            f"config.json has partial_rotary_factor {share}; only 1 or an even part of a head is supported"
-        )
+        raise ValueError(f"config.json has partial_rotary_factor {share}; supported: 1, or an even part of a head")
 
     # the type, and the numbers that it needs
     kind = found.get("rope_type") or found.get("type") or "default"

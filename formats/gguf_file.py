@@ -276,8 +276,7 @@ def write_gguf_tokenizer(meta: Metadata, folder: Path) -> None:
     if kind == "gpt2":
         if not pre:
             warnings.warn("without tokenizer.ggml.pre, texts are split as llama.cpp does by default", stacklevel=2)
-        merges = meta.read("tokenizer.ggml.merges", [str])
-        tokenizer = byte_level_tokenizer(tokens, types, merges, pre or "default")
+        tokenizer = byte_level_tokenizer(tokens, types, meta.read("tokenizer.ggml.merges", [str]), pre or "default")
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     elif kind == "llama":
         (folder / "tokenizer.model").write_bytes(_sentencepiece_model(meta, tokens, types))

@@ -4,7 +4,6 @@ from formats.config import FAMILIES
 
 _LLAMA31_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA31_ROPE |= {"original_max_position_embeddings": 8192}
-_LLAMA2 = {"block_size": 4096}
 _LLAMA3 = {"block_size": 8192, "vocab_size": 128256, "rope_base": 500000.0}
 _LLAMA31 = _LLAMA3 | {"block_size": 131072, "rope_scaling": _LLAMA31_ROPE}
 _LLAMA32 = _LLAMA31 | {"rope_scaling": _LLAMA31_ROPE | {"factor": 32.0}, "tie_embeddings": True}
@@ -20,7 +19,6 @@ _PYTHIA = {"vocab_size": 50432, "activation": "gelu", "rotary_share": 0.25, "par
 _PYTHIA |= {"qkv_bias": True, "o_bias": True} | FAMILIES["GPTNeoXForCausalLM"]
 _OPT = {"vocab_size": 50272, "activation": "relu", "tie_embeddings": True} | FAMILIES["OPTForCausalLM"]
 _OPT |= {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-_SMOLLM2 = {"block_size": 8192, "vocab_size": 49152, "rope_base": 1e5, "tie_embeddings": True}
 
 
 def _named(n_layer: int, n_head: int, n_local_heads: int, dim: int, intermediate_size: int = 0, **others) -> dict:
@@ -34,9 +32,9 @@ transformer_configs = {  # layers, heads, key/value heads, width, hidden width; 
     "stories15M": _named(6, 6, 6, 288),
     "stories110M": _named(12, 12, 12, 768),
     "CodeLlama-7b-Python-hf": _named(32, 32, 32, 4096, block_size=16384, rope_base=1e6),
-    "llama-2-7b": _named(32, 32, 32, 4096, **_LLAMA2),
-    "llama-2-13b": _named(40, 40, 40, 5120, **_LLAMA2),
-    "llama-2-70b": _named(80, 64, 8, 8192, 28672, **_LLAMA2),
+    "llama-2-7b": _named(32, 32, 32, 4096, block_size=4096),
+    "llama-2-13b": _named(40, 40, 40, 5120, block_size=4096),
+    "llama-2-70b": _named(80, 64, 8, 8192, 28672, block_size=4096),
     "llama-3-8b": _named(32, 32, 8, 4096, 14336, **_LLAMA3),
     "llama-3-70b": _named(80, 64, 8, 8192, 28672, **_LLAMA3),
     "llama-3.1-8b": _named(32, 32, 8, 4096, 14336, **_LLAMA31),
@@ -45,7 +43,7 @@ transformer_configs = {  # layers, heads, key/value heads, width, hidden width; 
     "Mistral-7B": _named(32, 32, 8, 4096, 14336, block_size=32768, sliding_window=4096),
     "qwen2.5-0.5b": _named(24, 14, 2, 896, 4864, vocab_size=151936, tie_embeddings=True, **_QWEN25),
     "qwen2.5-7b": _named(28, 28, 4, 3584, 18944, vocab_size=152064, **_QWEN25),
-    "smollm2-135m": _named(30, 9, 3, 576, 1536, **_SMOLLM2),
+    "smollm2-135m": _named(30, 9, 3, 576, 1536, block_size=8192, vocab_size=49152, rope_base=1e5, tie_embeddings=True),
     "qwen3-0.6b": _named(28, 16, 8, 1024, 3072, tie_embeddings=True, **_QWEN3),
     "qwen3-8b": _named(36, 32, 8, 4096, 12288, **_QWEN3),
     "gemma-3-4b": _named(34, 8, 4, 2560, 10240, **_GEMMA3, **_GEMMA3_4B),

@@ -79,11 +79,9 @@ def _sum_kernel(
         )
     else:
         for r in tl.static_range(RANKS):
-            late = 1
-            while late > 0:
-                word = tl.load(own_inbox + r * room, mask=mask, other=0, volatile=True)
-                late = tl.sum((mask & ((word >> 32).to(tl.int32) != tag)).to(tl.int32), axis=0)
             word = tl.load(own_inbox + r * room, mask=mask, other=0)
+            while tl.max((mask & ((word >> 32).to(tl.int32) != tag)).to(tl.int32), axis=0) > 0:
+                word = tl.load(own_inbox + r * room, mask=mask, other=0)
             total += word.to(tl.int32).to(tl.float32, bitcast=True)
     tl.store(total_ptr + i, total, mask=mask)
 
@@ -96,12 +94,8 @@ class Exchanges:
 
     def __init__(self, inboxes: Tensor, rank: int, room: int, per_step: int, pdl: bool):
         self.inboxes, self.rank, self.room, self.pdl, self.made = inboxes, rank, room, pdl, 0
-        self.epoch = torch.zeros(1, dtype=torch.int32, device=inboxes.device)  # steps so far, this one included
+        self.epoch = torch.ones(1, dtype=torch.int32, device=inboxes.device)  # steps so far, this one included
         self.compiled = {"PER_STEP": per_step, "RANKS": len(inboxes), "ASM": inboxes.is_cuda, "PDL": pdl}
-
-    def begin_step(self) -> None:
-        self.epoch.add_(1)
-        self.made = 0
 
     def add(self, part: Tensor, total: Tensor) -> None:
         """total += the sum of all ranks' parts, both contiguous, float32; the part becomes 0."""
@@ -110,3 +104,7 @@ class Exchanges:
             **self.compiled, num_warps=1, launch_pdl=self.pdl,
         )
         self.made += 1
+
+    def next_step(self) -> None:
+        self.epoch.add_(1)
+        self.made = 0

@@ -1,5 +1,5 @@
 """Fused kernels of a decode step of 1 to 8 rows, in Triton. One row takes five launches per layer, each dependent on
-the one before (a product of several rows takes two, see `kernels.few_rows`):
+the one before (a product of several rows may take two, see `kernels.few_rows`):
 
     norm + qkv | norms of q and k + rope + cache + attention | o + residual | norm + gate, up
         | activation x up + down + residual

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
-from kernels.int8_mma import CACHED, ONCE, _add_scaled, _load_factors, _load_four, _pick_bytes
+from kernels.integer_mma import _add_to, _load, _load_factors, _pick_bytes
 from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales
 from kernels.plan import of_rows
 from kernels.triton_gemv import (
@@ -45,7 +45,6 @@ from kernels.triton_gemv import (
 )
 
 PIECE = tl.constexpr(64)  # outputs that the warp loads at once, of 4 inputs
-ONCE_OR_ZERO = tl.constexpr("mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; " + ONCE.value)
 
 # Rows of x up to which every program makes its own inputs; more have a launch before for that. A step of llama-3-8b, 4
 # rows, takes 5.18 ms so at 50 % and 5.31 with the launch; dense 5.69 and 5.64; 3 rows dense 5.44 and 5.55 (H100).
@@ -57,7 +56,7 @@ class Lanes(NamedTuple):
     """How a tile is loaded and added."""
 
     full: bool  # segments end where a tile does
-    add_four: bool  # the GPU adds 4 neighbours at once
+    add_vectors: bool  # the GPU adds 4 neighbours at once
     packed: bool
 
 
@@ -85,26 +84,6 @@ def _ballot(truth):
     )
 
 
-@triton.constexpr_function
-def planes_assembly(pieces):
-    """Loads words of three planes of packed weights, as many of each as pieces, where a lane wants them."""
-    out, vector = 3 * pieces, {1: "$%d", 2: ".v2.b32 {$%d, $%d}", 4: ".v4.b32 {$%d, $%d, $%d, $%d}"}[pieces]
-    words = [vector % tuple(range(plane, plane + pieces)) for plane in range(0, out, pieces)]
-    how = "@p ld.global.L1::no_allocate" + ".b32 " * (pieces == 1)
-    loads = "".join(f"{how}{word}, [${out} + {32 * plane}]; " for plane, word in enumerate(words))
-    return f"{{ .reg .pred p; setp.ne.s32 p, ${out + 1}, 0; {loads}}}"
-
-
-@triton.jit
-def _load_planes(at, wanted, PIECES: tl.constexpr):
-    """Words of three planes at each lane's address, int32, where wanted is not 0; else anything."""
-    WORDS: tl.constexpr = 3 * PIECES
-    return tl.inline_asm_elementwise(
-        planes_assembly(PIECES), "=&r," * WORDS + "l,r", [at.to(tl.int64), wanted], dtype=(tl.int32,) * WORDS,
-        is_pure=False, pack=1,
-    )
-
-
 @triton.jit
 def _load_block(
     weights, at, kept, col, last, FIRST: tl.constexpr, COUNT: tl.constexpr, N_OUT: tl.constexpr, ALL: tl.constexpr,
@@ -122,12 +101,12 @@ def _load_block(
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
                 wanted = tl.where(col < last, wanted, 0)
-            weights = weights + _load_planes(at + i * N_OUT, wanted, PIECES)
+            weights = weights + _load(at + i * N_OUT, wanted, 3 * PIECES, PIECES, APART=32, ONCE=True)
         for p in tl.static_range(0 if LANES.packed else PIECES):
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
                 wanted = tl.where(col + p * PIECE < last, wanted, 0)
-            weights = weights + _load_four(ONCE_OR_ZERO, at + (i * N_OUT + p * PIECE), wanted)
+            weights = weights + _load(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
     return weights
 
 
@@ -233,7 +212,7 @@ def _add_block(
     at: the index of the first word of the block in `weights`.
     """
     for i in tl.static_range(FIRST, FIRST + COUNT):
-        b0, b1, added = _pick_bytes(x[i], choice_0), _pick_bytes(x[i], choice_1), ()
+        b0, b1, added = _pick_bytes(x[i], 0, choice_0), _pick_bytes(x[i], 0, choice_1), ()
         for p in tl.static_range(PIECES):
             a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
             added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
@@ -254,8 +233,7 @@ def _with_offsets(sums, offsets):
     """Those that the first programs add."""
     out = ()
     for i in tl.static_range(4):
-        offset = offsets[i].to(tl.float32, bitcast=True)
-        out = out + (sums[i] + tl.where(tl.program_id(1) == 0, offset, 0.0),)  # noqa: RUF005
+        out = out + (sums[i] + offsets[i].to(tl.float32, bitcast=True),)  # noqa: RUF005
     return out
 
 
@@ -382,9 +360,10 @@ def _half_kernel(
             there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_WORDS
             weights = _load_block(weights, block_at, there, col, last, 0, 8, N_WORDS, ALL, PLAN, LANES)
     for p in tl.static_range(SETS):
-        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * STEP, last),)  # noqa: RUF005
-        first_ones = tl.where(tl.program_id(1) == 0, last, 0)
-        offsets = offsets + (_load_factors(offset_ptr, at + p * STEP, first_ones),)  # noqa: RUF005
+        there = (at + p * STEP < last).to(tl.int32)
+        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * STEP, there, 4),)  # noqa: RUF005
+        there = tl.where(tl.program_id(1) == 0, there, 0)
+        offsets = offsets + (_load_factors(offset_ptr, at + p * STEP, there, 4),)  # noqa: RUF005
 
     # the launch before has ended
     if PDL:
@@ -455,7 +434,7 @@ def _half_kernel(
             if PREPARED:  # blocks beyond the last one have weights of 0, packed ones anything
                 x_at = x_ptr + (q * N_BLOCKS + tl.minimum(block + b, N_BLOCKS - 1)) * BLOCK + lane % 4 * 8
                 one = tl.full((BLOCK,), 1, tl.int32)
-                x = _load_four(CACHED, x_at, one) + _load_four(CACHED, x_at + 4, one)
+                x = _load(x_at, one, 8, 4, APART=16)
                 if PACKED and N_BLOCKS % BLOCKS != 0:
                     x = _where_each(block + b < N_BLOCKS, x)
             else:
@@ -491,8 +470,8 @@ def _half_kernel(
                 out = (out[0] * shrink, out[1] * shrink, out[2] * shrink, out[3] * shrink)
             if offset_ptr is not None:
                 out = _with_offsets(out, offsets[p])
-            out_at = out_ptr + row * out_stride
-            _add_scaled(out, finenesses[p], out_at, at + p * STEP, end, OP, LANES.add_four, fineness_ptr is not None)
+            out_at, there = out_ptr + row * out_stride + at + p * STEP, (at + p * STEP < end).to(tl.int32)
+            _add_to(out_at, there, out, finenesses[p], 4, OP, LANES, fineness_ptr is not None)
 
 
 # ---- launching it

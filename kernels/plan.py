@@ -21,14 +21,12 @@ RESIDENT = 2112
 # Outputs beyond which a product is wide: it has programs enough for long parts of a row each.
 WIDE = 8192
 
-# Outputs of a wide product, gate|up, from which on int4 prefetches more of it.
-VERY_WIDE = 16384
-
 # Sparsity above which most of the instructions of a tile would be about cut rows.
 MOSTLY_CUT = 0.6
 
-# Outputs of an int8 program, see `kernels.int8_mma`.
-INT8_OUT = 128
+# Outputs of an int8 program, and the most of one int4 product of the tensor cores, see `kernels.integer_mma`.
+INT8_OUT, CHUNK = 128, 64
+INT4_SIZES = ((2, 4), (2, 2), (1, 2), (1, 1))  # blocks of inputs and chunks of outputs, the best first
 
 # Weights from which on rows of gate|up are prefetched during attention. llama-3-8b and llama-2-7b gain, see
 # `attention_prefetch`. With it llama-3.2-1b's step went from 0.708 to 0.705 ms at 50 % but from 0.616 to 0.620 at 65 %,
@@ -41,7 +39,7 @@ class Plan(NamedTuple):
 
     blocks: int  # of BLOCK_IN inputs that a program takes
     block_out: int  # outputs of its tile
-    rows: int  # rows of W that it loads at once, in int4 kept ones, listed; 0: all of its rows, the cut ones masked
+    rows: int  # rows of W that it loads before its first product; 0: all
     registers: int | None = None  # most per thread; None: the compiler's choice
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
@@ -68,17 +66,14 @@ def plan_for(
     part: segments of a rank's part of the weight, which is multiplied with the sums of the whole.
     """
     unknown, common = prologue == "norm" and not last_rstd, math.gcd(*(part or segments))
-    if form.name == "int8":
-        return _int8_plan(prologue, n_in, segments, sparsity, dependent and not unknown and common % INT8_OUT == 0)
     if form.bits == 12:
         plan = _packed_plan(_half_plan(prologue, n_in, segments, sparsity), segments)
-    elif form.bits == 16 and math.gcd(*segments) % 8 == 0:
+    elif form.name == "none":
         plan = _half_plan(prologue, n_in, segments, sparsity)
-    elif form.bits >= 16:
-        plan = Plan(1, 64 if n_in * sum(segments) < RESIDENT * BLOCK_IN * 32 else 128, 0)
     else:
-        plan = _int4_plan(prologue, n_in, segments, sparsity, dependent)
-    if not dependent or (plan.guess and unknown) or common % plan.block_out:
+        plan = _integer_plan(prologue, n_in, segments, sparsity, form)
+    whole = common % plan.block_out == 0 and plan.block_out * form.bits % 128 == 0
+    if not dependent or (plan.guess and unknown) or not whole:
         return plan._replace(prefetch=0, prefetch_blocks=0, guess=False)
     return plan
 
@@ -121,59 +116,50 @@ def of_rows(plan: Plan) -> Plan:
 def _packed_plan(half: Plan, segments: list[int]) -> Plan:
     """That of packed weights, with the blocks and so the sums of 16-bit ones, but for bounds of registers.
 
-    Dense, a step of llama-3-8b takes 3.0 % less with gate|up in tiles of 128 outputs, 1.0 % with down, 0.7 % with o, and
-    1.0 % more with qkv; 256 lose 2 to 5 % (H100).
+    Dense, a step of llama-3-8b takes 3.0 % less with gate|up in tiles of 128 outputs, 1.0 % with down, 0.7 % with o,
+    and 1.0 % more with qkv; 256 lose 2 to 5 % (H100).
     """
     block_out = 128 if half.blocks > 1 and (half.guess or len(segments) < 3) else half.block_out
     rows, prefetch = half.rows if half.blocks > 2 else 0, half.prefetch * half.block_out // block_out
     return half._replace(block_out=block_out, rows=rows, registers=None, prefetch=prefetch)
 
 
-def _int4_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, dependent: bool) -> Plan:
-    """That of an int4 product, by row: converting rows that are cut costs what skipping them saves."""
-    n_out, common = sum(segments), math.gcd(*segments)
-    wide, rows = n_out > WIDE, 4 if sparsity else 16
-
-    # A small product, see RESIDENT: beyond half of what fits, small tiles gain nothing more (llama-3.2-1b at 50 %:
-    # 0.626 ms with 512 outputs, 0.649 with 128). Dense, gate|up wants 1,024 outputs (a step of llama-3-8b of 2.529
-    # instead of 2.544 ms), o and down 256.
-    small = not wide and -(-n_in // BLOCK_IN) * -(-n_out // 64) <= RESIDENT // 2
-    block_out = 64 if small else 512 if sparsity else 1024 if wide else 256
-
-    # Only tiles that divide every segment are prefetched. Wide ones keep their size all the same: 512 outputs do not
-    # divide llama-2-7b's gate, but 256 make its step 4 to 6 % longer.
-    if dependent and common % 128 == 0 and not wide:
-        block_out = min(block_out, common & -common)
-
-    # Most registers per thread. Dense, not gate|up: 2.534 -> 2.506 ms with 72; cut, after a norm: 1.816 -> 1.789.
-    registers = 72 if (block_out <= 512 if not sparsity else prologue == "norm") else None
-
-    # A guess comes from x as it is before the launch may begin. Before o and down it costs what it saves.
-    if not sparsity or prologue != "norm":
-        return Plan(1, block_out, rows, registers, 264 if sparsity else 528, 1)
-    prefetch = 264 if n_out <= VERY_WIDE else 2112 if sparsity > MOSTLY_CUT else 1056
-    return Plan(1, block_out, rows, registers, prefetch, 1, True)
+def chunk_of(groupsize: int) -> int:
+    """Outputs of an int4 product of the tensor cores, all of one group and whole words."""
+    return next(n for n in range(CHUNK, 0, -8) if groupsize % n == 0)
 
 
-def _int8_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, prefetched: bool) -> Plan:
-    """That of an int8 product; its blocks share a scale of x, so they are the same for every number of rows of x.
+def _integer_plan(prologue: str, n_in: int, segments: list[int], sparsity: float, form: Form) -> Plan:
+    """That of integers; its blocks share a scale of x, so they are the same for every number of rows of x.
 
-    prefetched: whether rows can be, where some are cut; dense weights themselves are loaded before the wait.
+    Where some are cut rows are prefetched; dense weights themselves are loaded before the wait.
 
     Four blocks save instructions, two have more programs. A step of llama-3-8b's 16 layers takes, in two / four blocks,
     1.518 / 1.536 ms dense, 1.019 / 1.020 at 50 % and 0.938 / 0.889 at 65 %; at 50 % qkv (6,144 outputs) 7.48 / 6.03 us,
-    o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %.
+    o 4.27 / 4.75, gate|up 21.57 / 22.87 and down 11.31 / 11.33. One block: 1.586 ms dense, 1.394 at 50 %. That is int8.
+    int4's o, gate|up and down, dense, in 2 blocks x 256 outputs 47.8 us, x 128 outputs 54.1, in 4 x 128 52.0, in
+    1 x 256 53.0.
     """
-    wide, tiles = sum(segments) > WIDE, sum(-(-width // INT8_OUT) for width in segments)
     # o has at most two: ranks split its inputs at heads, multiples of 64
-    most = 4 if sparsity and prologue != "given" and (not wide or sparsity > MOSTLY_CUT) else 2
-    programs = tiles * -(-n_in // BLOCK_IN)
-    blocks = next((b for b in (4, 2) if b <= most and programs >= b * RESIDENT // 2), 1)
+    most = 4 if sparsity and prologue != "given" and (sum(segments) <= WIDE or sparsity > MOSTLY_CUT) else 2
+    chunk, sizes, enough = INT8_OUT, ((4, 1), (2, 1), (1, 1)), RESIDENT // 2
+    if form.name == "int4":
+        chunk, most, enough = chunk_of(form.groupsize), 2, RESIDENT // 4
+        sizes = INT4_SIZES if chunk == CHUNK else ((2, 4), (1, 4))  # words that are loaded alone end anywhere
+
+    def fits(blocks: int, chunks: int) -> bool:
+        programs = sum(-(-width // (chunk * chunks)) for width in segments) * -(-n_in // BLOCK_IN)
+        divides = chunk != CHUNK or not math.gcd(*segments) % (chunk * chunks)
+        return blocks <= most and divides and programs >= blocks * enough
+
+    blocks, chunks = next((size for size in sizes if fits(*size)), sizes[-1])
 
     # 1,056 programs prefetch all their blocks: 1.024 ms at 50 %, none 1.072, 2,112 of them 1.026. Registers are the
     # compiler's: 128 dense (96: 1.518 -> 1.550 ms), 96 for two blocks, 168 for four.
-    plan = Plan(blocks, INT8_OUT, 0)
-    return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if prefetched and sparsity else plan
+    # int4's gate|up takes 26.1 us with it at 50 %, 18.9 without.
+    plan = Plan(blocks, chunk * chunks, 0)
+    ahead = sparsity and (form.name == "int8" or prologue == "given")
+    return plan._replace(prefetch=1056, prefetch_blocks=blocks, guess=True) if ahead else plan
 
 
 # A program that prefetches during attention asks for AHEAD_BYTES of each of AHEAD_ROWS rows of gate or up. Pieces of 1,

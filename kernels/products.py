@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.few_rows import Prepared, launch_rows
+from kernels.few_rows import Prepared
 from kernels.half_mma import fits_half, launch_half
-from kernels.int8_mma import launch_int8
+from kernels.integer_mma import launch_integers
 from kernels.triton_gemv import Product, launch_gemv
 
 
@@ -14,14 +14,12 @@ def launch_product(
 ) -> None:
     """Adds the product of each row of x to `out`: see `kernels.triton_gemv.launch_gemv`.
 
-    prepared: what the rows share a launch through, of 2 to 8; with a prologue but "given" there is one row without it.
+    prepared: room through which 2 to 8 rows share one launch. Without it each row has programs of its own.
     """
-    if product.form.name == "int8":
-        launch_int8(prologue, x, product, out, prepared=prepared, **options)
-    elif fits_half(product):
+    if fits_half(product):
         launch_half(prologue, x, product, out, prepared=prepared, **options)
-    elif prepared and product.form.name == "int4":
-        launch_rows(prologue, x, product, out, prepared=prepared, **options)
+    elif product.form.name != "none":
+        launch_integers(prologue, x, product, out, prepared=prepared, **options)
     else:
         launch_gemv(prologue, x, product, out, **options)
 

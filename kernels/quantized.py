@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from kernels import packed
 
+SHORT = 128  # rows of x at most whose `product` widens integers in registers
 _STORED_AS = {"int8": torch.int8, "int4": torch.uint8, "packed": torch.uint8}
 
 
@@ -170,10 +171,8 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`."""
     form = form_of(weight, scale)
     if scale is not None and weight.is_cuda and not torch.compiler.is_compiling():  # Inductor fuses what follows
-        from kernels.triton_dequantize import launch_dequantize, launch_unpack
+        from kernels.triton_dequantize import launch_dequantize
 
-        if form.name == "packed":
-            return launch_unpack(weight, scale, dtype)
         return launch_dequantize(weight, scale, dtype)
 
     if form.name == "packed":
@@ -189,3 +188,21 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     elif form.name == "int8":
         weight = weight * scale
     return weight.to(dtype)
+
+
+def product(x: Tensor, site) -> Tensor:
+    """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x.
+
+    On a GPU up to SHORT rows of x are multiplied with integers by a kernel of their own, that reads these alone; else
+    torch multiplies, after dequantising. Where a CUDA graph is recorded, that is done a layer ahead, beside products.
+    """
+    weight, scale = site.weight, site.scale
+    if scale is not None and x.is_cuda and not torch.compiler.is_compiling():
+        from kernels.triton_dequantize import launch_ahead, launch_product
+
+        short = 0 < x.numel() <= SHORT * x.shape[-1] and scale.dtype != torch.int32
+        if short and x.dtype != torch.float32 and not x.requires_grad:
+            return launch_product(x, weight, scale)
+        if torch.cuda.is_current_stream_capturing():
+            return launch_ahead(x, site)
+    return x @ dequantize(weight, scale, x.dtype)

@@ -1,4 +1,4 @@
-"""The sparse product on a GPU, in Triton: a warp takes a tile of inputs x outputs, and masks or skips the cut rows.
+"""What all products on a GPU share, in Triton: their inputs, thresholds and grids; and a product of any float weights.
 
 On an H100 many small programs that add their sums by atomics beat one program that loops down a strip of columns, lists
 of indices, and larger tiles (benchmarks/NOTES.md). Neighbouring programs share inputs and differ in outputs, so that x
@@ -21,8 +21,8 @@ from kernels.quantized import Form, form_of
 MAX_SEGMENTS = 3
 SLOTS, STRIDE = tl.constexpr(64), tl.constexpr(32)  # copies of a norm's rstd, one per cache line of 32 float32
 RSTD_BUFFER = SLOTS.value * STRIDE.value  # behind the outputs of a product with a norm before it
-ONE = 0x3F800000  # bits of 1.0, see `fraction`
 BLOCK = tl.constexpr(BLOCK_IN)
+TILE = tl.constexpr(64)  # outputs of a program of the kernel below
 PIECE_ROWS, PIECE_BYTES = tl.constexpr(AHEAD_ROWS), tl.constexpr(AHEAD_BYTES)
 
 
@@ -35,7 +35,6 @@ class Operation(NamedTuple):
     n_in: int
     dtype: tl.dtype  # in which inputs are rounded and compared
     bits: int = 16  # of a weight
-    pack: int = 1  # outputs of a word, as it is loaded
     groupsize: int = 0  # int4's outputs per scale
     multiplier: float = 1.0  # of the sums
 
@@ -160,7 +159,7 @@ def inputs(rows, operands, constants, rstd, OP: tl.constexpr):
     return x, keep
 
 
-# ---- int8: x on 16-bit fixed point, see `kernels.int8_mma`
+# ---- integers: x on 16-bit fixed point, see `kernels.integer_mma`
 
 
 @triton.jit
@@ -179,8 +178,8 @@ def scales_of(largest):
 @triton.jit
 def fixed(x, up):
     """x 2^s rounded to an integer 256 h + l, as the signed bytes h and l in the low half of an int32."""
-    n = (x * up + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # what is added to 1.5 2^23 loses its fraction
-    return ((n + 128) & 0xFF00) | (n & 0xFF)
+    # what is added to 1.5 2^23 loses its fraction; 128 more, and a byte that counts from -128 becomes a signed one
+    return (x * up + 12583040.0).to(tl.int32, bitcast=True) ^ 0x80
 
 
 # ---- prefetching rows to L2, while the launch before still runs
@@ -197,8 +196,8 @@ def prefetch(rows_ptr, wanted, n_bytes):
 
 @triton.jit
 def prefetch_tile(
-    # the tile's first inputs and their constants, its first output, and the words of a row
-    rows, constants, first, n_words,
+    # the tile's first inputs and their constants, its first output, and the outputs of a row (packed: its words)
+    rows, constants, first, n_out,
     # what guesses which rows are kept, and the rows
     x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr,
     OP: tl.constexpr, PLAN: tl.constexpr,
@@ -206,7 +205,6 @@ def prefetch_tile(
     """Prefetches the tile's part of the first blocks' rows, all of them or those that it guesses to be kept."""
     BLOCKS: tl.constexpr = PLAN.prefetch_blocks
     TILE_BYTES: tl.constexpr = PLAN.block_out * OP.bits // 8
-    WORD_BITS: tl.constexpr = 32 if OP.pack > 1 else OP.bits
     tl.static_assert(TILE_BYTES % 16 == 0)
     for block in tl.static_range(BLOCKS):
         ahead = rows + block * BLOCK
@@ -216,7 +214,8 @@ def prefetch_tile(
             if block > 0:
                 ahead_constants = load_constants(ahead, gain_ptr, threshold_ptr, OP)
             _x, wanted = inputs(ahead, load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        prefetch(weight_ptr + ahead.to(tl.int64) * n_words + first * OP.bits // WORD_BITS, wanted, TILE_BYTES)
+        at = ahead.to(tl.int64) * n_out + (first * 3 // 8 if OP.bits == 12 else first)
+        prefetch(weight_ptr + (at >> 1 if OP.bits == 4 else at), wanted, TILE_BYTES)
 
 
 @triton.jit
@@ -251,66 +250,6 @@ def prefetch_gate_up(
         prefetch(rows_ptr, wanted, tl.minimum(half_bytes - start, PIECE_BYTES))
 
 
-@triton.jit
-def unpacked(word, i: tl.constexpr, DTYPE: tl.constexpr):
-    """The i-th number, as float32, of a run of DTYPE, from the word of 64 bits that holds it."""
-    if DTYPE == tl.float32:
-        bits = (word >> 32 * (i % 2)).to(tl.int32)
-        x = bits.to(tl.float32, bitcast=True)
-    elif DTYPE == tl.bfloat16:  # half the work of a conversion
-        half = (word >> 32 * (i // 2 % 2)).to(tl.int32)
-        half = half & -65536 if i % 2 else half << 16
-        x = half.to(tl.float32, bitcast=True)
-    else:
-        x = (word >> 16 * (i % 4)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return x
-
-
-# ---- int4: sums of x times integer, taken without converting the integers
-
-
-@triton.jit
-def fraction(word, one, k: tl.constexpr):
-    """1 + n / 2^(23 - PLACE) as float32, where n is the k-th integer of 4 bits of each int32 word.
-
-    n becomes part of the mantissa. That takes a shift for every two integers and one operation at the full rate (LOP3);
-    a conversion instruction runs at a quarter of it. At lower places float32 sums of these fractions would lose too
-    much of n. `one` holds the bits of 1.0, and is an argument because the compiler makes two operations of LOP3's two
-    constants.
-    """
-    PLACE: tl.constexpr = 15 + 4 * (k % 2)
-    SHIFT: tl.constexpr = 4 * k - PLACE
-    word = word >> SHIFT if SHIFT > 0 else word << -SHIFT
-    return ((word & (15 << PLACE)) | one).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def add_products(acc, x, word, one):
-    """acc[k] + x * the `fraction` of the k-th integer of each word, for all k."""
-    out = ()
-    for k in tl.static_range(8):
-        out = out + (acc[k] + x * fraction(word, one, k),)  # noqa: RUF005 (Triton knows no stars)
-    return out
-
-
-@triton.jit
-def joined(acc, ones, low):
-    """The sums of x * integer, plus `low`, in the outputs' order, from those of x * fraction and `ones`, that of x."""
-    s = ()
-    for k in tl.static_range(8):
-        s = s + ((acc[k] - ones) * 2.0 ** (8 - 4 * (k % 2)) + low,)  # noqa: RUF005
-    even = tl.interleave(tl.interleave(s[0], s[4]), tl.interleave(s[2], s[6]))
-    odd = tl.interleave(tl.interleave(s[1], s[5]), tl.interleave(s[3], s[7]))
-    return tl.interleave(even, odd)
-
-
-@triton.jit
-def lowest_bit(bits):
-    """Index of the lowest bit set of an int32; below 0 for 0."""
-    low = (bits & -bits).to(tl.uint32).to(tl.float32)
-    return (low.to(tl.int32, bitcast=True) >> 23) - 127
-
-
 # ---- the product
 
 
@@ -332,109 +271,30 @@ def outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT: 
 
 
 @triton.jit
-def _add_kept_rows(
-    # sums of the tile so far, see `add_products`
-    acc, ones, low,
-    # the block's inputs, its rows, and the end of the tile's segment of outputs
-    x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one,
-    OP: tl.constexpr, PLAN: tl.constexpr,
-):
-    """Adds the block's kept rows, some at a time, each loaded by the whole warp; a cut row costs no instruction."""
-    PACK: tl.constexpr = OP.pack
-    WORDS: tl.constexpr = PLAN.block_out // PACK
-    ROWS: tl.constexpr = PLAN.rows
-    words = first // PACK + tl.arange(0, WORDS)
-    lane = tl.arange(0, BLOCK)
-    kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
-    while kept != 0:
-        for _row in tl.static_range(ROWS):
-            i = lowest_bit(kept)
-            x_i = tl.sum(tl.where(lane == i, x.to(tl.int32, bitcast=True), 0), axis=0)
-            x_i = x_i.to(tl.float32, bitcast=True)
-            mask = words < tl.where(kept != 0, last // PACK, 0)
-            at = weight_ptr + i * (n_out // PACK) + words
-            word = tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
-
-            # two bfloat16, a scale and a minimum, for two words
-            pairs = first // (2 * PACK) + tl.arange(0, WORDS // 2)
-            at = weight_scale_ptr + i * (n_out // OP.groupsize) + pairs * (2 * PACK) // OP.groupsize
-            pair = tl.load(at, mask=pairs < tl.where(kept != 0, last // (2 * PACK), 0), other=0)
-            low += x_i * (pair & -65536).to(tl.float32, bitcast=True)
-            x_i *= (pair << 16).to(tl.float32, bitcast=True)
-            ones += x_i
-            acc = add_products(acc, tl.interleave(x_i, x_i), word, one)
-            kept = kept & (kept - 1)
-    return acc, ones, low
-
-
-@triton.jit
-def _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols):
-    """The block's sum by a tile that is loaded at once, its cut rows masked."""
-    mask = keep[:, None] & in_cols[None, :]
-    offsets = tl.arange(0, BLOCK)[:, None] * n_out + cols[None, :]
-    weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-    return tl.sum(x[:, None] * weight.to(tl.float32), axis=0)
-
-
-@triton.jit
 def _gemv_kernel(
     # read and written
-    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr,
-    fineness_ptr,
-    # sizes; tiles_i and start_i: first tile and first output of segment i
-    n_out, x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2,
-    # the norm's epsilon, and the bits of 1.0, see `fraction`
-    eps, one,
+    x_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, offset_ptr, fineness_ptr,
+    # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
+    n_out, x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     # compiled in; ZERO: how much of zero_ptr each program fills
-    OP: tl.constexpr, PLAN: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+    OP: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
-    """out += m (W^T cut(x - shift) + offset): a program takes PLAN.blocks of inputs, a tile of outputs, a row of x.
+    """out += m (W^T cut(x - shift) + offset): a program takes a block of inputs, a tile of outputs, a row of x.
 
-    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing. int4 comes
-    as int32 words of eight outputs, by row. int8 and 16 bits have kernels of their own, `kernels.int8_mma` and
-    `kernels.half_mma`, of which this one takes segments that 8 does not divide.
+    What a program adds lies on the outputs' grid, so that the order in which programs add changes nothing.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    PACK: tl.constexpr = OP.pack
-    BLOCKS: tl.constexpr = PLAN.blocks
-    BLOCK_OUT: tl.constexpr = PLAN.block_out
-    tl.static_assert((PACK > 1) == (PLAN.rows > 0))
-
-    # the program's tile: inputs from `row` on, outputs from `first` on
     tile = tl.program_id(0)
     program = tl.program_id(1) * tl.num_programs(0) + tile
     x_ptr += tl.program_id(2) * x_stride
     out_ptr += tl.program_id(2) * out_stride
-    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, BLOCK_OUT)
+    segment, first, last = outputs_of_tile(tile, tiles_1, tiles_2, start_1, start_2, n_out, TILE)
     threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
-    cols = first + tl.arange(0, BLOCK_OUT)
+    cols = first + tl.arange(0, TILE)
     in_cols = cols < last
-    row = tl.program_id(1) * BLOCKS * BLOCK
-    n_words = n_out // PACK
-
-    # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
-    rows = row + tl.arange(0, BLOCK)
-    last_rstd = 1.0
-    if PLAN.guess and OP.prologue == "norm":
-        last_rstd = tl.load(last_rstd_ptr)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
-    if PLAN.prefetch > 0:
-        if program < PLAN.prefetch:
-            prefetch_tile(
-                rows, constants, first, n_words,
-                x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN,
-            )
-    # a small product would wait for its offsets and grid at the end: 4 to 7 % of SmolLM2-135M's step (H100). A larger
-    # tile has no registers to hold the grid
-    offset = tl.zeros((BLOCK_OUT,), tl.float32)
-    fineness = offset
-    EARLY: tl.constexpr = BLOCK_OUT <= 64
-    if fineness_ptr is not None and EARLY:
-        fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
-    if offset_ptr is not None:
-        if tl.program_id(1) == 0:
-            offset = tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
 
     # the launch before has ended
     if PDL:
@@ -442,53 +302,22 @@ def _gemv_kernel(
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
-    operands = load_inputs(rows, x_ptr, OP, "")
-    rstd = 1.0
+    operands, rstd = load_inputs(rows, x_ptr, OP, ""), 1.0
     if OP.prologue == "norm":
         rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
-        if PLAN.guess:
-            if program == 0:
-                tl.store(last_rstd_ptr, rstd)
+    x, keep = inputs(rows, operands, constants, rstd, OP)
 
-    # sums of x times weight, of every output that a word holds; int4's scales lie beside the rows
-    acc = (tl.zeros((BLOCK_OUT // PACK,), tl.float32),) * PACK
-    weight_ptr += row.to(tl.int64) * n_words
-    ones, low = 0.0, 0.0
-    if OP.bits == 4:
-        ones = tl.zeros((BLOCK_OUT // (2 * PACK),), tl.float32)
-        low = ones
-        weight_scale_ptr += row.to(tl.int64) * (n_out // OP.groupsize)
-
-    for _block in tl.static_range(BLOCKS):
-        x, keep = inputs(rows, operands, constants, rstd, OP)
-        if BLOCKS > 1:  # the next block's inputs come while this one's weights do
-            rows += BLOCK
-            operands = load_inputs(rows, x_ptr, OP, "")
-            constants = load_constants(rows, gain_ptr, threshold_ptr, OP)
-
-        if PLAN.rows > 0:
-            acc, ones, low = _add_kept_rows(
-                acc, ones, low, x, keep, weight_ptr, weight_scale_ptr, n_out, first, last, one, OP, PLAN
-            )
-        else:
-            x = tl.where(keep, x, 0.0) if OP.cut else x
-            acc = (acc[0] + _masked_sum(x, keep, weight_ptr, n_out, cols, in_cols),)
-        weight_ptr += BLOCK * n_words
-        if OP.bits == 4:
-            weight_scale_ptr += BLOCK * (n_out // OP.groupsize)
-
-    # the sums of the outputs in their order; the first row of programs adds the offsets
-    total = acc[0]
-    if OP.bits == 4:
-        total = joined(acc, tl.interleave(ones, ones), tl.interleave(low, low))
+    # the sums; the first row of programs adds the offsets
+    at = weight_ptr + rows.to(tl.int64)[:, None] * n_out + cols[None, :]
+    weight = tl.load(at, mask=keep[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
+    total = tl.sum(tl.where(keep, x, 0.0)[:, None] * weight.to(tl.float32), axis=0)
     if offset_ptr is not None:
-        total += offset
+        if tl.program_id(1) == 0:
+            total += tl.load(offset_ptr + cols, mask=in_cols, other=0.0)
     if OP.multiplier != 1.0:
         total *= OP.multiplier
     if fineness_ptr is not None:
-        if not EARLY:
-            fineness = tl.load(fineness_ptr + cols, mask=in_cols, other=1.0)
-        total = snap(total, fineness)
+        total = snap(total, tl.load(fineness_ptr + cols, mask=in_cols, other=1.0))
     tl.atomic_add(out_ptr + cols, total, mask=in_cols, sem="relaxed")
 
 
@@ -529,10 +358,9 @@ class Product(NamedTuple):
 
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""
-        operation, bits = operation_of(prologue, len(self.weight), dtype), self.form.bits
-        cut, shift, pack = self.sparsity > 0, self.threshold.dim() == 3, 8 if bits in (4, 12) else 1
-        operation = operation._replace(cut=cut, shift=shift, bits=bits, pack=pack)
-        return operation._replace(groupsize=self.form.groupsize, multiplier=self.multiplier)
+        cut, shift, form = self.sparsity > 0, self.threshold.dim() == 3, self.form
+        operation = operation_of(prologue, len(self.weight), dtype)._replace(cut=cut, shift=shift, bits=form.bits)
+        return operation._replace(groupsize=form.groupsize, multiplier=self.multiplier)
 
     def check(self) -> None:
         """Asserts what the kernel relies on."""
@@ -569,39 +397,30 @@ def starts_of(widths: list[int]) -> list[int]:
 def launch_gemv(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype | None = None, pdl: bool = False,
-    plan: Plan | None = None,
 ) -> None:
     """Adds multiplier (W^T cut(x - shift) + offset) to `out`, with x made by the prologue, see `Operation`.
 
-    x: "given" [B, in]; else float32: h [B, in] or gate|up [B, 2 in and room]. With `pdl` it is read before the launch
-        before has ended, too, to guess what is kept: rows given are best kept in a buffer from step to step.
+    This kernel is of floating weights of any width, and reads them for each row of x. The others' launchers take the
+    same; with `pdl` they read x before the launch before has ended, too, to guess what is kept.
+
+    x: "given" [B, in]; else float32: h [B, in] or gate|up [B, 2 in and room].
     out: [B, out and room], float32; with "norm" [B, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
     norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
-    dtype: in which the inputs are rounded and compared; the weight's, if that is a floating type.
-    pdl, plan: programmatic dependent launch; a plan in place of `plan_for`'s.
+    dtype: in which the inputs are rounded and compared; the weight's, if None.
+    pdl: programmatic dependent launch.
     """
     product.check()
-    assert product.form.name != "int8"
-    weight, weight_scale, form, n_in = product.weight, product.weight_scale, product.form, len(product.weight)
-    gain, eps, last_rstd = norm or (None, 0.0, None)
-    if plan is None:
-        plan = product.plan(prologue, pdl, last_rstd is not None)
+    assert product.form.name == "none"
+    weight, n_in = product.weight, len(product.weight)
+    gain, eps, _ = norm or (None, 0.0, None)
 
-    # the kernel takes int4, and its pairs of scale and minimum, as words of 32 bits
-    if form.name == "int4":
-        weight, weight_scale = weight.view(torch.int32), weight_scale.view(torch.int32)
-
-    # one program per tile of outputs, blocks of inputs and row of x; together they fill `zero`
+    # one program per tile of outputs, block of inputs and row of x; those of a row together fill `zero`
     starts = starts_of(product.segments)
-    tiles = starts_of([triton.cdiv(width, plan.block_out) for width in product.segments])
-    grid = (tiles[-1], triton.cdiv(n_in, BLOCK_IN * plan.blocks), len(x))
-    n_zero = 0 if zero is None else zero.numel()
+    tiles = starts_of([triton.cdiv(width, TILE.value) for width in product.segments])
+    grid, n_zero = (tiles[-1], triton.cdiv(n_in, BLOCK_IN), len(x)), 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
-
     _gemv_kernel[grid](
-        x, gain, weight, product.threshold, out, zero, last_rstd, product.offset, weight_scale,
-        product.fineness,
-        starts[-1], x.stride(0), out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps, ONE,
-        OP=product.operation(prologue, dtype or weight.dtype), PLAN=plan, ZERO=zero_block, PDL=pdl,
-        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
+        x, gain, weight, product.threshold, out, zero, product.offset, product.fineness,
+        starts[-1], x.stride(0), out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
+        OP=product.operation(prologue, dtype or weight.dtype), ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )

@@ -22,7 +22,7 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def assembly():
-    """int8's kernels are partly assembly, which the interpreter does not know."""
+    """Integers' kernel is partly assembly, which the interpreter does not know."""
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
         import lanes
 

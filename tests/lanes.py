@@ -1,4 +1,4 @@
-"""The assembly of `kernels.int8_mma` and `kernels.half_mma` in numpy, lane by lane, for Triton's interpreter."""
+"""The assembly of `kernels.integer_mma` and `kernels.half_mma` in numpy, lane by lane, for Triton's interpreter."""
 
 import ctypes
 
@@ -22,6 +22,10 @@ def register(values: np.ndarray) -> tl.tensor:
     )
 
 
+def floats(values: np.ndarray) -> tl.tensor:
+    return tl.tensor(TensorHandle(values.astype(np.float32), tl.float32), tl.block_type(tl.float32, [32]))
+
+
 def gather(at: np.ndarray, wanted: np.ndarray, offsets: list[int], alignment: int) -> tuple[np.ndarray, np.ndarray]:
     """The memory in which all wanted words lie, and where they do: words at these offsets of each lane's address."""
     at = at[wanted].astype(np.int64)
@@ -31,29 +35,14 @@ def gather(at: np.ndarray, wanted: np.ndarray, offsets: list[int], alignment: in
     return words, (at - first)[:, None] // 4 + offsets
 
 
-def floats(values: np.ndarray) -> tl.tensor:
-    return tl.tensor(TensorHandle(values.astype(np.float32), tl.float32), tl.block_type(tl.float32, [32]))
-
-
-def load_four(HOW, at, wanted):
-    """Lanes that want nothing get nonsense, as 16 bits not a number, or 0."""
-    how, wanted = tl.core._unwrap_if_constexpr(HOW), np.flatnonzero(data(wanted))
-    out = np.full((32, 4), 0 if "mov.u32 $0, 0" in how else 0x7FFF7FFF)
+def load(at, wanted, WORDS, VECTOR, APART=0, ONCE=False, ZERO=False):
+    """Lanes that want nothing get zeros or nonsense."""
+    words, vector, apart = (getattr(n, "value", n) for n in (WORDS, VECTOR, APART))
+    out, wanted = np.full((32, words), 0 if ZERO else 0x5A5A5A5A), np.flatnonzero(data(wanted))
     if wanted.size:
-        halves = ".v2" in how
-        offsets = [0, 1, 16, 17] if halves else [0, 1, 2, 3]
-        words, where = gather(data(at), wanted, offsets, 8 if halves else 16)
-        out[wanted] = words[where]
-    return tuple(map(register, out.T))
-
-
-def load_planes(at, wanted, pieces):
-    n = 3 * tl.core._unwrap_if_constexpr(pieces)
-    out, wanted = np.full((32, n), -1), np.flatnonzero(data(wanted))
-    if wanted.size:
-        offsets = [8 * plane + i for plane in range(3) for i in range(n // 3)]
-        words, where = gather(data(at), wanted, offsets, 4 * n // 3)
-        out[wanted] = words[where]
+        offsets = [i // vector * apart // 4 + i % vector for i in range(words)]
+        memory, where = gather(data(at), wanted, offsets, 4 * vector)
+        out[wanted] = memory[where]
     return tuple(map(register, out.T))
 
 
@@ -83,35 +72,38 @@ def stage_half(at, upper, wanted):
 def add_four(at, wanted, v):
     wanted = np.flatnonzero(data(wanted))
     if wanted.size:
-        words, where = gather(data(at), wanted, [0, 1, 2, 3], 16)
+        words, where = gather(data(at), wanted, list(range(len(v))), 4 * len(v))
         words.view(np.float32)[where] += np.stack([data(x)[wanted] for x in v], axis=1)
+
+
+add_two = add_four
 
 
 def from_lane(x, lane):
     return register(data(x)[data(lane) % 32])
 
 
-def pick_bytes(word, choice):
-    both = np.concatenate([data(word).astype(np.int32).view(np.uint8).reshape(32, 4), np.zeros((32, 4), np.uint8)], 1)
+def pick_bytes(word, other, choice):
+    both = [np.ascontiguousarray(data(w).astype(np.int32)).view(np.uint8).reshape(32, 4) for w in (word, other)]
     digits = data(choice)[:, None] >> np.arange(0, 16, 4) & 15
     assert (digits < 8).all()
-    return register(np.take_along_axis(both, digits, 1).copy().view(np.int32)[:, 0])
+    return register(np.take_along_axis(np.concatenate(both, 1), digits, 1).copy().view(np.int32)[:, 0])
 
 
-def matrix(words: list, rows: int) -> np.ndarray:
+def matrix(words: list, rows: int, dtype=np.int8) -> np.ndarray:
     """[rows, columns] of the words that lanes 4 g + t hold, each 4 bytes of row g and columns 4 t .. 4 t + 3."""
-    return np.concatenate([data(w).astype(np.int32).view(np.int8).reshape(8, 16) for w in words], rows)
+    words = [data(w).astype(np.int32).view(dtype).reshape(8, 16) for w in words]
+    return np.concatenate(words, rows).astype(np.int64)
 
 
-def multiply_add(sums, a0, a1, b0):
-    a, b = matrix([a0, a1], 0).astype(np.int64), matrix([b0], 0).T
-    product = a @ b
+def multiply_add(sums, a0, a1, b0, SIGNED=True):
+    product = matrix([a0, a1], 0, np.int8 if SIGNED else np.uint8) @ matrix([b0], 0).T
     at = [product[GROUP + 8 * (i // 2), 2 * THREAD + i % 2] for i in range(4)]
     return tuple(register(data(s) + new) for s, new in zip(sums, at, strict=True))
 
 
-def multiply_add_two(sums, a0, a1, a2, a3, b0, b1):
-    return multiply_add(multiply_add(sums, a0, a1, b0), a2, a3, b1)
+def multiply_add_two(sums, a0, a1, a2, a3, b0, b1, SIGNED):
+    return multiply_add(multiply_add(sums, a0, a1, b0, SIGNED), a2, a3, b1, SIGNED)
 
 
 def halves(word, dtype: torch.dtype) -> np.ndarray:
@@ -138,13 +130,13 @@ def eight_of(x):
 
 
 def install() -> None:
-    """Lets `kernels.int8_mma` and `kernels.half_mma` run without a GPU."""
-    from kernels import half_mma, int8_mma
+    """Lets `kernels.integer_mma` and `kernels.half_mma` run without a GPU."""
+    from kernels import half_mma, integer_mma
 
     staging = stage, stage_four, staged_four, stage_half
-    shared, own = (load_four, pick_bytes), (multiply_add_half, ballot, eight_of, load_planes, *staging)
-    functions = {int8_mma: (*shared, add_four, from_lane, multiply_add, multiply_add_two), half_mma: (*shared, *own)}
-    for module, replaced in functions.items():
+    shared, own = (load, pick_bytes), (multiply_add_half, ballot, eight_of, *staging)
+    others = add_four, add_two, from_lane, multiply_add, multiply_add_two
+    for module, replaced in {integer_mma: (*shared, *others), half_mma: (*shared, *own)}.items():
         for function in replaced:
             assert hasattr(module, f"_{function.__name__}")
             setattr(module, f"_{function.__name__}", function)

@@ -33,7 +33,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int4"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
 def test_all_contenders_compute_the_same_product(small, sparsity, dtype):
-    problem = gemv.Problem.make(172, 192, sparsity, dtype, DEVICE)
+    problem = gemv.Problem(172, 192, sparsity, dtype, DEVICE)
     kept = (problem.x.float().abs() > problem.threshold).sum()
     assert kept == round(172 * (1 - sparsity))
     for name, launches in gemv.contenders(problem, pdl=False).items():
@@ -44,18 +44,18 @@ def test_all_contenders_compute_the_same_product(small, sparsity, dtype):
 def test_ties_with_the_threshold_are_kept(small):
     """In bfloat16 most draws of so many inputs have some."""
     for _ in range(8):
-        problem = gemv.Problem.make(4096, 16, 0.5, "bfloat16", DEVICE)
+        problem = gemv.Problem(4096, 16, 0.5, "bfloat16", DEVICE)
         assert (problem.x.float().abs() > problem.threshold).sum() == 2048
 
 
 def test_a_row_holds_the_best_recording_and_the_bytes_read(small, monkeypatch):
-    make, times = gemv.Problem.make, []
+    make, times = gemv.Problem, []
 
     def record(launch, matrices):
         times.append(float(torch.randint(1000, 9999, ())))
         return times[-1]
 
-    monkeypatch.setattr(gemv.Problem, "make", lambda *arguments: make(*arguments, DEVICE))
+    monkeypatch.setattr(gemv, "Problem", lambda *arguments: make(*arguments, DEVICE))
     monkeypatch.setattr(gemv, "graph_us", record)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -77,7 +77,7 @@ def test_the_best_three_tiles_go_on():
 
 
 def test_check_notices_a_wrong_row():
-    problem = gemv.Problem.make(64, 64, 0.5, "float32", DEVICE)
+    problem = gemv.Problem(64, 64, 0.5, "float32", DEVICE)
     launch, out = gemv.contenders(problem, pdl=False)["ours"][0]
 
     def wrong(matrix):
@@ -90,7 +90,7 @@ def test_check_notices_a_wrong_row():
 def test_check_notices_scales_of_other_outputs():
     for dtype in ("int8", "int4"):
         torch.manual_seed(0)
-        problem = gemv.Problem.make(64, 128, 0.5, dtype, DEVICE)
+        problem = gemv.Problem(64, 128, 0.5, dtype, DEVICE)
         launch, out = gemv.contenders(problem, pdl=False)["ours"][0]
 
         def wrong(matrix, launch=launch):
@@ -102,7 +102,7 @@ def test_check_notices_scales_of_other_outputs():
 
 
 def test_only_whole_sweeps_are_drawn(tmp_path, monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.append((name, len(figure.axes))))
@@ -110,14 +110,14 @@ def test_only_whole_sweeps_are_drawn(tmp_path, monkeypatch):
     row = dict.fromkeys(key.split(), "1") | {"quant": "int8", "draft": "none", "step": "fused"}
     for sparsity, expected in ((0.0, []), (0.25, []), (0.4, []), (0.5, [("decode.png", 1)])):
         write_rows("decode.csv", [row | {"sparsity": sparsity}], key)
-        plot.plot_decode(plt)
+        plot.plot_decode()
         assert drawn == expected
 
 
 def test_bytes_read_count_the_scales():
     for dtype, row, rest in (("float16", 400, 0), ("int8", 192, 4 * 192), ("int4", 96 + 3 * 4, 0)):
         n_out = 200 if dtype == "float16" else 192
-        assert gemv.Problem.make(64, n_out, 0.5, dtype, DEVICE).bytes_read(10) == 10 * row + rest
+        assert gemv.Problem(64, n_out, 0.5, dtype, DEVICE).bytes_read(10) == 10 * row + rest
 
 
 def test_shapes_come_from_the_config():
@@ -179,12 +179,12 @@ def test_rows_of_a_batch_are_a_row_of_their_own(tmp_path, monkeypatch):
     assert [(row["batch"], row["step"], row["prompt_tokens"]) for row in read_rows("decode.csv")] == [
         ("2", "compiled", "9")
     ]
-    with pytest.raises(ValueError, match="--prompts says nothing in a sweep"):
+    with pytest.raises(ValueError, match="--prompts has no effect in a sweep"):
         decode.main(["--prompts", "x"])
 
 
 def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("matplotlib")
     for name, key in (("decode.csv", decode.KEY), ("quality.csv", quality.KEY), ("cpu.csv", cpu_decode.KEY)):
         rows = read_rows(name)
         assert len({tuple(row[k] for k in key.split()) for row in rows}) == len(rows)
@@ -194,7 +194,7 @@ def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
     drawn = {}
     monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.update({name: figure}))
     for draw in (plot.plot_decode, plot.plot_gemv, plot.plot_quality):
-        draw(plt)
+        draw()
     for figure in drawn.values():
         for axis in (axis for axis in figure.axes if axis.get_visible()):
             low, high = axis.get_ylim()

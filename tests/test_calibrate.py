@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 import calibrate
 import thresholds
-from calibrate import bin_edges, bit_histogram, collect, quantiles, self_written_text, statistics_for
+from calibrate import bin_edges, bit_histogram, calibration_tokens, collect, quantiles, statistics_for, write_tails
 from sparse_model import PROJECTIONS, SparseTransformer
-from thresholds import RULES, RuleInputs, Statistics, load_statistics, teal_statistics
+from thresholds import RULES, Statistics, load_statistics, teal_statistics
+from tokenizer import load_tokenizer
 
 CONFIG = models.CONFIG | {"num_hidden_layers": 3, "intermediate_size": 172, "vocab_size": 300}
 CONFIG |= {"max_position_embeddings": 320, "eos_token_id": 7, "bos_token_id": 5}
@@ -165,7 +166,7 @@ def test_collect_refuses_infinite_inputs(model):
 def test_sparsity_achieved_on_the_calibration_text_is_the_one_asked_for(model):
     tokens = torch.randint(300, (2, 200))
     statistics = collect(model, tokens)
-    model.set_cuts(RULES["uniform"](RuleInputs(None, lambda: statistics), 0.5))
+    model.set_cuts(RULES["uniform"](None, lambda: statistics, 0.5))
     model(tokens, dense_prefix=0)
     assert model.achieved_sparsity() == pytest.approx(0.5, abs=0.05)  # later layers see the cut ones' outputs
 
@@ -250,27 +251,28 @@ def test_interrupted_calibration_leaves_nothing(checkpoint, monkeypatch):
 def test_a_model_that_writes_nothing_finite(model):
     model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        self_written_text(model, 5, num_tokens=50)
+        write_tails(model, torch.full((5, 12), 5), 1)
 
 
-def test_self_written_text_samples_from_the_dense_model(model, monkeypatch):
+def test_self_written_text_samples_from_the_dense_model(checkpoint, model, monkeypatch):
     monkeypatch.setattr(calibrate, "OWN_ROW", 12)
     monkeypatch.setattr(calibrate, "OWN_ROWS", 3)
     cut_everything(model)
-    rows = self_written_text(model, 5, num_tokens=50, seed=7)
-    assert rows.shape == (5, 12) and (rows[:, 0] == 5).all()
+    rows, _ = calibration_tokens(checkpoint, model, None, 50, 7)
+    start = load_tokenizer(checkpoint, 300).bos_id
+    assert rows.shape == (5, 12) and (rows[:, 0] == start).all()
     assert all(block.attention.kv_cache is None for block in model.layers)
     assert model.achieved_sparsity() == 0
 
     generator, expected = torch.Generator().manual_seed(7), []
     for count in (3, 2):  # no cache, every row from its start
-        row = torch.full((count, 1), 5)
+        row = torch.full((count, 1), start)
         for _ in range(11):
             logits = model(row, dense_prefix=row.shape[1])[:, -1]
             row = torch.cat([row, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
         expected.append(row)
     assert torch.equal(rows, torch.cat(expected))
-    assert not torch.equal(rows, self_written_text(model, 5, num_tokens=50, seed=8))
+    assert not torch.equal(rows, calibration_tokens(checkpoint, model, None, 50, 8)[0])
 
 
 def expected_teal_threshold(path: Path, name: str, sparsity: float) -> float:

@@ -122,4 +122,4 @@ def test_draws_equal_torchs(dtype, temperature, top_k):
 def test_a_cpu_serves_eight_rows():
     config = random_model(torch.bfloat16, "none", "cut").config
     assert why_unfused(config, torch.device("cpu"), 8, 200) is None
-    assert why_unfused(config, torch.device("cpu"), 9, 200) == "it serves at most 8 rows"
+    assert why_unfused(config, torch.device("cpu"), 9, 200) == "a fused step serves at most 8 rows"

@@ -44,7 +44,6 @@ WIDE = {
     "std": 0.05,
     "by_channel": True,
     "resident": 80,
-    "very_wide": 8192,
     "large": 1,
 }
 WIDE_MODELS = {
@@ -65,7 +64,7 @@ WIDE_MODELS = {
 )
 def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     """Sparsity 0 is dense, without shifts; 0.5 and 0.7 choose other tiles for the same thresholds."""
-    constants = {"resident": 2112, "very_wide": 16384, "large": 1 << 26}
+    constants = {"resident": 2112, "large": 1 << 26}
     options = {"prompt": 62, "cache": 140} | constants  # the steps cross from one chunk to the next
     options |= (MODELS | WIDE_MODELS)[name]
     prompt, cache, steps = options.pop("prompt"), options.pop("cache"), 4
@@ -75,7 +74,7 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
     if model.config.quant != "none" and DEVICE == "cpu":
         steps = 1  # of integers the interpreter makes long work
     model.setup_caches(1, cache)
-    # int8's x has 16 bits, and int4, whose q, k and v are int8, its place in the mantissa
+    # the x of integers has 16 bits
     tolerance = 1e-4 if model.config.quant == "none" else 6e-3
     model(random_tokens(1, prompt, 101).to(DEVICE), torch.arange(prompt, device=DEVICE))
     before = [tensor.clone() for tensor in caches(model)]
@@ -188,7 +187,7 @@ from model import ModelArgs
 from sparse_model import SparseTransformer
 
 capability = int(sys.argv[1])
-kernels.plan.VERY_WIDE, kernels.plan.LARGE = 8192, 1
+kernels.plan.LARGE = 1
 
 class AbsentGPU:
     def get_current_target(self):
@@ -260,7 +259,7 @@ def test_a_model_with_a_switch_that_the_fused_steps_do_not_know_is_not_fused(mon
     assert fusable(ModelArgs(**{k: v for k, v in (FUSED | SWITCHES).items() if k != "vector_std"}))
     for field, value in {"qk_norm": "whole", "norm": "layer", "post_norm": True, "gated": False}.items():
         assert unknown_parts(ModelArgs(**FUSED, **{field: value})) == [f"{field} = {value!r}"]
-    assert why_unfused(unknown, torch.device("cpu"), 1, 1) == "it does not implement experts = 8"
+    assert why_unfused(unknown, torch.device("cpu"), 1, 1) == "a fused step does not implement experts = 8"
     assert {field.name for field in fields(ModelArgs)} >= FUSED_FIELDS
 
 
@@ -269,7 +268,7 @@ def test_what_else_keeps_a_step_from_being_fused(monkeypatch):
     gpu, config = torch.device("cuda"), ModelArgs(**FUSED)
     for device in (gpu, torch.device("cpu")):
         assert why_unfused(config, device, MAX_ROWS, MAX_TOP_K) is None
-        assert why_unfused(config, device, MAX_ROWS + 1, 1) == "it serves at most 8 rows"
+        assert why_unfused(config, device, MAX_ROWS + 1, 1) == "a fused step serves at most 8 rows"
     assert "top_k of at most 1024" in why_unfused(config, gpu, 1, MAX_TOP_K + 1)
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert "C++ compiler" in why_unfused(config, torch.device("cpu"), 1, 1)

@@ -16,7 +16,7 @@ from model import Transformer
 from options import TEMPERATURE
 from options import eval as eval_options
 from sparse_model import SparseTransformer
-from thresholds import RuleInputs, cuts_for, load_statistics, uniform
+from thresholds import cuts_for, load_statistics, uniform
 
 CONTEXT, WINDOW, NUM_WINDOWS = 21, 10, 4
 
@@ -73,7 +73,7 @@ def test_sparse_perplexity_is_that_of_masked_inputs(tokens, prefix):
     dense, sparse = make_model(Transformer), make_model(SparseTransformer)
     sparse.load_state_dict(dense.state_dict())
     statistics = collect(sparse, tokens[None, :64])
-    sparse.set_cuts(uniform(RuleInputs(None, lambda: statistics), 0.6))
+    sparse.set_cuts(uniform(None, lambda: statistics, 0.6))
     thresholds = {(i, p): statistics.threshold(i, p, 0.6) for i in range(3) for p in ("q", "o", "gate", "down")}
 
     expected = naive_perplexity(lambda idx: masked_logits(dense, thresholds, prefix, idx), tokens.tolist())
@@ -111,7 +111,7 @@ def test_window_starts():
 
 
 def test_windows_beyond_the_models_context(tokens):
-    with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context 320"):
+    with pytest.raises(ValueError, match=r"300 \+ 21 tokens exceed the model's context of 320"):
         perplexity(make_model(Transformer), tokens.repeat(5), 300, 21, 1)
 
 
@@ -142,7 +142,7 @@ def test_main(copy, text, capsys):
     assert sparse["perplexity"] != pytest.approx(dense["perplexity"], rel=1e-6)
 
     statistics = load_statistics(copy / "calibration.safetensors")
-    model.set_cuts(uniform(RuleInputs(copy, lambda: statistics), 0.5))
+    model.set_cuts(uniform(copy, lambda: statistics, 0.5))
     tokens = torch.tensor(evaluation.load_tokenizer(copy, 300).encode(text.read_text()))
     assert perplexity(model, tokens, 40, 20, 3, dense_prefix=6) == sparse["perplexity"]
 
@@ -196,7 +196,7 @@ def test_generation_is_judged_by_the_dense_model(copy, text):
         ({"tasks": "perplexity,piqa"}, "perplexity is a run of its own"),
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
         ({"limit": 0}, "--limit 0 must be at least 1"),
-        ({"judge": Path("other")}, "--judge says nothing without --tasks generation"),
+        ({"judge": Path("other")}, "--judge has no effect without --tasks generation"),
         ({"tasks": "generation", "judge": Path("absent"), "context": 9, "window": 9}, "absent"),
         ({"tasks": "generation", "sparsity": 0.5, "sparse_fraction": 0.5}, "whose prompts are dense"),
         ({"tasks": "generation", "context": 100, "window": 100}, "exceed|do not fit"),

@@ -148,7 +148,7 @@ def test_a_level_of_zero_is_dense(monkeypatch):
 def test_the_learning_rate_rises_and_falls():
     model = build(SparseTransformer)
     training = training_of(model, random_tokens(8, 20), [random_cuts(model, 0.5, 1)], epochs=25, learning_rate=0.5)
-    rates = [training.rate(i) for i in range(training.steps)]
+    rates = [training.learning_rate(i) for i in range(training.steps)]
     assert training.steps == 200 and rates[9] == max(rates) == pytest.approx(0.5, rel=0.01)
     assert rates[0] == pytest.approx(0.05, rel=0.01) and rates[-1] < 1e-4 and rates[9:] == sorted(rates[9:])[::-1]
     seen = training.order.view(25, 8).sort(1).values
@@ -255,7 +255,7 @@ def test_a_block_without_a_gate(base, tmp_path):
     before, after = load_weights(folder), load_weights(out)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("attention.wq", "feed_forward.w3")}
-    with pytest.raises(ValueError, match="--targets gate is of no projection of neox"):
+    with pytest.raises(ValueError, match="--targets gate: neox has no such projection"):
         tune(folder, thresholds="uniform", targets=["gate"], output_dir=tmp_path / "none")
 
 
@@ -325,9 +325,9 @@ def test_a_state_that_is_none(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_tokens": 40}, "40 tokens of text are one window of 40; one more is needed"),
+        ({"num_tokens": 40}, "40 tokens of text are one window of 40; another one must be held out"),
         ({"num_tokens": 30}, "3291 tokens of text, 30 asked for: at least 256 are needed"),
-        ({"context": 4000}, "--context 4000 is beyond the model's context, 160"),
+        ({"context": 4000}, "--context 4000 exceeds the model's context of 160"),
         ({"sparsity": [0.1, 0.2, 0.3], "batch_size": 2}, "--batch_size 2 has no row for each of 3 levels"),
         ({"sparsity": [0.3, 0.9], "thresholds": "refined"}, "outside what the cut table covers"),
         ({"targets": ["q", "w"]}, "invalid choice: 'w'"),

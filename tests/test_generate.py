@@ -265,6 +265,8 @@ def test_counts_are_those_of_the_decode_steps(sparse):
 class RowByRow:
     """A fused step of several rows, as the plain model takes it: row by row, in that row's part of the cache."""
 
+    marks_not_finite = False
+
     def __init__(self, model, temperature, top_k, dense=False):
         self.model, self.sampling = model, (temperature, top_k)
         self.caches = [block.attention.kv_cache for block in model.layers]
@@ -643,9 +645,9 @@ def test_prompts_of_one_length_run_unfused(cli, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "of different lengths (in tokens) need fused steps; a step is fused with --compile, without --unfused"),
-        (("--compile", "--unfused"), "a step is fused with --compile, without --unfused"),
-        (("--compile", "--top_k", 9), "a step is not fused here: it has another reason"),
+        ((), "of different lengths (in tokens) need fused steps: give --compile and leave out --unfused"),
+        (("--compile", "--unfused"), "need fused steps: give --compile and leave out --unfused"),
+        (("--compile", "--top_k", 9), "need fused steps: it has another reason"),
     ],
 )
 def test_prompts_of_different_lengths_need_fused_steps(refused, tiny, tmp_path, monkeypatch, flags, message):
@@ -748,8 +750,8 @@ def test_the_text_does_not_depend_on_the_comparison(cli, calibrated):
         (("--batch_size", 9), "eager", ""),
         (("--compile",), "fused", ""),
         (("--compile", "--batch_size", 8), "fused", ""),
-        (("--compile", "--unfused"), "compiled", "through torch.compile, not the fused step: --unfused"),
-        (("--compile", "--batch_size", 9), "compiled", "not the fused step: it serves at most 8 rows"),
+        (("--compile", "--unfused"), "compiled", "through torch.compile: --unfused"),
+        (("--compile", "--batch_size", 9), "compiled", "through torch.compile: a fused step serves at most 8 rows"),
     ],
 )
 def test_the_form_of_a_step_and_why(tiny, capsys, given, form, line):

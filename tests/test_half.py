@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_int8 import DEVICE, HOPPER, INF, NAN, room
+from test_integers import DEVICE, HOPPER, INF, NAN, room
 from torch import Tensor
 
 pytest.importorskip("triton")

@@ -19,7 +19,7 @@ from convert_hf_checkpoint import main as convert
 from harness import HarnessModel
 from model import Transformer
 from sparse_model import SparseTransformer
-from thresholds import RuleInputs, uniform
+from thresholds import uniform
 from tokenizer import load_tokenizer
 
 TASKS = Path(__file__).parents[1] / "benchmarks" / "tasks"
@@ -78,7 +78,7 @@ def cut(mine: HarnessModel, sparsity: float) -> None:
     """Sets uniform thresholds and starts counting."""
     tokens = torch.randint(300, (4, 64), generator=torch.Generator().manual_seed(1))
     statistics = collect(mine.model, tokens)
-    mine.model.set_cuts(uniform(RuleInputs(None, lambda: statistics), sparsity))
+    mine.model.set_cuts(uniform(None, lambda: statistics, sparsity))
     mine.model.reset_counts()
 
 
@@ -170,7 +170,7 @@ def test_task_files_with_a_local_jsonl(both, tmp_path, capsys, monkeypatch, task
         ({"tasks": "absent.yaml"}, r"absent.yaml does not exist"),
         ({"tasks": str(TASKS / "cloze.yaml"), "data": Path("absent.jsonl")}, r"absent.jsonl does not exist"),
         ({"tasks": str(TASKS / "cloze.yaml")}, r"cloze.yaml names no data; give it --data"),
-        ({"tasks": "piqa", "data": Path("a.jsonl")}, r"--data is the text of perplexity and of task files; piqa"),
+        ({"tasks": "piqa", "data": Path("a.jsonl")}, r"--data is for perplexity and task files; piqa"),
     ],
 )
 def test_mistakes(both, options, message):

@@ -93,9 +93,8 @@ def test_shapes_that_no_tile_divides(implementation, dtype, n_in, segments):
     "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize("sparsity", [0.5, 1])
-@pytest.mark.parametrize("blocks", [1, 3, 7])
 @pytest.mark.parametrize("shift", [0.0, 0.25])
-def test_every_input_is_in_one_program(shift, blocks, sparsity, device):
+def test_every_input_is_in_one_program(shift, sparsity, device):
     x, weight, threshold, segments = case(600, [130, 64], sparsity=sparsity)
     offset, cuts = None, threshold
     if shift:
@@ -103,7 +102,7 @@ def test_every_input_is_in_one_program(shift, blocks, sparsity, device):
         cuts = torch.stack((threshold, torch.full_like(threshold, shift)), dim=2)
     out = torch.zeros(1, 194, device=device)
     product = Product(weight.to(device), cuts.to(device), segments, offset=offset)
-    launch_gemv("given", x.to(device), product, out, plan=Plan(blocks, 128, 0))
+    launch_gemv("given", x.to(device), product, out)
     out = out.cpu() - 1 if shift else out.cpu()
     assert_as_precise_as_torch(out, (x - shift, weight, threshold, segments))
 
@@ -119,10 +118,10 @@ llama-3-8b   int8 qkv      | 2x128 0x0            | 4x128 1056x4?        | 4x128
 llama-3-8b   int8 o        | 2x128 0x0            | 2x128 1056x2?        | 2x128 1056x2?
 llama-3-8b   int8 gate_up  | 2x128 0x0            | 2x128 1056x2?        | 4x128 1056x4?
 llama-3-8b   int8 down     | 2x128 0x0            | 4x128 1056x4?        | 4x128 1056x4?
-llama-3-8b   int4 qkv     | 1x256/16@72 528x1    | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
-llama-3-8b   int4 o       | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
-llama-3-8b   int4 gate_up | 1x1024/16 528x1      | 1x512/4@72 1056x1?   | 1x512/4@72 2112x1?
-llama-3-8b   int4 down    | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+llama-3-8b   int4 qkv     | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-3-8b   int4 o       | 2x256 0x0            | 2x256 1056x2?        | 2x256 1056x2?
+llama-3-8b   int4 gate_up | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-3-8b   int4 down    | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
 llama-2-7b   none qkv     | 2x64 0x0             | 2x128 528x2?         | 3x128/48@128 528x3?
 llama-2-7b   none o       | 2x64 528x1           | 2x128/48@128 1320x2? | 2x128/48@128 1320x2?
 llama-2-7b   none gate_up | 2x64 0x0             | 2x128 528x2?         | 3x128/48@128 528x3?
@@ -131,10 +130,10 @@ llama-2-7b   int8 qkv      | 2x128 0x0            | 2x128 1056x2?        | 4x128
 llama-2-7b   int8 o        | 2x128 0x0            | 2x128 1056x2?        | 2x128 1056x2?
 llama-2-7b   int8 gate_up  | 2x128 0x0            | 2x128 1056x2?        | 4x128 1056x4?
 llama-2-7b   int8 down     | 2x128 0x0            | 4x128 1056x4?        | 4x128 1056x4?
-llama-2-7b   int4 qkv     | 1x1024/16 528x1      | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
-llama-2-7b   int4 o       | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
-llama-2-7b   int4 gate_up | 1x1024/16 0x0        | 1x512/4@72 0x0       | 1x512/4@72 0x0
-llama-2-7b   int4 down    | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+llama-2-7b   int4 qkv     | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-2-7b   int4 o       | 2x256 0x0            | 2x256 1056x2?        | 2x256 1056x2?
+llama-2-7b   int4 gate_up | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-2-7b   int4 down    | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
 llama-3.2-1b none qkv     | 2x64 0x0             | 2x128/32@96 528x2?   | 3x128/48@128 528x3?
 llama-3.2-1b none o       | 2x64 528x1           | 2x128/48@128 1320x2? | 2x128/48@128 1320x2?
 llama-3.2-1b none gate_up | 2x64 0x0             | 2x128 528x2?         | 3x128/48@128 528x3?
@@ -143,10 +142,10 @@ llama-3.2-1b int8 qkv      | 1x128 0x0            | 1x128 1056x1?        | 1x128
 llama-3.2-1b int8 o        | 1x128 0x0            | 1x128 1056x1?        | 1x128 1056x1?
 llama-3.2-1b int8 gate_up  | 2x128 0x0            | 2x128 1056x2?        | 4x128 1056x4?
 llama-3.2-1b int8 down     | 2x128 0x0            | 2x128 1056x2?        | 2x128 1056x2?
-llama-3.2-1b int4 qkv     | 1x256/16@72 528x1    | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
-llama-3.2-1b int4 o       | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
-llama-3.2-1b int4 gate_up | 1x1024/16 528x1      | 1x512/4@72 264x1?    | 1x512/4@72 264x1?
-llama-3.2-1b int4 down    | 1x256/16@72 528x1    | 1x512/4 264x1        | 1x512/4 264x1
+llama-3.2-1b int4 qkv     | 2x128 0x0            | 2x128 0x0            | 2x128 0x0
+llama-3.2-1b int4 o       | 1x128 0x0            | 1x128 1056x1?        | 1x128 1056x1?
+llama-3.2-1b int4 gate_up | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-3.2-1b int4 down    | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
 smollm2-135m none qkv     | 1x128 0x0            | 1x64 2112x1?         | 1x64 2112x1?
 smollm2-135m none o       | 1x128 0x0            | 1x64 2112x1?         | 1x64 2112x1?
 smollm2-135m none gate_up | 1x128 0x0            | 1x64 2112x1?         | 1x64 2112x1?
@@ -240,8 +239,8 @@ def test_integer_weights(implementation, dtype, bits, n_in, segments, groupsize,
     exact = reference(x, dequantize(weight, scale, torch.float64), threshold, segments)
     result = product(implementation, x, weight, threshold, segments, scale)
     assert result.dtype == x.dtype
-    # of float32: int8's x has 16 bits, and int4 its place in the mantissa
-    allowed = max(1e-4 if bits == 8 else 1e-5, 2 * torch.finfo(dtype).eps)
+    # of float32 x has 16 bits
+    allowed = max(1e-4, 2 * torch.finfo(dtype).eps)
     assert (result.double() - exact).abs().max() <= allowed * exact.abs().max().clamp(min=1e-9)
 
 

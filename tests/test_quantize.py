@@ -1,19 +1,20 @@
 """int8 and int4 checkpoints: what rounding costs, that every way through the model means the same weights, errors."""
 
+import math
 import shutil
 
 import pytest
 import torch
-from models import CONFIG, build, change_config, flags, random_tokens, write_checkpoint
+from models import CONFIG, SMALL, build, change_config, flags, random_tokens, write_checkpoint
 
 import generate
 import quantize as script
 from calibrate import collect, statistics_for
-from decoder import Generator
+from decoder import Generator, GraphedPrefill
 from formats.checkpoint import fingerprint
 from formats.files import read_json
 from kernels import cpu
-from kernels.quantized import Form, dequantize, fill_random, pack_int4, transposed
+from kernels.quantized import SHORT, Form, dequantize, fill_random, pack_int4, product, transposed
 from kernels.sparse_gemv import sparse_gemv, sparse_gemv_ref
 from model import ModelArgs, Transformer, read_config
 from quantize import gptq, int8_scale, quantize_model, quantize_weight, round_int4, round_int8
@@ -94,6 +95,61 @@ def test_a_gpu_dequantises_to_the_bit(form, groupsize, dtype, out_first, device)
             assert ((found - expected).abs() <= 2**-7 * expected.abs()).all()
         else:
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("form", "groupsize"), [("int8", 0), ("int4", 16), ("int4", 48), ("int4", 64)])
+@pytest.mark.parametrize(("tokens", "n_in", "n_out"), [((1,), 40, 192), ((2, 3), 200, 192), ((70,), 129, 576)])
+def test_a_short_prompts_product_is_as_precise_as_torchs(form, groupsize, dtype, device, tokens, n_in, n_out):
+    if device == "interpreter" and (torch.cuda.is_available() or dtype == torch.bfloat16):
+        pytest.skip("the kernel runs on the GPU here; the interpreter has no product of bfloat16")
+    launch = pytest.importorskip("kernels.triton_dequantize").launch_product
+    weight, scale = Form.named(form, dtype, groupsize).empty(n_in, {"o": n_out})
+    fill_random(weight, scale, 0.3, torch.Generator().manual_seed(0))
+    scale.copy_(scale * (0.5 + torch.rand(scale.shape, generator=torch.Generator().manual_seed(1))))
+    x = randn(math.prod(tokens), n_in).to(dtype).view(*tokens, n_in)
+    exact = x.double() @ dequantize(weight, scale, torch.float32 if form == "int8" else dtype).double()
+    tensors = [t if device == "interpreter" else t.cuda() for t in (x, weight, scale)]
+    found = [launch(*tensors).cpu() for _ in range(2)]  # the second time by what the first one compiled
+    assert torch.equal(*found) and found[0].dtype == dtype
+    error = (found[0].double() - exact).abs()
+    assert (error <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-6 * n_in).all()
+
+
+LONG = {"block_size": SHORT + 60, "dim": 512, "n_head": 8, "intermediate_size": 2048, "n_layer": 5, "o_bias": True}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_gpu_short_and_long_products_agree_and_have_gradients(mode):
+    model = build(SparseTransformer, SMALL | LONG, device="cuda", dtype=torch.bfloat16, quant=mode)
+    for site in model.sites[:4]:
+        x = randn(SHORT + 1, site.threshold.shape[1]).to("cuda", torch.bfloat16)
+        long, weight = product(x, site), site.dequantized(torch.bfloat16)
+        assert torch.equal(long, x @ weight)
+        short, close = product(x[:-1], site), {"rtol": 1e-2, "atol": 1e-2 * long.abs().max().item()}
+        torch.testing.assert_close(short, long[:-1], **close)
+        assert not torch.equal(short, long[:-1]) and torch.equal(product(x[:70], site)[:5], product(x[:5], site))
+        product(x[:5].requires_grad_(), site).sum().backward()
+        torch.testing.assert_close(x.grad[:5], weight.sum(1).expand(5, -1), **close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_recorded_prompt_dequantises_ahead_changes_no_bit(mode):
+    model = build(SparseTransformer, SMALL | LONG, device="cuda", dtype=torch.bfloat16, quant=mode, std=0.05)
+    model.setup_caches(1, SHORT + 60)
+    tokens = torch.randint(0, 96, (3, 1, SHORT + 50), device="cuda")
+
+    def run(_model, prompt, *_):
+        return model(prompt, torch.arange(prompt.shape[1], device="cuda"), num_logits=1, from_start=True)
+
+    with torch.inference_mode():
+        expected, graphed = [run(model, prompt) for prompt in tokens], GraphedPrefill(run)
+        for prompt, logits in zip([*tokens, *tokens], [*expected, *expected], strict=True):
+            assert torch.equal(graphed(model, prompt), logits)
+    assert all(site.ready is None for site in model.sites)
 
 
 @pytest.mark.gpu

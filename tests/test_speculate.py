@@ -279,17 +279,17 @@ def test_a_chat_with_guesses(checkpoint, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draft": "self", "compile": None}, "--draft says nothing without --compile"),
-        ({"draft": "self", "unfused": True}, "--unfused says nothing beside --draft"),
-        ({"draft": "self", "batch_size": 2}, "--batch_size says nothing beside --draft"),
-        ({"draft": "self", "prompts": "FILE"}, "--prompts says nothing beside --draft"),
-        ({"draft": "prompt", "draft_sparsity": 0.5}, "--draft_sparsity says nothing beside --draft prompt"),
+        ({"draft": "self", "compile": None}, "--draft has no effect without --compile"),
+        ({"draft": "self", "unfused": True}, "--unfused has no effect with --draft"),
+        ({"draft": "self", "batch_size": 2}, "--batch_size has no effect with --draft"),
+        ({"draft": "self", "prompts": "FILE"}, "--prompts has no effect with --draft"),
+        ({"draft": "prompt", "draft_sparsity": 0.5}, "--draft_sparsity has no effect with --draft prompt"),
         ({"draft": "self", "draft_sparsity": 0}, "at 0 it is the model itself"),
-        ({"draft_sparsity": 0.5}, "--draft_sparsity says nothing without --draft"),
-        ({"speculate_k": 2}, "--speculate_k says nothing without --draft"),
+        ({"draft_sparsity": 0.5}, "--draft_sparsity has no effect without --draft"),
+        ({"speculate_k": 2}, "--speculate_k has no effect without --draft"),
         ({"draft": "self", "speculate_k": 0}, "--speculate_k 0 is outside 1 to 7"),
         ({"draft": "self", "speculate_k": 8}, "--speculate_k 8 is outside 1 to 7"),
-        ({"draft": "self", "precision": "float32"}, "--draft needs bfloat16 or float16"),
+        ({"draft": "self", "precision": "float32"}, "--draft needs --precision bfloat16 or float16"),
         ({"draft": "prompt", "prompt": "150", "speculate_k": 3}, "with room for 3 guesses, do not fit tiny's context"),
         ({"draft": "no/such"}, "no/such"),
     ],
@@ -314,7 +314,7 @@ def test_drafts_that_cannot_be(tiny, copy):
     with pytest.raises(ValueError, match="has another vocabulary than tiny, of 301 tokens, not 300"):
         generate.main(flags(**run))
     change_config(copy, vocab_size=300, architectures=["Olmo2ForCausalLM"], model_type="olmo2")
-    with pytest.raises(ValueError, match="no fused step: it does not implement pre_norm = False"):
+    with pytest.raises(ValueError, match="cannot guess: a fused step does not implement pre_norm = False"):
         generate.main(flags(**run))
-    with pytest.raises(ValueError, match="--draft needs fused steps; a step is not fused here: it does not implement"):
+    with pytest.raises(ValueError, match="--draft needs fused steps: a fused step does not implement"):
         generate.main(flags(**(run | {"checkpoint_path": copy, "draft": "prompt", "draft_sparsity": None})))

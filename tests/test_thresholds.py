@@ -357,7 +357,7 @@ def test_uniform_reads_statistics(tiny):
 def test_statistics_beside_a_table_are_an_error(copy):
     paths = [write(copy, rule, 0.6) for rule in NAMES]
     for name in (*NAMES, str(paths[0])):
-        with pytest.raises(ValueError, match=f"--statistics says nothing to --thresholds {name}, whose table holds"):
+        with pytest.raises(ValueError, match=f"--statistics has no effect with --thresholds {name}, a table"):
             rule_of(name, copy, own_statistics=True)
     with pytest.raises(AssertionError, match="statistics are not read"):  # best is then uniform, which reads them
         rule_of("best", copy, own_statistics=True)

@@ -35,7 +35,7 @@ FORMS = {
     "bfloat16": {},
     "float16, tied": {"dtype": torch.float16, "tie_embeddings": True},
     "int8": {"quant": "int8", "intermediate_size": 448},
-    "int4, shifted": {"quant": "int4", "groupsize": 16, "shifted": True},
+    "int4, shifted": {"quant": "int4", "groupsize": 16, "shifted": True, "intermediate_size": 448},
     "switches, shifted": SWITCHES | {"shifted": True, "sliding_window": 5},
 }
 KV_HEADS = {2: 2, 3: 3, 4: 2}  # of 4 ranks two have the same
@@ -56,14 +56,14 @@ def split(whole: SparseTransformer) -> tp.RankTransformer:
     return part
 
 
-def run(step, rows: int, steps: int, replay: str = "replay", vocab: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and tokens of steps from empty caches, at positions that differ by row."""
+def run(step, rows: int, steps: int, replay: str = "replay", vocab: int = 0) -> tuple[torch.Tensor, ...]:
+    """Logits, tokens, and of a GPU's step each group's largest, from empty caches, at positions that differ by row."""
     step.start(torch.arange(5, 5 + rows), list(range(0, 3 * rows, 3)), list(range(rows)))
     logits = []
     for _ in range(steps):
         getattr(step, replay)()
         logits.append(step.logits[:, : vocab or None].clone())
-    return torch.stack(logits), step.tokens.clone()
+    return torch.stack(logits), step.tokens.clone(), getattr(step, "top", step.tokens).clone()
 
 
 def equal(one: SparseTransformer, part: tp.RankTransformer, kinds: tuple, rows: int, steps=STEPS, **options) -> bool:
@@ -100,6 +100,12 @@ def compare(ranks: int) -> dict[str, bool]:
     return found
 
 
+def peer_memory_of_a_cpu(words: int, _device) -> tuple:
+    """What `tp.peer_memory` gives of a GPU."""
+    memory = tp.common_memory(8 * words * tp.count())
+    return torch.tensor([memory.data_ptr() + 8 * words * r for r in range(tp.count())]), memory
+
+
 def interpreted() -> dict[str, bool]:
     """The same of a GPU's step, whose ranks write into each other's memory, or add by all-reduce."""
     import lanes
@@ -109,7 +115,7 @@ def interpreted() -> dict[str, bool]:
     lanes.install()
     shape = SHAPE | {"n_layer": 1, "vocab_size": 130, "intermediate_size": 128}
     one = build_cut(shape, dtype=torch.bfloat16)
-    part, found = split(one), {}
+    part, found, tp.peer_memory = split(one), {}, peer_memory_of_a_cpu
     for tp.reduction, steps in (("peer", 2), ("nccl", 1)):
         found[f"a GPU's step, {tp.reduction}"] = equal(one, part, (FusedGpuStep, tp.RankGpuStep), 1, steps, by="step")
     return found
