@@ -18,11 +18,13 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <thread>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -182,7 +184,7 @@ struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the l
 // bfloat16 in 12 bits, see kernels/packed.py. 64 weights are a group of 96 bytes, three planes of 32-bit words, of which
 // the words t are about weights 8 t to 8 t + 7, an element. Escapes are in a table that kernels/packed.py describes.
 struct Packed {
-  static constexpr int64_t GROUP = 64, GROUP_BYTES = 96, CELL_ROWS = 32, HEADER = 8;
+  static constexpr int64_t GROUP = 64, GROUP_BYTES = 96;
   uint8_t bytes[GROUP_BYTES];
 
   // Weights 2 pair and 2 pair + 1 of elements, bfloat16 side by side, from their words; base: of their segment's window,
@@ -193,59 +195,24 @@ struct Packed {
     return ((first >> 4 & 0x07800780) | (second >> 8 & 0x00780078) | ((third >> 12 | third << 20) & 0x80078007)) + base;
   }
 
-  // Weight i of a group, if it is no escape.
-  static BFloat16 one(const Packed* group, int64_t i, uint32_t base) {
-    const char* at = reinterpret_cast<const char*>(group) + i / 8 * 4;
-    const uint32_t both = two(i % 8 / 2, read<uint32_t>(at), read<uint32_t>(at + 32), read<uint32_t>(at + 64), base);
-    return {uint16_t(i % 2 ? both >> 16 : both)};
-  }
-
   // The segment of a column.
   static int segment(const int32_t* table, int64_t column) { return (column >= table[5]) + (column >= table[6]); }
 
-  // Calls found(k, column, bits of the bfloat16) for the escapes of N rows, in ascending order, among columns begin .. end,
-  // multiples of GROUP. Those of one row come by column.
-  template <int N, typename Found>
-  static void escapes(const int32_t* table, int64_t n_columns, const int64_t (&rows)[N], int64_t begin, int64_t end,
-                      Found found) {
-    for (int k = 0; k < N;) {
-      // the rows that share cells
-      const int64_t cells = rows[k] / CELL_ROWS;
-      uint32_t wanted = 0;
-      int8_t which[CELL_ROWS];
-      for (; k < N && rows[k] / CELL_ROWS == cells; k++) {
-        wanted |= 1u << rows[k] % CELL_ROWS;
-        which[rows[k] % CELL_ROWS] = k;
-      }
+  struct Escape {
+    int32_t column, bits;  // of the bfloat16
+  };
 
-      // the escapes of those cells: one in the slot, or several in a list
-      const int32_t* slots = table + HEADER + cells * (n_columns / GROUP);
-      typedef uint32_t Slots __attribute__((vector_size(32)));
-      Slots any = {};  // most calls find none: eight slots at a time, as many as lie behind the table's end at least
-      for (int64_t cell = begin / GROUP; cell < end / GROUP; cell += 8) {
-        const Slots some = read<Slots>(slots + cell);
-        any |= ((wanted - Slots{}) >> (some >> 8 & 31) & some & 1) | (some & 2);
-      }
-      const auto halves = reinterpret_cast<const uint64_t(&)[4]>(any);
-      if (!(halves[0] | halves[1] | halves[2] | halves[3])) continue;
-      for (int64_t column = begin; column < end; column += GROUP) {
-        const int32_t *entry = slots + column / GROUP, *last = entry + 1;
-        if (!*entry) continue;
-        if (*entry & 2) {
-          entry = table + HEADER + table[3] + (*entry >> 2);
-          last = entry + 1 + *entry;
-          entry++;
-        }
-        for (; entry < last; entry++)
-          if (wanted >> (*entry >> 8 & 31) & 1)
-            found(which[*entry >> 8 & 31], column + (*entry >> 2 & 63), uint16_t(*entry >> 16));
-      }
-    }
+  // The escapes of row i from this column on, which come by column, and the end of the row's.
+  static std::pair<const Escape*, const Escape*> escapes(const int32_t* table, int64_t i, int64_t column) {
+    const int32_t* starts = table + table[8];
+    const auto* all = reinterpret_cast<const Escape*>(table + table[9]);
+    const Escape *escape = all + starts[i], *const end = all + starts[i + 1];
+    while (escape < end && escape->column < column) escape++;
+    return {escape, end};
   }
 
   // to = columns begin .. end, both multiples of GROUP, of a row.
-  static void unpack(const Packed* row, const int32_t* table, int64_t n_columns, int64_t i, int64_t begin, int64_t end,
-                     BFloat16* to) {
+  static void unpack(const Packed* row, const int32_t* table, int64_t i, int64_t begin, int64_t end, BFloat16* to) {
     for (int64_t column = begin; column < end; column += GROUP) {
       const uint32_t base = table[segment(table, column)];
       uint32_t words[3][8], pairs[8][4];
@@ -254,9 +221,8 @@ struct Packed {
         for (int t = 0; t < 8; t++) pairs[t][pair] = two(pair, words[0][t], words[1][t], words[2][t], base);
       std::memcpy(reinterpret_cast<uint16_t*>(to) + (column - begin), pairs, sizeof(pairs));
     }
-    escapes<1>(table, n_columns, {i}, begin, end, [&](int, int64_t column, uint16_t bits) {
-      std::memcpy(reinterpret_cast<uint16_t*>(to) + (column - begin), &bits, sizeof(bits));
-    });
+    for (auto [escape, last] = escapes(table, i, begin); escape < last && escape->column < end; escape++)
+      to[escape->column - begin].bits = escape->bits;
   }
 };
 
@@ -346,7 +312,7 @@ template <>
 struct Row<Packed> {
   const Packed* weights;
   const int32_t* table;
-  int64_t n_out, input, output;  // which row, and the first of these weights
+  int64_t input, output;  // which row, and the first of these weights
 };
 
 template <typename W>
@@ -370,7 +336,7 @@ struct Matrix {
       return {weight + (input * n_out + output) / 2,
               static_cast<const BFloat16*>(scale) + (input * (n_out / group) + output / group) * 2};
     else if constexpr (std::is_same_v<W, Packed>)
-      return {weight + (input * n_out + output) / W::GROUP, static_cast<const int32_t*>(scale), n_out, input, output};
+      return {weight + (input * n_out + output) / W::GROUP, static_cast<const int32_t*>(scale), input, output};
     else
       return {weight + input * n_out + output};
   }
@@ -487,41 +453,42 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> va
   }
 }
 
-// The same of packed weights, `width` a multiple of their group. Outputs that have an escape in one of these rows are added
-// up again, from what they were, in the same order.
+// The same of packed weights, `width` a multiple of their group.
 template <int N, int B>
 void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float> value, Texts<float> sums, int64_t width,
               int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
   constexpr int64_t BLOCK = APART<Packed> * LANES;
-  const auto place = [](int64_t j) { return j / BLOCK * BLOCK + j % 8 * LANES + j % BLOCK / 8; };
-  uint64_t escaped[COLUMNS / B / Packed::GROUP] = {};
-  float before[B][COLUMNS / B];
-  constexpr int MOST = 64;
-  struct {
-    int row;
-    int64_t j;
-    uint16_t bits;
-  } escapes[MOST];
-  int64_t n = 0;
-  int64_t inputs[N];
-  for (int k = 0; k < N; k++) inputs[k] = row[k].input;
   const int64_t output = row[0].output;
-  Packed::escapes(row[0].table, row[0].n_out, inputs, output, output + width, [&](int k, int64_t column, uint16_t bits) {
-    const int64_t j = column - output;
-    escaped[j / 64] |= uint64_t(1) << j % 64;
-    for (int b = 0; b < B; b++) before[b][j] = sums[b][place(j)];
-    if (n < MOST) escapes[n] = {k, j, bits};
-    n++;
-  });
-
+  const uint32_t base = row[0].table[Packed::segment(row[0].table, output)];
   const char *weights[N], *later[N];
+  const Packed::Escape *escape[N], *last[N];
   for (int k = 0; k < N; k++) {
     weights[k] = reinterpret_cast<const char*>(row[k].weights);
     later[k] = reinterpret_cast<const char*>(next[k].weights);
+    std::tie(escape[k], last[k]) = Packed::escapes(row[k].table, row[k].input, output);
+    __builtin_prefetch(row[k].table + row[k].table[8] + next[k].input);
   }
-  const uint32_t base = row[0].table[Packed::segment(row[0].table, row[0].output)];
+
+  // the first output with an escape in one of these rows
+  const auto first_escape = [&] {
+    int64_t first = width;
+    for (int k = 0; k < N; k++)
+      if (escape[k] < last[k]) first = std::min(first, escape[k]->column - output);
+    return first;
+  };
+  const auto put_escapes = [&](int k, int64_t j, int first, auto& two) {  // in words of pairs from `first` on
+    if (escape[k] == last[k] || escape[k]->column >= output + j + BLOCK) return;
+    uint16_t halves[std::size(two)][LANES][2];
+    std::memcpy(halves, two, sizeof(two));
+    for (const auto* e = escape[k]; e < last[k] && e->column < output + j + BLOCK; e++) {
+      const uint64_t i = e->column - output - j, pair = i % 8 / 2 - first;
+      if (pair < std::size(two)) halves[pair][i / 8][i % 2] = e->bits;
+    }
+    std::memcpy(two, halves, sizeof(two));
+  };
+
   constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
-  const auto add_block = [&](int64_t j, auto whole) {
+  const auto add_block = [&](int64_t j, auto whole, auto escaped) {
     const int64_t at = j / Packed::GROUP * Packed::GROUP_BYTES + j % Packed::GROUP / 2;
     const auto plane = [&](const char* from) {
 #if defined(__AVX512F__)  // 16 words are of two groups, unless only one is left
@@ -542,10 +509,13 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
 #pragma GCC unroll 8
       for (int k = 0; k < N; k++) {
         const Words words[3] = {plane(weights[k] + at), plane(weights[k] + at + 32), plane(weights[k] + at + 64)};
+        Words two[PAIRS];
+#pragma GCC unroll 4
+        for (int p = 0; p < PAIRS; p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
+        if constexpr (escaped) put_escapes(k, j, first, two);
 #pragma GCC unroll 4
         for (int p = 0; p < PAIRS; p++) {
-          const Words two = Packed::two(first + p, words[0], words[1], words[2], base);
-          const Floats even = (Floats)(two << 16), odd = (Floats)(two & 0xffff0000);
+          const Floats even = (Floats)(two[p] << 16), odd = (Floats)(two[p] & 0xffff0000);
 #pragma GCC unroll 8
           for (int b = 0; b < B; b++) {
             const Floats x = value[b][k] - Floats{};
@@ -561,32 +531,23 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
           std::memcpy(sums[b] + j + (2 * first + v) * LANES, &total[b][v], sizeof(Floats));
     }
   };
-  int64_t j = 0;
-  for (; j + BLOCK <= width; j += BLOCK) {
+
+  int64_t escape_at = first_escape();
+  for (int64_t j = 0; j < width; j += BLOCK) {
+    const bool whole = j + BLOCK <= width;
     const int64_t at = j / Packed::GROUP * Packed::GROUP_BYTES;
-    for (int k = 0; k < N; k++)
+    for (int k = 0; whole && k < N; k++)
 #pragma GCC unroll 4
       for (int64_t line = 0; line < BLOCK * 3 / 2; line += 64) __builtin_prefetch(later[k] + at + line, 0, 2);
-    add_block(j, std::true_type());
-  }
-  if (j < width) add_block(j, std::false_type());
-
-  for (int64_t group = 0; n && group * Packed::GROUP < width; group++) {
-    BFloat16 unpacked[N][Packed::GROUP];  // where there are too many to be looked through for each weight
-    for (int k = 0; n > MOST && escaped[group] && k < N; k++) {
-      const int64_t begin = row[k].output + group * Packed::GROUP;
-      Packed::unpack(row[k].weights - row[k].output / Packed::GROUP, row[k].table, row[k].n_out, row[k].input, begin,
-                     begin + Packed::GROUP, unpacked[k]);
-    }
-    for (uint64_t left = escaped[group]; left; left &= left - 1) {
-      const int64_t i = std::countr_zero(left), j = group * Packed::GROUP + i;
-      for (int k = 0; k < N; k++) {
-        BFloat16 weight = n > MOST ? unpacked[k][i] : Packed::one(row[k].weights + group, i, base);
-        for (int64_t e = 0; e < n && n <= MOST; e++)
-          if (escapes[e].row == k && escapes[e].j == j) weight.bits = escapes[e].bits;
-        for (int b = 0; b < B; b++) before[b][j] = fma(value[b][k], weight, before[b][j]);
-      }
-      for (int b = 0; b < B; b++) sums[b][place(j)] = before[b][j];
+    if (escape_at < j + BLOCK) [[unlikely]] {
+      whole ? add_block(j, std::true_type(), std::true_type()) : add_block(j, std::false_type(), std::true_type());
+      for (int k = 0; k < N; k++)
+        while (escape[k] < last[k] && escape[k]->column < output + j + BLOCK) escape[k]++;
+      escape_at = first_escape();
+    } else if (whole) {
+      add_block(j, std::true_type(), std::false_type());
+    } else {
+      add_block(j, std::false_type(), std::false_type());
     }
   }
 }
@@ -643,23 +604,11 @@ __attribute__((noinline)) void dots(const T* row, Texts<const float> x, int64_t 
     for (int64_t i = j; i < width; i++) results[b] = fma(x[b][i], float(row[i]), results[b]);
   }
 }
-// The same of a packed row, which is output `i` of a matrix [any, width]. buffer: room for a row. A row with many escapes,
-// or without AVX-512, is unpacked first. With it an element's sums are those that `dots` has of its outputs.
+// The same of a packed row, which is output `i` of a matrix [any, width]. buffer: room for a row, which is unpacked first
+// without AVX-512. With it an element's sums are those that `dots` has of its outputs.
 template <int B>
 void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float> x, Texts<const float> x_apart,
           int64_t width, BFloat16* buffer, float* results) {
-  constexpr int MOST = LANES == 16 ? 64 : 0;
-  std::pair<int64_t, uint16_t> escapes[MOST + 1];
-  int n = 0;
-  Packed::escapes<1>(table, width, {i}, 0, width, [&](int, int64_t column, uint16_t bits) {
-    escapes[n] = {column, bits};
-    n = std::min(n + 1, MOST);
-  });
-  if (n >= MOST) {
-    Packed::unpack(row, table, width, i, 0, width, buffer);
-    return dots<B>(buffer, x, width, results);
-  }
-  escapes[n].first = width;
 #if defined(__AVX512F__)
   typedef float Eight __attribute__((vector_size(32)));
   typedef uint32_t EightWords __attribute__((vector_size(32)));
@@ -668,19 +617,20 @@ void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float>
   constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
 #pragma GCC unroll 4
   for (int first = 0; first < 4; first += PAIRS) {
-    const auto* escape = escapes;
+    auto [escape, last] = Packed::escapes(table, i, 0);
     for (int64_t j = 0; j < width; j += Packed::GROUP) {
       const char* group = reinterpret_cast<const char*>(row + j / Packed::GROUP);
+      for (int64_t i = 0; first == 0 && i < Packed::GROUP_BYTES; i += 48) __builtin_prefetch(group + HEAD_AHEAD + i, 0, 2);
       const EightWords words[3] = {read<EightWords>(group), read<EightWords>(group + 32), read<EightWords>(group + 64)};
       EightWords two[PAIRS];
 #pragma GCC unroll 4
       for (int p = 0; p < PAIRS; p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
-      for (; escape->first < j + Packed::GROUP; escape++) {
-        const int64_t at = escape->first - j, p = at % 8 / 2 - first;
+      for (; escape < last && escape->column < j + Packed::GROUP; escape++) {
+        const int64_t at = escape->column - j, p = at % 8 / 2 - first;
         if (p < 0 || p >= PAIRS) continue;
         uint16_t halves[PAIRS][8][2];
         std::memcpy(halves, two, sizeof(two));
-        halves[p][at / 8][at % 2] = escape->second;
+        halves[p][at / 8][at % 2] = escape->bits;
         std::memcpy(two, halves, sizeof(two));
       }
 #pragma GCC unroll 4
@@ -705,6 +655,9 @@ void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float>
     std::memcpy(quarters, in_order, sizeof(quarters));
     results[b] = sum((quarters[0] + quarters[1]) + (quarters[2] + quarters[3]));
   }
+#else
+  Packed::unpack(row, table, i, 0, width, buffer);
+  dots<B>(buffer, x, width, results);
 #endif
 }
 template <typename T>
@@ -914,7 +867,7 @@ void column_norms(const Matrix<W>& matrix, int64_t n_in, int8_t* log_norms, int 
       const Row<W> row = matrix.row(i, begin * (groups ? matrix.group : 1));
       BFloat16 unpacked[BLOCK];
       if constexpr (std::is_same_v<W, Packed>)
-        W::unpack(row.weights - begin / W::GROUP, row.table, row.n_out, i, begin, begin + width, unpacked);
+        W::unpack(row.weights - begin / W::GROUP, row.table, i, begin, begin + width, unpacked);
       for (int64_t j = 0; j < width; j++) {
         float most;
         if constexpr (groups) {
@@ -1576,7 +1529,7 @@ EXPORT(float32_int4, Float32, Int4, Int8)
 extern "C" void unpack(const Packed* rows, const int32_t* table, BFloat16* to, int64_t n, int64_t n_columns, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < n; i++)
-    Packed::unpack(rows + i * n_columns / Packed::GROUP, table, n_columns, i, 0, n_columns, to + i * n_columns);
+    Packed::unpack(rows + i * n_columns / Packed::GROUP, table, i, 0, n_columns, to + i * n_columns);
 }
 
 // Asks for huge pages under a range: rows at random places then miss fewer translations. Where it fails, nothing

@@ -20,7 +20,7 @@ from torch import Tensor
 
 GROUP, GROUP_BYTES = 64, 96  # weights, and their bytes
 CELL_ROWS = 32  # of a cell, GROUP columns wide, whose escapes are listed together
-SEGMENTS, HEADER = 3, 8  # at most; int32 numbers of an escape table before its slots
+SEGMENTS, HEADER = 3, 10  # at most; int32 numbers of an escape table before its slots
 LEAST_BASE, MOST_BASE = 96, 128  # the latter a multiple of 16
 IN_PLACE, SPARE, IN_LAST = 0x87FF87FF - (1 << 32), 0x78007800, 0x80078007 - (1 << 32)  # bits of a word
 PART = 1 << 24  # weights packed at once
@@ -70,10 +70,12 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     """What `pack` lists of each segment, one after the other, as one int32 table for the kernels, 1-dimensional.
 
     It begins with the bases of three segments' windows, in both halves of a number each, the number of slots, the
-    columns at which three segments start, those that are absent at the end, and MOST_BASE as the bases are. Then comes
-    a slot for each cell of 32 rows and 64 columns, side by side, then lists. A slot is 0 for no escape. An escape is
-    the bfloat16's bits << 16, its row in the cell << 8, its column there << 2, and 1. Several have a list, whose place
-    << 2 | 2 is their slot, and which begins with their number; they are sorted by row and column.
+    columns at which three segments start, those that are absent at the end, MOST_BASE as the bases are, and the places
+    of what a CPU reads. Then comes a slot for each cell of 32 rows and 64 columns, side by side, then lists. A slot is
+    0 for no escape. An escape is the bfloat16's bits << 16, its row in the cell << 8, its column there << 2, and 1.
+    Several have a list, whose place << 2 | 2 is their slot, and which begins with their number.
+
+    A CPU reads where each row's escapes begin, and the last one's end, and column and bits of each.
     Raises ValueError if they are not such escapes: the file is damaged.
     """
     width_of = torch.tensor(widths, device=escapes.device)
@@ -86,11 +88,16 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     if outside.any() or (at >= n_rows * width_of[segment]).any() or (order.diff() <= 0).any():
         raise ValueError("the escapes of packed weights are damaged: a base or a place is out of range or order")
 
-    # sorted by cell, row and column
+    # by row and column
     starts = width_of.cumsum(0) - width_of
     row, column = at // width_of[segment], starts[segment] + at % width_of[segment]
+    by_row = (row * sum(widths) + column).argsort()
+    listed, row, column = listed[by_row] & 0xFFFF, row[by_row], column[by_row]
+    rows = torch.cat((row.new_zeros(1), torch.bincount(row, minlength=n_rows).cumsum(0)))
+
+    # by cell
     cell, by_cell = (row // CELL_ROWS * (sum(widths) // GROUP) + column // GROUP).sort(stable=True)
-    entries = ((listed & 0xFFFF) << 16 | row % CELL_ROWS << 8 | column % GROUP << 2 | 1)[by_cell]
+    entries = (listed << 16 | row % CELL_ROWS << 8 | column % GROUP << 2 | 1)[by_cell]
 
     # one stands in its cell's slot, several in a list
     counts = torch.bincount(cell, minlength=-(-n_rows // CELL_ROWS) * sum(widths) // GROUP)
@@ -102,19 +109,28 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     rank = torch.arange(len(cell), device=cell.device) - (counts.cumsum(0) - counts)[cell]
     lists[(place[cell] + 1 + rank)[several]] = entries[several]
 
-    header = torch.full((2, 4), sum(widths), device=escapes.device)
-    header[0, : len(widths)], header[0, 3], header[1, : len(widths)] = bases * 0x00800080, len(slots), starts
-    header[1, 3] = MOST_BASE * 0x00800080
-    return torch.cat((header.flatten(), slots, lists, lists.new_zeros(8))).to(torch.int32)  # which a CPU reads beyond
+    header = torch.full((HEADER,), sum(widths), device=escapes.device)
+    header[: len(widths)], header[4 : 4 + len(widths)] = bases * 0x00800080, starts
+    header[3], header[7], header[8] = len(slots), MOST_BASE * 0x00800080, HEADER + len(slots) + len(lists)
+    header[9] = header[8] + len(rows)
+    return torch.cat((header, slots, lists, rows, torch.stack((column, listed), 1).flatten())).to(torch.int32)
 
 
 def table_part(table: Tensor, first: int, last: int, n_columns: int) -> Tensor:
     """The escape table of rows first .. last - 1; both multiples of a cell's rows, or the end."""
     begin, end = (-(-n // CELL_ROWS) * n_columns // GROUP for n in (first, last))
-    slots, lists = table[HEADER:].tensor_split([int(table[3])])
-    header = table[:HEADER].clone()
+    header, slots, lists, rows, entries = table.tensor_split(_parts(table))
+    rows, entries = rows[first : last + 1] - rows[first], entries[2 * rows[first] : 2 * rows[last]]
+    header = header.clone()
     header[3] = end - begin
-    return torch.cat((header, slots[begin:end], lists))
+    header[8:] = HEADER + end - begin + len(lists) + torch.tensor([0, len(rows)])
+    return torch.cat((header, slots[begin:end], lists, rows, entries))
+
+
+def _parts(table: Tensor) -> list[int]:
+    """Where slots, lists, starts of rows, and escapes by row begin."""
+    n_slots, starts, entries = table[[3, 8, 9]].tolist()
+    return [HEADER, HEADER + n_slots, starts, entries]
 
 
 def unpack(packed: Tensor, table: Tensor) -> Tensor:
@@ -127,15 +143,8 @@ def unpack(packed: Tensor, table: Tensor) -> Tensor:
     pairs = [words + base for words in (*(plane & IN_PLACE for plane in planes), last)]
     bits = torch.stack(pairs, 3).view(torch.int16).flatten(1)
 
-    # the escapes, whose cells say where they are
-    slots, lists = table[HEADER:].tensor_split([int(table[3])])
-    several = (slots & 3 == 2).nonzero().flatten()
-    place = slots[several] >> 2
-    counts = lists[place]
-    where = (place + 1 - (counts.cumsum(0) - counts)).repeat_interleave(counts)
-    one = (slots & 3 == 1).nonzero().flatten()
-    cell = torch.cat((one, several.repeat_interleave(counts)))
-    entries = torch.cat((slots[one], lists[where + torch.arange(len(where), device=packed.device)]))
-    row, column = cell // (c // GROUP) * CELL_ROWS + (entries >> 8 & 31), cell % (c // GROUP) * GROUP
-    bits[row, column + (entries >> 2 & 63)] = (entries >> 16).to(torch.int16)
+    rows, entries = table.tensor_split(_parts(table))[3:]
+    column, escapes = entries.view(-1, 2).long().unbind(1)
+    row = torch.arange(n, device=packed.device).repeat_interleave(rows.diff().long())
+    bits[row, column] = escapes.to(torch.int16)
     return bits.view(torch.bfloat16)
