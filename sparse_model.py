@@ -67,7 +67,6 @@ class SparseProjection(UncastBuffers):
             self.register_buffer(name, torch.zeros_like(threshold[:, 0], dtype=torch.int64), persistent=False)
         self.seen = self.steps = 0
         self.dense_prefix: int | list[int] | None = None
-        self.later, self.ready = [], None  # the same site a layer on, and its weight: see `kernels.quantized.product`
         self.register_load_state_dict_pre_hook(table_on_load)
         self.register_load_state_dict_pre_hook(_transpose_on_load)
 

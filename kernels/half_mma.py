@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
-from kernels.integer_mma import _add_to, _load, _load_factors, _pick_bytes
+from kernels.integer_mma import _add_to, _load, _load_factors, _on_grid, _pick_bytes
 from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales
 from kernels.plan import of_rows
 from kernels.triton_gemv import (
@@ -49,6 +49,8 @@ PIECE = tl.constexpr(64)  # outputs that the warp loads at once, of 4 inputs
 # Rows of x up to which every program makes its own inputs; more have a launch before for that. A step of llama-3-8b, 4
 # rows, takes 5.18 ms so at 50 % and 5.31 with the launch; dense 5.69 and 5.64; 3 rows dense 5.44 and 5.55 (H100).
 MAKES_ROWS = 4
+# How often a program takes its plan's blocks where rows are made apart: half as many sums are added to memory.
+TURNS_OF_MANY = 2
 RSTD_MAKERS = tl.constexpr(8)  # programs that compute the rstds of rows
 
 
@@ -289,14 +291,15 @@ def _half_kernel(
     table_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
     x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
-    # compiled in; N_OUT: so that a load's place needs no arithmetic; ZERO: how much of zero_ptr each program fills
+    # compiled in; N_OUT: so that a load's place needs no arithmetic; TURNS: how often PLAN.blocks a program takes;
+    # ZERO: how much of zero_ptr each program fills
     N_OUT: tl.constexpr, OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    PREPARED: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+    TURNS: tl.constexpr, PREPARED: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """out += m (W^T cut(x - shift) + offset) for ROWS rows of x, as `kernels.triton_gemv` has it of other forms."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    BLOCKS: tl.constexpr = PLAN.blocks
+    BLOCKS: tl.constexpr = PLAN.blocks * TURNS
     PIECES: tl.constexpr = PLAN.block_out // PIECE
     PAIRS: tl.constexpr = (ROWS + 1) // 2
     N_BLOCKS: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
@@ -429,7 +432,7 @@ def _half_kernel(
 
     # the sums of two rows at a time; each block has a chain of products of its own, for their latency
     for q in tl.static_range(PAIRS):
-        sums = ()
+        totals = ()
         for b in tl.static_range(BLOCKS):
             if PREPARED:  # blocks beyond the last one have weights of 0, packed ones anything
                 x_at = x_ptr + (q * N_BLOCKS + tl.minimum(block + b, N_BLOCKS - 1)) * BLOCK + lane % 4 * 8
@@ -451,27 +454,32 @@ def _half_kernel(
                     weights = _load_half(
                         weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES
                     )
-            sums = _added(sums, new, PIECES) if b > 0 else new
+            sums = _added(sums, new, PIECES) if b % PLAN.blocks > 0 else new  # noqa: F821
 
-        # each lane's outputs
-        if ROWS == 1 and PIECES > 1:
-            mine = ()
-            for p in tl.static_range(SETS):
-                v = ()
-                for i in tl.static_range(4):
-                    v = v + (tl.where(half == 0, sums[2 * p][i], sums[2 * p + 1][i]),)  # noqa: RUF005
-                mine = mine + (v,)  # noqa: RUF005
-            sums = mine
+            # each lane's outputs; sums on one grid can be added in any order
+            if b % PLAN.blocks == PLAN.blocks - 1:
+                if ROWS == 1 and PIECES > 1:
+                    mine = ()
+                    for p in tl.static_range(SETS):
+                        v = ()
+                        for i in tl.static_range(4):
+                            v = v + (tl.where(half == 0, sums[2 * p][i], sums[2 * p + 1][i]),)  # noqa: RUF005
+                        mine = mine + (v,)  # noqa: RUF005
+                    sums = mine
+                turn = ()
+                for p in tl.static_range(SETS):
+                    out = sums[p]
+                    if PACKED:
+                        out = (out[0] * shrink, out[1] * shrink, out[2] * shrink, out[3] * shrink)
+                    if offset_ptr is not None and b < PLAN.blocks:
+                        out = _with_offsets(out, offsets[p])
+                    turn = turn + (_on_grid(out, finenesses[p], 4, OP, fineness_ptr is not None),)  # noqa: RUF005
+                totals = _added(totals, turn, SETS) if b >= PLAN.blocks else turn
         row = 0 if ROWS == 1 else 2 * q + half
         end = tl.where(half < (PIECES if ROWS == 1 else ROWS - 2 * q), last, 0)
         for p in tl.static_range(SETS):
-            out = sums[p]
-            if PACKED:
-                out = (out[0] * shrink, out[1] * shrink, out[2] * shrink, out[3] * shrink)
-            if offset_ptr is not None:
-                out = _with_offsets(out, offsets[p])
             out_at, there = out_ptr + row * out_stride + at + p * STEP, (at + p * STEP < end).to(tl.int32)
-            _add_to(out_at, there, out, finenesses[p], 4, OP, LANES, fineness_ptr is not None)
+            _add_to(out_at, there, totals[p], 4, LANES)
 
 
 # ---- launching it
@@ -514,13 +522,14 @@ def launch_half(
 
     # a launch's programs fill `zero` together
     starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
-    grid = (tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks), len(x) // rows)
+    turns = TURNS_OF_MANY if apart and not packed and product.fineness is not None else 1
+    grid = (tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks * turns), len(x) // rows)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _half_kernel[grid](
         made, kept, gain, weight.view(torch.int32) if packed else weight, product.threshold, out, zero, last_rstd,
         product.offset, product.fineness, product.weight_scale,
         x_stride, out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
-        N_OUT=starts[-1], OP=operation, PLAN=plan, LANES=lanes, ROWS=rows, PREPARED=apart, ZERO=zero_block, PDL=pdl,
-        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
+        N_OUT=starts[-1], OP=operation, PLAN=plan, LANES=lanes, ROWS=rows, TURNS=turns, PREPARED=apart, ZERO=zero_block,
+        PDL=pdl, num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
     )

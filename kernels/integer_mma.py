@@ -234,10 +234,8 @@ def _load_factors(ptr, at, there, N: tl.constexpr):
 
 
 @triton.jit
-def _add_to(
-    out_at, there, sums, finenesses, N: tl.constexpr, OP: tl.constexpr, LANES: tl.constexpr, GRID: tl.constexpr
-):
-    """Adds N sums of each lane, put on the grid, to its outputs."""
+def _on_grid(sums, finenesses, N: tl.constexpr, OP: tl.constexpr, GRID: tl.constexpr):
+    """N sums of each lane, times the product's multiplier, on the grid."""
     out = ()
     for i in tl.static_range(N):
         x = sums[i]
@@ -246,13 +244,19 @@ def _add_to(
         if GRID:
             x = snap(x, finenesses[i].to(tl.float32, bitcast=True))
         out = out + (x,)
+    return out
+
+
+@triton.jit
+def _add_to(out_at, there, sums, N: tl.constexpr, LANES: tl.constexpr):
+    """Adds N sums of each lane to its outputs."""
     if not LANES.add_vectors:
         for i in tl.static_range(N):
-            tl.atomic_add(out_at + i, out[i], mask=there != 0, sem="relaxed")
+            tl.atomic_add(out_at + i, sums[i], mask=there != 0, sem="relaxed")
     elif N == 4:
-        _add_four(out_at, there, out)
+        _add_four(out_at, there, sums)
     else:
-        _add_two(out_at, there, out)
+        _add_two(out_at, there, sums)
 
 
 # ---- int8
@@ -508,8 +512,8 @@ def _integer_kernel(
             kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, ROWS, OP)
             weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
 
-    # else the compiler puts some loads off until others have come
-    if OP.cut and PDL:
+    # else the compiler puts some loads of int4 off until others have come
+    if OP.bits == 4 and OP.cut and PDL:
         zero = _zero_after_loads(threshold_ptr + rows * 0)
         if ROWS == 0:
             late = ()
@@ -539,7 +543,8 @@ def _integer_kernel(
             for r in tl.static_range(R):
                 out_at = out_ptr + r * out_stride + at + (first_chunk + c) * LANES.chunk
                 fine = finenesses[(first_chunk + c) * N : (first_chunk + c) * N + N]
-                _add_to(out_at, there[first_chunk + c], sums[c * R + r], fine, N, OP, LANES, GRID)
+                out = _on_grid(sums[c * R + r], fine, N, OP, GRID)
+                _add_to(out_at, there[first_chunk + c], out, N, LANES)
 
 
 # ---- launching it

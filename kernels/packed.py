@@ -118,8 +118,8 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
 
 def table_part(table: Tensor, first: int, last: int, n_columns: int) -> Tensor:
     """The escape table of rows first .. last - 1; both multiples of a cell's rows, or the end."""
-    begin, end = (-(-n // CELL_ROWS) * n_columns // GROUP for n in (first, last))
     header, slots, lists, rows, entries = table.tensor_split(_parts(table))
+    begin, end = (-(-n // CELL_ROWS) * n_columns // GROUP for n in (first, last))
     rows, entries = rows[first : last + 1] - rows[first], entries[2 * rows[first] : 2 * rows[last]]
     header = header.clone()
     header[3] = end - begin

@@ -169,19 +169,15 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`."""
-    form = form_of(weight, scale)
-    if scale is not None and weight.is_cuda and not torch.compiler.is_compiling():  # Inductor fuses what follows
+    form, compiling = form_of(weight, scale), torch.compiler.is_compiling()
+    if form.name == "packed":
+        return (unpack if compiling else _unpack)(weight, scale).to(dtype)
+    if scale is not None and weight.is_cuda and not compiling:  # Inductor fuses what follows
         from kernels.triton_dequantize import launch_dequantize
 
         return launch_dequantize(weight, scale, dtype)
 
-    if form.name == "packed":
-        from kernels import cpu
-
-        if weight.device.type == "cpu" and not torch.compiler.is_compiling() and cpu.library() is not None:
-            return cpu.unpack(weight, scale).to(dtype)
-        weight = packed.unpack(weight, scale)
-    elif form.name == "int4":
+    if form.name == "int4":
         codes = torch.stack((weight & 15, weight >> 4), dim=-1)
         s, m = scale.float().unsqueeze(-2).unbind(-1)
         weight = (codes.view(*scale.shape[:2], -1) * s + m).flatten(1)
@@ -190,19 +186,49 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     return weight.to(dtype)
 
 
+def _unpack(weight: Tensor, table: Tensor) -> Tensor:
+    """`packed.unpack`, by a kernel where there is one."""
+    if weight.is_cuda:
+        from kernels.triton_dequantize import launch_unpack
+
+        return launch_unpack(weight, table)
+    from kernels import cpu
+
+    return packed.unpack(weight, table) if cpu.library() is None else cpu.unpack(weight, table)
+
+
+unpack = torch.library.custom_op("teal_fast::unpack", _unpack, mutates_args=())
+
+
+@unpack.register_fake
+def _(weight: Tensor, table: Tensor) -> Tensor:
+    return weight.new_empty(len(weight), weight.shape[1] * 2 // 3, dtype=torch.bfloat16)
+
+
 def product(x: Tensor, site) -> Tensor:
-    """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x.
-
-    On a GPU up to SHORT rows of x are multiplied with integers by a kernel of their own, that reads these alone; else
-    torch multiplies, after dequantising. Where a CUDA graph is recorded, that is done a layer ahead, beside products.
-    """
+    """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x."""
     weight, scale = site.weight, site.scale
-    if scale is not None and x.is_cuda and not torch.compiler.is_compiling():
-        from kernels.triton_dequantize import launch_ahead, launch_product
+    integers = scale is not None and scale.dtype != torch.int32
+    if not integers or not x.is_cuda or x.dtype == torch.float32 or x.requires_grad:
+        return x @ dequantize(weight, scale, x.dtype)
+    # an operation costs an eager pass more of the host's time than the launch itself
+    return (quantized_product if torch.compiler.is_compiling() else _quantized_product)(x, weight, scale)
 
-        short = 0 < x.numel() <= SHORT * x.shape[-1] and scale.dtype != torch.int32
-        if short and x.dtype != torch.float32 and not x.requires_grad:
-            return launch_product(x, weight, scale)
-        if torch.cuda.is_current_stream_capturing():
-            return launch_ahead(x, site)
+
+def _quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """On a GPU: up to SHORT rows of x take a kernel that reads integers alone, more take torch, after dequantising."""
+    if 0 < x.numel() <= SHORT * x.shape[-1]:
+        from kernels.triton_dequantize import launch_product
+
+        return launch_product(x, weight, scale)
     return x @ dequantize(weight, scale, x.dtype)
+
+
+quantized_product = torch.library.custom_op(
+    "teal_fast::quantized_product", _quantized_product, mutates_args=(), device_types="cuda"
+)
+
+
+@quantized_product.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1))

@@ -11,7 +11,7 @@ import generate
 import quantize
 from decoder import FusedCpuStep
 from kernels import cpu, packed
-from kernels.quantized import Form, dense_weight, dequantize, form_of, part_of
+from kernels.quantized import Form, dense_weight, dequantize, form_of, part_of, unpack
 from sparse_model import SparseTransformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +50,16 @@ def test_a_round_trip_keeps_every_bit(kind, widths):
         assert form_of(stored, table) == Form("packed", torch.uint8) and stored.nbytes == weight.nbytes * 3 // 4
         assert torch.equal(bits(packed.unpack(stored, table)), bits(weight))
         assert torch.equal(bits(dequantize(stored, table, torch.bfloat16)), bits(weight))  # the library's
-        assert torch.equal(bits(dequantize(*part_of(stored, table, 32, 96), torch.bfloat16)), bits(weight[32:96]))
+        part = part_of(stored, table, n // 64 * 32, 96)
+        assert torch.equal(bits(dequantize(*part, torch.bfloat16)), bits(weight[n // 64 * 32 :]))
+        assert torch.equal(bits(packed.unpack(*part)), bits(weight[n // 64 * 32 :]))
+
+
+def test_a_compiled_graph_unpacks_whole():
+    stored, table = packed_of(numbers("normal, some zeros", 40, 128), [64, 64])
+    compiled = torch.compile(lambda w, t: dequantize(w, t, torch.bfloat16) * 2, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(stored, table), packed.unpack(stored, table) * 2)
+    torch.library.opcheck(unpack, (stored, table))
 
 
 def test_normal_weights_have_few_escapes():
@@ -132,7 +141,7 @@ def test_all_numbers_of_a_window_are_made_again(base):
     assert table[0] == base * 0x00800080 and not table[packed.HEADER :].any()
     assert torch.equal(bits(packed.unpack(stored, table)), bits(window))
     launch = pytest.importorskip("kernels.triton_dequantize").launch_unpack
-    assert torch.equal(bits(launch(stored, table, torch.bfloat16)), bits(window))
+    assert torch.equal(bits(launch(stored, table)), bits(window))
 
 
 @pytest.mark.parametrize(("n_in", "widths", "blocks", "tiles"), [(70, [128, 64], 2, (64, 128)), (40, [256], 1, (256,))])
@@ -173,7 +182,7 @@ def test_a_gpu_unpacks_to_the_bit(device):
     launch = pytest.importorskip("kernels.triton_dequantize").launch_unpack
     for widths, n in (([128, 64, 64], 40), ([192], 70)):
         weight = numbers("normal, some zeros", n, sum(widths)).to(DEVICE)
-        assert torch.equal(bits(launch(*packed_of(weight, widths), torch.bfloat16)), bits(weight))
+        assert torch.equal(bits(launch(*packed_of(weight, widths))), bits(weight))
 
 
 @pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.gpu), pytest.param(8, marks=pytest.mark.gpu)])
