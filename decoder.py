@@ -264,7 +264,7 @@ class FusedCpuStep:
     def _projection(self, module: SparseProjection) -> cpu.Projection:
         tensors = {name: self._pointer(getattr(module, name)) for name in cpu.Projection.TENSORS.split()}
         norms = cpu.column_norms(module.weight, module.scale, self._dtype)
-        return cpu.Projection(**tensors, log_norms=self._pointer(norms), group=cpu.group_of(module.form))
+        return cpu.Projection(**tensors, log_norms=self._pointer(norms), group=module.form.groupsize)
 
     def start(self, tokens: Tensor, positions: list[int], seeds: list[int]) -> None:
         """Sets the token [rows] to feed next of each row, its position and the seed of its draws; rows may be fewer."""

@@ -209,17 +209,15 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
 def pack_model(model: SparseTransformer) -> dict[str, Tensor]:
     """Packed tensors of a model's projections and lm_head by name."""
     names = [f"layers.{i}.{site.module}" for i in range(model.config.n_layer) for site in SITES.values()]
-    tensors, escapes = {}, 0
+    tensors = {}
     for name, module in tqdm([*zip(names, model.sites, strict=True), ("output", None)], desc="packing", unit="matrix"):
         segments = module.weight.split(module.widths, dim=1) if module else [model.output_weight]
         parts, listed = zip(*map(pack, segments), strict=True)
         rows = torch.cat(parts, dim=1)  # of the lm_head they are outputs
         tensors |= {f"{name}.weight": (rows.t() if module else rows).contiguous().cpu()}
         tensors |= {f"{name}.scale": torch.cat(listed).cpu()}
-        escapes += sum(len(part) - 1 for part in listed)
     n = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith("weight")) * 2 // 3
-    stored = sum(tensor.nbytes for tensor in tensors.values())
-    print(f"{8 * stored / n:.2f} bits per weight; {escapes / n:.4%} have an exponent outside their matrix's 16")
+    print(f"{8 * sum(tensor.nbytes for tensor in tensors.values()) / n:.3f} bits per weight")
     return tensors
 
 
@@ -251,17 +249,14 @@ def main(argv: list[str] | None = None) -> Path:
         raise ValueError(f"{folder} is quantised already; give the checkpoint that it was made from")
     SparseTransformer(replace(config, quant=o.mode, groupsize=o.groupsize), device="meta")  # says if rows do not fit
     output = o.output_dir or folder.with_name(f"{folder.name}-{o.mode}")
-    artifacts = taken_along(folder, o.mode)
+    artifacts, exact = taken_along(folder, o.mode), o.mode == "packed"
 
     def write(folder: Path, part: Path) -> None:
         model = SparseTransformer.from_checkpoint(folder, *placement(o))
-        windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, to nearest"
-        if o.mode == "packed":
-            quantized, text = pack_model(model), "none, exact"
-        elif o.num_tokens:
+        windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, exact" if exact else "none, to nearest"
+        if o.num_tokens and not exact:
             windows, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
-        if o.mode != "packed":
-            quantized = quantize_model(model, windows, o.mode, o.groupsize)
+        quantized = pack_model(model) if exact else quantize_model(model, windows, o.mode, o.groupsize)
 
         # what is not quantised stays as it is
         weights = {n: w for n, w in load_weights(folder).items() if ".".join(n.split(".")[-2:]) not in QUANTIZED}
@@ -275,7 +270,7 @@ def main(argv: list[str] | None = None) -> Path:
         # the artifacts belong to the new checkpoint; a table's quality was that of the original's weights
         own = fingerprint(part)
         for name, artifact in artifacts.items():
-            if o.mode != "packed":
+            if not exact:
                 artifact.metadata.pop("quality", None)
             if "fingerprint" in artifact.metadata:
                 artifact.metadata["fingerprint"] = own

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import packed
 from kernels.quantized import Form, form_of
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -97,11 +96,6 @@ def kernel(name: str, dtype: torch.dtype, form: Form) -> Callable:
     return getattr(library(), f"{name}_{NAMES[dtype]}" + ("" if form.name == "none" else f"_{form.name}"))
 
 
-def group_of(form: Form) -> int:
-    """The multiple of outputs at which the library begins and ends; 0: any."""
-    return packed.GROUP if form.name == "packed" else form.groupsize
-
-
 def launch_sparse_gemv(
     x: Tensor, weight: Tensor, threshold: Tensor, segments: list[int], scale: Tensor | None = None
 ) -> Tensor:
@@ -112,7 +106,7 @@ def launch_sparse_gemv(
     n_out, form = sum(segments), form_of(weight, scale)
     assert weight.is_contiguous() and threshold.is_contiguous() and 8 * weight[0].nbytes == form.bits * n_out
     assert scale is None or scale.is_contiguous()
-    if group := group_of(form):
+    if group := form.groupsize:
         assert group % 16 == 0 and all(width % group == 0 for width in segments)
 
     x = x.contiguous()
@@ -145,10 +139,10 @@ def column_norms(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
     """
     form, n_in = form_of(weight, scale), weight.shape[0]
     n_out = 8 * weight[0].nbytes // form.bits
-    norms = torch.zeros(n_out // (form.groupsize or 1), dtype=torch.int8)
+    norms = torch.zeros(n_out // form.groupsize if form.name == "int4" else n_out, dtype=torch.int8)
     kernel("column_norms", dtype, form)(
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (weight, scale)),
-        *(ctypes.c_int64(n) for n in (n_in, n_out, group_of(form))),
+        *(ctypes.c_int64(n) for n in (n_in, n_out, form.groupsize)),
         *(ctypes.c_void_p(norms.data_ptr()), ctypes.c_int(torch.get_num_threads())),
     )
     return norms

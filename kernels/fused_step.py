@@ -26,17 +26,7 @@ from torch.nn import Module
 
 from kernels import grids, plan
 from kernels.heads import Heads
-from kernels.packed_words import (
-    TABLE,
-    WIDTH,
-    escape_of,
-    escapes_in,
-    four_pairs,
-    in_order,
-    load_words,
-    scales,
-    with_escape,
-)
+from kernels.packed_words import TABLE, WIDTH, four_pairs, in_order, load_words, scales, with_escapes
 from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap
 
 GROUP = 8  # tokens whose largest logit the sampling looks at
@@ -468,13 +458,8 @@ def _head_kernel(
                 escapes = escapes | slots[c]
             if escapes != 0:
                 for c in tl.static_range(4):
-                    n_escapes, list_ptr = escapes_in(slots[c], lists_ptr)
-                    n = 1
-                    while n <= n_escapes:
-                        cell_row, column, bits = escape_of(slots[c], list_ptr, n, n_escapes)
-                        mine = (rows == c // 2 * 32 + cell_row) & (local == c % 2 * 8 + column // 8)
-                        pairs = with_escape(pairs, mine, column % 8 // 2, column % 2, bits, up)
-                        n += 1 + (bits & 1)
+                    row_in_cell, element = rows - c // 2 * 32, local - c % 2 * 8
+                    pairs = with_escapes(pairs, slots[c], lists_ptr, row_in_cell, element, up)
             weight = in_order(pairs)
         else:
             at = weight_ptr + v[:, None].to(tl.int64) * DIM + k[None, :]

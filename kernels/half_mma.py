@@ -99,16 +99,14 @@ def _load_block(
     kept = kept >> (tl.arange(0, BLOCK) % 4 * 8)
     PIECES: tl.constexpr = PLAN.block_out // PIECE
     for i in tl.static_range(FIRST, FIRST + COUNT):
-        if LANES.packed:
-            wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
-            if not LANES.full:
-                wanted = tl.where(col < last, wanted, 0)
-            weights = weights + _load(at + i * N_OUT, wanted, 3 * PIECES, PIECES, APART=32, ONCE=True)
-        for p in tl.static_range(0 if LANES.packed else PIECES):
+        for p in tl.static_range(1 if LANES.packed else PIECES):
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
                 wanted = tl.where(col + p * PIECE < last, wanted, 0)
-            weights = weights + _load(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
+            if LANES.packed:
+                weights = weights + _load(at + i * N_OUT, wanted, 3 * PIECES, PIECES, APART=32, ONCE=True)
+            else:
+                weights = weights + _load(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
     return weights
 
 
@@ -243,14 +241,6 @@ def _with_offsets(sums, offsets):
 
 
 @triton.jit
-def _where_each(truth, x):
-    out = ()
-    for i in tl.static_range(8):
-        out = out + (tl.where(truth, x[i], 0),)  # noqa: RUF005
-    return out
-
-
-@triton.jit
 def _eight_of(x):
     """x of lanes 8 t .. 8 t + 7 in lanes 4 g + t, through shared memory.
 
@@ -308,8 +298,7 @@ def _half_kernel(
     PACKED: tl.constexpr = LANES.packed
     N_WORDS: tl.constexpr = N_OUT * 3 // 8 if PACKED else N_OUT  # of a row, as it is loaded
     APART: tl.constexpr = 8 if PACKED else PIECE  # outputs from one of a lane's pieces to the next
-    SETS: tl.constexpr = (PIECES + 1) // 2 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
-    STEP: tl.constexpr = 2 * APART if ROWS == 1 else APART  # outputs from one set to the next
+    SETS: tl.constexpr = 1 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
     INLINE: tl.constexpr = PACKED and PAIRS == 1
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -363,10 +352,10 @@ def _half_kernel(
             there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_WORDS
             weights = _load_block(weights, block_at, there, col, last, 0, 8, N_WORDS, ALL, PLAN, LANES)
     for p in tl.static_range(SETS):
-        there = (at + p * STEP < last).to(tl.int32)
-        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * STEP, there, 4),)  # noqa: RUF005
+        there = (at + p * APART < last).to(tl.int32)
+        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * APART, there, 4),)  # noqa: RUF005
         there = tl.where(tl.program_id(1) == 0, there, 0)
-        offsets = offsets + (_load_factors(offset_ptr, at + p * STEP, there, 4),)  # noqa: RUF005
+        offsets = offsets + (_load_factors(offset_ptr, at + p * APART, there, 4),)  # noqa: RUF005
 
     # the launch before has ended
     if PDL:
@@ -436,10 +425,10 @@ def _half_kernel(
         for b in tl.static_range(BLOCKS):
             if PREPARED:  # blocks beyond the last one have weights of 0, packed ones anything
                 x_at = x_ptr + (q * N_BLOCKS + tl.minimum(block + b, N_BLOCKS - 1)) * BLOCK + lane % 4 * 8
-                one = tl.full((BLOCK,), 1, tl.int32)
-                x = _load(x_at, one, 8, 4, APART=16)
-                if PACKED and N_BLOCKS % BLOCKS != 0:
-                    x = _where_each(block + b < N_BLOCKS, x)
+                there = tl.full((BLOCK,), 1, tl.int32)
+                if PACKED:
+                    there = tl.where(block + b < N_BLOCKS, there, 0)
+                x = _load(x_at, there, 8, 4, APART=16, ZERO=PACKED)
             else:
                 x = _eight_of(made[b * PAIRS + q])
             words = weights
@@ -458,14 +447,11 @@ def _half_kernel(
 
             # each lane's outputs; sums on one grid can be added in any order
             if b % PLAN.blocks == PLAN.blocks - 1:
-                if ROWS == 1 and PIECES > 1:
-                    mine = ()
-                    for p in tl.static_range(SETS):
-                        v = ()
-                        for i in tl.static_range(4):
-                            v = v + (tl.where(half == 0, sums[2 * p][i], sums[2 * p + 1][i]),)  # noqa: RUF005
-                        mine = mine + (v,)  # noqa: RUF005
-                    sums = mine
+                if ROWS == 1 and PIECES == 2:
+                    v = ()
+                    for i in tl.static_range(4):
+                        v = v + (tl.where(half == 0, sums[0][i], sums[1][i]),)  # noqa: RUF005
+                    sums = (v,)
                 turn = ()
                 for p in tl.static_range(SETS):
                     out = sums[p]
@@ -478,7 +464,7 @@ def _half_kernel(
         row = 0 if ROWS == 1 else 2 * q + half
         end = tl.where(half < (PIECES if ROWS == 1 else ROWS - 2 * q), last, 0)
         for p in tl.static_range(SETS):
-            out_at, there = out_ptr + row * out_stride + at + p * STEP, (at + p * STEP < end).to(tl.int32)
+            out_at, there = out_ptr + row * out_stride + at + p * APART, (at + p * APART < end).to(tl.int32)
             _add_to(out_at, there, totals[p], 4, LANES)
 
 

@@ -1,9 +1,8 @@
 """Packed bfloat16: the same numbers in 12 bits each, and a list of the few that do not fit.
 
 The exponents of trained weights carry 2.6 bits, and nearly all lie in a window of 16. So a weight is its sign, its
-mantissa and 4 bits, its exponent above the base of its segment's window. All others, the escapes, are listed. Of normal
-weights they are 0.008 % (of the window of 15 that leaves a code to mark them 0.015 %, as of the 15 commonest), of
-SmolLM2-135M's 0.03 %, nearly all of them zeros.
+mantissa and 4 bits, its exponent above the base of its segment's window. All others, the escapes, are listed: 0.008 %
+of normal weights, 0.03 % of SmolLM2-135M's, nearly all of them zeros.
 
 A row is made of groups of 64 weights, 96 bytes: three planes of 8 int32 words, of which words t are about weights 8 t
 to 8 t + 7, four pairs. Word t of plane p < 3 has pair p in place: 12 bits of each half, where a bfloat16 has its sign,
@@ -99,38 +98,19 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     cell, by_cell = (row // CELL_ROWS * (sum(widths) // GROUP) + column // GROUP).sort(stable=True)
     entries = (listed << 16 | row % CELL_ROWS << 8 | column % GROUP << 2 | 1)[by_cell]
 
-    # one stands in its cell's slot, several in a list
-    counts = torch.bincount(cell, minlength=-(-n_rows // CELL_ROWS) * sum(widths) // GROUP)
-    room = torch.where(counts > 1, counts + 1, 0)
-    place, several = room.cumsum(0) - room, counts[cell] > 1
-    slots, lists = torch.where(counts > 1, place << 2 | 2, 0), entries.new_zeros(int(room.sum()))
-    slots[cell[~several]] = entries[~several]
-    lists[place[counts > 1]] = counts[counts > 1]
-    rank = torch.arange(len(cell), device=cell.device) - (counts.cumsum(0) - counts)[cell]
-    lists[(place[cell] + 1 + rank)[several]] = entries[several]
+    # one stands in its cell's slot, several in the list behind their number
+    cells, nth, counts = torch.unique_consecutive(cell, return_inverse=True, return_counts=True)
+    at, place = torch.arange(len(cell), device=cell.device) + nth + 1, counts.cumsum(0) - counts
+    place += torch.arange(len(cells), device=cell.device)
+    lists, slots = at.new_zeros(len(cell) + len(cells)), at.new_zeros(-(-n_rows // CELL_ROWS) * sum(widths) // GROUP)
+    lists[at], lists[place] = entries, counts
+    slots[cells] = torch.where(counts > 1, place << 2 | 2, lists[place + 1])
 
     header = torch.full((HEADER,), sum(widths), device=escapes.device)
     header[: len(widths)], header[4 : 4 + len(widths)] = bases * 0x00800080, starts
     header[3], header[7], header[8] = len(slots), MOST_BASE * 0x00800080, HEADER + len(slots) + len(lists)
     header[9] = header[8] + len(rows)
     return torch.cat((header, slots, lists, rows, torch.stack((column, listed), 1).flatten())).to(torch.int32)
-
-
-def table_part(table: Tensor, first: int, last: int, n_columns: int) -> Tensor:
-    """The escape table of rows first .. last - 1; both multiples of a cell's rows, or the end."""
-    header, slots, lists, rows, entries = table.tensor_split(_parts(table))
-    begin, end = (-(-n // CELL_ROWS) * n_columns // GROUP for n in (first, last))
-    rows, entries = rows[first : last + 1] - rows[first], entries[2 * rows[first] : 2 * rows[last]]
-    header = header.clone()
-    header[3] = end - begin
-    header[8:] = HEADER + end - begin + len(lists) + torch.tensor([0, len(rows)])
-    return torch.cat((header, slots[begin:end], lists, rows, entries))
-
-
-def _parts(table: Tensor) -> list[int]:
-    """Where slots, lists, starts of rows, and escapes by row begin."""
-    n_slots, starts, entries = table[[3, 8, 9]].tolist()
-    return [HEADER, HEADER + n_slots, starts, entries]
 
 
 def unpack(packed: Tensor, table: Tensor) -> Tensor:
@@ -143,7 +123,7 @@ def unpack(packed: Tensor, table: Tensor) -> Tensor:
     pairs = [words + base for words in (*(plane & IN_PLACE for plane in planes), last)]
     bits = torch.stack(pairs, 3).view(torch.int16).flatten(1)
 
-    rows, entries = table.tensor_split(_parts(table))[3:]
+    rows, entries = table.tensor_split(table[8:HEADER].tolist())[1:]
     column, escapes = entries.view(-1, 2).long().unbind(1)
     row = torch.arange(n, device=packed.device).repeat_interleave(rows.diff().long())
     bits[row, column] = escapes.to(torch.int16)

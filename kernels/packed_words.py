@@ -65,14 +65,19 @@ def escape_of(slot, list_ptr, k, n):
 
 
 @triton.jit
-def with_escape(pairs, mine, pair, odd, bits, up):
-    """`pairs`, any number of words of two weights each, where `mine` with weight `odd` of word `pair` replaced.
-
-    bits: the bfloat16 in the upper half; up: what it is scaled by.
-    """
-    scaled, out = (bits.to(tl.float32, bitcast=True) * up).to(tl.int32, bitcast=True), ()
-    there = tl.where(odd != 0, -65536, 0xFFFF)
-    scaled = tl.where(odd != 0, scaled, (scaled >> 16) & 0xFFFF) & there
-    for p in tl.static_range(len(pairs)):
-        out = out + (tl.where(mine & (pair == p), (pairs[p] & ~there) | scaled, pairs[p]),)  # noqa: RUF005
-    return out
+def with_escapes(pairs, slot, lists_ptr, row, element, up):
+    """`pairs`, words of eight weights each, with a cell's escapes times `up`; row, element: their place in the cell."""
+    n_escapes, list_ptr = escapes_in(slot, lists_ptr)
+    n = 1
+    while n <= n_escapes:
+        escaped_row, column, bits = escape_of(slot, list_ptr, n, n_escapes)
+        mine, out = (row == escaped_row) & (element == column // 8), ()
+        there = tl.where(column % 2 != 0, -65536, 0xFFFF)
+        scaled = (bits.to(tl.float32, bitcast=True) * up).to(tl.int32, bitcast=True)
+        scaled = tl.where(column % 2 != 0, scaled, (scaled >> 16) & 0xFFFF) & there
+        for p in tl.static_range(4):
+            replaced = (pairs[p] & ~there) | scaled
+            out = out + (tl.where(mine & (column % 8 // 2 == p), replaced, pairs[p]),)  # noqa: RUF005
+        pairs = out
+        n += 1 + (bits & 1)
+    return pairs

@@ -25,10 +25,10 @@ class Form(NamedTuple):
     | "none" | [in, out], a floating `dtype` | None |
     | "int8" | [in, out], int8 | [out], float32 |
     | "int4" | [in, out / 2], uint8, see `pack_int4` | [in, out / groupsize, 2], bfloat16: s and m of each group |
-
     | "packed" | [in, 3 out / 2], uint8, see `packed.pack` | [any], int32: `packed.escape_table` |
 
-    An int4 code n of 0 to 15 stands for s * n + m. `name` is ModelArgs.quant; groupsize is 0 but for int4.
+    An int4 code n of 0 to 15 stands for s * n + m. `name` is ModelArgs.quant; groupsize, of outputs that stay together,
+    is 0 but for int4 and packed weights.
     """
 
     name: str
@@ -40,7 +40,8 @@ class Form(NamedTuple):
         """The form that ModelArgs.quant and .groupsize name; `dtype`: the model's own, None for torch's default."""
         if name == "packed" and dtype not in (None, torch.bfloat16):
             raise ValueError(f"packed weights are bfloat16: choose --precision bfloat16, not {str(dtype)[6:]}")
-        return cls(name, _STORED_AS.get(name) or dtype or torch.get_default_dtype(), groupsize * (name == "int4"))
+        groupsize = {"int4": groupsize, "packed": packed.GROUP}.get(name, 0)
+        return cls(name, _STORED_AS.get(name) or dtype or torch.get_default_dtype(), groupsize)
 
     @property
     def bits(self) -> int:
@@ -49,7 +50,7 @@ class Form(NamedTuple):
 
     def row_bytes(self, n_out: int) -> int:
         """Bytes of one input's weights, with the scales that are its own in int4."""
-        return n_out * self.bits // 8 + (4 * n_out // self.groupsize if self.groupsize else 0)
+        return n_out * self.bits // 8 + (4 * n_out // self.groupsize if self.name == "int4" else 0)
 
     def empty(
         self, n_in: int, segments: dict[str, int], device=None, out_first: bool = False
@@ -86,7 +87,7 @@ class Form(NamedTuple):
 def form_of(weight: Tensor, scale: Tensor | None) -> Form:
     """The form of a weight [in, out] and its scale, for callers that see nothing but these tensors."""
     if weight.dtype == torch.uint8 and scale.dtype == torch.int32:
-        return Form("packed", weight.dtype)
+        return Form("packed", weight.dtype, packed.GROUP)
     if weight.dtype == torch.uint8:
         return Form("int4", weight.dtype, 2 * weight.shape[1] // scale.shape[1])
     return Form("none" if scale is None else "int8", weight.dtype)
@@ -136,8 +137,8 @@ def fill_module(module: Module, std: float, generator: torch.Generator) -> None:
         return fill_random(weight, scale, std, generator)
     n_rows, widths = _packed_rows(module)
     random = torch.empty(n_rows, sum(widths), device=weight.device, dtype=torch.bfloat16)
-    parts = random.normal_(0.0, std, generator=generator).split(widths, dim=1)
-    rows, escapes = zip(*map(packed.pack, parts), strict=True)
+    random.normal_(0.0, std, generator=generator)
+    rows, escapes = zip(*map(packed.pack, random.split(widths, dim=1)), strict=True)
     (weight if len(weight) == n_rows else weight.t()).copy_(torch.cat(rows, dim=1))
     module.scale = packed.escape_table(torch.cat(escapes), n_rows, widths)
 
@@ -152,14 +153,6 @@ def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: tor
     else:
         weight.random_(-127, 128, generator=generator)
         scale.fill_(std / 73.3)  # the deviation of -127 to 127
-
-
-def part_of(weight: Tensor, scale: Tensor | None, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-    """Inputs first .. last - 1 of a weight [in, out] and its scale; both multiples of 32, or the end."""
-    part, last = weight[first:last], min(last, len(weight))
-    if scale is not None and scale.dtype == torch.int32:
-        return part, packed.table_part(scale, first, last, weight.shape[1] * 2 // 3)
-    return part, scale[first:last] if scale is not None and scale.dim() > 1 else scale
 
 
 def pack_int4(codes: Tensor) -> Tensor:

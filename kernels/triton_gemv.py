@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.packed import GROUP
 from kernels.plan import AHEAD_BYTES, AHEAD_ROWS, BLOCK_IN, Plan, plan_for
 from kernels.quantized import Form, form_of
 
@@ -370,8 +369,6 @@ class Product(NamedTuple):
         assert self.weight.is_contiguous() and 8 * self.weight.nbytes == form.bits * n_in * n_out
         if form.name != "none":
             assert all(width * form.bits % 32 == 0 for width in self.segments) and self.weight_scale.is_contiguous()
-        if form.name == "packed":
-            assert all(width % GROUP == 0 for width in self.segments) and self.weight_scale.dtype == torch.int32
         if form.name == "int4":
             assert form.groupsize % 16 == 0 and all(width % form.groupsize == 0 for width in self.segments)
 
