@@ -18,7 +18,6 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
-#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
@@ -201,6 +200,17 @@ struct Packed {
   struct Escape {
     int32_t column, bits;  // of the bfloat16
   };
+
+  // Puts an escape, weight i of a block, into the words of pairs from `first` on, if it is one of these.
+  template <typename Word, size_t PAIRS>
+  static void put(Word (&two)[PAIRS], int first, int64_t i, uint32_t bits) {
+    constexpr size_t N = sizeof(Word) / sizeof(uint32_t);
+    Word lanes;
+    for (size_t lane = 0; lane < N; lane++) lanes[lane] = lane;
+    const uint32_t there = i % 2 ? 0xffff0000 : 0xffff, pair = i % 8 / 2 - first, lane = i / 8;
+    for (uint32_t p = 0; p < PAIRS; p++)
+      two[p] = lanes == (p == pair ? lane : ~0u) ? (two[p] & ~there) | (bits << 16 | bits) & there : two[p];
+  }
 
   // The escapes of row i from this column on, which come by column, and the end of the row's.
   static std::pair<const Escape*, const Escape*> escapes(const int32_t* table, int64_t i, int64_t column) {
@@ -476,16 +486,6 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
       if (escape[k] < last[k]) first = std::min(first, escape[k]->column - output);
     return first;
   };
-  const auto put_escapes = [&](int k, int64_t j, int first, auto& two) {  // in words of pairs from `first` on
-    if (escape[k] == last[k] || escape[k]->column >= output + j + BLOCK) return;
-    uint16_t halves[std::size(two)][LANES][2];
-    std::memcpy(halves, two, sizeof(two));
-    for (const auto* e = escape[k]; e < last[k] && e->column < output + j + BLOCK; e++) {
-      const uint64_t i = e->column - output - j, pair = i % 8 / 2 - first;
-      if (pair < std::size(two)) halves[pair][i / 8][i % 2] = e->bits;
-    }
-    std::memcpy(two, halves, sizeof(two));
-  };
 
   constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
   const auto add_block = [&](int64_t j, auto whole, auto escaped) {
@@ -512,7 +512,9 @@ void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float
         Words two[PAIRS];
 #pragma GCC unroll 4
         for (int p = 0; p < PAIRS; p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
-        if constexpr (escaped) put_escapes(k, j, first, two);
+        if constexpr (escaped)
+          for (const auto* e = escape[k]; e < last[k] && e->column < output + j + BLOCK; e++)
+            Packed::put(two, first, e->column - output - j, e->bits);
 #pragma GCC unroll 4
         for (int p = 0; p < PAIRS; p++) {
           const Floats even = (Floats)(two[p] << 16), odd = (Floats)(two[p] & 0xffff0000);
@@ -625,14 +627,8 @@ void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float>
       EightWords two[PAIRS];
 #pragma GCC unroll 4
       for (int p = 0; p < PAIRS; p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
-      for (; escape < last && escape->column < j + Packed::GROUP; escape++) {
-        const int64_t at = escape->column - j, p = at % 8 / 2 - first;
-        if (p < 0 || p >= PAIRS) continue;
-        uint16_t halves[PAIRS][8][2];
-        std::memcpy(halves, two, sizeof(two));
-        halves[p][at / 8][at % 2] = escape->bits;
-        std::memcpy(two, halves, sizeof(two));
-      }
+      for (; escape < last && escape->column < j + Packed::GROUP; escape++)
+        Packed::put(two, first, escape->column - j, escape->bits);
 #pragma GCC unroll 4
       for (int p = 0; p < PAIRS; p++) {
         const Eight even = (Eight)(two[p] << 16), odd = (Eight)(two[p] & 0xffff0000);
@@ -647,13 +643,14 @@ void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float>
       }
     }
   }
-  for (int b = 0; b < B; b++) {
-    float in_order[64];
-    for (int v = 0; v < 8; v++)
-      for (int t = 0; t < 8; t++) in_order[8 * t + v] = total[b][v][t];
-    Floats quarters[4];
-    std::memcpy(quarters, in_order, sizeof(quarters));
-    results[b] = sum((quarters[0] + quarters[1]) + (quarters[2] + quarters[3]));
+  for (int b = 0; b < B; b++) {  // as the sum of (quarter 0 + quarter 1) + (quarter 2 + quarter 3) of 64 sums in order
+    float lanes[16];
+    for (int v = 0; v < 8; v++) {
+      Eight sums = total[b][v] + __builtin_shufflevector(total[b][v], total[b][v], 2, 3, 2, 3, 6, 7, 6, 7);
+      sums += __builtin_shufflevector(sums, sums, 4, 5, 4, 5, 4, 5, 4, 5);
+      lanes[v] = sums[0], lanes[8 + v] = sums[1];
+    }
+    results[b] = std::accumulate(lanes, lanes + 16, 0.0f);
   }
 #else
   Packed::unpack(row, table, i, 0, width, buffer);
