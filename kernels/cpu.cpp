@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
@@ -606,8 +607,8 @@ __attribute__((noinline)) void dots(const T* row, Texts<const float> x, int64_t 
     for (int64_t i = j; i < width; i++) results[b] = fma(x[b][i], float(row[i]), results[b]);
   }
 }
-// The same of a packed row, which is output `i` of a matrix [any, width]. buffer: room for a row, which is unpacked first
-// without AVX-512. With it an element's sums are those that `dots` has of its outputs.
+// The same of a packed row, which is output `i` of a matrix [any, width]. buffer: room for a row. With
+// AVX-512 an element's sums are those that `dots` has of its outputs.
 template <int B>
 void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float> x, Texts<const float> x_apart,
           int64_t width, BFloat16* buffer, float* results) {
@@ -616,19 +617,35 @@ void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float>
   typedef uint32_t EightWords __attribute__((vector_size(32)));
   const uint32_t base = table[0];
   Eight total[B][8] = {};
+  const auto unpack_pairs = [&](int64_t j, int first, auto& two) {
+    const char* group = reinterpret_cast<const char*>(row + j / Packed::GROUP);
+    for (int64_t i = 0; first == 0 && i < Packed::GROUP_BYTES; i += 48) __builtin_prefetch(group + HEAD_AHEAD + i, 0, 2);
+    const EightWords words[3] = {read<EightWords>(group), read<EightWords>(group + 32), read<EightWords>(group + 64)};
+#pragma GCC unroll 4
+    for (size_t p = 0; p < std::size(two); p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
+  };
+
+  // a row with escapes is unpacked first: each escape would cost a wrong guess of a branch
+  auto [escape, last] = Packed::escapes(table, i, 0);
+  const bool escaped = escape < last;
+  for (int64_t j = 0; escaped && j < width; j += Packed::GROUP) {
+    EightWords two[4];
+    unpack_pairs(j, 0, two);
+    std::memcpy(static_cast<void*>(buffer + j), two, sizeof(two));
+  }
+  for (; escape < last; escape++) {
+    const int64_t at = escape->column % Packed::GROUP;
+    buffer[escape->column - at + at % 8 / 2 * 16 + at / 8 * 2 + at % 2].bits = escape->bits;
+  }
+
   constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
-#pragma GCC unroll 4
-  for (int first = 0; first < 4; first += PAIRS) {
-    auto [escape, last] = Packed::escapes(table, i, 0);
+  const auto add_pairs = [&](int first, auto unpacked) {
     for (int64_t j = 0; j < width; j += Packed::GROUP) {
-      const char* group = reinterpret_cast<const char*>(row + j / Packed::GROUP);
-      for (int64_t i = 0; first == 0 && i < Packed::GROUP_BYTES; i += 48) __builtin_prefetch(group + HEAD_AHEAD + i, 0, 2);
-      const EightWords words[3] = {read<EightWords>(group), read<EightWords>(group + 32), read<EightWords>(group + 64)};
       EightWords two[PAIRS];
-#pragma GCC unroll 4
-      for (int p = 0; p < PAIRS; p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
-      for (; escape < last && escape->column < j + Packed::GROUP; escape++)
-        Packed::put(two, first, escape->column - j, escape->bits);
+      if constexpr (unpacked)
+        std::memcpy(two, buffer + j + first * 16, sizeof(two));
+      else
+        unpack_pairs(j, first, two);
 #pragma GCC unroll 4
       for (int p = 0; p < PAIRS; p++) {
         const Eight even = (Eight)(two[p] << 16), odd = (Eight)(two[p] & 0xffff0000);
@@ -642,7 +659,13 @@ void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float>
         }
       }
     }
-  }
+  };
+#pragma GCC unroll 4
+  for (int first = 0; first < 4; first += PAIRS)
+    if (escaped)
+      add_pairs(first, std::true_type());
+    else
+      add_pairs(first, std::false_type());
   for (int b = 0; b < B; b++) {  // as the sum of (quarter 0 + quarter 1) + (quarter 2 + quarter 3) of 64 sums in order
     float lanes[16];
     for (int v = 0; v < 8; v++) {
