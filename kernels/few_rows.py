@@ -14,7 +14,7 @@ from kernels.triton_gemv import (
     BLOCK,
     Norm,
     Operation,
-    fixed,
+    biased,
     inputs,
     load_constants,
     load_inputs,
@@ -58,10 +58,13 @@ def _prepare_kernel(
     if OP.bits == 8:
         x = tl.reshape(x, (PART // GROUP, GROUP))
         up, down = scales_of(tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1))
-        x = tl.reshape(fixed(x, up[:, None]), (PART,)).to(tl.int16)
+        x = tl.reshape(biased(x, up[:, None]), (PART,)).to(tl.int16)
         group = tl.program_id(0) * (PART // GROUP) + tl.arange(0, PART // GROUP)
         tl.store(down_ptr + copy * (MADE // GROUP) + group, down, mask=group < MADE // GROUP)
-    tl.store(made_ptr + row % SHARE * ROW + (share * MADE + i) * INPUT, x, mask=i < MADE)
+    place = i
+    if GROUP > 0:  # the order in which a lane of `kernels.integer_rows` takes them: 0, 4 .. 28, 1, 5 .. of 32
+        place = i // BLOCK * BLOCK + i % 4 * 8 + i % BLOCK // 4
+    tl.store(made_ptr + row % SHARE * ROW + (share * MADE + place) * INPUT, x, mask=i < MADE)
     if OP.cut:
         bits = tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK))
         block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
@@ -103,14 +106,14 @@ def launch_prepare(
     room: rows that lie side by side in what is made, [segments, shares, inputs in whole blocks, room]; 0: it is
         [rows, in].
     share: rows that one program of the product takes.
-    group: integers' inputs of one program: it makes [segments, rows, inputs in whole groups]; int8's scales, too.
+    group: integers' inputs with one scale: it makes [segments, rows, inputs in 128s]; int8's scales, too.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)
     grid = (triton.cdiv(operation.n_in, PREPARED), len(x), len(threshold) if operation.cut else 1)
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1] * grid[2])) if n_zero else 0
-    whole = group or (BLOCK_IN if room else 1)
+    whole = 128 if group else BLOCK_IN if room else 1
     made = triton.cdiv(operation.n_in, whole) * whole
     _prepare_kernel[grid](
         x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
-from kernels.integer_mma import _add_to, _load, _load_factors, _on_grid, _pick_bytes
+from kernels.integer_mma import _add_to, _eight_of, _load, _load_factors, _on_grid, _pick_bytes
 from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales
 from kernels.plan import of_rows
 from kernels.triton_gemv import (
@@ -238,22 +238,6 @@ def _with_offsets(sums, offsets):
 
 
 # ---- x
-
-
-@triton.jit
-def _eight_of(x):
-    """x of lanes 8 t .. 8 t + 7 in lanes 4 g + t, through shared memory.
-
-    Its barrier keeps the compiler from loading weights after the first product, to save registers.
-    """
-    lane = tl.arange(0, BLOCK)
-    return tl.inline_asm_elementwise(
-        "{ .shared .align 16 .b32 words[32]; .reg .b32 a, b; mov.u32 a, words; add.u32 b, a, $9; "
-        "st.shared.b32 [b], $8; bar.warp.sync 0xffffffff; add.u32 a, a, $10; ld.shared.v4.b32 {$0, $1, $2, $3}, [a]; "
-        "ld.shared.v4.b32 {$4, $5, $6, $7}, [a + 16]; }",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r", [x, lane * 4, lane % 4 * 32], dtype=(tl.int32,) * 8,
-        is_pure=False, pack=1,
-    )
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 """int8 and int4 products on a GPU: x on 16-bit fixed point, and exact sums of integers on the tensor cores.
 
-For 1 to 8 rows of x. A program is one warp. It takes PLAN.blocks of 32 inputs and a tile of PLAN.block_out outputs.
-Each row's inputs of one program share a power of two as their scale. No sum of integers rounds, so no order matters,
-and every number of rows has the same sums. Fixed point moves an input by at most 2^-15 of the largest one of the
-program; bfloat16 itself moves each by up to 2^-9 of it. An input that is kept and not finite makes the outputs of its
-programs not a number.
+For one row of x; `kernels.integer_rows` is for 2 to 8. A program is one warp. It takes PLAN.blocks of 32 inputs and a
+tile of PLAN.block_out outputs. The inputs of one program share a power of two as their scale. No sum of integers
+rounds, so no order matters, and every number of rows has the same sums. Fixed point moves an input by at most 2^-15 of
+the largest one of the program; bfloat16 itself moves each by up to 2^-9 of it. An input that is kept and not finite
+makes the outputs of its programs not a number.
 
 In int4 an input is first multiplied by its group's s, and it is these products that share a scale, in each group.
 Inputs times m are added up in float32, in one order.
@@ -15,18 +15,12 @@ numbers is one register of the warp.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.few_rows import Prepared, kept_by_any, launch_prepare
-from kernels.plan import chunk_of
+from kernels.few_rows import kept_by_any
 from kernels.triton_gemv import (
     BLOCK,
-    MAX_SEGMENTS,
-    Norm,
-    Product,
     fixed,
     inputs,
     load_constants,
@@ -36,7 +30,6 @@ from kernels.triton_gemv import (
     scales_of,
     shared_rstd,
     snap,
-    starts_of,
 )
 
 
@@ -51,6 +44,7 @@ class Lanes(NamedTuple):
     by_word: bool  # words are loaded alone: segments end within a lane's words
     scales: int  # int4's scales of a tile that lie side by side
     add_vectors: bool  # the GPU adds neighbours at once
+    step: int = 1  # from one of a lane's inputs to the next; its first one is 8 t, of steps of 4 it is t
 
 
 # ---- assembly, of one register per lane
@@ -107,6 +101,22 @@ def _add_two(at, wanted, v):
 def _from_lane(x, lane):
     return tl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r", [x, lane], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _eight_of(x):
+    """x of lanes 8 t .. 8 t + 7 in lanes 4 g + t, through shared memory.
+
+    Its barrier keeps the compiler from loading weights after the first product, to save registers.
+    """
+    lane = tl.arange(0, BLOCK)
+    return tl.inline_asm_elementwise(
+        "{ .shared .align 16 .b32 words[32]; .reg .b32 a, b; mov.u32 a, words; add.u32 b, a, $9; "
+        "st.shared.b32 [b], $8; bar.warp.sync 0xffffffff; add.u32 a, a, $10; ld.shared.v4.b32 {$0, $1, $2, $3}, [a]; "
+        "ld.shared.v4.b32 {$4, $5, $6, $7}, [a + 16]; }",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r", [x, lane * 4, lane % 4 * 32], dtype=(tl.int32,) * 8,
+        is_pure=False, pack=1,
     )
 
 
@@ -188,7 +198,7 @@ def _load_block(weights, pairs, kept, b: tl.constexpr, tile, ALL: tl.constexpr, 
     WORDS: tl.constexpr = LANES.words
     n_bytes = n_out if OP.bits == 8 else n_out >> 1
     if OP.bits == 4:
-        own = (kept >> lane) & 1
+        own = (kept >> (lane if LANES.step == 1 else lane % 8 * 4 + lane // 8)) & 1
         scale_at += b * BLOCK * (n_out // OP.groupsize)
         if LANES.scales == WORDS:
             at_pair = scale_at + first // OP.groupsize
@@ -199,12 +209,12 @@ def _load_block(weights, pairs, kept, b: tl.constexpr, tile, ALL: tl.constexpr, 
                 there = tl.where(output < last, own, 0)
                 pairs = pairs + _load(scale_at + output // OP.groupsize, there, WORDS=1, VECTOR=1, ZERO=True)
 
-    kept = kept >> (lane % 4 * 8)
+    kept = kept >> (lane % 4 * (8 if LANES.step == 1 else 1))
     if not LANES.full:
         kept = tl.where(piece < last, kept, 0)
     for i in tl.static_range(8):
-        at_input = at + (b * BLOCK + i) * n_bytes
-        wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
+        at_input = at + (b * BLOCK + i * LANES.step) * n_bytes
+        wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << (i * LANES.step))
         if LANES.by_word:
             for c in tl.static_range(WORDS):
                 output = piece + c * (4 if OP.bits == 8 else LANES.chunk)
@@ -295,20 +305,16 @@ def _in_order(low, high):
 
 @triton.jit
 def _int8_sums(
-    weights, made, scale, down, x_ptr, scales, offsets, ROWS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
-    OFFSET: tl.constexpr,
+    weights, made, scale, down, scales, offsets, BLOCKS: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr
 ):
-    """Sums of a row of x of each lane's 4 outputs; every lane takes 8 numbers of x, two a word."""
+    """Sums of each lane's 4 outputs; every lane takes 8 numbers of x, two a word."""
     lane = tl.arange(0, BLOCK)
     z, t = tl.zeros((BLOCK,), tl.int32), lane % 4 * 8
     low, high = (z, z, z, z), (z, z, z, z)
     for b in tl.static_range(BLOCKS):
-        if ROWS == 0:
-            n = fixed(made[b], scale)
-            n = _pick_bytes(n, _from_lane(n, lane ^ 1), 0x5410)
-            x = _from_lane(n, t), _from_lane(n, t + 2), _from_lane(n, t + 4), _from_lane(n, t + 6)
-        else:
-            x = _load(x_ptr + b * BLOCK + t, tl.full((BLOCK,), 1, tl.int32), 4, 4)
+        n = fixed(made[b], scale)
+        n = _pick_bytes(n, _from_lane(n, lane ^ 1), 0x5410)
+        x = _from_lane(n, t), _from_lane(n, t + 2), _from_lane(n, t + 4), _from_lane(n, t + 6)
         low, high = _add_block(low, high, weights, b, x, LANES)
 
     sums, total = (), _in_order(low, high)
@@ -326,31 +332,25 @@ def _int8_sums(
 
 @triton.jit
 def _int4_sums(
-    weights, pairs, made, offsets, first: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    LANES: tl.constexpr, OFFSET: tl.constexpr,
+    weights, pairs, made, offsets, BLOCKS: tl.constexpr, LANES: tl.constexpr, OFFSET: tl.constexpr
 ):
-    """Sums of COUNT chunks from `first` on, of each those of all rows of x, of each those of the lane's 2 outputs.
-
-    made: x of all blocks of all rows. All that is independent comes in turn, since what follows has to wait.
-    """
+    """Sums of the lane's 2 outputs of each chunk. All that is independent comes in turn: what follows has to wait."""
     WORDS: tl.constexpr = LANES.words
-    ALL: tl.constexpr = COUNT * ROWS
     lane = tl.arange(0, BLOCK)
     z = tl.zeros((BLOCK,), tl.int32)
 
     # x times s, on fixed point; inputs of two blocks share a word, and meet in one product
     lows, largest, scaled, downs, both = (), (), (), (), ()
-    for c in tl.static_range(COUNT):
-        for r in tl.static_range(ROWS):
-            low, most = z.to(tl.float32), z
-            for b in tl.static_range(BLOCKS):
-                pair, x = pairs[b * WORDS + first + c], made[r * BLOCKS + b]
-                low = tl.fma(x, (pair & -65536).to(tl.float32, bitcast=True), low)
-                x = x * (pair << 16).to(tl.float32, bitcast=True)
-                most = tl.maximum(most, tl.abs(x).to(tl.int32, bitcast=True))
-                scaled = scaled + (x,)
-            lows, largest = lows + (low,), largest + (most,)
-    for j in tl.static_range(ALL):
+    for c in tl.static_range(WORDS):
+        low, most = z.to(tl.float32), z
+        for b in tl.static_range(BLOCKS):
+            pair = pairs[b * WORDS + c]
+            low = tl.fma(made[b], (pair & -65536).to(tl.float32, bitcast=True), low)
+            x = made[b] * (pair << 16).to(tl.float32, bitcast=True)
+            most = tl.maximum(most, tl.abs(x).to(tl.int32, bitcast=True))
+            scaled = scaled + (x,)
+        lows, largest = lows + (low,), largest + (most,)
+    for j in tl.static_range(WORDS):
         scale, down = scales_of(tl.max(largest[j], axis=0))
         downs = downs + (down,)
         for b in tl.static_range(0, BLOCKS, 2):
@@ -362,33 +362,32 @@ def _int4_sums(
     # the sums over lanes of x times m, in one order
     for i in tl.static_range(5):
         new = ()
-        for j in tl.static_range(ALL):
+        for j in tl.static_range(WORDS):
             theirs = _from_lane(lows[j].to(tl.int32, bitcast=True), lane ^ (16 >> i))
             new = new + (lows[j] + theirs.to(tl.float32, bitcast=True),)
         lows = new
 
     # products
-    sums = ((z, z, z, z),) * ALL
+    sums = ((z, z, z, z),) * WORDS
     for b in tl.static_range(0, BLOCKS, 2):
         for i in tl.static_range(8):
             new = ()
-            for c in tl.static_range(COUNT):
-                one = weights[(8 * b + i) * WORDS + first + c]
-                two = weights[(8 * min(b + 1, BLOCKS - 1) + i) * WORDS + first + c]
+            for c in tl.static_range(WORDS):
+                one = weights[(8 * b + i) * WORDS + c]
+                two = weights[(8 * min(b + 1, BLOCKS - 1) + i) * WORDS + c]
                 a0, a1, a2, a3 = one & 0x0F0F0F0F, one & -0x0F0F0F10, two & 0x0F0F0F0F, two & -0x0F0F0F10
-                for r in tl.static_range(ROWS):
-                    x = _from_lane(both[(c * ROWS + r) * ((BLOCKS + 1) // 2) + b // 2], lane % 4 * 8 + i)
-                    b0, b1 = _spread(x)
-                    new = new + (_multiply_add_two(sums[c * ROWS + r], a0, a1, a2, a3, b0, b1, SIGNED=False),)
+                x = _from_lane(both[c * ((BLOCKS + 1) // 2) + b // 2], lane % 4 * 8 + i)
+                b0, b1 = _spread(x)
+                new = new + (_multiply_add_two(sums[c], a0, a1, a2, a3, b0, b1, SIGNED=False),)
             sums = new
 
     out = ()
-    for j in tl.static_range(ALL):
+    for j in tl.static_range(WORDS):
         even, odd = (sums[j][0] * 256 + sums[j][1]).to(tl.float32), (sums[j][2] * 256 + sums[j][3]).to(tl.float32)
         even, odd = tl.fma(even, downs[j], lows[j]), tl.fma(odd, downs[j] * 0.0625, lows[j])
         if OFFSET:
-            even += offsets[2 * (first + j // ROWS)].to(tl.float32, bitcast=True)
-            odd += offsets[2 * (first + j // ROWS) + 1].to(tl.float32, bitcast=True)
+            even += offsets[2 * j].to(tl.float32, bitcast=True)
+            odd += offsets[2 * j + 1].to(tl.float32, bitcast=True)
         out = out + ((even, odd),)
     return out
 
@@ -398,15 +397,14 @@ def _int4_sums(
 
 @triton.jit
 def _integer_kernel(
-    # what makes one row of x; several, made by `kernels.few_rows.launch_prepare`
-    x_ptr, gain_ptr, threshold_ptr, made_ptr, kept_ptr, down_ptr,
+    # what makes x
+    x_ptr, gain_ptr, threshold_ptr,
     # read and written
     weight_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
-    n_out, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
-    # compiled in; ROWS: of those made, or 0; ZERO: how much of zero_ptr each program fills
-    OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr,
-    PDL: tl.constexpr,
+    n_out, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
+    # compiled in; ZERO: how much of zero_ptr each program fills
+    OP: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """out += m (W^T cut(x - shift) + offset), as `kernels.triton_gemv` has it of other forms."""
     if PDL:
@@ -414,7 +412,6 @@ def _integer_kernel(
     BLOCKS: tl.constexpr = PLAN.blocks
     WHOLE: tl.constexpr = LANES.full and not LANES.by_word  # every lane has all its outputs
     ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (32 * BLOCKS) == 0
-    GROUPS: tl.constexpr = (OP.n_in + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
     CHUNKS: tl.constexpr = 1 if OP.bits == 8 else LANES.words
     N: tl.constexpr = 4 if OP.bits == 8 else 2  # outputs that a lane adds, of each chunk
     GRID: tl.constexpr = fineness_ptr is not None
@@ -442,21 +439,20 @@ def _integer_kernel(
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
     weights, pairs, constants = (), (), ()
-    if ROWS == 0:
-        x_ptr += tl.program_id(2) * OP.n_in
-        out_ptr += tl.program_id(2) * n_out
-        threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
-        for b in tl.static_range(BLOCKS):
-            gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
-            constants = constants + ((gain, threshold, shift),)
-        if PLAN.prefetch > 0:
-            if program < PLAN.prefetch:
-                last_rstd = 1.0
-                if OP.prologue == "norm":
-                    last_rstd = tl.load(last_rstd_ptr)
-                prefetch_tile(
-                    rows, constants[0], first, n_out, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN
-                )
+    x_ptr += tl.program_id(2) * OP.n_in
+    out_ptr += tl.program_id(2) * n_out
+    threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
+    for b in tl.static_range(BLOCKS):
+        gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
+        constants = constants + ((gain, threshold, shift),)
+    if PLAN.prefetch > 0:
+        if program < PLAN.prefetch:
+            last_rstd = 1.0
+            if OP.prologue == "norm":
+                last_rstd = tl.load(last_rstd_ptr)
+            prefetch_tile(
+                rows, constants[0], first, n_out, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN
+            )
     if not OP.cut:
         for b in tl.static_range(BLOCKS):
             kept = kept_by_any(None, group * BLOCKS + b, 1, 1, OP)
@@ -479,120 +475,40 @@ def _integer_kernel(
         z = program * ZERO + tl.arange(0, ZERO)
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
 
-    # one row: x, and the weights that it keeps
-    made, scale, down = (), 1.0, 1.0
-    if ROWS == 0:
-        operands, largest, rstd = (), tl.zeros((BLOCK,), tl.int32), 1.0
-        for b in tl.static_range(BLOCKS):
-            a, up = load_inputs(rows + b * BLOCK, x_ptr, OP, "")
-            operands = operands + ((a, up),)
-        if OP.prologue == "norm":
-            rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
-            if PLAN.guess:
-                if program == 0:
-                    tl.store(last_rstd_ptr, rstd)
-        for b in tl.static_range(BLOCKS):
-            x, keep = inputs(rows + b * BLOCK, operands[b], constants[b], rstd, OP)
-            x = tl.where(keep, x, 0.0)
-            made = made + (x,)
-            if OP.cut:
-                kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
-                weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
-            largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
-        if OP.bits == 8:
-            scale, down = scales_of(tl.max(largest, axis=0))
-
-    # several: the weights that any of them keeps; where inputs are cut, each segment has its own
-    elif OP.cut:
-        made_ptr += segment * (ROWS * GROUPS * BLOCKS * BLOCK)
-        kept_ptr += segment * (ROWS * ((OP.n_in + BLOCK - 1) // BLOCK))
-        if OP.bits == 8:
-            down_ptr += segment * (ROWS * GROUPS)
-        for b in tl.static_range(BLOCKS):
-            kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, ROWS, OP)
+    # x, and the weights that it keeps
+    operands, made, late, largest, rstd = (), (), (), tl.zeros((BLOCK,), tl.int32), 1.0
+    for b in tl.static_range(BLOCKS):
+        a, up = load_inputs(rows + b * BLOCK, x_ptr, OP, "")
+        operands = operands + ((a, up),)
+    if OP.prologue == "norm":
+        rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
+        if PLAN.guess:
+            if program == 0:
+                tl.store(last_rstd_ptr, rstd)
+    for b in tl.static_range(BLOCKS):
+        x, keep = inputs(rows + b * BLOCK, operands[b], constants[b], rstd, OP)
+        x = tl.where(keep, x, 0.0)
+        made = made + (x,)
+        if OP.cut:
+            kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
             weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
+        largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
+    scale, down = 1.0, 1.0
+    if OP.bits == 8:
+        scale, down = scales_of(tl.max(largest, axis=0))
 
     # else the compiler puts some loads of int4 off until others have come
     if OP.bits == 4 and OP.cut and PDL:
         zero = _zero_after_loads(threshold_ptr + rows * 0)
-        if ROWS == 0:
-            late = ()
-            for b in tl.static_range(BLOCKS):
-                late = late + ((made[b].to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True),)
-            made = late
+        for b in tl.static_range(BLOCKS):
+            late = late + ((made[b].to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True),)
+        made = late
 
-    # each row's sums, of some chunks at once
-    R: tl.constexpr = max(ROWS, 1)
-    COUNT: tl.constexpr = min(CHUNKS, 4 if R <= 2 else 2 if R <= 4 else 1)
-    for first_chunk in tl.static_range(0, CHUNKS, COUNT):
-        sums, x = (), made
-        for r in tl.static_range(ROWS):
-            x_at = made_ptr + (r * GROUPS + group) * (BLOCKS * BLOCK)
-            if OP.bits == 8:
-                down = tl.load(down_ptr + r * GROUPS + group)
-                new = _int8_sums(weights, made, scale, down, x_at, scales, offsets, ROWS, BLOCKS, LANES, OFFSET)
-                sums = sums + (new,)
-            else:
-                for b in tl.static_range(BLOCKS):
-                    x = x + (tl.load(x_at + b * BLOCK + lane).to(tl.float32),)
-        if OP.bits == 4:
-            sums = _int4_sums(weights, pairs, x, offsets, first_chunk, COUNT, R, BLOCKS, LANES, OFFSET)
-        elif ROWS == 0:
-            sums = (_int8_sums(weights, made, scale, down, made_ptr, scales, offsets, 0, BLOCKS, LANES, OFFSET),)
-        for c in tl.static_range(COUNT):
-            for r in tl.static_range(R):
-                out_at = out_ptr + r * out_stride + at + (first_chunk + c) * LANES.chunk
-                fine = finenesses[(first_chunk + c) * N : (first_chunk + c) * N + N]
-                out = _on_grid(sums[c * R + r], fine, N, OP, GRID)
-                _add_to(out_at, there[first_chunk + c], out, N, LANES)
-
-
-# ---- launching it
-
-
-def lanes_of(plan, product: Product, hopper: bool) -> Lanes:
-    """How tiles of `plan` lie in the lanes."""
-    segments, (_, _, groupsize) = product.segments, product.form
-    full = not any(width % plan.block_out for width in segments)
-    if product.form.name == "int8":
-        vector = 2 if plan.blocks == 4 and full else 4
-        return Lanes(4, vector, 64 if vector == 2 else 4, 0, full, any(width % 16 for width in segments), 0, hopper)
-    chunk = chunk_of(groupsize)
-    chunks = plan.block_out // chunk
-    scales = chunks if full and chunk == groupsize else 0
-    return Lanes(chunks, 1, chunk // 2, chunk, full, not full or chunk < 64, scales, hopper)
-
-
-def launch_integers(
-    prologue: str, x: Tensor, product: Product, out: Tensor, *,
-    prepared: Prepared | None = None, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype,
-    pdl: bool = False,
-) -> None:
-    """`launch_gemv` of `kernels.triton_gemv` for int8 and int4, and `kernels.few_rows.launch_rows`, with `prepared`."""
-    product.check()
-    weight, segments, n_in, rows = product.weight, product.segments, len(product.weight), len(x)
-    scale = product.weight_scale if product.form.name == "int8" else product.weight_scale.view(torch.int32)
-    read = product.offset, scale, product.fineness
-    assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, *read))
-    assert len(out) == 1 or out.stride(0) % 4 == 0
-    gain, eps, last_rstd = norm or (None, 0.0, None)
-    plan = product.plan(prologue, pdl, last_rstd is not None)
-    hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
-    operation, lanes = product.operation(prologue, dtype), lanes_of(plan, product, hopper)
-
-    group, starts = BLOCK.value * plan.blocks, starts_of(segments)
-    groups, tiles = triton.cdiv(n_in, group), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
-    grid, n_zero, zero_block = [tiles[-1], groups, rows if prologue == "given" else 1], 0, 0
-    if prepared:
-        grid[2] = 1
-        if operation.bits == 8:
-            prepared = prepared._replace(made=prepared.made.view(torch.int16))
-        launch_prepare(x, operation, product.threshold, prepared, share=1, group=group, norm=norm, zero=zero, pdl=pdl)
-    elif zero is not None:
-        n_zero, zero_block = zero.numel(), triton.next_power_of_2(triton.cdiv(zero.numel(), tiles[-1] * groups))
-    _integer_kernel[tuple(grid)](
-        x, gain, product.threshold, *(prepared or (None, None, None)), weight, out, zero, last_rstd, *read,
-        starts[-1], out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
-        OP=operation, PLAN=plan, LANES=lanes, ROWS=rows if prepared else 0, ZERO=zero_block, PDL=pdl,
-        num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
-    )
+    if OP.bits == 8:
+        sums = (_int8_sums(weights, made, scale, down, scales, offsets, BLOCKS, LANES, OFFSET),)
+    else:
+        sums = _int4_sums(weights, pairs, made, offsets, BLOCKS, LANES, OFFSET)
+    for c in tl.static_range(CHUNKS):
+        out_at = out_ptr + at + c * LANES.chunk
+        out = _on_grid(sums[c], finenesses[c * N : c * N + N], N, OP, GRID)
+        _add_to(out_at, there[c], out, N, LANES)

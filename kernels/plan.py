@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
+    turns: int = 1  # of so many blocks that a program of several rows of integers takes, each with a scale
 
 
 def plan_for(
@@ -122,6 +123,13 @@ def _packed_plan(half: Plan, segments: list[int]) -> Plan:
     block_out = 128 if half.blocks > 1 and (half.guess or len(segments) < 3) else half.block_out
     rows, prefetch = half.rows if half.blocks > 2 else 0, half.prefetch * half.block_out // block_out
     return half._replace(block_out=block_out, rows=rows, registers=None, prefetch=prefetch)
+
+
+def of_integer_rows(plan: Plan) -> Plan:
+    """An integer plan for several rows of x: a program adds up the same sums of two turns."""
+    if plan.blocks != 2:
+        return plan
+    return plan._replace(turns=2, block_out=plan.block_out // (2 if plan.block_out > INT8_OUT else 1))
 
 
 def chunk_of(groupsize: int) -> int:

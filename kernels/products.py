@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.few_rows import Prepared
 from kernels.half_mma import fits_half, launch_half
-from kernels.integer_mma import launch_integers
+from kernels.integer_rows import launch_integers
 from kernels.triton_gemv import Product, launch_gemv
 
 

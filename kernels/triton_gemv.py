@@ -175,10 +175,15 @@ def scales_of(largest):
 
 
 @triton.jit
+def biased(x, up):
+    """x 2^s rounded to an integer 256 h + l, as the bytes h, signed, and l + 128 in the low half of an int32."""
+    return (x * up + 12583040.0).to(tl.int32, bitcast=True)  # what is added to 1.5 2^23 loses its fraction; 128 more
+
+
+@triton.jit
 def fixed(x, up):
-    """x 2^s rounded to an integer 256 h + l, as the signed bytes h and l in the low half of an int32."""
-    # what is added to 1.5 2^23 loses its fraction; 128 more, and a byte that counts from -128 becomes a signed one
-    return (x * up + 12583040.0).to(tl.int32, bitcast=True) ^ 0x80
+    """`biased` with both bytes signed."""
+    return biased(x, up) ^ 0x80
 
 
 # ---- prefetching rows to L2, while the launch before still runs

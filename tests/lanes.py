@@ -1,4 +1,4 @@
-"""The assembly of `kernels.integer_mma` and `kernels.half_mma` in numpy, lane by lane, for Triton's interpreter."""
+"""The assembly of the kernels for tensor cores in numpy, lane by lane, for Triton's interpreter."""
 
 import ctypes
 
@@ -130,14 +130,14 @@ def eight_of(x):
 
 
 def install() -> None:
-    """Lets `kernels.integer_mma` and `kernels.half_mma` run without a GPU."""
+    """Lets these kernels run without a GPU."""
     from kernels import half_mma, integer_mma
 
-    staging = stage, stage_four, staged_four, stage_half
-    shared, own = (load, pick_bytes), (multiply_add_half, ballot, eight_of, *staging)
-    others = add_four, add_two, from_lane, multiply_add, multiply_add_two
-    for module, replaced in {integer_mma: (*shared, *others), half_mma: (*shared, *own)}.items():
-        for function in replaced:
-            assert hasattr(module, f"_{function.__name__}")
-            setattr(module, f"_{function.__name__}", function)
+    own = load, pick_bytes, eight_of, add_four, add_two, from_lane, multiply_add, multiply_add_two
+    for function in (*own, multiply_add_half, ballot, stage, stage_four, staged_four, stage_half):
+        name, modules = f"_{function.__name__}", (integer_mma, half_mma)
+        having = [module for module in modules if hasattr(module, name)]
+        assert having
+        for module in having:
+            setattr(module, name, function)
     half_mma.RSTD_MAKERS = tl.constexpr(1)  # programs run one after the other

@@ -6,9 +6,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernels import grids
+from kernels import grids, integer_rows
 from kernels.few_rows import Prepared
-from kernels.integer_mma import launch_integers
+from kernels.integer_rows import launch_integers
 from kernels.quantized import dequantize
 from kernels.triton_gemv import RSTD_BUFFER, Norm, Product
 
@@ -98,13 +98,17 @@ def test_sums_are_exact_for_every_number_of_rows(n_in, segments, blocks, groupsi
     """In the interpreter by the assembly in numpy, see `lanes`."""
     choose = Product.plan
     monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(blocks=blocks, block_out=tile))
-    sizes = (3, 8) if DEVICE == "cuda" else (2,)
+    sizes = {3: 1, 8: 1} if blocks == 4 else {3: 2, 5: 1, 8: 2}  # turns of a program
+    if DEVICE == "cpu":
+        sizes = {3: 1} if blocks == 4 else {8: 2} if n_in > 64 else {3: 2}
     offset = n_in % 32 == 0 and len(segments) == 1
     x, product = case(n_in, segments, sparsity, max(sizes), offset, groupsize)
+    x = x.to({48: torch.float32, 64: torch.float16}.get(groupsize, x.dtype))
     want = expected(cut(x, product), product, blocks)
-    for rows in sizes:
+    for rows, turns in sizes.items():
+        monkeypatch.setattr(integer_rows, "of_integer_rows", lambda plan, turns=turns: plan._replace(turns=turns))
         out = torch.zeros(rows, sum(segments), device=DEVICE)
-        options = {"dtype": x.dtype, "pdl": HOPPER, "prepared": room(rows, n_in)}
+        options = {"dtype": x.dtype, "pdl": HOPPER, "prepared": room(rows, n_in, dtype=x.dtype)}
         launch_integers("given", x[:rows].contiguous(), product, out, **options)
         assert torch.equal(out, want[:rows])
     for row in range(len(x)):
@@ -114,6 +118,21 @@ def test_sums_are_exact_for_every_number_of_rows(n_in, segments, blocks, groupsi
     out = torch.zeros(len(x), sum(segments), device=DEVICE)  # as the unfused op has them
     launch_integers("given", x, product, out, dtype=x.dtype)
     assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("groupsize", [0, 64])
+def test_rows_equal_single_ones_where_no_grid_hides_the_last_bits(groupsize, monkeypatch):
+    """One program adds to each output, so that its order of additions is all that matters."""
+    choose = Product.plan
+    monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(blocks=2, block_out=128))
+    x, product = case(64, [128], 0.0, 8, offset=True, groupsize=groupsize)
+    x, product = x.float().sin(), product._replace(fineness=None)  # of 24 bits, else most sums are exact
+    few = torch.zeros(8, 128, device=DEVICE)
+    launch_integers("given", x, product, few, dtype=x.dtype, prepared=room(8, 64, dtype=x.dtype))
+    for row in range(8):
+        out = torch.zeros(1, 128, device=DEVICE)
+        launch_integers("given", x[row : row + 1].contiguous(), product, out, dtype=x.dtype)
+        assert torch.equal(out[0], few[row])
 
 
 @pytest.mark.parametrize(("value", "groupsize"), [(NAN, 0), (INF, 0), (-INF, 0), (INF, 64)])
