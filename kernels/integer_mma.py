@@ -498,7 +498,7 @@ def _integer_kernel(
         scale, down = scales_of(tl.max(largest, axis=0))
 
     # else the compiler puts some loads of int4 off until others have come
-    if OP.bits == 4 and OP.cut and PDL:
+    if OP.cut and PDL:
         zero = _zero_after_loads(threshold_ptr + rows * 0)
         for b in tl.static_range(BLOCKS):
             late = late + ((made[b].to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True),)

@@ -26,7 +26,7 @@ MOSTLY_CUT = 0.6
 
 # Outputs of an int8 program, and the most of one int4 product of the tensor cores, see `kernels.integer_mma`.
 INT8_OUT, CHUNK = 128, 64
-INT4_SIZES = ((2, 4), (2, 2), (1, 2), (1, 1))  # blocks of inputs and chunks of outputs, the best first
+INT4_SIZES = ((4, 4), (2, 4), (2, 2), (1, 2), (1, 1))  # blocks of inputs and chunks of outputs, the best first
 
 # Weights from which on rows of gate|up are prefetched during attention. llama-3-8b and llama-2-7b gain, see
 # `attention_prefetch`. With it llama-3.2-1b's step went from 0.708 to 0.705 ms at 50 % but from 0.616 to 0.620 at 65 %,
@@ -152,7 +152,8 @@ def _integer_plan(prologue: str, n_in: int, segments: list[int], sparsity: float
     most = 4 if sparsity and prologue != "given" and (sum(segments) <= WIDE or sparsity > MOSTLY_CUT) else 2
     chunk, sizes, enough = INT8_OUT, ((4, 1), (2, 1), (1, 1)), RESIDENT // 2
     if form.name == "int4":
-        chunk, most, enough = chunk_of(form.groupsize), 2, RESIDENT // 4
+        chunk, enough = chunk_of(form.groupsize), RESIDENT // 4
+        most = 2 if sparsity or prologue == "given" else 4
         sizes = INT4_SIZES if chunk == CHUNK else ((2, 4), (1, 4))  # words that are loaded alone end anywhere
 
     def fits(blocks: int, chunks: int) -> bool:
