@@ -22,7 +22,7 @@ from formats.checkpoint import check_tensors, fuse_on_load, is_own_head, load_we
 from formats.config import config_fields
 from formats.files import read_json
 from formats.named_configs import named_config
-from kernels.quantized import Form, dequantize, fill_random, transposed
+from kernels.quantized import Form, dense_weight, fill_module, table_on_load
 from rope import Rope, apply_rope, by_length, cosines_and_sines, inverse_frequencies
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
@@ -72,8 +72,8 @@ class ModelArgs:
     residual_multiplier: float = 1.0  # of what each branch adds
     logits_scaling: float = 1.0  # logits are divided by it
     logit_softcap: float = 0.0  # as attention_softcap
-    # "none", "int8" (projections and lm_head) or "int4" (o, gate, up and down; the rest is int8), see
-    # kernels.quantized.Form. A quantised lm_head is a tensor of its own, never tied.
+    # "none", "packed", "int8" (projections and lm_head) or "int4" (o, gate, up and down; the rest is int8), see
+    # kernels.quantized.Form. An lm_head that is not "none" is a tensor of its own, never tied.
     quant: str = "none"
     groupsize: int = 64
     name: str = ""
@@ -136,11 +136,10 @@ class Projection(UncastBuffers, nn.Linear):
             form = Form.named(quant, dtype, groupsize)
             weight, self.scale = form.empty(n_in, segments, device, out_first=True)
             self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_load_state_dict_pre_hook(table_on_load)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.scale is not None:
-            weight = dequantize(*transposed(weight, self.scale), x.dtype).t()
+        weight = self.weight if self.scale is None else dense_weight(self, x.dtype)
         return F.linear(x, weight, self.bias)
 
     def reset_parameters(self):
@@ -512,7 +511,7 @@ def init_modules(root: nn.Module, generator: torch.Generator, std: float) -> Non
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 2:
-                fill_random(parameter, getattr(module, "scale", None), std, generator)
+                fill_module(module, std, generator)
             else:
                 parameter.fill_(0.0 if name == "bias" or getattr(module, "plus_one", False) else 1.0)
 

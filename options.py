@@ -156,12 +156,13 @@ def refine(argv: list[str] | None = None) -> Namespace:
 def quantize(argv: list[str] | None = None) -> Namespace:
     parser, add = _parser("quantize")
     cli.add_text_arguments(parser, 20480, least=0)
-    add("--mode", choices=["int8", "int4"], required=True, help="form of the new weights (no default)")
+    add("--mode", choices=["packed", "int8", "int4"], required=True, help="form of the new weights (no default)")
     add("--groupsize", type=int, default=64, help="int4: how many outputs share a scale and a minimum")
-    add("--output_dir", type=output_folder, metavar="DIR", help="folder to write (default: DIR-int8 or DIR-int4)")
+    add("--output_dir", type=output_folder, metavar="DIR", help="folder to write (default: DIR-packed, -int8 or -int4)")
     o = cli.parse_text_arguments(parser, argv)
     parser.refuse(o.num_tokens == 0, "data seed", "with --num_tokens 0")
-    parser.refuse(o.mode == "int8", "groupsize", "with --mode int8")
+    parser.refuse(o.mode != "int4", "groupsize", f"with --mode {o.mode}")
+    parser.refuse(o.mode == "packed", "data num_tokens seed precision", "with --mode packed, which rounds nothing")
     return o
 
 

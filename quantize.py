@@ -1,9 +1,13 @@
-"""A checkpoint with int8 or int4 weights, rounded by GPTQ (arXiv 2210.17323) on a text, on a GPU if there is one.
+"""A checkpoint with packed bfloat16 weights, exactly, or with int8 or int4 ones, rounded by GPTQ (arXiv 2210.17323).
 
+python quantize.py --mode packed                                        # the default model, the same tokens from 3/4
 python quantize.py --mode int8                                          # the default model, on text that it writes
 python quantize.py --mode int4 --data c4.jsonl --groupsize 32           # rounded for the inputs of your text
 python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # default OUT: DIR-int8
 python quantize.py --mode int8 --num_tokens 0                           # each weight to the nearest, no text
+
+packed: bfloat16 in 12 bits, to the bit (`kernels.packed`): a run equals that of the plain checkpoint. Weights of
+float16 or float32 become bfloat16 first, as in a run with --precision bfloat16. Everything beside it goes along.
 
 generate.py, eval.py, calibrate.py and greedy.py take the result as any other checkpoint. int8 is symmetric with one
 scale per output, applied once to its sum. int4 is s * n + m, with s and m (bfloat16) for every group of an input's
@@ -39,6 +43,7 @@ from formats.checkpoint import Source, convert, copy_files, fingerprint, load_we
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, read_json, write_json
 from formats.text import WINDOW
+from kernels.packed import pack
 from kernels.quantized import pack_int4
 from model import read_config
 from sparse_model import SITES, SparseTransformer
@@ -200,8 +205,24 @@ def quantize_model(model: SparseTransformer, windows: Tensor, mode: str, groupsi
     return tensors | quantize_weight("output", model.output_weight.t(), hessian, sensitive, groupsize)
 
 
+@torch.no_grad()
+def pack_model(model: SparseTransformer) -> dict[str, Tensor]:
+    """Packed tensors of a model's projections and lm_head by name."""
+    names = [f"layers.{i}.{site.module}" for i in range(model.config.n_layer) for site in SITES.values()]
+    tensors = {}
+    for name, module in tqdm([*zip(names, model.sites, strict=True), ("output", None)], desc="packing", unit="matrix"):
+        segments = module.weight.split(module.widths, dim=1) if module else [model.output_weight]
+        parts, listed = zip(*map(pack, segments), strict=True)
+        rows = torch.cat(parts, dim=1)  # of the lm_head they are outputs
+        tensors |= {f"{name}.weight": (rows.t() if module else rows).contiguous().cpu()}
+        tensors |= {f"{name}.scale": torch.cat(listed).cpu()}
+    n = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith("weight")) * 2 // 3
+    print(f"{8 * sum(tensor.nbytes for tensor in tensors.values()) / n:.3f} bits per weight")
+    return tensors
+
+
 def taken_along(folder: Path, mode: str) -> dict[str, Statistics | CutTable]:
-    """Statistics (int8 only) and cut tables of the checkpoint in `folder`, by file name; says what stays behind."""
+    """Statistics (not of int4) and cut tables of the checkpoint in `folder`, by file name; says what stays behind."""
     path = folder / STATISTICS_NAME
     thresholds.warn_of_old_files(folder)
     readers: dict[str, Callable] = {table_name(rule): partial(find_table, rule, folder) for rule in SCRIPTS}
@@ -226,16 +247,16 @@ def main(argv: list[str] | None = None) -> Path:
         raise ValueError(f"{folder} has no config.json to go with the new weights; convert_hf_checkpoint.py writes one")
     if config.quant != "none":
         raise ValueError(f"{folder} is quantised already; give the checkpoint that it was made from")
-    SparseTransformer(replace(config, quant=o.mode, groupsize=o.groupsize), device="meta")  # says if groups do not fit
+    SparseTransformer(replace(config, quant=o.mode, groupsize=o.groupsize), device="meta")  # says if rows do not fit
     output = o.output_dir or folder.with_name(f"{folder.name}-{o.mode}")
-    artifacts = taken_along(folder, o.mode)
+    artifacts, exact = taken_along(folder, o.mode), o.mode == "packed"
 
     def write(folder: Path, part: Path) -> None:
         model = SparseTransformer.from_checkpoint(folder, *placement(o))
-        windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, to nearest"
-        if o.num_tokens:
+        windows, text = torch.zeros(0, 1, dtype=torch.int64), "none, exact" if exact else "none, to nearest"
+        if o.num_tokens and not exact:
             windows, text = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed)
-        quantized = quantize_model(model, windows, o.mode, o.groupsize)
+        quantized = pack_model(model) if exact else quantize_model(model, windows, o.mode, o.groupsize)
 
         # what is not quantised stays as it is
         weights = {n: w for n, w in load_weights(folder).items() if ".".join(n.split(".")[-2:]) not in QUANTIZED}
@@ -246,10 +267,11 @@ def main(argv: list[str] | None = None) -> Path:
         tensors = (weights | quantized).items()
         write_weights(part, {n: Source(tuple(w.shape), w.dtype, lambda w=w: w) for n, w in tensors})
 
-        # the artifacts belong to the new checkpoint; a table's quality was that of the original
+        # the artifacts belong to the new checkpoint; a table's quality was that of the original's weights
         own = fingerprint(part)
         for name, artifact in artifacts.items():
-            artifact.metadata.pop("quality", None)
+            if not exact:
+                artifact.metadata.pop("quality", None)
             if "fingerprint" in artifact.metadata:
                 artifact.metadata["fingerprint"] = own
             artifact.save(part / name)

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kernels.quantized import Form, dequantize, form_of, product
+from kernels.quantized import Form, dequantize, form_of, product, table_on_load
 from kernels.sparse_gemv import keep_mask, sparse_gemv, sparse_gemv_ref
 from model import Transformer, UncastBuffers
 
@@ -67,6 +67,7 @@ class SparseProjection(UncastBuffers):
             self.register_buffer(name, torch.zeros_like(threshold[:, 0], dtype=torch.int64), persistent=False)
         self.seen = self.steps = 0
         self.dense_prefix: int | list[int] | None = None
+        self.register_load_state_dict_pre_hook(table_on_load)
         self.register_load_state_dict_pre_hook(_transpose_on_load)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, in] -> [B, T, out]

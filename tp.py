@@ -114,6 +114,8 @@ def part_of(config: ModelArgs, r: int, ranks: int) -> Part:
     unit = UNIT if config.quant == "none" else INTEGER_UNIT
     unit = math.lcm(unit, config.groupsize) if config.quant == "int4" else unit
     name = config.name or "the model"
+    if config.quant == "packed":
+        raise ValueError(f"{name} has packed weights, which run on one rank; give the checkpoint that it was made from")
     if heads % ranks or (kv % ranks and ranks % kv) or config.qk_norm == "whole":
         norm = ", and a norm over all heads" * (config.qk_norm == "whole")
         raise ValueError(f"{name} has {heads} heads, {kv} key/value heads{norm}: {ranks} ranks cannot share them")

@@ -19,11 +19,11 @@ from formats.files import atomic_write
 PEAK_BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3350, "NVIDIA H200": 4800}
 
 # One colour for one thing in all panels: forms of weights (ours), rival kernels, rules.
-FORMS = {"bfloat16": "C0", "float16": "C0", "float32": "C5", "int8": "C1", "int4": "C2"}
+FORMS = {"bfloat16": "C0", "float16": "C0", "float32": "C5", "int8": "C1", "int4": "C2", "packed": "C9"}
 KERNELS = {"teal": "C3", "dejavu": "C4", "dense": "black", "dense_t": "grey"}
 RULES = {"uniform": "C0", "greedy": "C2", "refined": "C3", "norms": "C9", "cats": "C4", "relu": "C5"}
 RULES |= {"up-input": "C6", "up-output": "C8"}
-MARKERS = {"none": "o", "int8": "s", "int4": "^"}
+MARKERS = {"none": "o", "packed": "D", "int8": "s", "int4": "^"}
 PEERS = {"GPT-Fast": "D", "TEAL": "^", "TEAL dense": "v"}
 SPEEDUP = "NVIDIA H100 80GB HBM3", "llama-3-8b"  # whose sweep with a short prompt is drawn beside the peers
 MOST_PERPLEXITY = 300  # what is above is drawn at this height, with its number

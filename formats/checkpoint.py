@@ -117,8 +117,7 @@ def expected_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[name] = tensor
             continue
         widths = model.get_submodule(path).segments.values()
-        packed = sum(widths) // len(tensor)  # outputs in one row: 2 of int4's
-        rows = tensor.split([width // packed for width in widths])
+        rows = tensor.split([width * len(tensor) // sum(widths) for width in widths])
         tensors |= {f"{owner}.{part}.{kind}": t for part, t in zip(FUSED[last][-len(rows) :], rows, strict=True)}
     return tensors
 
@@ -129,6 +128,8 @@ def check_tensors(tensors: dict[str, Tensor], one_layer: nn.Module, folder: Path
     for name, tensor in tensors.items():
         due = expected.get(re.sub(r"^layers\.\d+\.", "layers.0.", name), tensor)  # load_state_dict finds foreign names
         exact = name.endswith(".scale") or not due.is_floating_point()
+        if due.dtype == torch.int32 and tensor.dim() == 1:  # a list of escapes, as long as it is
+            due = tensor.new_empty(len(tensor), dtype=torch.int64)
         if tensor.shape != due.shape or not (tensor.dtype == due.dtype or (tensor.is_floating_point() and not exact)):
             found, asked = (f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in (tensor, due))
             reason = f"{name} is {found}, config.json asks for {asked}"
@@ -228,7 +229,7 @@ def write_weights(folder: Path, tensors: dict[str, Source]) -> None:
 
 def write_safetensors(path: Path, tensors: dict[str, Source], progress: tqdm) -> None:
     """The safetensors format: the header's length, a header in JSON, the tensors' bytes."""
-    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
+    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that every tensor is aligned
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, source in ordered:

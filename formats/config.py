@@ -194,9 +194,9 @@ def _quantization(config: dict) -> dict:
     """What quantize.py wrote into config.json. Raises ValueError for the quantisation of another program."""
     found, foreign = config.get("quantization") or {}, config.get("quantization_config")
     mode = found.get("mode", "none") if isinstance(found, dict) else [found]
-    if foreign or mode not in ("none", "int8", "int4"):
+    if foreign or mode not in ("none", "packed", "int8", "int4"):
         how = f"config.json says the weights are quantised ({one_line(str(foreign or mode))})"
-        raise ValueError(f"{how}; only quantize.py's int8 and int4 are supported")
+        raise ValueError(f"{how}; only quantize.py's packed, int8 and int4 are supported")
     return {"quant": mode, "groupsize": checked(found, "groupsize", int, 64, where="config.json's quantization")}
 
 

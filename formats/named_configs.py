@@ -57,10 +57,10 @@ transformer_configs = {  # layers, heads, key/value heads, width, hidden width; 
 def named_config(name: str) -> dict:
     """The fields of the config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
 
-    "-int8" or "-int4" at the end asks for such weights. Raises ValueError if no key fits.
+    "-packed", "-int8" or "-int4" at the end asks for such weights. Raises ValueError if no key fits.
     """
     matches = [key for key in transformer_configs if key.lower() in name.lower()]
     if not matches:
         raise ValueError(f"no config is named like {name!r}; known: {', '.join(sorted(transformer_configs))}")
-    quant = name[-4:].lower() if name.lower().endswith(("-int8", "-int4")) else "none"
+    quant = next((form for form in ("packed", "int8", "int4") if name.lower().endswith(f"-{form}")), "none")
     return transformer_configs[max(matches, key=len)] | {"quant": quant, "name": name}

@@ -18,11 +18,13 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <thread>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -87,10 +89,12 @@ float sum(Floats v) {
 
 struct BFloat16;
 struct Int4;
+struct Packed;
 
-// Whether `load` puts even and odd ones of 2 LANES weights apart, as sums lie too while rows are added.
+// How many vectors hold what lies side by side: output APART i + v is lane i of vector v, of weights and of the sums
+// while rows are added. 1: all are in order.
 template <typename T>
-constexpr bool APART = std::is_same_v<T, BFloat16> || std::is_same_v<T, Int4>;
+constexpr int64_t APART = std::is_same_v<T, Packed> ? 8 : std::is_same_v<T, BFloat16> || std::is_same_v<T, Int4> ? 2 : 1;
 
 struct BFloat16 {
   uint16_t bits;
@@ -177,6 +181,62 @@ struct Int4 {  // of a weight alone: two outputs' codes, the even one's in the l
   }
 };
 
+// bfloat16 in 12 bits, see kernels/packed.py. 64 weights are a group of 96 bytes, three planes of 32-bit words, of which
+// the words t are about weights 8 t to 8 t + 7, an element. Escapes are in a table that kernels/packed.py describes.
+struct Packed {
+  static constexpr int64_t GROUP = 64, GROUP_BYTES = 96;
+  uint8_t bytes[GROUP_BYTES];
+
+  // Weights 2 pair and 2 pair + 1 of elements, bfloat16 side by side, from their words; base: of their segment's window,
+  // from the table.
+  template <typename Word>
+  static Word two(int pair, Word first, Word second, Word third, uint32_t base) {
+    if (pair < 3) return ((pair == 0 ? first : pair == 1 ? second : third) & 0x87ff87ff) + base;
+    return ((first >> 4 & 0x07800780) | (second >> 8 & 0x00780078) | ((third >> 12 | third << 20) & 0x80078007)) + base;
+  }
+
+  // The segment of a column.
+  static int segment(const int32_t* table, int64_t column) { return (column >= table[5]) + (column >= table[6]); }
+
+  struct Escape {
+    int32_t column, bits;  // of the bfloat16
+  };
+
+  // Puts an escape, weight i of a block, into the words of pairs from `first` on, if it is one of these.
+  template <typename Word, size_t PAIRS>
+  static void put(Word (&two)[PAIRS], int first, int64_t i, uint32_t bits) {
+    constexpr size_t N = sizeof(Word) / sizeof(uint32_t);
+    Word lanes;
+    for (size_t lane = 0; lane < N; lane++) lanes[lane] = lane;
+    const uint32_t there = i % 2 ? 0xffff0000 : 0xffff, pair = i % 8 / 2 - first, lane = i / 8;
+    for (uint32_t p = 0; p < PAIRS; p++)
+      two[p] = lanes == (p == pair ? lane : ~0u) ? (two[p] & ~there) | (bits << 16 | bits) & there : two[p];
+  }
+
+  // The escapes of row i from this column on, which come by column, and the end of the row's.
+  static std::pair<const Escape*, const Escape*> escapes(const int32_t* table, int64_t i, int64_t column) {
+    const int32_t* starts = table + table[8];
+    const auto* all = reinterpret_cast<const Escape*>(table + table[9]);
+    const Escape *escape = all + starts[i], *const end = all + starts[i + 1];
+    while (escape < end && escape->column < column) escape++;
+    return {escape, end};
+  }
+
+  // to = columns begin .. end, both multiples of GROUP, of a row.
+  static void unpack(const Packed* row, const int32_t* table, int64_t i, int64_t begin, int64_t end, BFloat16* to) {
+    for (int64_t column = begin; column < end; column += GROUP) {
+      const uint32_t base = table[segment(table, column)];
+      uint32_t words[3][8], pairs[8][4];
+      std::memcpy(words, row + column / GROUP, sizeof(words));
+      for (int pair = 0; pair < 4; pair++)
+        for (int t = 0; t < 8; t++) pairs[t][pair] = two(pair, words[0][t], words[1][t], words[2][t], base);
+      std::memcpy(reinterpret_cast<uint16_t*>(to) + (column - begin), pairs, sizeof(pairs));
+    }
+    for (auto [escape, last] = escapes(table, i, begin); escape < last && escape->column < end; escape++)
+      to[escape->column - begin].bits = escape->bits;
+  }
+};
+
 template <typename T>
 float rounded(float value) {
   return T::from(value);
@@ -259,16 +319,26 @@ struct Row<Int4> {
   const BFloat16* pairs;  // scale and minimum of a group
 };
 
+template <>
+struct Row<Packed> {
+  const Packed* weights;
+  const int32_t* table;
+  int64_t input, output;  // which row, and the first of these weights
+};
+
 template <typename W>
 constexpr int64_t LINE = 64 / sizeof(W);  // outputs in a cache line
 template <>
 constexpr int64_t LINE<Int4> = 128;
+template <>
+constexpr int64_t LINE<Packed> = 42;  // at least
 
 // A weight [in, out].
 template <typename W>
 struct Matrix {
   const W* weight;
-  const void* scale;  // of Int4: scale and minimum, BFloat16, of every `group` outputs of an input; of others unused
+  const void* scale;  // of Int4: scale and minimum, BFloat16, of every `group` outputs of an input; of Packed: the table
+                      // of escapes; of others unused
   int64_t n_out, group;
   const int8_t* log_norms = nullptr;  // see `column_norms`; null: sums start at 0
 
@@ -276,6 +346,8 @@ struct Matrix {
     if constexpr (std::is_same_v<W, Int4>)
       return {weight + (input * n_out + output) / 2,
               static_cast<const BFloat16*>(scale) + (input * (n_out / group) + output / group) * 2};
+    else if constexpr (std::is_same_v<W, Packed>)
+      return {weight + (input * n_out + output) / W::GROUP, static_cast<const int32_t*>(scale), input, output};
     else
       return {weight + input * n_out + output};
   }
@@ -293,7 +365,7 @@ struct Texts {
 // cache, since the first has too few misses in flight: a step of SmolLM2-135M at 50 %, bfloat16, takes 7.0 to 7.5 ms on
 // two cores of an EPYC, 8.9 to 9.8 with the first.
 template <int N, int B, typename T>
-  requires(!std::is_same_v<T, Int4>)
+  requires(!std::is_same_v<T, Int4> && !std::is_same_v<T, Packed>)
 void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, Texts<float> sums, int64_t width,
               int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
   // what stands in registers is copied: else each store of a sum might change it
@@ -304,7 +376,7 @@ void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, T
   for (int b = 0; COPIED && b < B; b++)
     for (int k = 0; k < N; k++) copies[b][k] = value[b][k] - Floats{};
 
-  constexpr int VECTORS = APART<T> ? 2 : 1;
+  constexpr int VECTORS = APART<T>;
   int64_t j = 0;
   for (; j + VECTORS * LANES <= width; j += VECTORS * LANES) {
     if (j % LINE<T> == 0)
@@ -316,7 +388,7 @@ void add_rows(const Row<T>* row, const Row<T>* next, Texts<const float> value, T
 #pragma GCC unroll 8
     for (int k = 0; k < N; k++) {
       Floats vectors[2];
-      if constexpr (APART<T>)
+      if constexpr (VECTORS == 2)
         T::load(weights[k] + j, vectors[0], vectors[1]);
       else
         vectors[0] = T::load(weights[k] + j);
@@ -392,24 +464,121 @@ void add_rows(const Row<Int4>* row, const Row<Int4>* next, Texts<const float> va
   }
 }
 
-// to = the values of `from`, where even and odd ones of each 2 LANES lie apart, in order.
+// The same of packed weights, `width` a multiple of their group.
+template <int N, int B>
+void add_rows(const Row<Packed>* row, const Row<Packed>* next, Texts<const float> value, Texts<float> sums, int64_t width,
+              int64_t = 0, const float (*)[GROUPS / B] = nullptr) {
+  constexpr int64_t BLOCK = APART<Packed> * LANES;
+  const int64_t output = row[0].output;
+  const uint32_t base = row[0].table[Packed::segment(row[0].table, output)];
+  const char *weights[N], *later[N];
+  const Packed::Escape *escape[N], *last[N];
+  for (int k = 0; k < N; k++) {
+    weights[k] = reinterpret_cast<const char*>(row[k].weights);
+    later[k] = reinterpret_cast<const char*>(next[k].weights);
+    std::tie(escape[k], last[k]) = Packed::escapes(row[k].table, row[k].input, output);
+    __builtin_prefetch(row[k].table + row[k].table[8] + next[k].input);
+  }
+
+  // the first output with an escape in one of these rows
+  const auto first_escape = [&] {
+    int64_t first = width;
+    for (int k = 0; k < N; k++)
+      if (escape[k] < last[k]) first = std::min(first, escape[k]->column - output);
+    return first;
+  };
+
+  constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
+  const auto add_block = [&](int64_t j, auto whole, auto escaped) {
+    const int64_t at = j / Packed::GROUP * Packed::GROUP_BYTES + j % Packed::GROUP / 2;
+    const auto plane = [&](const char* from) {
+#if defined(__AVX512F__)  // 16 words are of two groups, unless only one is left
+      const __m512i first = _mm512_castsi256_si512(read<__m256i>(from));
+      if constexpr (!whole) return (Words)_mm512_inserti64x4(first, _mm256_setzero_si256(), 1);
+      return (Words)_mm512_inserti64x4(first, read<__m256i>(from + Packed::GROUP_BYTES), 1);
+#else
+      return read<Words>(from);
+#endif
+    };
+#pragma GCC unroll 4
+    for (int first = 0; first < 4; first += PAIRS) {
+      Floats total[B][2 * PAIRS];
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++)
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * PAIRS; v++) total[b][v] = read<Floats>(sums[b] + j + (2 * first + v) * LANES);
+#pragma GCC unroll 8
+      for (int k = 0; k < N; k++) {
+        const Words words[3] = {plane(weights[k] + at), plane(weights[k] + at + 32), plane(weights[k] + at + 64)};
+        Words two[PAIRS];
+#pragma GCC unroll 4
+        for (int p = 0; p < PAIRS; p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
+        if constexpr (escaped)
+          for (const auto* e = escape[k]; e < last[k] && e->column < output + j + BLOCK; e++)
+            Packed::put(two, first, e->column - output - j, e->bits);
+#pragma GCC unroll 4
+        for (int p = 0; p < PAIRS; p++) {
+          const Floats even = (Floats)(two[p] << 16), odd = (Floats)(two[p] & 0xffff0000);
+#pragma GCC unroll 8
+          for (int b = 0; b < B; b++) {
+            const Floats x = value[b][k] - Floats{};
+            total[b][2 * p] = fma(x, even, total[b][2 * p]);
+            total[b][2 * p + 1] = fma(x, odd, total[b][2 * p + 1]);
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++)
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * PAIRS; v++)
+          std::memcpy(sums[b] + j + (2 * first + v) * LANES, &total[b][v], sizeof(Floats));
+    }
+  };
+
+  int64_t escape_at = first_escape();
+  for (int64_t j = 0; j < width; j += BLOCK) {
+    const bool whole = j + BLOCK <= width;
+    const int64_t at = j / Packed::GROUP * Packed::GROUP_BYTES;
+    for (int k = 0; whole && k < N; k++)
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < BLOCK * 3 / 2; line += 64) __builtin_prefetch(later[k] + at + line, 0, 2);
+    if (escape_at < j + BLOCK) [[unlikely]] {
+      whole ? add_block(j, std::true_type(), std::true_type()) : add_block(j, std::false_type(), std::true_type());
+      for (int k = 0; k < N; k++)
+        while (escape[k] < last[k] && escape[k]->column < output + j + BLOCK) escape[k]++;
+      escape_at = first_escape();
+    } else if (whole) {
+      add_block(j, std::true_type(), std::false_type());
+    } else {
+      add_block(j, std::false_type(), std::false_type());
+    }
+  }
+}
+
+// to = the values of `from`, where those of APART vectors lie apart, in order.
 template <typename T>
 void in_order(const float* from, float* to, int64_t width) {
+  constexpr int64_t V = APART<T>, BLOCK = V * LANES;
   int64_t j = 0;
-  for (; APART<T> && j + 2 * LANES <= width; j += 2 * LANES)
-#pragma omp simd
-    for (int64_t i = j; i < j + LANES; i++) to[2 * i - j] = from[i], to[2 * i - j + 1] = from[i + LANES];
+  for (; V > 1 && j + BLOCK <= width; j += BLOCK) {
+    Floats vectors[V];
+    for (int64_t v = 0; v < V; v++) vectors[v] = read<Floats>(from + j + v * LANES);
+    for (int64_t lane = 0; lane < LANES; lane++)
+      for (int64_t v = 0; v < V; v++) to[j + V * lane + v] = vectors[v][lane];
+  }
+  for (; V == 8 && j < width; j++) to[j] = from[j / BLOCK * BLOCK + j % V * LANES + j % BLOCK / V];  // half a block
   std::copy(from + j, from + width, to + j);
 }
 
 // The other way.
 template <typename T>
 void apart(float* v, int64_t width) {
-  for (int64_t j = 0; APART<T> && j + 2 * LANES <= width; j += 2 * LANES) {
-    Floats even, odd;
-    for (int64_t lane = 0; lane < LANES; lane++) even[lane] = v[j + 2 * lane], odd[lane] = v[j + 2 * lane + 1];
-    std::memcpy(v + j, &even, sizeof(even));
-    std::memcpy(v + j + LANES, &odd, sizeof(odd));
+  constexpr int64_t V = APART<T>, BLOCK = V * LANES;
+  for (int64_t j = 0; V > 1 && (V == 8 ? j < width : j + BLOCK <= width); j += BLOCK) {
+    float values[BLOCK] = {};
+    std::copy(v + j, v + std::min(j + BLOCK, V == 8 ? width : j + BLOCK), values);
+    for (int64_t lane = 0; lane < LANES; lane++)
+      for (int64_t i = 0; i < V; i++) v[j + i * LANES + lane] = values[V * lane + i];
   }
 }
 
@@ -437,6 +606,79 @@ __attribute__((noinline)) void dots(const T* row, Texts<const float> x, int64_t 
     results[b] = sum((total[b][0] + total[b][1]) + (total[b][2] + total[b][3]));
     for (int64_t i = j; i < width; i++) results[b] = fma(x[b][i], float(row[i]), results[b]);
   }
+}
+// The same of a packed row, which is output `i` of a matrix [any, width]. buffer: room for a row. With
+// AVX-512 an element's sums are those that `dots` has of its outputs.
+template <int B>
+void dots(const Packed* row, const int32_t* table, int64_t i, Texts<const float> x, Texts<const float> x_apart,
+          int64_t width, BFloat16* buffer, float* results) {
+#if defined(__AVX512F__)
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef uint32_t EightWords __attribute__((vector_size(32)));
+  const uint32_t base = table[0];
+  Eight total[B][8] = {};
+  const auto unpack_pairs = [&](int64_t j, int first, auto& two) {
+    const char* group = reinterpret_cast<const char*>(row + j / Packed::GROUP);
+    for (int64_t i = 0; first == 0 && i < Packed::GROUP_BYTES; i += 48) __builtin_prefetch(group + HEAD_AHEAD + i, 0, 2);
+    const EightWords words[3] = {read<EightWords>(group), read<EightWords>(group + 32), read<EightWords>(group + 64)};
+#pragma GCC unroll 4
+    for (size_t p = 0; p < std::size(two); p++) two[p] = Packed::two(first + p, words[0], words[1], words[2], base);
+  };
+
+  // a row with escapes is unpacked first: each escape would cost a wrong guess of a branch
+  auto [escape, last] = Packed::escapes(table, i, 0);
+  const bool escaped = escape < last;
+  for (int64_t j = 0; escaped && j < width; j += Packed::GROUP) {
+    EightWords two[4];
+    unpack_pairs(j, 0, two);
+    std::memcpy(static_cast<void*>(buffer + j), two, sizeof(two));
+  }
+  for (; escape < last; escape++) {
+    const int64_t at = escape->column % Packed::GROUP;
+    buffer[escape->column - at + at % 8 / 2 * 16 + at / 8 * 2 + at % 2].bits = escape->bits;
+  }
+
+  constexpr int PAIRS = B <= 2 ? 4 : 1;  // whose sums fit the registers
+  const auto add_pairs = [&](int first, auto unpacked) {
+    for (int64_t j = 0; j < width; j += Packed::GROUP) {
+      EightWords two[PAIRS];
+      if constexpr (unpacked)
+        std::memcpy(two, buffer + j + first * 16, sizeof(two));
+      else
+        unpack_pairs(j, first, two);
+#pragma GCC unroll 4
+      for (int p = 0; p < PAIRS; p++) {
+        const Eight even = (Eight)(two[p] << 16), odd = (Eight)(two[p] & 0xffff0000);
+#pragma GCC unroll 4
+        for (int b = 0; b < B; b++) {
+          const float* const at = x_apart[b] + j + (first + p) * 16;
+          Eight& low = total[b][2 * (first + p)];
+          Eight& high = total[b][2 * (first + p) + 1];
+          low = (Eight)_mm256_fmadd_ps((__m256)read<Eight>(at), (__m256)even, (__m256)low);
+          high = (Eight)_mm256_fmadd_ps((__m256)read<Eight>(at + 8), (__m256)odd, (__m256)high);
+        }
+      }
+    }
+  };
+#pragma GCC unroll 4
+  for (int first = 0; first < 4; first += PAIRS)
+    if (escaped)
+      add_pairs(first, std::true_type());
+    else
+      add_pairs(first, std::false_type());
+  for (int b = 0; b < B; b++) {  // as the sum of (quarter 0 + quarter 1) + (quarter 2 + quarter 3) of 64 sums in order
+    float lanes[16];
+    for (int v = 0; v < 8; v++) {
+      Eight sums = total[b][v] + __builtin_shufflevector(total[b][v], total[b][v], 2, 3, 2, 3, 6, 7, 6, 7);
+      sums += __builtin_shufflevector(sums, sums, 4, 5, 4, 5, 4, 5, 4, 5);
+      lanes[v] = sums[0], lanes[8 + v] = sums[1];
+    }
+    results[b] = std::accumulate(lanes, lanes + 16, 0.0f);
+  }
+#else
+  Packed::unpack(row, table, i, 0, width, buffer);
+  dots<B>(buffer, x, width, results);
+#endif
 }
 template <typename T>
 float dot(const T* row, const float* x, int64_t width) {
@@ -483,7 +725,7 @@ struct Kept {
 
   Kept(int64_t batch, int64_t most, int64_t group)
       : batch(batch), index(most + LANES + ROWS_AHEAD), value(2 * std::bit_ceil(uint64_t(batch)) * index.size()),
-        block(COLUMNS + BATCH * (group + LANES)) {}
+        block(COLUMNS + BATCH * (group + 17 * LANES)) {}
 
   Texts<float> values() { return {value.data(), int64_t(index.size())}; }  // with room to write behind the last one
 
@@ -562,15 +804,21 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
   int32_t* const index = kept.index.data() + kept.first;
   const Texts<const float> value{kept.value.data() + kept.first, kept.values().apart};
   float starts[P][B][GROUPS / B] = {};  // of int4's groups
-  for (int64_t column = begin; column < end; column += columns) {
-    const int64_t width = std::min(columns, end - column), part = width / P;
-    const int64_t starts_of_part = groups ? part / matrix.group : part;
+  for (int64_t column = begin, width; column < end; column += width) {
+    width = std::min(columns, end - column);
+    if constexpr (std::is_same_v<W, Packed> && P == 1) {  // of one segment, whose window has one base
+      const int32_t* table = static_cast<const int32_t*>(matrix.scale);
+      const int segment = Packed::segment(table, column);
+      if (segment < 2) width = std::min<int64_t>(width, table[5 + segment] - column);
+    }
+    const int64_t part = width / P, starts_of_part = groups ? part / matrix.group : part;
+    const int64_t apart_by = APART<W> == 8 ? (part + 8 * LANES - 1) / (8 * LANES) * 8 * LANES : part;  // whole blocks
     const int8_t* log_norms = matrix.log_norms ? matrix.log_norms + column / (groups ? matrix.group : 1) : nullptr;
-    const Texts<float> block{kept.block.data(), width + LANES};  // not 4 KB apart, which CPUs take for the same place
+    const Texts<float> block{kept.block.data(), P * apart_by + LANES};  // not 4 KB apart, which CPUs take for the same place
 
     // the sums' starts
     for (int v = 0; v < P * B; v++) {
-      float *const to = block[v % B] + v / B * part, *const start = groups ? starts[v / B][v % B] : to;
+      float *const to = block[v % B] + v / B * apart_by, *const start = groups ? starts[v / B][v % B] : to;
       if (!log_norms)
         std::fill_n(start, starts_of_part, 0.0f);
       else
@@ -588,7 +836,7 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
         __builtin_prefetch(reinterpret_cast<const char*>(matrix.row(index[r], column).weights) + line * 64, 0, 2);
 
     // ROWS rows at a time, then the rest one by one; behind the last come the next columns' first ones
-    const int64_t jump = column + columns < end ? columns : 0;
+    const int64_t jump = column + width < end ? width : 0;
     for (int64_t r = 0; n && r < ahead; r++) index[n + r] = index[jump ? std::min(r, n - 1) : n - 1];
     const auto add = [&](auto N, int64_t r) {
       for (int p = 0; p < P; p++) {
@@ -597,7 +845,7 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
           row[k] = matrix.row(index[r + k], column + p * part);
           next[k] = matrix.row(index[r + k + ahead], column + p * part + (r + k + ahead < n ? 0 : jump));
         }
-        add_rows<N, B>(row, next, {value[p * B] + r, value.apart}, {block[0] + p * part, block.apart}, part,
+        add_rows<N, B>(row, next, {value[p * B] + r, value.apart}, {block[0] + p * apart_by, block.apart}, part,
                        matrix.group, starts[p]);
       }
     };
@@ -608,13 +856,13 @@ void outputs(const Matrix<W>& matrix, Kept& kept, int64_t begin, int64_t end, Te
     // what was added to them
     for (int b = 0; b < std::min<int64_t>(B, kept.batch); b++)
       for (int p = 0; p < P; p++) {
-        float *const from = block[b] + p * part, *const to = sums[b] + column - begin + p * part;
+        float *const from = block[b] + p * apart_by, *const to = sums[b] + column - begin + p * part;
         const int64_t length = groups ? matrix.group : part;
-        for (int64_t j = 0; APART<W> && j < part; j += length) {
+        for (int64_t j = 0; APART<W> > 1 && j < part; j += length) {
           in_order<W>(from + j, to + j, length);
           for (int64_t i = j; groups && i < j + length; i++) to[i] -= starts[p][b][j / length];
         }
-        const float* const added = APART<W> ? to : from;
+        const float* const added = APART<W> > 1 ? to : from;
         if (!groups && log_norms)
 #pragma omp simd
           for (int64_t j = 0; j < part; j++)
@@ -637,11 +885,16 @@ void column_norms(const Matrix<W>& matrix, int64_t n_in, int8_t* log_norms, int 
     float squares[BLOCK] = {};
     for (int64_t i = 0; i < n_in; i++) {
       const Row<W> row = matrix.row(i, begin * (groups ? matrix.group : 1));
+      BFloat16 unpacked[BLOCK];
+      if constexpr (std::is_same_v<W, Packed>)
+        W::unpack(row.weights - begin / W::GROUP, row.table, i, begin, begin + width, unpacked);
       for (int64_t j = 0; j < width; j++) {
         float most;
         if constexpr (groups) {
           const float s = row.pairs[2 * j], minimum = fma(8, s, float(row.pairs[2 * j + 1]));
           most = 8 * std::fabs(s) + std::fabs(minimum);
+        } else if constexpr (std::is_same_v<W, Packed>) {
+          most = unpacked[j];
         } else {
           most = row.weights[j];
         }
@@ -699,11 +952,11 @@ int product(const T* x, const Matrix<W>& matrix, const float* threshold, T* out,
 // are [vocab, dim].
 struct Projection {
   const void *weight, *bias;  // [in, out], [out] or null
-  const void* scale;          // of int8 [out] float, of int4 see Matrix, else null
+  const void* scale;          // of int8 [out] float, of int4 and packed weights see Matrix, else null
   const float* threshold;     // [segments, in]
   const float* shift;         // [in] or null: what a cut input is taken to be
   const float* offset;        // [out] or null: the product of the shift
-  int64_t group;              // of int4, else 0
+  int64_t group;              // of int4 and packed weights, else 0
   const int8_t* log_norms;    // see `column_norms`: [out], of int4 [groups]
 };
 
@@ -730,7 +983,7 @@ struct Model {
   int64_t n_layer, n_head, n_local_heads, head_dim, dim, hidden, vocab, cache_length;
   const Layer* layers;
   const void *embedding, *norm, *output;
-  const float* output_scale;  // [vocab] of an int8 output, else null
+  const void* output_scale;   // of an int8 output [vocab] float, of a packed one the table of escapes, else null
   float *h, *qkv, *y, *act, *logits;  // room for each text's values between the phases of a step
   float* tops;                        // the largest logit of each GROUP of each text, NaN where one is
   int64_t* tokens;                    // [texts, cache_length + 1]: a step reads those at its positions, writes the next
@@ -952,16 +1205,27 @@ class Worker {
 
     // logits of this thread's groups of tokens, and the largest of each
     normalize(m.norm);
+    constexpr bool packed = std::is_same_v<V, Packed>;
+    std::vector<float> x_apart(packed ? x.size() : 0);  // of each group weights 8 t + v at 8 v + t
+    for (size_t i = 0; i < x_apart.size(); i++) x_apart[i / 64 * 64 + i % 8 * 8 + i % 64 / 8] = x[i];
+    std::vector<BFloat16> buffer(packed ? m.dim : 0);
+    const auto row_of = [&](int64_t v) { return static_cast<const V*>(m.output) + v * m.dim / (packed ? 64 : 1); };
     const Range rows(m.vocab, member, team, GROUP);
     for (int64_t v = rows.begin; v < rows.end; v += GROUP) {
       const int64_t n = std::min(GROUP, rows.end - v), groups = (m.vocab + GROUP - 1) / GROUP;
-      const V* row = static_cast<const V*>(m.output) + v * m.dim;
       for_batch(batch, [&](auto B) {
         constexpr int AT_ONCE = B < 4 ? B : 4;
         float results[B];
-        for (int64_t i = 0; i < n; i++, row += m.dim) {
-          for (int b = 0; b < B; b += AT_ONCE) dots<AT_ONCE>(row, {x.data() + b * m.dim, m.dim}, m.dim, results + b);
-          const float scale = m.output_scale ? m.output_scale[v + i] : 1.0f;
+        for (int64_t i = 0; i < n; i++) {
+          for (int b = 0; b < B; b += AT_ONCE) {
+            const Texts<const float> some{x.data() + b * m.dim, m.dim};
+            if constexpr (packed)
+              dots<AT_ONCE>(row_of(v + i), static_cast<const int32_t*>(m.output_scale), v + i, some,
+                            {x_apart.data() + b * m.dim, m.dim}, m.dim, buffer.data(), results + b);
+            else
+              dots<AT_ONCE>(row_of(v + i), some, m.dim, results + b);
+          }
+          const float scale = m.output_scale && !packed ? static_cast<const float*>(m.output_scale)[v + i] : 1.0f;
           for (int64_t b = 0; b < batch; b++) sums[b * GROUP + i] = results[b] * scale;
         }
       });
@@ -1273,12 +1537,20 @@ int decode(const Model& m, int64_t batch, const int64_t* positions, const uint32
 EXPORT(bfloat16, BFloat16, BFloat16, BFloat16)
 EXPORT(float16, Float16, Float16, Float16)
 EXPORT(float32, Float32, Float32, Float32)
+EXPORT(bfloat16_packed, BFloat16, Packed, Packed)
 EXPORT(bfloat16_int8, BFloat16, Int8, Int8)
 EXPORT(float16_int8, Float16, Int8, Int8)
 EXPORT(float32_int8, Float32, Int8, Int8)
 EXPORT(bfloat16_int4, BFloat16, Int4, Int8)
 EXPORT(float16_int4, Float16, Int4, Int8)
 EXPORT(float32_int4, Float32, Int4, Int8)
+
+// to [n, n_columns] = the bfloat16 of packed rows.
+extern "C" void unpack(const Packed* rows, const int32_t* table, BFloat16* to, int64_t n, int64_t n_columns, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < n; i++)
+    Packed::unpack(rows + i * n_columns / Packed::GROUP, table, i, 0, n_columns, to + i * n_columns);
+}
 
 // Asks for huge pages under a range: rows at random places then miss fewer translations. Where it fails, nothing
 // changes.

@@ -86,7 +86,8 @@ def library() -> ctypes.CDLL | None:
 
 def has_kernel(dtype: torch.dtype, form: Form) -> bool:
     """Whether the library has a product of values of this dtype and weights of this form."""
-    return dtype in NAMES and (form.name != "none" or form.dtype == dtype)
+    only = {"none": form.dtype, "packed": torch.bfloat16}.get(form.name, dtype)
+    return dtype in NAMES and only == dtype
 
 
 def kernel(name: str, dtype: torch.dtype, form: Form) -> Callable:
@@ -122,6 +123,15 @@ def launch_sparse_gemv(
     return out
 
 
+def unpack(weight: Tensor, table: Tensor) -> Tensor:
+    """`packed.unpack` by the library, which must be there."""
+    weight = weight.contiguous()
+    out = torch.empty(len(weight), weight.shape[1] * 2 // 3, dtype=torch.bfloat16)
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, table, out))
+    library().unpack(*pointers, *(ctypes.c_int64(n) for n in out.shape), ctypes.c_int(torch.get_num_threads()))
+    return out
+
+
 def column_norms(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Bounds for the sums of a decode step in `dtype`: int8, [out], of int4 [groups]; see cpu.cpp's `column_norms`.
 
@@ -129,7 +139,7 @@ def column_norms(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Te
     """
     form, n_in = form_of(weight, scale), weight.shape[0]
     n_out = 8 * weight[0].nbytes // form.bits
-    norms = torch.zeros(n_out // (form.groupsize or 1), dtype=torch.int8)
+    norms = torch.zeros(n_out // form.groupsize if form.name == "int4" else n_out, dtype=torch.int8)
     kernel("column_norms", dtype, form)(
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (weight, scale)),
         *(ctypes.c_int64(n) for n in (n_in, n_out, form.groupsize)),

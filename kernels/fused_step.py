@@ -26,6 +26,7 @@ from torch.nn import Module
 
 from kernels import grids, plan
 from kernels.heads import Heads
+from kernels.packed_words import TABLE, WIDTH, four_pairs, in_order, load_words, scales, with_escapes
 from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap
 
 GROUP = 8  # tokens whose largest logit the sampling looks at
@@ -418,7 +419,7 @@ def launch_attention(
 def _head_kernel(
     x_ptr, weight_ptr, weight_scale_ptr, logits_ptr, top_ptr, n_vocab, logits_stride,
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr, SCALING: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, SCALING: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):
     """Logits of BLOCK_V tokens, W x / SCALING with W [vocab, DIM], and the largest of every GROUP, for the sampling.
 
@@ -426,6 +427,17 @@ def _head_kernel(
     on how many there are.
     """
     MOST: tl.constexpr = 16
+    if PACKED:
+        N: tl.constexpr = BLOCK_K // 8
+        GROUPS: tl.constexpr = DIM // WIDTH
+        rows, local = tl.arange(0, BLOCK_V)[:, None], tl.arange(0, N)[None, :]
+        in_vocab = tl.program_id(0) * BLOCK_V + rows < n_vocab
+        slots_ptr = weight_scale_ptr + TABLE + tl.program_id(0) * (2 * GROUPS)
+        lists_ptr = weight_scale_ptr + TABLE + tl.load(weight_scale_ptr + 3)
+        up, down = scales(weight_scale_ptr, 0)
+        above = tl.load(weight_scale_ptr + 7)
+        packed_ptr = weight_ptr + (tl.program_id(0) * BLOCK_V + rows).to(tl.int64) * (DIM // 8 * 3)
+        words = load_words(packed_ptr, local, in_vocab & (local < DIM // 8))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -434,13 +446,31 @@ def _head_kernel(
     acc = tl.zeros((BLOCK_V, MOST), tl.float32)
     for start in tl.range(0, DIM, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
-        at = weight_ptr + v[:, None].to(tl.int64) * DIM + k[None, :]
-        weight = tl.load(at, mask=(v < n_vocab)[:, None] & (k < DIM)[None, :], other=0)
+        if PACKED:
+            pairs = four_pairs(words[0], words[1], words[2], above)
+            packed_ptr += N * 3
+            words = load_words(packed_ptr, local, in_vocab & (local < DIM // 8 - start // 8 - N))
+            slots, escapes = (), 0
+            for c in tl.static_range(4):  # cells of 32 rows and 64 columns
+                group = start // WIDTH + c % 2
+                there = (group < GROUPS) & (tl.program_id(0) * BLOCK_V + c // 2 * 32 < n_vocab)
+                slots = slots + (tl.load(slots_ptr + c // 2 * GROUPS + group, mask=there, other=0),)  # noqa: RUF005
+                escapes = escapes | slots[c]
+            if escapes != 0:
+                for c in tl.static_range(4):
+                    row_in_cell, element = rows - c // 2 * 32, local - c % 2 * 8
+                    pairs = with_escapes(pairs, slots[c], lists_ptr, row_in_cell, element, up)
+            weight = in_order(pairs)
+        else:
+            at = weight_ptr + v[:, None].to(tl.int64) * DIM + k[None, :]
+            weight = tl.load(at, mask=(v < n_vocab)[:, None] & (k < DIM)[None, :], other=0)
         at = x_ptr + row[None, :] * DIM + k[:, None]
         x = tl.load(at, mask=(row < ROWS)[None, :] & (k < DIM)[:, None], other=0.0)
         acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
 
-    if weight_scale_ptr is not None:
+    if PACKED:
+        acc *= down
+    elif weight_scale_ptr is not None:
         acc *= tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)[:, None]
     if SCALING != 1.0:
         acc /= SCALING
@@ -459,14 +489,16 @@ def launch_head(
     """logits [rows, vocab and room] float32 = W x / scaling; top [rows, groups]: the largest of every GROUP.
 
     x: [rows, dim], in the model's dtype.
-    weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, else None.
+    weight: [vocab, dim]; weight_scale: [vocab], float32, of an int8 weight, the escapes of a packed one, else None.
     """
     # llama-3-8b, 1 to 8 rows: 344 to 351 us, int8 186 to 192 (203 in tiles of 64 tokens); the bytes take 349 and 175
-    (n_vocab, dim), (block_v, stages) = weight.shape, (64, 4) if weight_scale is None else (32, 5)
+    n_vocab, dim, packed = len(weight), x.shape[1], weight.dtype == torch.uint8
+    block_v, stages = (32, 5) if weight.dtype == torch.int8 else (64, 1) if packed else (64, 4)
+    weight = weight.view(torch.int32) if packed else weight
     _head_kernel[(triton.cdiv(n_vocab, block_v),)](
         x, weight, weight_scale, logits, top, n_vocab, logits.stride(0),
-        ROWS=len(x), DIM=dim, BLOCK_V=block_v, BLOCK_K=128, GROUP=GROUP, STAGES=stages, SCALING=scaling, PDL=pdl,
-        num_warps=4, launch_pdl=pdl,
+        ROWS=len(x), DIM=dim, BLOCK_V=block_v, BLOCK_K=128, GROUP=GROUP, STAGES=stages, SCALING=scaling, PACKED=packed,
+        PDL=pdl, num_warps=4, launch_pdl=pdl,
     )
 
 

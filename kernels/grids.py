@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from kernels.quantized import dequantize
+from kernels.quantized import dequantize, form_of
 
 LEVELS = 2.0**24  # float32 holds all multiples of a spacing up to so many
 ROUNDING = 1.02  # a norm's output in 16 bits, rounded up to three times, against the exact one
@@ -37,6 +37,8 @@ def bound_after_norm(
     columns of a weight, a rank's part, get the bounds that they have in the whole.
     """
     squares, shifted = 0.0, 0.0
+    if form_of(weight, scale).name == "packed":
+        weight, scale = dequantize(weight, scale, torch.bfloat16), None
     for i in range(0, len(weight), BLOCK):
         rows = slice(i, i + BLOCK)
         part = dequantize(weight[rows], scale[rows] if scale is not None and scale.dim() > 1 else scale, torch.float32)

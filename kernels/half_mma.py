@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
 from kernels.integer_mma import _add_to, _load, _load_factors, _pick_bytes
+from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales
 from kernels.plan import of_rows
 from kernels.triton_gemv import (
     BLOCK,
@@ -56,6 +57,7 @@ class Lanes(NamedTuple):
 
     full: bool  # segments end where a tile does
     add_vectors: bool  # the GPU adds 4 neighbours at once
+    packed: bool
 
 
 # ---- a tile
@@ -89,15 +91,20 @@ def _load_block(
 ):
     """The tuple `weights`, and each lane's 4 words of COUNT of its 8 inputs of a block, from FIRST on, and every piece.
 
-    at: of the lane's first input and its output `col`; kept: bits of the block's inputs, or ALL of them are.
+    at: of the lane's first input and its output `col`; kept: bits of the block's inputs, or ALL of them are. Of packed
+    weights the words are 3 for every piece, by plane.
     """
     kept = kept >> (tl.arange(0, BLOCK) % 4 * 8)
+    PIECES: tl.constexpr = PLAN.block_out // PIECE
     for i in tl.static_range(FIRST, FIRST + COUNT):
-        for p in tl.static_range(PLAN.block_out // PIECE):
+        for p in tl.static_range(1 if LANES.packed else PIECES):
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
                 wanted = tl.where(col + p * PIECE < last, wanted, 0)
-            weights = weights + _load(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
+            if LANES.packed:
+                weights = weights + _load(at + i * N_OUT, wanted, 3 * PIECES, PIECES, APART=32, ONCE=True)
+            else:
+                weights = weights + _load(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
     return weights
 
 
@@ -111,6 +118,86 @@ def _load_half(
     return _load_block(
         weights, at + b * BLOCK * N_OUT, kept[b], col, last, n % 2 * 4, 4, N_OUT, ALL, PLAN, LANES
     )
+
+
+@triton.constexpr_function
+def stage_assembly(words):
+    """The address of shared memory for words of each lane."""
+    return f"{{ .shared .align 16 .b32 stage[{words * 32}]; mov.u32 $0, stage; }}"
+
+
+@triton.jit
+def _stage(WORDS: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        stage_assembly(WORDS), "=r,r", [tl.arange(0, BLOCK)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _stage_four(at, w):
+    tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;", "=r,r,r,r,r,r", [at, w[0], w[1], w[2], w[3]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )
+
+
+@triton.jit
+def _staged_four(at):
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at], dtype=(tl.int32,) * 4, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _stage_half(at, upper, wanted):
+    """Stores the upper half of a word, where wanted is not 0."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b16 low, high; setp.ne.s32 p, $3, 0; mov.b32 {low, high}, $2; "
+        "@p st.shared.b16 [$1], high; mov.u32 $0, 0; }",
+        "=r,r,r,r", [at, upper, wanted], dtype=tl.int32, is_pure=False, pack=1,
+    )
+
+
+@triton.jit
+def _with_escapes(words, escapes, stage, PIECES: tl.constexpr):
+    """A lane's words of a block with the escapes of inputs that are kept, through shared memory: little code."""
+    slot_at, n_slots, kept, lists_ptr, enlarge, _above = escapes
+    lane = tl.arange(0, BLOCK)
+    for j in tl.static_range(8 * PIECES):
+        _stage_four(stage + lane * 16 + j * 512, words[4 * j : 4 * j + 4])
+    tl.debug_barrier()
+    p = 0
+    while p < n_slots:
+        slot = tl.load(slot_at + p)
+        n, list_ptr = escapes_in(slot, lists_ptr)
+        k = 1
+        while k <= n:
+            row, out, bits = escape_of(slot, list_ptr, k + lane, n)
+            out += p * WIDTH
+            word = row % 8 * (4 * PIECES) + out % (8 * PIECES) // 2
+            at = stage + word // 4 * 512 + (out // (8 * PIECES) * 4 + row // 8) * 16 + word % 4 * 4 + out % 2 * 2
+            value = (bits.to(tl.float32, bitcast=True) * enlarge).to(tl.int32, bitcast=True)
+            _stage_half(at, value, tl.where(k + lane <= n, kept >> row, 0) & 1)
+            k += BLOCK
+        p += 1
+    tl.debug_barrier()
+    out = ()
+    for j in tl.static_range(8 * PIECES):
+        out = out + _staged_four(stage + lane * 16 + j * 512)
+    return out
+
+
+@triton.jit
+def _unpacked(weights, b: tl.constexpr, hit, escapes, stage, PIECES: tl.constexpr):
+    """A lane's words of block b, made of packed ones; hit: whether it has escapes."""
+    words = ()
+    for i in tl.static_range(8):
+        w = weights[(8 * b + i) * 3 * PIECES : (8 * b + i + 1) * 3 * PIECES]
+        for p in tl.static_range(PIECES):
+            words = words + four_pairs(w[p], w[PIECES + p], w[2 * PIECES + p], escapes[5])
+    if hit != 0:
+        words = _with_escapes(words, escapes, stage, PIECES)
+    return words
 
 
 @triton.jit
@@ -188,6 +275,8 @@ def _shared_rstds(slots_ptr, slots_stride, program, h_ptr, h_stride, eps, N: tl.
 def _half_kernel(
     # read and written. With PREPARED x and kept are what `few_rows.launch_prepare` makes, two rows side by side
     x_ptr, kept_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, fineness_ptr,
+    # of packed weights: see `packed.escape_table`
+    table_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
     x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     # compiled in; N_OUT: so that a load's place needs no arithmetic; ZERO: how much of zero_ptr each program fills
@@ -203,8 +292,11 @@ def _half_kernel(
     N_BLOCKS: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
     ALL: tl.constexpr = not OP.cut and LANES.full and OP.n_in % (32 * BLOCKS) == 0
     BEFORE: tl.constexpr = not OP.cut and PLAN.prefetch == 0  # dense weights are loaded before the wait, or prefetched
+    PACKED: tl.constexpr = LANES.packed
+    N_WORDS: tl.constexpr = N_OUT * 3 // 8 if PACKED else N_OUT  # of a row, as it is loaded
+    APART: tl.constexpr = 8 if PACKED else PIECE  # outputs from one of a lane's pieces to the next
     SETS: tl.constexpr = 1 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
-    HALF: tl.constexpr = 32 * PIECES // 2  # words of half a lane's inputs of a block
+    INLINE: tl.constexpr = PACKED and PAIRS == 1
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     x_ptr += tl.program_id(2) * x_stride
@@ -215,11 +307,12 @@ def _half_kernel(
     # the program's inputs, a lane's first weights, and the first of the 4 outputs that it adds
     block = tl.program_id(1) * BLOCKS
     rows = block * BLOCK + lane
-    col = first + lane // 4 * 8
-    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * N_OUT + col
+    col = first + lane // 4 * (8 * PIECES if PACKED else 8)
+    first_word = first // PIECE * 24 + lane // 4 * PIECES // 8 * 24 + lane // 4 * PIECES % 8 if PACKED else col
+    weights_at = weight_ptr + (block * BLOCK + lane % 4 * 8).to(tl.int64) * N_WORDS + first_word
     at, half = col + lane % 2 * 4, lane % 4 // 2  # which of two rows a lane adds
     if ROWS == 1:  # both halves get the row's sums: each adds a piece
-        at += half * PIECE
+        at += half * APART
     if OP.cut:
         threshold_ptr += segment * (2 * OP.n_in if OP.shift else OP.n_in)
     if PREPARED and OP.cut:  # each segment has inputs of its own
@@ -227,7 +320,19 @@ def _half_kernel(
         kept_ptr += segment * (ROWS * N_BLOCKS)
 
     # before the wait: what no launch of this step writes, and rows that a guess from x as it is now names
-    constants, weights, finenesses, offsets = (), (), (), ()
+    constants, weights, finenesses, offsets, hits, escapes = (), (), (), (), (), ()
+    shrink = 1.0
+    if PACKED:
+        n_slots = tl.minimum((last - first) // PIECE, PIECES)
+        slots_ptr = table_ptr + TABLE + block * (N_OUT // PIECE) + first // PIECE
+        for b in tl.static_range(BLOCKS):
+            hit = 0
+            for p in tl.static_range(PIECES):
+                there = (block + b < N_BLOCKS) & (p < n_slots)
+                hit = hit | tl.load(slots_ptr + b * (N_OUT // PIECE) + p, mask=there, other=0)
+            hits = hits + (hit,)  # noqa: RUF005
+        enlarge, shrink = scales(table_ptr, segment)
+        lists_ptr, above = table_ptr + TABLE + tl.load(table_ptr + 3), tl.load(table_ptr + 7)
     if not PREPARED:
         for b in tl.static_range(BLOCKS):
             gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
@@ -238,16 +343,16 @@ def _half_kernel(
             if PLAN.guess and OP.prologue == "norm":
                 last_rstd = tl.load(last_rstd_ptr)
             ahead = constants[0] if PLAN.guess else (0.0, 0.0, 0.0)
-            prefetch_tile(rows, ahead, first, N_OUT, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN)
+            prefetch_tile(rows, ahead, first, N_WORDS, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN)
     if BEFORE:
         for b in tl.static_range(BLOCKS):
-            there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_OUT
-            weights = _load_block(weights, block_at, there, col, last, 0, 8, N_OUT, ALL, PLAN, LANES)
+            there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_WORDS
+            weights = _load_block(weights, block_at, there, col, last, 0, 8, N_WORDS, ALL, PLAN, LANES)
     for p in tl.static_range(SETS):
-        there = (at + p * PIECE < last).to(tl.int32)
-        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * PIECE, there, 4),)  # noqa: RUF005
+        there = (at + p * APART < last).to(tl.int32)
+        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * APART, there, 4),)  # noqa: RUF005
         there = tl.where(tl.program_id(1) == 0, there, 0)
-        offsets = offsets + (_load_factors(offset_ptr, at + p * PIECE, there, 4),)  # noqa: RUF005
+        offsets = offsets + (_load_factors(offset_ptr, at + p * APART, there, 4),)  # noqa: RUF005
 
     # the launch before has ended
     if PDL:
@@ -285,9 +390,10 @@ def _half_kernel(
 
     # PLAN.rows of them are loaded before the first product, in halves of a block; 0: all are
     AT_ONCE: tl.constexpr = 2 * BLOCKS if PLAN.rows == 0 or PAIRS > 1 else PLAN.rows // 16
+    tl.static_assert(AT_ONCE > 1 or not PACKED)  # whose block is made at once
     if not BEFORE:
         for n in tl.static_range(AT_ONCE):
-            weights = _load_half(weights, n, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES)
+            weights = _load_half(weights, n, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES)
 
     # all loads are under way before a product waits for the first, see `_eight_of`
     if PREPARED:
@@ -299,22 +405,40 @@ def _half_kernel(
     choice_0, choice_1 = tl.where(place < 2, choice, 0x4444), tl.where(place < 2, 0x4444, choice)
     z = tl.zeros((BLOCK,), tl.float32)
 
+    # packed weights: what finds their escapes; for more than two rows all words are made once
+    if PACKED:
+        stage = _stage(32 * PIECES)
+        for b in tl.static_range(BLOCKS):
+            escapes = escapes + ((slots_ptr + b * (N_OUT // PIECE), n_slots, kept[b], lists_ptr, enlarge, above),)  # noqa: RUF005
+        if not INLINE:
+            words = ()
+            for b in tl.static_range(BLOCKS):
+                words = words + _unpacked(weights, b, hits[b], escapes[b], stage, PIECES)
+            weights = words
+
     # the sums of two rows at a time; each block has a chain of products of its own, for their latency
     for q in tl.static_range(PAIRS):
         sums = ()
         for b in tl.static_range(BLOCKS):
-            if PREPARED:  # blocks beyond the last one have weights of 0
+            if PREPARED:  # blocks beyond the last one have weights of 0, packed ones anything
                 x_at = x_ptr + (q * N_BLOCKS + tl.minimum(block + b, N_BLOCKS - 1)) * BLOCK + lane % 4 * 8
-                one = tl.full((BLOCK,), 1, tl.int32)
-                x = _load(x_at, one, 8, 4, APART=16)
+                there = tl.full((BLOCK,), 1, tl.int32)
+                if PACKED:
+                    there = tl.where(block + b < N_BLOCKS, there, 0)
+                x = _load(x_at, there, 8, 4, APART=16, ZERO=PACKED)
             else:
                 x = _eight_of(made[b * PAIRS + q])
+            words = weights
+            if INLINE:
+                words = _unpacked(weights, b, hits[b], escapes[b], stage, PIECES)
             new = ((z, z, z, z),) * PIECES
             for n in tl.static_range(2):
-                new = _add_block(new, weights, b * 2 * HALF, x, choice_0, choice_1, n * 4, 4, OP.dtype, PIECES)
+                new = _add_block(
+                    new, words, 0 if INLINE else b * 32 * PIECES, x, choice_0, choice_1, n * 4, 4, OP.dtype, PIECES
+                )
                 if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
                     weights = _load_half(
-                        weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_OUT, ALL, PLAN, LANES
+                        weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES
                     )
             sums = _added(sums, new, PIECES) if b > 0 else new
 
@@ -328,9 +452,11 @@ def _half_kernel(
         end = tl.where(half < (PIECES if ROWS == 1 else ROWS - 2 * q), last, 0)
         for p in tl.static_range(SETS):
             out = sums[p]
+            if PACKED:
+                out = (out[0] * shrink, out[1] * shrink, out[2] * shrink, out[3] * shrink)
             if offset_ptr is not None:
                 out = _with_offsets(out, offsets[p])
-            out_at, there = out_ptr + row * out_stride + at + p * PIECE, (at + p * PIECE < end).to(tl.int32)
+            out_at, there = out_ptr + row * out_stride + at + p * APART, (at + p * APART < end).to(tl.int32)
             _add_to(out_at, there, out, finenesses[p], 4, OP, LANES, fineness_ptr is not None)
 
 
@@ -338,9 +464,9 @@ def _half_kernel(
 
 
 def fits_half(product: Product) -> bool:
-    """Whether a product, or the one that it is a part of, is of 16-bit weights whose segments 8 divides."""
+    """Whether a product, or the one that it is a part of, is of 16-bit or packed weights whose segments 8 divides."""
     widths = product.whole[1] if product.whole else product.segments
-    return product.form.bits == 16 and not any(width % 8 for width in widths)
+    return product.form.bits in (12, 16) and not any(width % 8 for width in widths)
 
 
 def launch_half(
@@ -355,7 +481,9 @@ def launch_half(
     """
     product.check()
     weight, segments, n_in = product.weight, product.segments, len(product.weight)
-    assert weight.dtype == dtype and fits_half(product) and (dtype == x.dtype or prologue != "given")
+    packed = product.form.name == "packed"
+    assert dtype == (torch.bfloat16 if packed else weight.dtype) and (dtype == x.dtype or prologue != "given")
+    assert fits_half(product)
     assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, product.offset, product.fineness))
     assert len(out) == 1 or out.stride(0) % 4 == 0
     gain, eps, last_rstd = norm or (None, 0.0, None)
@@ -368,7 +496,7 @@ def launch_half(
         launch_prepare(x, operation, product.threshold, prepared, 2, 2, norm=norm, zero=zero, pdl=pdl)
         made, kept, zero = prepared.made.view(torch.int32), prepared.kept, None
     hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
-    lanes = Lanes(not any(width % plan.block_out for width in segments), hopper)
+    lanes = Lanes(not any(width % plan.block_out for width in segments), hopper, packed)
 
     # a launch's programs fill `zero` together
     starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
@@ -376,7 +504,8 @@ def launch_half(
     n_zero = 0 if zero is None else zero.numel()
     zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
     _half_kernel[grid](
-        made, kept, gain, weight, product.threshold, out, zero, last_rstd, product.offset, product.fineness,
+        made, kept, gain, weight.view(torch.int32) if packed else weight, product.threshold, out, zero, last_rstd,
+        product.offset, product.fineness, product.weight_scale,
         x_stride, out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         N_OUT=starts[-1], OP=operation, PLAN=plan, LANES=lanes, ROWS=rows, PREPARED=apart, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,

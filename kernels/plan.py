@@ -66,7 +66,9 @@ def plan_for(
     part: segments of a rank's part of the weight, which is multiplied with the sums of the whole.
     """
     unknown, common = prologue == "norm" and not last_rstd, math.gcd(*(part or segments))
-    if form.name == "none":
+    if form.bits == 12:
+        plan = _packed_plan(_half_plan(prologue, n_in, segments, sparsity), segments)
+    elif form.name == "none":
         plan = _half_plan(prologue, n_in, segments, sparsity)
     else:
         plan = _integer_plan(prologue, n_in, segments, sparsity, form)
@@ -109,6 +111,17 @@ def _half_plan(prologue: str, n_in: int, segments: list[int], sparsity: float) -
 def of_rows(plan: Plan) -> Plan:
     """A 16-bit plan for several rows of x, with the same sums, which only the blocks make. Nothing is guessed."""
     return plan._replace(guess=False, block_out=64, rows=0, registers=None)
+
+
+def _packed_plan(half: Plan, segments: list[int]) -> Plan:
+    """That of packed weights, with the blocks and so the sums of 16-bit ones, but for bounds of registers.
+
+    Dense, a step of llama-3-8b takes 3.0 % less with gate|up in tiles of 128 outputs, 1.0 % with down, 0.7 % with o,
+    and 1.0 % more with qkv; 256 lose 2 to 5 % (H100).
+    """
+    block_out = 128 if half.blocks > 1 and (half.guess or len(segments) < 3) else half.block_out
+    rows, prefetch = half.rows if half.blocks > 2 else 0, half.prefetch * half.block_out // block_out
+    return half._replace(block_out=block_out, rows=rows, registers=None, prefetch=prefetch)
 
 
 def chunk_of(groupsize: int) -> int:
@@ -167,7 +180,7 @@ def attention_prefetch(n_in: int, n_out: int, sparsity: float, form: Form) -> in
     at 50 and 65 %; int8's and int4's is level.
     """
     half_bytes = n_out * form.bits // 16  # of gate's row, and of up's
-    if form.bits < 16 or n_in * n_out < LARGE or half_bytes % 16:
+    if form.bits < 12 or n_in * n_out < LARGE or half_bytes % 16:
         return 0
     return (ROWS_AHEAD if sparsity else DENSE_ROWS_AHEAD) // AHEAD_ROWS * 2 * -(-half_bytes // AHEAD_BYTES)
 

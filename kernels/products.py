@@ -16,10 +16,10 @@ def launch_product(
 
     prepared: room through which 2 to 8 rows share one launch. Without it each row has programs of its own.
     """
-    if product.form.name != "none":
-        launch_integers(prologue, x, product, out, prepared=prepared, **options)
-    elif fits_half(product):
+    if fits_half(product):
         launch_half(prologue, x, product, out, prepared=prepared, **options)
+    elif product.form.name != "none":
+        launch_integers(prologue, x, product, out, prepared=prepared, **options)
     else:
         launch_gemv(prologue, x, product, out, **options)
 

@@ -1,16 +1,20 @@
-"""The form of a weight in memory: floating, int8 with a scale per output, or int4 with a scale and a minimum per group.
+"""The form of a weight in memory: floating, packed bfloat16, int8 with a scale per output, or int4 with a scale and a
+minimum per group.
 
 int4 is packed along the outputs, and its groups lie along them too. So a row holds all that its input needs, and a cut
-input skips its scales as well.
+input skips its scales as well. So does a row of packed bfloat16, see `kernels.packed`.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+
+from kernels import packed
 
 SHORT = 256  # rows of x at most whose `product` widens integers in registers; with 512 dequantising takes less time
-_STORED_AS = {"int8": torch.int8, "int4": torch.uint8}
+_STORED_AS = {"int8": torch.int8, "int4": torch.uint8, "packed": torch.uint8}
 
 
 class Form(NamedTuple):
@@ -21,8 +25,10 @@ class Form(NamedTuple):
     | "none" | [in, out], a floating `dtype` | None |
     | "int8" | [in, out], int8 | [out], float32 |
     | "int4" | [in, out / 2], uint8, see `pack_int4` | [in, out / groupsize, 2], bfloat16: s and m of each group |
+    | "packed" | [in, 3 out / 2], uint8, see `packed.pack` | [any], int32: `packed.escape_table` |
 
-    An int4 code n of 0 to 15 stands for s * n + m. `name` is ModelArgs.quant; groupsize is 0 but for int4.
+    An int4 code n of 0 to 15 stands for s * n + m. `name` is ModelArgs.quant; groupsize, of outputs that stay together,
+    is 0 but for int4 and packed weights.
     """
 
     name: str
@@ -32,16 +38,19 @@ class Form(NamedTuple):
     @classmethod
     def named(cls, name: str, dtype: torch.dtype | None, groupsize: int) -> "Form":
         """The form that ModelArgs.quant and .groupsize name; `dtype`: the model's own, None for torch's default."""
-        return cls(name, _STORED_AS.get(name) or dtype or torch.get_default_dtype(), groupsize * (name == "int4"))
+        if name == "packed" and dtype not in (None, torch.bfloat16):
+            raise ValueError(f"packed weights are bfloat16: choose --precision bfloat16, not {str(dtype)[6:]}")
+        groupsize = {"int4": groupsize, "packed": packed.GROUP}.get(name, 0)
+        return cls(name, _STORED_AS.get(name) or dtype or torch.get_default_dtype(), groupsize)
 
     @property
     def bits(self) -> int:
         """Of one weight."""
-        return 4 if self.name == "int4" else 8 * self.dtype.itemsize
+        return {"int4": 4, "packed": 12}.get(self.name) or 8 * self.dtype.itemsize
 
     def row_bytes(self, n_out: int) -> int:
         """Bytes of one input's weights, with the scales that are its own in int4."""
-        return n_out * self.bits // 8 + (4 * n_out // self.groupsize if self.groupsize else 0)
+        return n_out * self.bits // 8 + (4 * n_out // self.groupsize if self.name == "int4" else 0)
 
     def empty(
         self, n_in: int, segments: dict[str, int], device=None, out_first: bool = False
@@ -49,8 +58,11 @@ class Form(NamedTuple):
         """A new weight [in, out] of this form and its scale, not filled; out_first: both `transposed`.
 
         segments: name and width of each projection fused along the outputs.
-        Raises ValueError: groups of int4 that do not divide a segment.
+        Raises ValueError: groups of int4, or of packed weights, that do not divide a segment.
         """
+        for name, width in segments.items() if self.name == "packed" else ():
+            if (width := n_in if name == "output" else width) % packed.GROUP:
+                raise ValueError(f"{name} cannot be packed: its rows of {width} are no multiple of {packed.GROUP}")
         for name, width in segments.items() if self.name == "int4" else ():
             if self.groupsize < 16 or self.groupsize % 16 or width % self.groupsize:
                 raise ValueError(
@@ -62,13 +74,20 @@ class Form(NamedTuple):
             scale = torch.empty(n_out, device="meta", dtype=torch.float32)
         elif self.name == "int4":
             scale = torch.empty(n_in, n_out // self.groupsize, 2, device="meta", dtype=torch.bfloat16)
+        elif self.name == "packed":
+            scale = torch.empty(0, device="meta", dtype=torch.int32)
 
+        if self.name == "packed" and list(segments) == ["output"]:  # the lm_head's rows are outputs
+            weight = torch.empty(n_out, n_in * 3 // 2, device="meta", dtype=self.dtype)
+            out_first = False
         shapes = transposed(weight, scale) if out_first else (weight, scale)
         return tuple(t if t is None else torch.empty(t.shape, device=device, dtype=t.dtype) for t in shapes)
 
 
 def form_of(weight: Tensor, scale: Tensor | None) -> Form:
     """The form of a weight [in, out] and its scale, for callers that see nothing but these tensors."""
+    if weight.dtype == torch.uint8 and scale.dtype == torch.int32:
+        return Form("packed", weight.dtype, packed.GROUP)
     if weight.dtype == torch.uint8:
         return Form("int4", weight.dtype, 2 * weight.shape[1] // scale.shape[1])
     return Form("none" if scale is None else "int8", weight.dtype)
@@ -80,16 +99,60 @@ def transposed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | N
     return weight.t(), scale.transpose(0, 1) if per_input else scale
 
 
+def _packed_rows(module: Module) -> tuple[int, list[int]]:
+    """How many rows a module's packed weight has, and the widths of its segments: of the lm_head a row is an output."""
+    widths, shape = list(module.segments.values()), module.weight.shape
+    if list(module.segments) == ["output"]:
+        return widths[0], [shape[1] * 2 // 3]
+    return shape[1 if len(module.weight) == sum(widths) * 3 // 2 else 0], widths
+
+
+def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
+    """A load_state_dict pre-hook: makes the escape table of packed weights, whatever its length.
+
+    Raises ValueError: the escapes are damaged.
+    """
+    key = f"{prefix}scale"
+    if key in state_dict and state_dict[key].dtype == torch.int64:
+        escapes = state_dict[key].to(module.weight.device)
+        try:
+            state_dict[key] = packed.escape_table(escapes, *_packed_rows(module))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    if key in state_dict and state_dict[key].dtype == torch.int32:
+        module.scale = torch.empty_like(state_dict[key], device=module.weight.device)
+
+
+def dense_weight(module: Module, dtype: torch.dtype) -> Tensor:
+    """What a module's weight stands for, [out, in]; it is stored `transposed`, unless it is a packed lm_head."""
+    if module.scale.dtype == torch.int32 and "output" in module.segments:
+        return dequantize(module.weight, module.scale, dtype)
+    return dequantize(*transposed(module.weight, module.scale), dtype).t()
+
+
+def fill_module(module: Module, std: float, generator: torch.Generator) -> None:
+    """`fill_random` of a module's weight and scale; packed weights are those of a normal distribution."""
+    weight, scale = module.weight, getattr(module, "scale", None)
+    if scale is None or scale.dtype != torch.int32:
+        return fill_random(weight, scale, std, generator)
+    n_rows, widths = _packed_rows(module)
+    random = torch.empty(n_rows, sum(widths), device=weight.device, dtype=torch.bfloat16)
+    random.normal_(0.0, std, generator=generator)
+    rows, escapes = zip(*map(packed.pack, random.split(widths, dim=1)), strict=True)
+    (weight if len(weight) == n_rows else weight.t()).copy_(torch.cat(rows, dim=1))
+    module.scale = packed.escape_table(torch.cat(escapes), n_rows, widths)
+
+
 def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: torch.Generator) -> None:
-    """Fills a weight of any form, `transposed` or not. What it stands for has about mean 0 and deviation `std`."""
-    if weight.dtype == torch.uint8:
+    """Fills a weight of another form, `transposed` or not. What it stands for has about mean 0 and deviation `std`."""
+    if scale is None:
+        weight.normal_(0.0, std, generator=generator)
+    elif weight.dtype == torch.uint8:
         weight.random_(0, 256, generator=generator)
         scale.copy_(torch.tensor([std / 4.61, -7.5 * std / 4.61]))  # 4.61: the deviation of 0 to 15
-    elif scale is not None:
+    else:
         weight.random_(-127, 128, generator=generator)
         scale.fill_(std / 73.3)  # the deviation of -127 to 127
-    else:
-        weight.normal_(0.0, std, generator=generator)
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -99,8 +162,10 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What a weight and its scale stand for (see `Form`), [in, out], computed in float32 and given in `dtype`."""
-    form = form_of(weight, scale)
-    if scale is not None and weight.is_cuda and not torch.compiler.is_compiling():  # Inductor fuses what follows
+    form, compiling = form_of(weight, scale), torch.compiler.is_compiling()
+    if form.name == "packed":
+        return (unpack if compiling else _unpack)(weight, scale).to(dtype)
+    if scale is not None and weight.is_cuda and not compiling:  # Inductor fuses what follows
         from kernels.triton_dequantize import launch_dequantize
 
         return launch_dequantize(weight, scale, dtype)
@@ -114,10 +179,30 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     return weight.to(dtype)
 
 
+def _unpack(weight: Tensor, table: Tensor) -> Tensor:
+    """`packed.unpack`, by a kernel where there is one."""
+    if weight.is_cuda:
+        from kernels.triton_dequantize import launch_unpack
+
+        return launch_unpack(weight, table)
+    from kernels import cpu
+
+    return packed.unpack(weight, table) if cpu.library() is None else cpu.unpack(weight, table)
+
+
+unpack = torch.library.custom_op("teal_fast::unpack", _unpack, mutates_args=())
+
+
+@unpack.register_fake
+def _(weight: Tensor, table: Tensor) -> Tensor:
+    return weight.new_empty(len(weight), weight.shape[1] * 2 // 3, dtype=torch.bfloat16)
+
+
 def product(x: Tensor, site) -> Tensor:
     """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x."""
     weight, scale = site.weight, site.scale
-    if scale is None or not x.is_cuda or x.dtype == torch.float32 or x.requires_grad:
+    integers = scale is not None and scale.dtype != torch.int32
+    if not integers or not x.is_cuda or x.dtype == torch.float32 or x.requires_grad:
         return x @ dequantize(weight, scale, x.dtype)
     # an operation costs an eager pass more of the host's time than the launch itself
     return (quantized_product if torch.compiler.is_compiling() else _quantized_product)(x, weight, scale)

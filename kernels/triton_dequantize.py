@@ -1,4 +1,4 @@
-"""int8 and int4 weights in a prompt's pass on a GPU: written once in the run's dtype, or for short prompts not at all.
+"""Weights of other forms in a prompt's pass on a GPU: written once in the run's dtype, or for short prompts not at all.
 
 Torch's own operations take two launches of int8 and nine of int4, which write float32 in between. A product of few
 tokens takes less time than writing its weight in 16 bits, so it widens the weight in registers.
@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.packed import CELL_ROWS, GROUP
+from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, in_order, load_words, scales
 
 # Of a program of a product: tokens, inputs and outputs at once, stages (of 99 KB in all at most), warps, registers.
 TILES = ((64, 64, 128, 4, 8, 128), (128, 64, 128, 3, 8, 128))
@@ -150,6 +153,36 @@ def launch_dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     grid = -(-n_stored // block_out), -(-n_in // block_in), 1
     strides = weight.stride() + (scale.stride()[:2] if stored else (0, 0)) + out.stride()
     _launch(_dequantize_kernel, grid, weight, scale, out, n_in, n_stored, *strides, stored, block_in, block_out)
+    return out
+
+
+@triton.jit
+def _unpack_kernel(weight_ptr, table_ptr, out_ptr, n_rows, n_columns, ROWS: tl.constexpr):
+    """A cell's weights of packed ones, all columns of a group."""
+    groups, group = n_columns // WIDTH, tl.program_id(0)
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns, n_slots = group * WIDTH + tl.arange(0, WIDTH)[None, :], tl.load(table_ptr + 3)
+    segment = (group * WIDTH >= tl.load(table_ptr + 5)).to(tl.int32) + (group * WIDTH >= tl.load(table_ptr + 6))
+    at = weight_ptr + (rows * groups + group) * 24
+    words = load_words(at, tl.arange(0, WIDTH // 8)[None, :], rows < n_rows)
+    out = in_order(four_pairs(words[0], words[1], words[2], tl.load(table_ptr + 7))) * scales(table_ptr, segment)[1]
+    out_ptr += rows * n_columns + columns
+    slot = tl.load(table_ptr + TABLE + tl.program_id(1) * groups + group)
+    n, list_ptr = escapes_in(slot, table_ptr + TABLE + n_slots)
+    for k in range(1, n + 1):
+        row, column, bits = escape_of(slot, list_ptr, k, n)
+        here = (rows % ROWS == row) & (columns % WIDTH == column)
+        out = tl.where(here, bits.to(tl.float32, bitcast=True), out)
+    tl.store(out_ptr, out.to(tl.bfloat16), mask=rows < n_rows)
+
+
+def launch_unpack(weight: Tensor, table: Tensor) -> Tensor:
+    """`packed.unpack`."""
+    weight = weight.contiguous().view(torch.int32)
+    n_rows, n_columns = len(weight), weight.shape[1] * 8 // 3
+    out = torch.empty(n_rows, n_columns, device=weight.device, dtype=torch.bfloat16)
+    grid = n_columns // GROUP, -(-n_rows // CELL_ROWS), 1
+    _launch(_unpack_kernel, grid, weight, table, out, n_rows, n_columns, CELL_ROWS)
     return out
 
 

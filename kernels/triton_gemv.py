@@ -195,7 +195,7 @@ def prefetch(rows_ptr, wanted, n_bytes):
 
 @triton.jit
 def prefetch_tile(
-    # the tile's first inputs and their constants, its first output, and the outputs of a row
+    # the tile's first inputs and their constants, its first output, and the outputs of a row (packed: its words)
     rows, constants, first, n_out,
     # what guesses which rows are kept, and the rows
     x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr,
@@ -213,7 +213,7 @@ def prefetch_tile(
             if block > 0:
                 ahead_constants = load_constants(ahead, gain_ptr, threshold_ptr, OP)
             _x, wanted = inputs(ahead, load_inputs(ahead, x_ptr, OP, ".cg"), ahead_constants, last_rstd, OP)
-        at = ahead.to(tl.int64) * n_out + first
+        at = ahead.to(tl.int64) * n_out + (first * 3 // 8 if OP.bits == 12 else first)
         prefetch(weight_ptr + (at >> 1 if OP.bits == 4 else at), wanted, TILE_BYTES)
 
 

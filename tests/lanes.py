@@ -46,6 +46,29 @@ def load(at, wanted, WORDS, VECTOR, APART=0, ONCE=False, ZERO=False):
     return tuple(map(register, out.T))
 
 
+STAGE = np.zeros(2 * 32 * 128, np.uint16)  # shared memory, by halves of words
+
+
+def stage(words):
+    STAGE[:] = 0xFFFF
+    return register(np.zeros(32, np.int64))
+
+
+def stage_four(at, w):
+    words = np.stack([data(x).astype(np.int32) for x in w], 1).copy().view(np.uint16)
+    STAGE[(data(at)[:, None] // 2 + np.arange(8))] = words
+
+
+def staged_four(at):
+    words = STAGE[(data(at)[:, None] // 2 + np.arange(8))].copy().view(np.int32)
+    return tuple(map(register, words.T))
+
+
+def stage_half(at, upper, wanted):
+    for lane in np.flatnonzero(data(wanted)):
+        STAGE[data(at)[lane] // 2] = data(upper)[lane].astype(np.int32).view(np.uint32) >> 16
+
+
 def add_four(at, wanted, v):
     wanted = np.flatnonzero(data(wanted))
     if wanted.size:
@@ -110,10 +133,11 @@ def install() -> None:
     """Lets `kernels.integer_mma` and `kernels.half_mma` run without a GPU."""
     from kernels import half_mma, integer_mma
 
-    shared, own = (load, pick_bytes), (multiply_add_half, ballot, eight_of)
-    others = add_four, add_two, from_lane, multiply_add, multiply_add_two
-    for module, replaced in {integer_mma: (*shared, *others), half_mma: (*shared, *own)}.items():
-        for function in replaced:
-            assert hasattr(module, f"_{function.__name__}")
-            setattr(module, f"_{function.__name__}", function)
+    own = load, pick_bytes, eight_of, add_four, add_two, from_lane, multiply_add, multiply_add_two
+    for function in (*own, multiply_add_half, ballot, stage, stage_four, staged_four, stage_half):
+        name, modules = f"_{function.__name__}", (integer_mma, half_mma)
+        having = [module for module in modules if hasattr(module, name)]
+        assert having
+        for module in having:
+            setattr(module, name, function)
     half_mma.RSTD_MAKERS = tl.constexpr(1)  # programs run one after the other
