@@ -188,8 +188,8 @@ def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
     for name, key in (("decode.csv", decode.KEY), ("quality.csv", quality.KEY), ("cpu.csv", cpu_decode.KEY)):
         rows = read_rows(name)
         assert len({tuple(row[k] for k in key.split()) for row in rows}) == len(rows)
-        assert {row["quant"] for row in rows} <= {"none", "int8", "int4"}
-        assert not any(row["model"].endswith(("-int8", "-int4")) for row in rows)
+        assert {row["quant"] for row in rows} <= {"none", "packed", "int8", "int4"}
+        assert not any(row["model"].endswith(("-packed", "-int8", "-int4")) for row in rows)
     assert {row["rule"] for row in read_rows("quality.csv")} <= set(QUALITY_RULES)
     drawn = {}
     monkeypatch.setattr(plot, "save", lambda figure, name, legend: drawn.update({name: figure}))
