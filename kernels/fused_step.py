@@ -438,6 +438,7 @@ def _head_kernel(
         above = tl.load(weight_scale_ptr + 7)
         packed_ptr = weight_ptr + (tl.program_id(0) * BLOCK_V + rows).to(tl.int64) * (DIM // 8 * 3)
         words = load_words(packed_ptr, local, in_vocab & (local < DIM // 8))
+
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -464,6 +465,7 @@ def _head_kernel(
         else:
             at = weight_ptr + v[:, None].to(tl.int64) * DIM + k[None, :]
             weight = tl.load(at, mask=(v < n_vocab)[:, None] & (k < DIM)[None, :], other=0)
+
         at = x_ptr + row[None, :] * DIM + k[:, None]
         x = tl.load(at, mask=(row < ROWS)[None, :] & (k < DIM)[:, None], other=0.0)
         acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
