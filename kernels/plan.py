@@ -142,16 +142,16 @@ def _integer_plan(prologue: str, n_in: int, segments: list[int], sparsity: float
     """
     # o has at most two: ranks split its inputs at heads, multiples of 64
     most = 4 if sparsity and prologue != "given" and (sum(segments) <= WIDE or sparsity > MOSTLY_CUT) else 2
-    chunk, sizes, enough = INT8_OUT, ((4, 1), (2, 1), (1, 1)), RESIDENT // 2
+    chunk, sizes, small = INT8_OUT, ((4, 1), (2, 1), (1, 1)), RESIDENT // 2
     if form.name == "int4":
-        chunk, enough = chunk_of(form.groupsize), RESIDENT // 4
+        chunk, small = chunk_of(form.groupsize), RESIDENT // 4
         most = 2 if sparsity or prologue == "given" else 4
         sizes = INT4_SIZES if chunk == CHUNK else ((2, 4), (1, 4))  # words that are loaded alone end anywhere
 
     def fits(blocks: int, chunks: int) -> bool:
         programs = sum(-(-width // (chunk * chunks)) for width in segments) * -(-n_in // BLOCK_IN)
         divides = chunk != CHUNK or not math.gcd(*segments) % (chunk * chunks)
-        return blocks <= most and divides and programs >= blocks * enough
+        return blocks <= most and divides and programs >= blocks * (small if blocks < 4 else RESIDENT // 2)
 
     blocks, chunks = next((size for size in sizes if fits(*size)), sizes[-1])
 

@@ -120,8 +120,8 @@ llama-3-8b   int8 gate_up  | 2x128 0x0            | 2x128 1056x2?        | 4x128
 llama-3-8b   int8 down     | 2x128 0x0            | 4x128 1056x4?        | 4x128 1056x4?
 llama-3-8b   int4 qkv     | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
 llama-3-8b   int4 o       | 2x256 0x0            | 2x256 1056x2?        | 2x256 1056x2?
-llama-3-8b   int4 gate_up | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
-llama-3-8b   int4 down    | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-3-8b   int4 gate_up | 4x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-3-8b   int4 down    | 4x256 0x0            | 2x256 0x0            | 2x256 0x0
 llama-2-7b   none qkv     | 2x64 0x0             | 2x128 528x2?         | 3x128/48@128 528x3?
 llama-2-7b   none o       | 2x64 528x1           | 2x128/48@128 1320x2? | 2x128/48@128 1320x2?
 llama-2-7b   none gate_up | 2x64 0x0             | 2x128 528x2?         | 3x128/48@128 528x3?
@@ -130,10 +130,10 @@ llama-2-7b   int8 qkv      | 2x128 0x0            | 2x128 1056x2?        | 4x128
 llama-2-7b   int8 o        | 2x128 0x0            | 2x128 1056x2?        | 2x128 1056x2?
 llama-2-7b   int8 gate_up  | 2x128 0x0            | 2x128 1056x2?        | 4x128 1056x4?
 llama-2-7b   int8 down     | 2x128 0x0            | 4x128 1056x4?        | 4x128 1056x4?
-llama-2-7b   int4 qkv     | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-2-7b   int4 qkv     | 4x256 0x0            | 2x256 0x0            | 2x256 0x0
 llama-2-7b   int4 o       | 2x256 0x0            | 2x256 1056x2?        | 2x256 1056x2?
-llama-2-7b   int4 gate_up | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
-llama-2-7b   int4 down    | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-2-7b   int4 gate_up | 4x256 0x0            | 2x256 0x0            | 2x256 0x0
+llama-2-7b   int4 down    | 4x256 0x0            | 2x256 0x0            | 2x256 0x0
 llama-3.2-1b none qkv     | 2x64 0x0             | 2x128/32@96 528x2?   | 3x128/48@128 528x3?
 llama-3.2-1b none o       | 2x64 528x1           | 2x128/48@128 1320x2? | 2x128/48@128 1320x2?
 llama-3.2-1b none gate_up | 2x64 0x0             | 2x128 528x2?         | 3x128/48@128 528x3?
