@@ -476,6 +476,8 @@ def _head_kernel(
         acc *= tl.load(weight_scale_ptr + v, mask=v < n_vocab, other=0.0)[:, None]
     if SCALING != 1.0:
         acc /= SCALING
+
+    # the logits, and the largest of each group
     known = (v < n_vocab)[:, None] & (row < ROWS)[None, :]
     tl.store(logits_ptr + row[None, :] * logits_stride + v[:, None], acc, mask=known)
     groups = tl.reshape(tl.where(known, acc, float("-inf")), (BLOCK_V // GROUP, GROUP, MOST))

@@ -297,6 +297,8 @@ def _half_kernel(
     APART: tl.constexpr = 8 if PACKED else PIECE  # outputs from one of a lane's pieces to the next
     SETS: tl.constexpr = 1 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
     INLINE: tl.constexpr = PACKED and PAIRS == 1
+
+    # the program's row of x, segment and tile
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     x_ptr += tl.program_id(2) * x_stride
@@ -333,6 +335,7 @@ def _half_kernel(
             hits = hits + (hit,)  # noqa: RUF005
         enlarge, shrink = scales(table_ptr, segment)
         lists_ptr, above = table_ptr + TABLE + tl.load(table_ptr + 3), tl.load(table_ptr + 7)
+
     if not PREPARED:
         for b in tl.static_range(BLOCKS):
             gain, threshold, shift = load_constants(rows + b * BLOCK, gain_ptr, threshold_ptr, OP)
