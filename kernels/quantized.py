@@ -201,10 +201,10 @@ def _(weight: Tensor, table: Tensor) -> Tensor:
 def product(x: Tensor, site) -> Tensor:
     """x [..., in] times what the contiguous weight [in, out] of a site and its scale stand for, [..., out], as x."""
     weight, scale = site.weight, site.scale
-    integers = scale is not None and scale.dtype != torch.int32
+    integers = form_of(weight, scale).name in ("int8", "int4")
     if not integers or not x.is_cuda or x.dtype == torch.float32 or x.requires_grad:
         return x @ dequantize(weight, scale, x.dtype)
-    # an operation costs an eager pass more of the host's time than the launch itself
+    # torch.compile needs an operation; an eager pass does without its dispatch
     return (quantized_product if torch.compiler.is_compiling() else _quantized_product)(x, weight, scale)
 
 
