@@ -141,11 +141,11 @@ def _site_views(whole: SparseProjection, part: SparseProjection, spans: dict, na
         if x is not None and dim is None:
             yield x, y
         elif x is not None:
-            packed = sum(widths) // x.shape[dim]  # numbers of an element: int4's 2, or a group of a scale
-            pieces = x.split([width // packed for width in widths], dim)
-            own_pieces = y.split([(end - first) // packed for first, end in own], dim)
+            per_element = sum(widths) // x.shape[dim]  # numbers of an element: int4's 2, or a group of a scale
+            pieces = x.split([width // per_element for width in widths], dim)
+            own_pieces = y.split([(end - first) // per_element for first, end in own], dim)
             for piece, own_piece, (first, _) in zip(pieces, own_pieces, own, strict=True):
-                yield piece.narrow(dim, first // packed, own_piece.shape[dim]), own_piece
+                yield piece.narrow(dim, first // per_element, own_piece.shape[dim]), own_piece
 
 
 def _block_views(whole: TransformerBlock, part: TransformerBlock, spans: dict) -> Iterator[tuple]:

@@ -31,7 +31,7 @@ def model_columns(config: ModelArgs) -> dict[str, str]:
 
 
 def form(row: dict[str, str]) -> str:
-    """How the weights of a row are stored: bfloat16, float16, float32, int8 or int4."""
+    """How the weights of a row are stored: bfloat16, float16, float32, packed, int8 or int4."""
     return row["dtype"] if row["quant"] == "none" else row["quant"]
 
 

@@ -20,6 +20,7 @@ from kernels.triton_gemv import (
     load_inputs,
     rstd_of,
     scales_of,
+    zeros_of,
 )
 
 PREPARED = 256  # inputs that a program of the first launch makes
@@ -28,9 +29,9 @@ PREPARED = 256  # inputs that a program of the first launch makes
 @triton.jit
 def _prepare_kernel(
     x_ptr, gain_ptr, threshold_ptr, zero_ptr, made_ptr, kept_ptr, down_ptr, x_stride, n_zero, eps,
-    # compiled in: strides of made, inputs of it with those beyond the last, which are 0; inputs with one scale
-    ROW: tl.constexpr, INPUT: tl.constexpr, MADE: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr,
-    OP: tl.constexpr, PART: tl.constexpr, ZERO: tl.constexpr, PDL: tl.constexpr,
+    # compiled in: inputs made, with those beyond the last, which are 0; rows side by side; inputs with one scale
+    MADE: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, OP: tl.constexpr, PART: tl.constexpr,
+    ZERO: tl.constexpr, PDL: tl.constexpr,
 ):
     """Inputs of one row of x, PART of them, and which are kept by one segment: 0 where cut, one bit each in kept."""
     if PDL:
@@ -61,7 +62,7 @@ def _prepare_kernel(
         x = tl.reshape(fixed(x, up[:, None]), (PART,)).to(tl.int16)
         group = tl.program_id(0) * (PART // GROUP) + tl.arange(0, PART // GROUP)
         tl.store(down_ptr + copy * (MADE // GROUP) + group, down, mask=group < MADE // GROUP)
-    tl.store(made_ptr + row % SHARE * ROW + (share * MADE + i) * INPUT, x, mask=i < MADE)
+    tl.store(made_ptr + row % SHARE + (share * MADE + i) * SHARE, x, mask=i < MADE)
     if OP.cut:
         bits = tl.reshape(keep.to(tl.int32) << (i % BLOCK), (PART // BLOCK, BLOCK))
         block = tl.program_id(0) * (PART // BLOCK) + tl.arange(0, PART // BLOCK)
@@ -95,25 +96,22 @@ class Prepared(NamedTuple):
 
 
 def launch_prepare(
-    x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, room: int = 0, share: int = 8, *,
+    x: Tensor, operation: Operation, threshold: Tensor | None, prepared: Prepared, *, paired: bool = False,
     group: int = 0, norm: Norm | None = None, zero: Tensor | None = None, pdl: bool = False,
 ) -> None:
-    """Makes the inputs of a product and lists the kept ones.
+    """Makes the inputs of a product, [segments, rows, in], and lists the kept ones.
 
-    room: rows that lie side by side in what is made, [segments, shares, inputs in whole blocks, room]; 0: it is
-        [rows, in].
-    share: rows that one program of the product takes.
-    group: integers' inputs of one program: it makes [segments, rows, inputs in whole groups]; int8's scales, too.
+    paired: two rows lie side by side: [segments, pairs of rows, inputs in whole blocks, 2].
+    group: integers' inputs of one program: [segments, rows, inputs in whole groups]; int8's scales, too.
     threshold: see `Product`; where the operation cuts nothing, one copy of the inputs serves all segments.
     """
     gain, eps, _ = norm or (None, 0.0, None)
     grid = (triton.cdiv(operation.n_in, PREPARED), len(x), len(threshold) if operation.cut else 1)
-    n_zero = 0 if zero is None else zero.numel()
-    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1] * grid[2])) if n_zero else 0
-    whole = group or (BLOCK_IN if room else 1)
+    n_zero, zero_block = zeros_of(zero, grid[0] * grid[1] * grid[2])
+    whole = group or (BLOCK_IN if paired else 1)
     made = triton.cdiv(operation.n_in, whole) * whole
     _prepare_kernel[grid](
         x, gain, threshold, zero, *prepared, x.stride(0), n_zero, eps,
-        ROW=1 if room else made, INPUT=room or 1, MADE=made, SHARE=share, GROUP=group, OP=operation,
-        PART=PREPARED, ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        MADE=made, SHARE=2 if paired else 1, GROUP=group, OP=operation, PART=PREPARED,
+        ZERO=zero_block, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )

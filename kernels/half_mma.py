@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.few_rows import Prepared, kept_by_any, launch_prepare
-from kernels.integer_mma import _add_to, _load, _load_factors, _pick_bytes
+from kernels.integer_mma import add_to, load_factors, load_where, pick_bytes
 from kernels.packed_words import TABLE, WIDTH, escape_of, escapes_in, four_pairs, scales
 from kernels.plan import of_rows
 from kernels.triton_gemv import (
@@ -42,6 +42,7 @@ from kernels.triton_gemv import (
     share_rstd,
     starts_of,
     wait_for_rstd,
+    zeros_of,
 )
 
 PIECE = tl.constexpr(64)  # outputs that the warp loads at once, of 4 inputs
@@ -102,9 +103,9 @@ def _load_block(
             if not LANES.full:
                 wanted = tl.where(col + p * PIECE < last, wanted, 0)
             if LANES.packed:
-                weights = weights + _load(at + i * N_OUT, wanted, 3 * PIECES, PIECES, APART=32, ONCE=True)
+                weights = weights + load_where(at + i * N_OUT, wanted, 3 * PIECES, PIECES, APART=32, ONCE=True)
             else:
-                weights = weights + _load(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
+                weights = weights + load_where(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
     return weights
 
 
@@ -210,7 +211,7 @@ def _add_block(
     at: the index of the first word of the block in `weights`.
     """
     for i in tl.static_range(FIRST, FIRST + COUNT):
-        b0, b1, added = _pick_bytes(x[i], 0, choice_0), _pick_bytes(x[i], 0, choice_1), ()
+        b0, b1, added = pick_bytes(x[i], 0, choice_0), pick_bytes(x[i], 0, choice_1), ()
         for p in tl.static_range(PIECES):
             a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
             added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
@@ -353,9 +354,9 @@ def _half_kernel(
             weights = _load_block(weights, block_at, there, col, last, 0, 8, N_WORDS, ALL, PLAN, LANES)
     for p in tl.static_range(SETS):
         there = (at + p * APART < last).to(tl.int32)
-        finenesses = finenesses + (_load_factors(fineness_ptr, at + p * APART, there, 4),)  # noqa: RUF005
+        finenesses = finenesses + (load_factors(fineness_ptr, at + p * APART, there, 4),)  # noqa: RUF005
         there = tl.where(tl.program_id(1) == 0, there, 0)
-        offsets = offsets + (_load_factors(offset_ptr, at + p * APART, there, 4),)  # noqa: RUF005
+        offsets = offsets + (load_factors(offset_ptr, at + p * APART, there, 4),)  # noqa: RUF005
 
     # the launch before has ended
     if PDL:
@@ -428,7 +429,7 @@ def _half_kernel(
                 there = tl.full((BLOCK,), 1, tl.int32)
                 if PACKED:
                     there = tl.where(block + b < N_BLOCKS, there, 0)
-                x = _load(x_at, there, 8, 4, APART=16, ZERO=PACKED)
+                x = load_where(x_at, there, 8, 4, APART=16, ZERO=PACKED)
             else:
                 x = _eight_of(made[b * PAIRS + q])
             words = weights
@@ -460,7 +461,7 @@ def _half_kernel(
             if offset_ptr is not None:
                 out = _with_offsets(out, offsets[p])
             out_at, there = out_ptr + row * out_stride + at + p * APART, (at + p * APART < end).to(tl.int32)
-            _add_to(out_at, there, out, finenesses[p], 4, OP, LANES, fineness_ptr is not None)
+            add_to(out_at, there, out, finenesses[p], 4, OP, LANES, fineness_ptr is not None)
 
 
 # ---- launching it
@@ -496,16 +497,14 @@ def launch_half(
     plan = plan if rows == 1 else of_rows(plan)
     apart = rows > MAKES_ROWS
     if apart:
-        launch_prepare(x, operation, product.threshold, prepared, 2, 2, norm=norm, zero=zero, pdl=pdl)
+        launch_prepare(x, operation, product.threshold, prepared, paired=True, norm=norm, zero=zero, pdl=pdl)
         made, kept, zero = prepared.made.view(torch.int32), prepared.kept, None
     hopper = pdl or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
     lanes = Lanes(not any(width % plan.block_out for width in segments), hopper, packed)
 
-    # a launch's programs fill `zero` together
     starts, tiles = starts_of(segments), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
     grid = (tiles[-1], triton.cdiv(n_in, BLOCK.value * plan.blocks), len(x) // rows)
-    n_zero = 0 if zero is None else zero.numel()
-    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
+    n_zero, zero_block = zeros_of(zero, grid[0] * grid[1])
     _half_kernel[grid](
         made, kept, gain, weight.view(torch.int32) if packed else weight, product.threshold, out, zero, last_rstd,
         product.offset, product.fineness, product.weight_scale,

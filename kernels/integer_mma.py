@@ -37,6 +37,7 @@ from kernels.triton_gemv import (
     shared_rstd,
     snap,
     starts_of,
+    zeros_of,
 )
 
 
@@ -74,7 +75,7 @@ def outputs_and_inputs(words):
 
 
 @triton.jit
-def _load(
+def load_where(
     at, wanted, WORDS: tl.constexpr, VECTOR: tl.constexpr, APART: tl.constexpr = 0, ONCE: tl.constexpr = False,
     ZERO: tl.constexpr = False,
 ):
@@ -123,7 +124,7 @@ def _zero_after_loads(at):
 
 
 @triton.jit
-def _pick_bytes(word, other, choice):
+def pick_bytes(word, other, choice):
     """Of each lane's two words the bytes that the digits of `choice`, 16 bits, name; 4 to 7 are the other's."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [word, other, choice], dtype=tl.int32, is_pure=True, pack=1
@@ -192,12 +193,12 @@ def _load_block(weights, pairs, kept, b: tl.constexpr, tile, ALL: tl.constexpr, 
         scale_at += b * BLOCK * (n_out // OP.groupsize)
         if LANES.scales == WORDS:
             at_pair = scale_at + first // OP.groupsize
-            pairs = pairs + _load(at_pair, own, WORDS=WORDS, VECTOR=LANES.scales, ZERO=True)
+            pairs = pairs + load_where(at_pair, own, WORDS=WORDS, VECTOR=LANES.scales, ZERO=True)
         else:
             for c in tl.static_range(WORDS):
                 output = first + c * LANES.chunk
                 there = tl.where(output < last, own, 0)
-                pairs = pairs + _load(scale_at + output // OP.groupsize, there, WORDS=1, VECTOR=1, ZERO=True)
+                pairs = pairs + load_where(scale_at + output // OP.groupsize, there, WORDS=1, VECTOR=1, ZERO=True)
 
     kept = kept >> (lane % 4 * 8)
     if not LANES.full:
@@ -209,9 +210,9 @@ def _load_block(weights, pairs, kept, b: tl.constexpr, tile, ALL: tl.constexpr, 
             for c in tl.static_range(WORDS):
                 output = piece + c * (4 if OP.bits == 8 else LANES.chunk)
                 there = tl.where(output < last, wanted, 0)
-                weights = weights + _load(at_input + c * LANES.apart, there, WORDS=1, VECTOR=1)
+                weights = weights + load_where(at_input + c * LANES.apart, there, WORDS=1, VECTOR=1)
         else:
-            weights = weights + _load(at_input, wanted, WORDS, LANES.vector, LANES.apart, ONCE=True)
+            weights = weights + load_where(at_input, wanted, WORDS, LANES.vector, LANES.apart, ONCE=True)
     return weights, pairs
 
 
@@ -221,23 +222,23 @@ def _spread(x):
     column = tl.arange(0, BLOCK) // 4
     place = column // 2 * 4
     choice = 0x4444 ^ ((4 ^ (1 - column % 2)) << place)  # byte 1 or 0
-    return _pick_bytes(x, 0, choice), _pick_bytes(x, 0, choice + (2 << place))
+    return pick_bytes(x, 0, choice), pick_bytes(x, 0, choice + (2 << place))
 
 
 @triton.jit
-def _load_factors(ptr, at, there, N: tl.constexpr):
+def load_factors(ptr, at, there, N: tl.constexpr):
     """What belongs to each lane's N outputs, bits of float32; zeros where ptr is None."""
     if ptr is None:
         return (tl.zeros((BLOCK,), tl.int32),) * N
     else:
-        return _load(ptr + at, there, N, N, ZERO=True)
+        return load_where(ptr + at, there, N, N, ZERO=True)
 
 
 @triton.jit
-def _add_to(
+def add_to(
     out_at, there, sums, finenesses, N: tl.constexpr, OP: tl.constexpr, LANES: tl.constexpr, GRID: tl.constexpr
 ):
-    """Adds N sums of each lane, put on the grid, to its outputs."""
+    """Adds N sums of each lane, times the multiplier and put on the grid, to its outputs."""
     out = ()
     for i in tl.static_range(N):
         x = sums[i]
@@ -301,10 +302,10 @@ def _int8_sums(
     for b in tl.static_range(BLOCKS):
         if ROWS == 0:
             n = fixed(made[b], scale)
-            n = _pick_bytes(n, _from_lane(n, lane ^ 1), 0x5410)
+            n = pick_bytes(n, _from_lane(n, lane ^ 1), 0x5410)
             x = _from_lane(n, t), _from_lane(n, t + 2), _from_lane(n, t + 4), _from_lane(n, t + 6)
         else:
-            x = _load(x_ptr + b * BLOCK + t, tl.full((BLOCK,), 1, tl.int32), 4, 4)
+            x = load_where(x_ptr + b * BLOCK + t, tl.full((BLOCK,), 1, tl.int32), 4, 4)
         low, high = _add_block(low, high, weights, b, x, LANES)
 
     sums, total = (), _in_order(low, high)
@@ -353,7 +354,7 @@ def _int4_sums(
             n, other = fixed(scaled[j * BLOCKS + b], scale), z
             if b + 1 < BLOCKS:
                 other = fixed(scaled[j * BLOCKS + b + 1], scale)
-            both = both + (_pick_bytes(n, other, 0x5410),)
+            both = both + (pick_bytes(n, other, 0x5410),)
 
     # the sums over lanes of x times m, in one order
     for i in tl.static_range(5):
@@ -457,16 +458,18 @@ def _integer_kernel(
         for b in tl.static_range(BLOCKS):
             kept = kept_by_any(None, group * BLOCKS + b, 1, 1, OP)
             weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
+
+    # what belongs to the outputs that the lane adds; the first programs add the offsets
     finenesses, offsets, scales, there = (), (), (), ()
     for c in tl.static_range(CHUNKS):
         at_chunk, mine = at + c * LANES.chunk, tl.full((BLOCK,), 1, tl.int32)
         if not WHOLE:
             mine = (at_chunk < (last if OP.bits == 8 else tl.minimum(last, first + (c + 1) * LANES.chunk))).to(tl.int32)
         there = there + (mine,)
-        finenesses = finenesses + _load_factors(fineness_ptr, at_chunk, mine, N)
-        offsets = offsets + _load_factors(offset_ptr, at_chunk, tl.where(group == 0, mine, 0), N)
+        finenesses = finenesses + load_factors(fineness_ptr, at_chunk, mine, N)
+        offsets = offsets + load_factors(offset_ptr, at_chunk, tl.where(group == 0, mine, 0), N)
         if OP.bits == 8:
-            scales = _load_factors(weight_scale_ptr, at, mine, N)
+            scales = load_factors(weight_scale_ptr, at, mine, N)
 
     # the launch before has ended
     if PDL:
@@ -539,7 +542,7 @@ def _integer_kernel(
             for r in tl.static_range(R):
                 out_at = out_ptr + r * out_stride + at + (first_chunk + c) * LANES.chunk
                 fine = finenesses[(first_chunk + c) * N : (first_chunk + c) * N + N]
-                _add_to(out_at, there[first_chunk + c], sums[c * R + r], fine, N, OP, LANES, GRID)
+                add_to(out_at, there[first_chunk + c], sums[c * R + r], fine, N, OP, LANES, GRID)
 
 
 # ---- launching it
@@ -578,16 +581,15 @@ def launch_integers(
     operation, lanes = product.operation(prologue, dtype), lanes_of(plan, product, hopper)
 
     group, starts = BLOCK.value * plan.blocks, starts_of(segments)
-    groups, tiles = triton.cdiv(n_in, group), starts_of([triton.cdiv(width, plan.block_out) for width in segments])
-    grid, n_zero, zero_block = [tiles[-1], groups, rows if prologue == "given" else 1], 0, 0
+    tiles = starts_of([triton.cdiv(width, plan.block_out) for width in segments])
+    grid = tiles[-1], triton.cdiv(n_in, group), 1 if prepared else rows
     if prepared:
-        grid[2] = 1
         if operation.bits == 8:
             prepared = prepared._replace(made=prepared.made.view(torch.int16))
-        launch_prepare(x, operation, product.threshold, prepared, share=1, group=group, norm=norm, zero=zero, pdl=pdl)
-    elif zero is not None:
-        n_zero, zero_block = zero.numel(), triton.next_power_of_2(triton.cdiv(zero.numel(), tiles[-1] * groups))
-    _integer_kernel[tuple(grid)](
+        launch_prepare(x, operation, product.threshold, prepared, group=group, norm=norm, zero=zero, pdl=pdl)
+        zero = None
+    n_zero, zero_block = zeros_of(zero, grid[0] * grid[1])
+    _integer_kernel[grid](
         x, gain, product.threshold, *(prepared or (None, None, None)), weight, out, zero, last_rstd, *read,
         starts[-1], out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         OP=operation, PLAN=plan, LANES=lanes, ROWS=rows if prepared else 0, ZERO=zero_block, PDL=pdl,

@@ -81,7 +81,7 @@ def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
     heads = (escapes < 0).nonzero().flatten()
     segment = (escapes < 0).cumsum(0) - 1
     if len(heads) != len(widths) or heads[0] != 0:
-        raise ValueError(f"the escapes of packed weights are damaged: {len(heads)} segments, not {len(widths)}")
+        raise ValueError(f"the escapes of packed weights are damaged: they are not of {len(widths)} segments")
     bases, listed, segment = -1 - escapes[heads], escapes[escapes >= 0], segment[escapes >= 0]
     at, order, outside = listed >> 16, listed + (segment << 56), (bases < LEAST_BASE) | (bases > MOST_BASE)
     if outside.any() or (at >= n_rows * width_of[segment]).any() or (order.diff() <= 0).any():

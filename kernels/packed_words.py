@@ -79,5 +79,5 @@ def with_escapes(pairs, slot, lists_ptr, row, element, up):
             replaced = (pairs[p] & ~there) | scaled
             out = out + (tl.where(mine & (column % 8 // 2 == p), replaced, pairs[p]),)  # noqa: RUF005
         pairs = out
-        n += 1 + (bits & 1)
+        n += 1
     return pairs

@@ -66,7 +66,7 @@ def plan_for(
     part: segments of a rank's part of the weight, which is multiplied with the sums of the whole.
     """
     unknown, common = prologue == "norm" and not last_rstd, math.gcd(*(part or segments))
-    if form.bits == 12:
+    if form.name == "packed":
         plan = _packed_plan(_half_plan(prologue, n_in, segments, sparsity), segments)
     elif form.name == "none":
         plan = _half_plan(prologue, n_in, segments, sparsity)

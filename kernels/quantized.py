@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 
 from kernels import packed
 
@@ -60,11 +60,12 @@ class Form(NamedTuple):
         segments: name and width of each projection fused along the outputs.
         Raises ValueError: groups of int4, or of packed weights, that do not divide a segment.
         """
-        for name, width in segments.items() if self.name == "packed" else ():
-            if (width := n_in if name == "output" else width) % packed.GROUP:
+        if self.name == "packed" and "output" in segments:  # a row of the lm_head is an output
+            n_in, segments, out_first = segments["output"], {"output": n_in}, False
+        for name, width in segments.items():
+            if self.name == "packed" and width % packed.GROUP:
                 raise ValueError(f"{name} cannot be packed: its rows of {width} are no multiple of {packed.GROUP}")
-        for name, width in segments.items() if self.name == "int4" else ():
-            if self.groupsize < 16 or self.groupsize % 16 or width % self.groupsize:
+            if self.name == "int4" and (self.groupsize < 16 or self.groupsize % 16 or width % self.groupsize):
                 raise ValueError(
                     f"group size {self.groupsize}: int4 needs a multiple of 16 that divides {name}'s {width} outputs"
                 )
@@ -76,10 +77,6 @@ class Form(NamedTuple):
             scale = torch.empty(n_in, n_out // self.groupsize, 2, device="meta", dtype=torch.bfloat16)
         elif self.name == "packed":
             scale = torch.empty(0, device="meta", dtype=torch.int32)
-
-        if self.name == "packed" and list(segments) == ["output"]:  # the lm_head's rows are outputs
-            weight = torch.empty(n_out, n_in * 3 // 2, device="meta", dtype=self.dtype)
-            out_first = False
         shapes = transposed(weight, scale) if out_first else (weight, scale)
         return tuple(t if t is None else torch.empty(t.shape, device=device, dtype=t.dtype) for t in shapes)
 
@@ -99,12 +96,11 @@ def transposed(weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | N
     return weight.t(), scale.transpose(0, 1) if per_input else scale
 
 
-def _packed_rows(module: Module) -> tuple[int, list[int]]:
-    """How many rows a module's packed weight has, and the widths of its segments: of the lm_head a row is an output."""
-    widths, shape = list(module.segments.values()), module.weight.shape
-    if list(module.segments) == ["output"]:
-        return widths[0], [shape[1] * 2 // 3]
-    return shape[1 if len(module.weight) == sum(widths) * 3 // 2 else 0], widths
+def _packed_rows(module: Module) -> tuple[Tensor, list[int]]:
+    """A module's packed weight by rows, and the widths of their segments: of the lm_head a row is an output."""
+    if "output" in module.segments:
+        return module.weight, [module.weight.shape[1] * 2 // 3]
+    return module.weight.t() if isinstance(module, Linear) else module.weight, list(module.segments.values())
 
 
 def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
@@ -116,7 +112,8 @@ def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
     if key in state_dict and state_dict[key].dtype == torch.int64:
         escapes = state_dict[key].to(module.weight.device)
         try:
-            state_dict[key] = packed.escape_table(escapes, *_packed_rows(module))
+            rows, widths = _packed_rows(module)
+            state_dict[key] = packed.escape_table(escapes, len(rows), widths)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
     if key in state_dict and state_dict[key].dtype == torch.int32:
@@ -135,12 +132,12 @@ def fill_module(module: Module, std: float, generator: torch.Generator) -> None:
     weight, scale = module.weight, getattr(module, "scale", None)
     if scale is None or scale.dtype != torch.int32:
         return fill_random(weight, scale, std, generator)
-    n_rows, widths = _packed_rows(module)
-    random = torch.empty(n_rows, sum(widths), device=weight.device, dtype=torch.bfloat16)
+    rows, widths = _packed_rows(module)
+    random = torch.empty(len(rows), sum(widths), device=weight.device, dtype=torch.bfloat16)
     random.normal_(0.0, std, generator=generator)
-    rows, escapes = zip(*map(packed.pack, random.split(widths, dim=1)), strict=True)
-    (weight if len(weight) == n_rows else weight.t()).copy_(torch.cat(rows, dim=1))
-    module.scale = packed.escape_table(torch.cat(escapes), n_rows, widths)
+    parts, escapes = zip(*map(packed.pack, random.split(widths, dim=1)), strict=True)
+    rows.copy_(torch.cat(parts, dim=1))
+    module.scale = packed.escape_table(torch.cat(escapes), len(rows), widths)
 
 
 def fill_random(weight: Tensor, scale: Tensor | None, std: float, generator: torch.Generator) -> None:

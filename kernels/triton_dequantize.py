@@ -50,11 +50,12 @@ def _dequantize_kernel(
     tl.store(out_ptr + i * out_in + j * out_out, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# `_widened_int4` of bfloat16 in packed arithmetic: with the upper bits of 128 n is 128 + n. s * n + m rounds once
-# here. `dequantize` rounds to float32 first, which differs only where 0 < |m| <= 2^-24 |s n|: all mantissas and codes
-# were tried. The loop takes 6.0 instructions per weight instead of 10.1 (64 tokens, groups of 64, sm_90).
+# `_widened_int4` in bfloat16, whose instructions take two numbers at once. A code n behind the upper bits of 128 is
+# 128 + n. s * n + m rounds once here. `dequantize` rounds to float32 first, which differs only where
+# 0 < |m| <= 2^-24 |s n|: all mantissas and codes were tried. The loop takes 6.0 instructions per weight instead of
+# 10.1 (64 tokens, groups of 64, sm_90).
 @triton.jit
-def _packed_int4(code, both):
+def _widened_int4_pair(code, both):
     pair = tl.inline_asm_elementwise(
         """{ .reg .b32 high, one, back, s, m; mov.b32 one, 0x3f803f80; mov.b32 back, 0xc300c300; shr.u32 high, $4, 4;
         prmt.b32 $0, $4, high, 0x0400; lop3.b32 $0, $0, 0x000f000f, 0x43004300, 0xea; fma.rn.bf16x2 $0, $0, one, back;
@@ -96,7 +97,7 @@ def _product_kernel(
             both = tl.load(scale_ptr + i * (n_stored // STORED) + group // STORED, mask=mask, other=0)[:, :, None]
             weight = weight.reshape(BLOCK_IN, BYTES // ALONG, ALONG)
             HALF: tl.constexpr = x.dtype
-            even, odd = _packed_int4(weight, both) if HALF == tl.bfloat16 else _widened_int4(weight, both, HALF)
+            even, odd = _widened_int4_pair(weight, both) if HALF == tl.bfloat16 else _widened_int4(weight, both, HALF)
             weight = tl.interleave(even, odd).reshape(BLOCK_IN, BLOCK_OUT)
         y = tl.dot(x, weight.to(x.dtype), y)
 

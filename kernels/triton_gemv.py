@@ -391,6 +391,12 @@ def starts_of(widths: list[int]) -> list[int]:
     return starts + starts[-1:] * (MAX_SEGMENTS - len(widths))
 
 
+def zeros_of(zero: Tensor | None, programs: int) -> tuple[int, int]:
+    """How many zeros a launch writes to `zero`, and how many each of its programs, a power of two."""
+    n_zero = 0 if zero is None else zero.numel()
+    return n_zero, triton.next_power_of_2(triton.cdiv(n_zero, programs)) if n_zero else 0
+
+
 def launch_gemv(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype | None = None, pdl: bool = False,
@@ -414,8 +420,8 @@ def launch_gemv(
     # one program per tile of outputs, block of inputs and row of x; those of a row together fill `zero`
     starts = starts_of(product.segments)
     tiles = starts_of([triton.cdiv(width, TILE.value) for width in product.segments])
-    grid, n_zero = (tiles[-1], triton.cdiv(n_in, BLOCK_IN), len(x)), 0 if zero is None else zero.numel()
-    zero_block = triton.next_power_of_2(triton.cdiv(n_zero, grid[0] * grid[1])) if n_zero else 0
+    grid = tiles[-1], triton.cdiv(n_in, BLOCK_IN), len(x)
+    n_zero, zero_block = zeros_of(zero, grid[0] * grid[1])
     _gemv_kernel[grid](
         x, gain, weight, product.threshold, out, zero, product.offset, product.fineness,
         starts[-1], x.stride(0), out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,

@@ -35,7 +35,7 @@ def gather(at: np.ndarray, wanted: np.ndarray, offsets: list[int], alignment: in
     return words, (at - first)[:, None] // 4 + offsets
 
 
-def load(at, wanted, WORDS, VECTOR, APART=0, ONCE=False, ZERO=False):
+def load_where(at, wanted, WORDS, VECTOR, APART=0, ONCE=False, ZERO=False):
     """Lanes that want nothing get zeros or nonsense."""
     words, vector, apart = (getattr(n, "value", n) for n in (WORDS, VECTOR, APART))
     out, wanted = np.full((32, words), 0 if ZERO else 0x5A5A5A5A), np.flatnonzero(data(wanted))
@@ -133,11 +133,11 @@ def install() -> None:
     """Lets `kernels.integer_mma` and `kernels.half_mma` run without a GPU."""
     from kernels import half_mma, integer_mma
 
-    own = load, pick_bytes, eight_of, add_four, add_two, from_lane, multiply_add, multiply_add_two
+    own = load_where, pick_bytes, eight_of, add_four, add_two, from_lane, multiply_add, multiply_add_two
     for function in (*own, multiply_add_half, ballot, stage, stage_four, staged_four, stage_half):
-        name, modules = f"_{function.__name__}", (integer_mma, half_mma)
-        having = [module for module in modules if hasattr(module, name)]
+        names = {function.__name__, f"_{function.__name__}"}
+        having = [(module, name) for module in (integer_mma, half_mma) for name in names if hasattr(module, name)]
         assert having
-        for module in having:
+        for module, name in having:
             setattr(module, name, function)
     half_mma.RSTD_MAKERS = tl.constexpr(1)  # programs run one after the other

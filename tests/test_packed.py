@@ -1,7 +1,5 @@
 """Packed bfloat16: the very same numbers, products and tokens as those of plain weights."""
 
-import dataclasses
-
 import pytest
 import torch
 from models import CONFIG, FUSED, build, build_cut, edit_json, flags, write_checkpoint
@@ -12,6 +10,7 @@ import quantize
 from decoder import FusedCpuStep
 from kernels import cpu, packed
 from kernels.quantized import Form, dense_weight, dequantize, form_of, unpack
+from model import Transformer
 from sparse_model import SparseTransformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,7 +159,6 @@ def test_a_gpus_product_is_the_plain_one(n_in, widths, blocks, tiles, rows, cut,
     outs = []
     for stored, table, tile in ((weight, None, 64), *((*packed_of(weight, widths), tile) for tile in tiles)):
         monkeypatch.setattr(plan, "_half_plan", lambda *_, tile=tile: plan.Plan(blocks, tile, 0))
-        monkeypatch.setattr(plan, "of_rows", lambda plan, rows: plan)
         out = torch.zeros(rows, sum(widths), device=DEVICE)
         product = Product(
             stored, threshold, widths, cut, table, fineness=torch.full((sum(widths),), 2.0**16, device=DEVICE)
@@ -255,6 +253,13 @@ def test_a_damaged_or_foreign_packed_checkpoint_is_an_error(plain_and_packed, tm
         SparseTransformer.from_checkpoint(folder)
 
 
+def test_random_packed_weights_are_the_same_in_every_class():
+    shape = SHAPE | {"quant": "packed", "dim": 128}  # down is as long as it is wide in bytes
+    dense, sparse = (build(cls, shape, dtype=torch.bfloat16) for cls in (Transformer, SparseTransformer))
+    for ours, theirs in zip(dense.sites, sparse.sites, strict=True):
+        assert torch.equal(dense_weight(ours, torch.bfloat16), theirs.dequantized(torch.bfloat16).t())
+
+
 def test_packed_weights_run_in_bfloat16_alone(plain_and_packed):
     with pytest.raises(ValueError, match="choose --precision bfloat16, not float16"):
         SparseTransformer.from_checkpoint(plain_and_packed[1], dtype=torch.float16)
@@ -264,4 +269,4 @@ def test_packed_weights_run_in_bfloat16_alone(plain_and_packed):
     plain = SparseTransformer.from_checkpoint(plain_and_packed[0])
     assert 0.74 < model.bytes_per_step() / plain.bytes_per_step() < 0.80
     assert torch.equal(dense_weight(model.output, torch.bfloat16), plain.output.weight)
-    assert dataclasses.replace(model.config).sensitive_quant == "packed"
+    assert model.config.sensitive_quant == "packed"
