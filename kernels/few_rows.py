@@ -71,13 +71,13 @@ def _prepare_kernel(
 
 
 @triton.jit
-def kept_by_any(kept_ptr, block, n_rows, ROWS: tl.constexpr, OP: tl.constexpr):
+def kept_by_any(kept_ptr, block, ROWS: tl.constexpr, OP: tl.constexpr):
     """Bits of a block's inputs that any of the rows keeps; none beyond the last block."""
     n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
     if OP.cut:
         kept = 0
         for r in tl.static_range(ROWS):
-            kept = kept | tl.load(kept_ptr + r * n_blocks + block, mask=(block < n_blocks) & (r < n_rows), other=0)
+            kept = kept | tl.load(kept_ptr + r * n_blocks + block, mask=block < n_blocks, other=0)
     else:
         in_block = tl.minimum(tl.maximum(OP.n_in - block * BLOCK, 0), BLOCK)
         kept = tl.where(in_block == BLOCK, -1, (1 << in_block) - 1)

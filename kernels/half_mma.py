@@ -86,18 +86,19 @@ def _ballot(truth):
 
 
 @triton.jit
-def _load_block(
-    weights, at, kept, col, last, FIRST: tl.constexpr, COUNT: tl.constexpr, N_OUT: tl.constexpr, ALL: tl.constexpr,
-    PLAN: tl.constexpr, LANES: tl.constexpr,
+def _load_half(
+    weights, n: tl.constexpr, at, kept, col, last,
+    N_OUT: tl.constexpr, ALL: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr,
 ):
-    """The tuple `weights`, and each lane's 4 words of COUNT of its 8 inputs of a block, from FIRST on, and every piece.
+    """The tuple `weights`, and the n-th half of a block: each lane's 4 words of 4 of its 8 inputs, of every piece.
 
-    at: of the lane's first input and its output `col`; kept: bits of the block's inputs, or ALL of them are. Of packed
+    at: of the lane's first input and its output `col`; kept: bits of each block's inputs, or ALL of them are. Of packed
     weights the words are 3 for every piece, by plane.
     """
-    kept = kept >> (tl.arange(0, BLOCK) % 4 * 8)
+    at += n // 2 * BLOCK * N_OUT
+    kept = kept[n // 2] >> (tl.arange(0, BLOCK) % 4 * 8)
     PIECES: tl.constexpr = PLAN.block_out // PIECE
-    for i in tl.static_range(FIRST, FIRST + COUNT):
+    for i in tl.static_range(n % 2 * 4, n % 2 * 4 + 4):
         for p in tl.static_range(1 if LANES.packed else PIECES):
             wanted = tl.full((BLOCK,), 1, tl.int32) if ALL else kept & (1 << i)
             if not LANES.full:
@@ -107,18 +108,6 @@ def _load_block(
             else:
                 weights = weights + load_where(at + (i * N_OUT + p * PIECE), wanted, 4, 4, ONCE=True, ZERO=True)
     return weights
-
-
-@triton.jit
-def _load_half(
-    weights, n: tl.constexpr, at, kept, col, last,
-    N_OUT: tl.constexpr, ALL: tl.constexpr, PLAN: tl.constexpr, LANES: tl.constexpr,
-):
-    """`_load_block` of the n-th half of a block; `at` and `kept` are of the first block, and of all."""
-    b: tl.constexpr = n // 2
-    return _load_block(
-        weights, at + b * BLOCK * N_OUT, kept[b], col, last, n % 2 * 4, 4, N_OUT, ALL, PLAN, LANES
-    )
 
 
 @triton.constexpr_function
@@ -202,15 +191,15 @@ def _unpacked(weights, b: tl.constexpr, hit, escapes, stage, PIECES: tl.constexp
 
 
 @triton.jit
-def _add_block(
-    sums, weights, at: tl.constexpr, x, choice_0, choice_1, FIRST: tl.constexpr, COUNT: tl.constexpr,
+def _add_half(
+    sums, weights, at: tl.constexpr, n: tl.constexpr, x, choice_0, choice_1,
     DTYPE: tl.constexpr, PIECES: tl.constexpr,
 ):
-    """Each piece's `sums`, and COUNT of a block's products; x: 8 words, inputs 8 t + i of two rows.
+    """Each piece's `sums`, and the products of the n-th half of a block, whose first word is `weights[at]`.
 
-    at: the index of the first word of the block in `weights`.
+    x: 8 words, inputs 8 t + i of two rows.
     """
-    for i in tl.static_range(FIRST, FIRST + COUNT):
+    for i in tl.static_range(n * 4, n * 4 + 4):
         b0, b1, added = pick_bytes(x[i], 0, choice_0), pick_bytes(x[i], 0, choice_1), ()
         for p in tl.static_range(PIECES):
             a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
@@ -349,9 +338,10 @@ def _half_kernel(
             ahead = constants[0] if PLAN.guess else (0.0, 0.0, 0.0)
             prefetch_tile(rows, ahead, first, N_WORDS, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN)
     if BEFORE:
-        for b in tl.static_range(BLOCKS):
-            there, block_at = kept_by_any(None, block + b, 1, 1, OP), weights_at + b * BLOCK * N_WORDS
-            weights = _load_block(weights, block_at, there, col, last, 0, 8, N_WORDS, ALL, PLAN, LANES)
+        there = ()
+        for n in tl.static_range(2 * BLOCKS):
+            there = there + (kept_by_any(None, block + n // 2, 1, OP),) if n % 2 == 0 else there  # noqa: RUF005
+            weights = _load_half(weights, n, weights_at, there, col, last, N_WORDS, ALL, PLAN, LANES)
     for p in tl.static_range(SETS):
         there = (at + p * APART < last).to(tl.int32)
         finenesses = finenesses + (load_factors(fineness_ptr, at + p * APART, there, 4),)  # noqa: RUF005
@@ -388,7 +378,7 @@ def _half_kernel(
                 if r % 2 == 1 or r == ROWS - 1:
                     made = made + (word,)  # noqa: RUF005
         if PREPARED or not OP.cut:
-            kept = kept + (kept_by_any(kept_ptr, block + b, ROWS, ROWS, OP),)  # noqa: RUF005
+            kept = kept + (kept_by_any(kept_ptr, block + b, ROWS, OP),)  # noqa: RUF005
         else:
             kept = kept + (_ballot(any_keeps),)  # noqa: RUF005
 
@@ -437,9 +427,7 @@ def _half_kernel(
                 words = _unpacked(weights, b, hits[b], escapes[b], stage, PIECES)
             new = ((z, z, z, z),) * PIECES
             for n in tl.static_range(2):
-                new = _add_block(
-                    new, words, 0 if INLINE else b * 32 * PIECES, x, choice_0, choice_1, n * 4, 4, OP.dtype, PIECES
-                )
+                new = _add_half(new, words, 0 if INLINE else b * 32 * PIECES, n, x, choice_0, choice_1, OP.dtype, PIECES)
                 if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
                     weights = _load_half(
                         weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES
