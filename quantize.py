@@ -1,6 +1,6 @@
 """A checkpoint with packed bfloat16 weights, exactly, or with int8 or int4 ones, rounded by GPTQ (arXiv 2210.17323).
 
-python quantize.py --mode packed                                        # the default model, the same tokens of 3/4 the bytes
+python quantize.py --mode packed                                        # the same tokens from 3/4 of the bytes
 python quantize.py --mode int8                                          # the default model, on text that it writes
 python quantize.py --mode int4 --data c4.jsonl --groupsize 32           # rounded for the inputs of your text
 python quantize.py --checkpoint_path DIR --mode int8 --output_dir OUT   # default OUT: DIR-int8

@@ -192,15 +192,14 @@ def _unpacked(weights, b: tl.constexpr, hit, escapes, stage, PIECES: tl.constexp
 
 @triton.jit
 def _add_half(
-    sums, weights, at: tl.constexpr, n: tl.constexpr, x, choice_0, choice_1,
-    DTYPE: tl.constexpr, PIECES: tl.constexpr,
+    sums, weights, at: tl.constexpr, n: tl.constexpr, x, choices, DTYPE: tl.constexpr, PIECES: tl.constexpr
 ):
     """Each piece's `sums`, and the products of the n-th half of a block, whose first word is `weights[at]`.
 
     x: 8 words, inputs 8 t + i of two rows.
     """
     for i in tl.static_range(n * 4, n * 4 + 4):
-        b0, b1, added = pick_bytes(x[i], 0, choice_0), pick_bytes(x[i], 0, choice_1), ()
+        b0, b1, added = pick_bytes(x[i], 0, choices[0]), pick_bytes(x[i], 0, choices[1]), ()
         for p in tl.static_range(PIECES):
             a = weights[at + (i * PIECES + p) * 4 : at + (i * PIECES + p) * 4 + 4]
             added = added + (_multiply_add_half(sums[p], a, b0, b1, DTYPE),)  # noqa: RUF005 (Triton knows no stars)
@@ -396,7 +395,7 @@ def _half_kernel(
     # where a lane's columns of B hold x, 16 bits of it or zeros
     place, low = lane // 4 % 4, 0 if ROWS == 1 else lane // 16
     choice = tl.where(place % 2 == 0, 0x4410 + low * 0x22, 0x1044 + low * 0x2200)
-    choice_0, choice_1 = tl.where(place < 2, choice, 0x4444), tl.where(place < 2, 0x4444, choice)
+    choices = tl.where(place < 2, choice, 0x4444), tl.where(place < 2, 0x4444, choice)
     z = tl.zeros((BLOCK,), tl.float32)
 
     # packed weights: what finds their escapes; for more than two rows all words are made once
@@ -427,7 +426,7 @@ def _half_kernel(
                 words = _unpacked(weights, b, hits[b], escapes[b], stage, PIECES)
             new = ((z, z, z, z),) * PIECES
             for n in tl.static_range(2):
-                new = _add_half(new, words, 0 if INLINE else b * 32 * PIECES, n, x, choice_0, choice_1, OP.dtype, PIECES)
+                new = _add_half(new, words, 0 if INLINE else b * 32 * PIECES, n, x, choices, OP.dtype, PIECES)
                 if not BEFORE and b * 2 + n + AT_ONCE < 2 * BLOCKS:
                     weights = _load_half(
                         weights, b * 2 + n + AT_ONCE, weights_at, kept, col, last, N_WORDS, ALL, PLAN, LANES
