@@ -8,6 +8,7 @@ import calibrate
 import eval as evaluate
 import finetune
 import generate
+import greedy
 import quantize
 from kernels import cpu
 from model import read_config
@@ -92,8 +93,16 @@ def test_what_takes_plain_weights_alone(folders, form):
             quantize.main(flags(checkpoint_path=folder, mode="packed"))
 
 
-def test_packed_weights_have_the_plain_ones_perplexity(folders):
-    options = {"data": folders["plain"].parent / "text.txt", "context": 16, "window": 16, "num_windows": 2}
-    options |= {"sparsity": 0.5, "device": "cpu"}
-    plain, packed = (evaluate.main(flags(checkpoint_path=folders[form], **options)) for form in ("plain", "packed"))
-    assert plain | {"model": "plain-packed"} == packed
+def test_scripts_that_take_every_form(folders, tmp_path):
+    text = {"data": folders["plain"].parent / "text.txt", "device": "cpu"}
+    windows = text | {"context": 16, "window": 16, "num_windows": 2, "sparsity": 0.5}
+    found = {form: evaluate.main(flags(checkpoint_path=folder, **windows)) for form, folder in folders.items()}
+    assert found["plain"] | {"model": "plain-packed"} == found["packed"]
+    assert len({result["perplexity"] for result in found.values()}) == 3
+
+    tables = {}
+    for form, folder in folders.items():
+        output = tmp_path / form
+        tables[form] = greedy.main(flags(checkpoint_path=folder, num_tokens=200, step=0.5, output=output, **text))
+    shares = {form: table.tensors["0.shares"] for form, table in tables.items()}
+    assert torch.equal(shares["plain"], shares["packed"])
