@@ -65,16 +65,25 @@ def _rotated_right(words: Tensor, n: int) -> Tensor:
     return words >> n & (1 << 32 - n) - 1 | words << 32 - n
 
 
+# An escape table, int32:
+#
+#     0 to 2    the base of each segment's window, in both halves of a number
+#     3         the number of slots
+#     4 to 6    the column at which each segment starts; the end, for those that are absent
+#     7         MOST_BASE, as the bases are
+#     8, 9      where the last two parts begin
+#     slots     one for each cell of 32 rows and 64 columns, cells of the same rows side by side; 0: no escape
+#     lists     of cells with several escapes: their number, then each
+#     rows      for a CPU: where each row's escapes begin in the next part, and the last one's end
+#     escapes   for a CPU: column and bits of each
+#
+# An escape in a slot or a list is the bfloat16's bits << 16, its row in the cell << 8, its column there << 2, and 1.
+# The slot of several escapes is the place of their list << 2, and 2.
+
+
 def escape_table(escapes: Tensor, n_rows: int, widths: list[int]) -> Tensor:
-    """What `pack` lists of each segment, one after the other, as one int32 table for the kernels, 1-dimensional.
+    """What `pack` lists of each segment, one after the other, as one table for the kernels, 1-dimensional.
 
-    It begins with the bases of three segments' windows, in both halves of a number each, the number of slots, the
-    columns at which three segments start, those that are absent at the end, MOST_BASE as the bases are, and the places
-    of what a CPU reads. Then comes a slot for each cell of 32 rows and 64 columns, side by side, then lists. A slot is
-    0 for no escape. An escape is the bfloat16's bits << 16, its row in the cell << 8, its column there << 2, and 1.
-    Several have a list, whose place << 2 | 2 is their slot, and which begins with their number.
-
-    A CPU reads where each row's escapes begin, and the last one's end, and column and bits of each.
     Raises ValueError if they are not such escapes: the file is damaged.
     """
     width_of = torch.tensor(widths, device=escapes.device)
