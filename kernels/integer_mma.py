@@ -566,7 +566,7 @@ def launch_integers(
     prepared: Prepared | None = None, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype,
     pdl: bool = False,
 ) -> None:
-    """`launch_gemv` of `kernels.triton_gemv` for int8 and int4, and `kernels.few_rows.launch_rows`, with `prepared`."""
+    """`launch_gemv` of `kernels.triton_gemv` for int8 and int4, of several rows of any prologue with `prepared`."""
     product.check()
     weight, segments, n_in, rows = product.weight, product.segments, len(product.weight), len(x)
     scale = product.weight_scale if product.form.name == "int8" else product.weight_scale.view(torch.int32)

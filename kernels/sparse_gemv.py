@@ -38,11 +38,10 @@ def sparse_gemv(
     """Product of each row of x, cut by its threshold, with the weight; rows of cut inputs are not read.
 
     x: [B, in], bfloat16, float16 or float32. Every row cuts its own inputs.
-    weight: [in, out], contiguous, the dtype of x, or int8; [in, out / 2], uint8, of int4.
+    weight, scale: of [in, out], contiguous, see `kernels.quantized.Form`; floating weights have the dtype of x. The
+        kernels want int4's groups to be multiples of 16 that divide the segments, and int8's segments on a GPU of 4.
     threshold: [S, in], float32, a row for each output segment.
     segments: widths of the S output segments, which add up to out.
-    scale: of int8 [out], float32; of int4 [in, groups, 2], bfloat16; else None. See `kernels.quantized.Form`. The
-        kernels want int4's groups to be multiples of 16 that divide the segments, and int8's segments on a GPU of 4.
     fineness: [out], float32, of the outputs' grid, see `kernels.grids`; None: on a GPU the last bits change from run to
         run. A CPU's sums have one order.
     Returns [B, out], the dtype of x, accumulated in float32.
