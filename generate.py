@@ -185,7 +185,7 @@ def choose_step(o: argparse.Namespace, config: ModelArgs, device: torch.device, 
     if reason and who:
         raise ValueError(f"{who} needs fused steps: {reason}")
     if (o.compile or o.compile_prefill) and device.type == "cpu" and cpu.library() is None:
-        print("--compile is ignored: it needs a C++ compiler that works (g++, or $CXX)", file=sys.stderr)
+        print("--compile is ignored: it needs a C++ compiler that works (g++ 12 or newer, or $CXX)", file=sys.stderr)
         o.compile = o.compile_prefill = False
     if o.compile and (reason or o.unfused):
         print(f"steps go through torch.compile: {reason or '--unfused'}", file=sys.stderr)
