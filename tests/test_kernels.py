@@ -1,5 +1,10 @@
 """The sparse product in its three implementations: the Triton kernel (interpreted, or on a GPU) and the CPU's."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +71,15 @@ def assert_as_precise_as_torch(result: Tensor, arguments: tuple):
     allowed = 2 * (own.double() - exact).abs().max() + 1e-6 * exact.abs().max()
     assert result.dtype == x.dtype and result.shape == exact.shape
     assert (result.double() - exact).abs().max() <= allowed
+
+
+def test_products_and_sums_fuse_whatever_triton_thinks_of_it():
+    asked = "getattr(triton.knobs.language, 'fp_fusion_enabled', lambda _: True)(None)"  # before 3.9 it always does
+    code = f"import kernels, triton, warnings; warnings.simplefilter('error'); print({asked})"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    root = Path(plan.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("implementation", [*KERNELS, "cpu"])
