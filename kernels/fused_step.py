@@ -130,26 +130,17 @@ def chunks_in(cache_length: int) -> int:
 
 
 @triton.jit
-def _if_there(ptr, offsets, mask):
-    """A tuple of what lies at a pointer, in float32; empty without a pointer."""
-    loaded = ()
-    if ptr is not None:
-        loaded = (tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32),)
-    return loaded
-
-
-@triton.jit
-def _of_qkv(x_ptr, bias, offsets, mask, DTYPE: tl.constexpr):
+def _of_qkv(x_ptr, bias_ptr, offsets, mask, DTYPE: tl.constexpr):
     """Elements of qkv with their bias, float32, rounded where the unfused model rounds."""
     x = rounded(tl.load(x_ptr + offsets, mask=mask, other=0.0), DTYPE)
-    if len(bias) > 0:
-        x = rounded(x + bias[0], DTYPE)
+    if bias_ptr is not None:
+        x = rounded(x + tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32), DTYPE)
     return x
 
 
 @triton.jit
 def _cosines_and_sines(position, inv_freq_ptr, pair, mask, FACTOR: tl.constexpr):
-    """Of the rotation of pairs of elements at a position."""
+    """Of the rotation of pairs of adjacent elements at a position."""
     inv_freq = tl.load(inv_freq_ptr + pair, mask=mask, other=0.0)
     angle = position.to(tl.float32) * inv_freq
     cos, sin = tl.cos(angle), tl.sin(angle)
@@ -160,11 +151,23 @@ def _cosines_and_sines(position, inv_freq_ptr, pair, mask, FACTOR: tl.constexpr)
 
 
 @triton.jit
-def _rotated(x, gain, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
-    """Queries or keys x [heads, elements]: normalised if there is a gain, their pairs of elements rotated.
+def _if_there(ptr, offsets, mask):
+    """A tuple of what lies at a pointer, float32; empty without a pointer."""
+    loaded = ()
+    if ptr is not None:
+        loaded = (tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32),)
+    return loaded
+
+
+@triton.jit
+def _rotated(x_ptr, bias, gain, offsets, mask, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Heads of qkv [rows, elements], queries or keys: normalised if there is a gain, their pairs rotated.
 
     Their squares add up in float64, so that a launch with another layout gets the same sum.
     """
+    x = rounded(tl.load(x_ptr + offsets, mask=mask, other=0.0), DTYPE)
+    if len(bias) > 0:
+        x = rounded(x + bias[0], DTYPE)
     if len(gain) > 0:
         squares = x.to(tl.float64) * x.to(tl.float64)
         mean = tl.sum(squares, axis=1, keep_dims=True).to(tl.float32) / HEAD_DIM
@@ -172,18 +175,6 @@ def _rotated(x, gain, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     turned = tl.join(tl.fma(even, cos, odd * -sin), tl.fma(odd, cos, even * sin))
     return tl.reshape(turned, x.shape).to(DTYPE)
-
-
-@triton.jit
-def _attend(q, k, v, valid, softmax_scale, top, total, acc):
-    """The softmax so far after some more keys: the largest score, the sums of exponentials and of weighted values."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * softmax_scale
-    scores = tl.where(valid, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    shrink = tl.exp(top - new_top)
-    p = tl.exp(scores - new_top[:, None])
-    total = total * shrink + tl.sum(p, axis=1)
-    return new_top, total, acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
 
 
 @triton.jit
@@ -214,7 +205,7 @@ def _join_chunks(
     return acc / total[:, None]
 
 
-@triton.jit(do_not_specialize=["seq_length", "splits", "n_pieces"])
+@triton.jit(do_not_specialize=["seq_length", "splits", "n_pieces", "qkv_stride"])
 def _attention_kernel(
     # the new position's query, key and value, and the cache
     qkv_ptr, bias_ptr, q_gain_ptr, k_gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr,
@@ -277,22 +268,17 @@ def _attention_kernel(
     d = tl.arange(0, BLOCK_D)
     g = tl.arange(0, BLOCK_G)
     in_d, in_g = d < HEAD_DIM, g < HEADS_PER_KV
-    heads = head * HEADS_PER_KV + g
-    q_offsets = (heads * HEAD_DIM)[:, None] + d[None, :]
-    q_mask = in_g[:, None] & in_d[None, :]
 
-    # until then queries lie in ROWS rows, and the new key in each of them: a warp has whole rows, and a thread whole
-    # pairs, so norms and rotations need no other warp. What they need besides qkv is loaded while that is being made
+    # queries lie in ROWS rows, and the new key in each of them. A warp has whole rows and a thread whole pairs, so
+    # norms and rotations need no other warp. What they need besides qkv is loaded while the launch before makes qkv
     ROWS: tl.constexpr = max(4, triton.next_power_of_2(HEADS_PER_KV))
     r, i = tl.arange(0, ROWS)[:, None], tl.broadcast_to(d[None, :], (ROWS, BLOCK_D))
     pair = tl.broadcast_to(tl.arange(0, BLOCK_D // 2)[None, :], (ROWS, BLOCK_D // 2))
     cos, sin = _cosines_and_sines(position, inv_freq_ptr, pair, pair < HEAD_DIM // 2, FACTOR)
     q_at, q_in = (head * HEADS_PER_KV + r) * HEAD_DIM + i, (r < HEADS_PER_KV) & (i < HEAD_DIM)
     k_at, k_in = (N_HEAD + head) * HEAD_DIM + i, i < HEAD_DIM
-    v_at = (N_HEAD + N_KV + head) * HEAD_DIM + d
-    q_bias, k_bias = _if_there(bias_ptr, q_at, q_in), _if_there(bias_ptr, k_at, k_in)
-    v_bias = _if_there(bias_ptr, v_at, in_d)
-    q_gain, k_gain = _if_there(q_gain_ptr, i, k_in), _if_there(k_gain_ptr, i, k_in)
+    q_bias, q_gain = _if_there(bias_ptr, q_at, q_in), _if_there(q_gain_ptr, i, q_in)
+    k_bias, k_gain = _if_there(bias_ptr, k_at, k_in), _if_there(k_gain_ptr, i, k_in)
 
     # this program's chunk of the cache, and its first keys and values: no launch of this step writes them (SHARED: one)
     if SHARED and PDL:
@@ -311,9 +297,12 @@ def _attention_kernel(
     # qkv has ended: the queries of this key/value head, its new key and its new value
     if PDL:
         tl.extra.cuda.gdc_wait()
-    q = _rotated(_of_qkv(qkv_ptr, q_bias, q_at, q_in, DTYPE), q_gain, cos, sin, eps, HEAD_DIM, DTYPE)
-    k_new = _rotated(_of_qkv(qkv_ptr, k_bias, k_at, k_in, DTYPE), k_gain, cos, sin, eps, HEAD_DIM, DTYPE)
-    v_new = _of_qkv(qkv_ptr, v_bias, v_at, in_d, DTYPE).to(DTYPE)
+    heads = head * HEADS_PER_KV + g
+    q_offsets = (heads * HEAD_DIM)[:, None] + d[None, :]
+    q_mask = in_g[:, None] & in_d[None, :]
+    q = _rotated(qkv_ptr, q_bias, q_gain, q_at, q_in, cos, sin, eps, HEAD_DIM, DTYPE)
+    k_new = _rotated(qkv_ptr, k_bias, k_gain, k_at, k_in, cos, sin, eps, HEAD_DIM, DTYPE)
+    v_new = _of_qkv(qkv_ptr, bias_ptr, (N_HEAD + N_KV + head) * HEAD_DIM + d, in_d, DTYPE).to(DTYPE)
     if owner and not SHARED:
         at = cache + position.to(tl.int64) * HEAD_DIM
         tl.store(k_cache_ptr + at + i, k_new, mask=k_in & (r == 0))
@@ -328,15 +317,21 @@ def _attention_kernel(
     total = tl.where(owner, 1.0, 0.0) + tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.where(owner, v_new.to(tl.float32), 0.0)[None, :] + tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
 
-    # the chunk's positions before it, BLOCK_N at a time; the first ones apart, for which all but q is in place
-    if first < last:
-        top, total, acc = _attend(q, k, v, (first + n < last)[None, :], softmax_scale, top, total, acc)
-    for start in tl.range(first + BLOCK_N, last, BLOCK_N, num_stages=2):
-        offsets = cache + (start + n)[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
-        mask = (start + n < last)[:, None] & in_d[None, :]
-        k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
-        v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
-        top, total, acc = _attend(q, k, v, (start + n < last)[None, :], softmax_scale, top, total, acc)
+    # the chunk's positions before it, BLOCK_N at a time
+    for start in range(first, last, BLOCK_N):
+        if start > first:
+            offsets = cache + (start + n)[:, None].to(tl.int64) * HEAD_DIM + d[None, :]
+            mask = (start + n < last)[:, None] & in_d[None, :]
+            k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
+            v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * softmax_scale
+        scores = tl.where((start + n < last)[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        shrink = tl.exp(top - new_top)
+        p = tl.exp(scores - new_top[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(DTYPE), v, input_precision="ieee")
+        top = new_top
 
     # a chunk before the window has no keys: its log-sum-exp is -inf
     empty = total == 0.0
@@ -365,13 +360,14 @@ def _cache_kernel(
     position = tl.load(position_ptr + row).to(tl.int32)
     DTYPE: tl.constexpr = k_cache_ptr.dtype.element_ty
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
-    d, pair = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_D // 2)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, :]
     in_d = d < HEAD_DIM
+    pair = tl.arange(0, BLOCK_D // 2)[None, :]
     cos, sin = _cosines_and_sines(position, inv_freq_ptr, pair, pair < HEAD_DIM // 2, FACTOR)
     k_at, v_at = (N_HEAD + head) * HEAD_DIM + d, (N_HEAD + N_KV + head) * HEAD_DIM + d
-    k_new = _of_qkv(qkv_ptr, _if_there(bias_ptr, k_at, in_d), k_at, in_d, DTYPE)
-    k_new = _rotated(k_new, _if_there(gain_ptr, d, in_d), cos, sin, eps, HEAD_DIM, DTYPE)
-    v_new = _of_qkv(qkv_ptr, _if_there(bias_ptr, v_at, in_d), v_at, in_d, DTYPE)
+    bias, gain = _if_there(bias_ptr, k_at, in_d), _if_there(gain_ptr, d, in_d)
+    k_new = _rotated(qkv_ptr, bias, gain, k_at, in_d, cos, sin, eps, HEAD_DIM, DTYPE)
+    v_new = _of_qkv(qkv_ptr, bias_ptr, v_at, in_d, DTYPE)
     at = (head.to(tl.int64) * seq_length + position) * HEAD_DIM + d
     tl.store(k_cache_ptr + at, k_new, mask=in_d)
     tl.store(v_cache_ptr + at, v_new.to(DTYPE), mask=in_d)
