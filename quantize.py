@@ -43,7 +43,7 @@ from formats.checkpoint import Source, convert, copy_files, fingerprint, load_we
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, read_json, write_json
 from formats.text import WINDOW
-from kernels.packed import pack
+from kernels.packed import pack, with_checksum
 from kernels.quantized import pack_int4
 from model import read_config
 from sparse_model import SITES, SparseTransformer
@@ -214,8 +214,8 @@ def pack_model(model: SparseTransformer) -> dict[str, Tensor]:
         segments = module.weight.split(module.widths, dim=1) if module else [model.output_weight]
         parts, listed = zip(*map(pack, segments), strict=True)
         rows = torch.cat(parts, dim=1)  # of the lm_head they are outputs
-        tensors |= {f"{name}.weight": (rows.t() if module else rows).contiguous().cpu()}
-        tensors |= {f"{name}.scale": torch.cat(listed).cpu()}
+        stored = (rows.t() if module else rows).contiguous().cpu()
+        tensors |= {f"{name}.weight": stored, f"{name}.scale": with_checksum(stored, torch.cat(listed).cpu())}
     n = sum(tensor.numel() for name, tensor in tensors.items() if name.endswith("weight")) * 2 // 3
     print(f"{8 * sum(tensor.nbytes for tensor in tensors.values()) / n:.3f} bits per weight")
     return tensors

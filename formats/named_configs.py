@@ -1,7 +1,12 @@
 """Named configs for latency work with random weights: keyword arguments of `model.ModelArgs` by name."""
 
-from formats.config import FAMILIES
+import re
 
+from formats.config import FAMILIES
+from formats.files import shown
+
+# what publishers put behind a config's name; all else there is taken for a mistake, such as "-int-8" or "-fp8"
+PUBLISHED = r"(?:-(?:chat|hf|instruct|it|pt|base|python|deduped|v[\d.]+))*"
 _LLAMA31_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA31_ROPE |= {"original_max_position_embeddings": 8192}
 _LLAMA3 = {"block_size": 8192, "vocab_size": 128256, "rope_base": 500000.0}
@@ -54,13 +59,16 @@ transformer_configs = {  # layers, heads, key/value heads, width, hidden width; 
 }
 
 
-def named_config(name: str) -> dict:
+def named_config(name: str, ending: str = PUBLISHED) -> dict:
     """The fields of the config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
 
-    "-packed", "-int8" or "-int4" at the end asks for such weights. Raises ValueError if no key fits.
+    "-packed", "-int8" or "-int4" at the end asks for such weights. `ending` is a regular expression of all that may
+    stand before it, behind the key. Raises ValueError if no key fits, or something else stands there.
     """
-    matches = [key for key in transformer_configs if key.lower() in name.lower()]
-    if not matches:
-        raise ValueError(f"no config is named like {name!r}; known: {', '.join(sorted(transformer_configs))}")
-    quant = next((form for form in ("packed", "int8", "int4") if name.lower().endswith(f"-{form}")), "none")
-    return transformer_configs[max(matches, key=len)] | {"quant": quant, "name": name}
+    found = {key: re.search(rf"(?<![\d.]){re.escape(key)}", name, re.I) for key in transformer_configs}
+    key = max((key for key, match in found.items() if match), key=len, default=None)
+    form = key and re.fullmatch(rf"{ending}(?:-(packed|int8|int4))?", name[found[key].end() :], re.I)
+    if not form:
+        known = f"{', '.join(sorted(transformer_configs))}, each with -packed, -int8, -int4 or nothing behind it"
+        raise ValueError(f"no config is named like {shown(name)}; known: {known}")
+    return transformer_configs[key] | {"quant": (form[1] or "none").lower(), "name": name}

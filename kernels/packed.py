@@ -56,6 +56,15 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, torch.cat(escapes)
 
 
+def with_checksum(stored: Tensor, escapes: Tensor) -> Tensor:
+    """A checkpoint's list of escapes, int64: a checksum of it and of the packed weight as the file has it, the list.
+
+    Each escape, and the sum of each row's words, counts an odd number of times: no byte changes without the checksum.
+    """
+    terms = torch.cat((escapes, stored.contiguous().view(torch.int64).sum(1)))
+    return torch.cat(((terms @ torch.arange(1, 2 * len(terms), 2))[None], escapes))
+
+
 def _bits(weight: Tensor) -> Tensor:
     """bfloat16 -> int32 of its 16 bits."""
     return weight.contiguous().view(torch.int16).int() & 0xFFFF

@@ -20,7 +20,7 @@ from convert_hf_checkpoint import shapes_of
 from formats.checkpoint import checkpoint_folder, fingerprint
 from formats.config import FAMILIES, NUMBERS
 from formats.named_configs import transformer_configs
-from model import ModelArgs, Transformer, apply_rope, rope_inverse_frequencies
+from model import ModelArgs, Transformer, apply_rope, read_config, rope_inverse_frequencies
 
 LLAMA = CONFIG | {"num_hidden_layers": 6}
 build = partial(models.build, vector_std=0.2)
@@ -78,15 +78,40 @@ def test_bytes_per_step_leaves_out_the_embedding():
         ("stories15M", "stories15M"),
         ("SmolLM2-135M-Instruct", "smollm2-135m"),
         ("facebook/opt-6.7B", "opt-6.7b"),
+        ("meta-llama/Meta-Llama-3-8B", "llama-3-8b"),
+        ("mistralai/Mistral-7B-Instruct-v0.2", "Mistral-7B"),
+        ("CodeLlama-13b-Python-hf", "13B"),
+        ("google/gemma-3-4b-it", "gemma-3-4b"),
+        *((key, key) for key in transformer_configs),
     ],
 )
 def test_the_longest_name_contained_decides(name, key):
     assert ModelArgs.from_name(name) == ModelArgs(**transformer_configs[key], name=name)
+    for form in ("packed", "int8", "INT4"):
+        expected = ModelArgs(**transformer_configs[key], quant=form.lower(), name=f"{name}-{form}")
+        assert ModelArgs.from_name(f"{name}-{form}") == expected
 
 
-def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'gpt-x'.*llama-3-8b.*smollm2-135m"):
-        ModelArgs.from_name("gpt-x")
+TYPOS = "-packd -pack -packed8 -paked -int -int3 -int-8 -int88 -itn8 -fp8 -4bit -int8-chat -int8-int4 -packed- - _int8"
+
+
+@pytest.mark.parametrize("name", ["gpt-x", "", "qwen3-1.7b", "213B", "llama-3-80b", "phi-4-mini", "llama-3-8b -int8"])
+def test_an_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match=rf"{name!r}.*llama-3-8b.*smollm2-135m.*-packed, -int8, -int4"):
+        ModelArgs.from_name(name)
+
+
+@pytest.mark.parametrize("ending", [*TYPOS.split(), "int8", "packed", "\n", " "])
+@pytest.mark.parametrize("name", ["llama-3-8b", "Meta-Llama-3-8B-Instruct", "13B"])
+def test_a_mistyped_form_is_an_error(name, ending):
+    with pytest.raises(ValueError) as error:
+        Transformer.random_init(name + ending, device="meta")
+    assert f"like {name + ending!r}; known: 13B" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_may_be_called_anything_behind_its_config(tmp_path):
+    for name, quant in {"Llama-2-7b-chat-hf-mine": "none", "llama-2-7b_v2-int8": "int8"}.items():
+        assert read_config(tmp_path / name) == ModelArgs(**transformer_configs["llama-2-7b"], quant=quant, name=name)
 
 
 def test_a_row_of_the_families_switches_fields_on(monkeypatch):

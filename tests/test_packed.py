@@ -242,8 +242,9 @@ def test_a_damaged_or_foreign_packed_checkpoint_is_an_error(plain_and_packed, tm
     name = "layers.0.attention.wo.scale"
     tensors[name] = torch.cat((tensors[name], torch.tensor([1 << 60])))
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{name}: the escapes of packed weights are damaged"):
-        SparseTransformer.from_checkpoint(folder)
+    for cls in (Transformer, SparseTransformer):
+        with pytest.raises(ValueError, match=r"^layers\.0\.attention\.wo\.weight: the packed weights .* damaged"):
+            cls.from_checkpoint(folder)
     tensors[name] = tensors[name].float()
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"wo\.scale is .* float32, config.json asks for"):
@@ -251,6 +252,62 @@ def test_a_damaged_or_foreign_packed_checkpoint_is_an_error(plain_and_packed, tm
     edit_json(folder / "config.json", quantization={"mode": "packed2"})
     with pytest.raises(ValueError, match=r"only quantize\.py's packed, int8 and int4"):
         SparseTransformer.from_checkpoint(folder)
+
+
+def test_any_changed_byte_changes_the_checksum():
+    weight, escapes = packed.pack(numbers("normal, some zeros", 16, 64))
+    stored = weight.t().contiguous()
+    listed = packed.with_checksum(stored, escapes)
+    assert len(listed) > 4 and torch.equal(listed[1:], escapes)
+    for tensor in (stored, listed):
+        raw = tensor.view(torch.uint8).flatten()
+        for i in range(len(raw)):
+            for change in (1, 0x80, 0xFF):
+                raw[i] ^= change
+                assert not torch.equal(packed.with_checksum(stored, listed[1:]), listed)
+                raw[i] ^= change
+    assert torch.equal(packed.with_checksum(stored, listed[1:]), listed)
+
+
+@pytest.fixture(scope="module")
+def model_and_tensors():
+    """A packed model and its checkpoint's tensors, with escapes in every matrix."""
+    plain, model = pair()
+    return model, quantize.pack_model(plain)
+
+
+def flipped(tensor: torch.Tensor, at: int, bit: int) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[at] ^= 1 << bit
+    return tensor
+
+
+TAMPERED = {  # a list of escapes begins with its checksum and the first segment's base
+    "first word": ("weight", lambda t: flipped(t, 0, 0)),
+    "last word": ("weight", lambda t: flipped(t, -1, 7)),
+    "row zeroed": ("weight", lambda t: torch.cat((t[:1], 0 * t[1:2], t[2:]))),
+    "rows swapped": ("weight", lambda t: torch.cat((t[1:2], t[:1], t[2:]))),
+    "checksum": ("scale", lambda t: flipped(t, 0, 62)),
+    "base": ("scale", lambda t: flipped(t, 1, 0)),
+    "an escape's bits": ("scale", lambda t: flipped(t, 2, 15)),
+    "an escape's place": ("scale", lambda t: flipped(t, -1, 16)),
+    "an escape becomes a base": ("scale", lambda t: ~flipped(t, 2, 0)),
+    "an escape lost": ("scale", lambda t: t[:-1]),
+    "all lost": ("scale", lambda t: t[:0]),
+    "an older version's": ("scale", lambda t: t[1:]),
+}
+
+
+@pytest.mark.parametrize("name", ["layers.0.attention.wqkv", "layers.1.feed_forward.w2", "output"])
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_tampered_packed_weights_are_an_error(model_and_tensors, kind, name):
+    model, tensors = model_and_tensors
+    what, change = TAMPERED[kind]
+    assert len(tensors[f"{name}.scale"]) > 4
+    damaged = {f"{name}.{what}": change(tensors[f"{name}.{what}"])}
+    with pytest.raises(ValueError, match=rf"^{name}\.weight: .* damaged, or an older .*quantize\.py --mode packed$"):
+        model.load_state_dict(tensors | damaged, strict=False)
+    model.load_state_dict(tensors, strict=False)
 
 
 def test_random_packed_weights_are_the_same_in_every_class():
