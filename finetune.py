@@ -2,22 +2,24 @@
 
     python finetune.py --data c4 --output_dir OUT                           # the default model, tuned for 50 %
     python finetune.py --sparsity 0.25 0.4 0.5 0.65 --data a.txt b.jsonl    # one checkpoint for several levels
-    python finetune.py --data c4 --num_tokens 500000 --own_tokens 4000000   # and texts that go on as the model would
-    python finetune.py --sparsity 0 --loss next_token --data c4             # a dense model on the same text, to compare
+    python finetune.py --data c4 --num_tokens 500000 --own_tokens 2000000   # and texts that go on as the model would
+    python finetune.py --sparsity 0 --data c4                               # a dense model on the same text, to compare
 
 The weight W of each projection in --targets becomes W + alpha / rank * A B (LoRA, arXiv 2106.09685). A [in, rank] and
 B [rank, out] are trained in float32, everything else is frozen. A product takes the sum, rounded to --precision. Inputs
 are cut as in inference: the rows of a batch take the levels in turn, and the first 1 % of a row is dense. The gradient
 goes through kept inputs. A cut input's shift passes through the tuned weight, of which the offset will be made.
 
-The loss is the KL divergence from the dense model without LoRA (kl), or that of the text's next tokens. An eighth of
+The loss is that of the text's next tokens, or the KL divergence from the dense model without LoRA (kl). An eighth of
 the text, up to 16 windows, is held out. With --own_tokens there are further windows: the first sixteenth is text, and
-the dense model writes the rest. --seed is that of A, the order of the windows and what the model writes.
+the dense model writes the rest. Their loss is always the KL divergence: their next tokens were drawn from the dense
+model, so its distribution says the same without chance. --seed is that of A, of the windows' order and of the draws.
 
 The result is an ordinary checkpoint, in the dtype of the given one, for generate.py, eval.py and quantize.py. Its cut
-table is the one that it was trained with. All thresholds of a level are scaled by one factor, so that every held-out
-window reaches the level. finetune.json says how it was made. refine.py would make a new table, but for the tuned model
-as its own dense one. A run that was stopped goes on from <output_dir>.state.safetensors, saved every minute.
+table is the one that it was trained with. All thresholds of a level are scaled by one factor, so that the tuned model
+cuts as much of the held-out text as the given one did. finetune.json says how it was made. refine.py would make a new
+table, but for the tuned model as its own dense one. A run that was stopped goes on from <output_dir>.state.safetensors,
+saved every minute.
 
 Memory: the model, 16 bytes per parameter of A and B, of every token in a batch the input of each block, and what one
 block keeps for its gradient.
@@ -54,7 +56,7 @@ from formats.checkpoint import Source, check_absent, convert, copy_files, finger
 from formats.default_model import resolve_checkpoint
 from formats.files import lock, shown, write_json, write_output
 from model import read_config
-from refine import rescaled
+from refine import rescaling
 from sparse_model import SITES, SparseProjection, SparseTransformer, dense_prefix_of
 from thresholds import STATISTICS_NAME, Cuts, cuts_for, read_artifact, table_metadata, table_name, table_of
 
@@ -134,20 +136,21 @@ def tuned_copy(model: SparseTransformer, rows: list[Cuts], length: int, o: argpa
     return student
 
 
-def loss_and_gradient(hidden: Tensor, target: Tensor, model: SparseTransformer) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(
+    hidden: Tensor, following: Tensor, model: SparseTransformer, dense: Tensor | None = None, by_kl: Tensor = None
+) -> tuple[Tensor, Tensor]:
     """Sum over N tokens of the loss, float32, and its gradient by the hidden states [N, dim].
 
-    target: the dense model's hidden states [N, dim], from which the KL divergence is taken, or next tokens [N], int64.
+    following: the next tokens [N], int64; -1: none, which costs nothing.
+    dense, by_kl: the dense model's hidden states [N, dim], and for which tokens, [N], bool, the loss is the KL
+    divergence from its distribution. For the others it is that from a distribution with all its mass on the next token.
     """
     logits = model.head(hidden).float()
     log_q = logits.log_softmax(-1)
-    if target.is_floating_point():
-        log_p = model.head(target).float().log_softmax(-1)
-        p = log_p.exp()
-        loss, slope = (p * (log_p - log_q)).sum(), log_q.exp() - p
-    else:
-        loss = F.nll_loss(log_q, target, reduction="sum")
-        slope = log_q.exp().scatter_add(1, target[:, None], torch.full_like(target, -1, dtype=log_q.dtype)[:, None])
+    p = (following[:, None] == torch.arange(logits.shape[1], device=logits.device)).float()
+    if dense is not None:
+        p = torch.where(by_kl[:, None], model.head(dense).float().softmax(-1), p)
+    loss, slope = (torch.special.xlogy(p, p) - p * log_q).sum(), log_q.exp() * p.sum(1, keepdim=True) - p
 
     # back through the logits' cap and scaling
     if cap := model.config.logit_softcap:
@@ -158,8 +161,10 @@ def loss_and_gradient(hidden: Tensor, target: Tensor, model: SparseTransformer) 
 class Training:
     """LoRA parameters, AdamW and the losses so far [steps], float32."""
 
-    def __init__(self, model: SparseTransformer, rows: list[Cuts], windows: Tensor, o: argparse.Namespace):
+    def __init__(self, model: SparseTransformer, rows: list[Cuts], texts: Tensor, own: Tensor, o: argparse.Namespace):
+        windows = torch.cat((texts, own))
         self.o, self.windows, self.model = o, windows.to(model.device), model
+        self.first_by_kl = 0 if o.loss == "kl" else len(texts)  # the first window whose loss is the divergence
         self.student, self.teacher = tuned_copy(model, rows, windows.shape[1], o), without_head(model)
         compiled = partial(torch.compile, dynamic=False) if o.compile else lambda function: function
         self.loss_and_gradient = compiled(loss_and_gradient)
@@ -184,32 +189,33 @@ class Training:
 
     def step(self, step: int) -> Tensor:
         """Trains on one batch; returns the mean loss per token, still on the device."""
-        rows = self.o.batch_size
-        batch = self.windows[self.order[step * rows : (step + 1) * rows]]
+        picked = self.order[step * self.o.batch_size :][: self.o.batch_size]
+        batch = self.windows[picked]
 
         # hidden states, and what they are compared with
-        hidden = self.student(batch)
-        if self.o.loss == "kl":
+        hidden = self.student(batch).flatten(0, 1)
+        following = F.pad(batch[:, 1:], (0, 1), value=-1).flatten()
+        compared, by_kl = [following], (picked >= self.first_by_kl)[:, None].expand_as(batch).flatten()
+        count = (by_kl | (following >= 0)).sum()
+        if self.first_by_kl < len(self.windows):
             with torch.no_grad():
-                target = self.teacher(batch)
-        else:
-            hidden, target = hidden[:, :-1], batch[:, 1:]
-        hidden, target = hidden.flatten(0, 1), target.flatten(0, 1)
+                compared += self.teacher(batch).flatten(0, 1), by_kl
 
         # the loss, some tokens at a time; its gradient is of the sum, which float16 holds, and divided afterwards
         size = 1 << (LOGITS // self.model.config.vocab_size | 1).bit_length() - 1
         with torch.no_grad():
-            parts = zip(hidden.split(size), target.split(size), strict=True)
-            losses, gradients = zip(*(self.loss_and_gradient(*part, self.model) for part in parts), strict=True)
+            parts = zip(*(tensor.split(size) for tensor in (hidden, *compared)), strict=True)
+            results = [self.loss_and_gradient(h, f, self.model, *dense) for h, f, *dense in parts]
+        losses, gradients = zip(*results, strict=True)
         hidden.backward(torch.cat(gradients))
         for parameter in self.parameters.values():
-            parameter.grad /= len(hidden)
+            parameter.grad /= count
 
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_STEP)
         self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.stack(losses).sum() / len(hidden)
+        return torch.stack(losses).sum() / count
 
     def run(self) -> Iterator[None]:
         """Makes the steps that are left; yields whenever `losses` has grown. Raises ValueError if one is not finite."""
@@ -321,8 +327,11 @@ def cuts_of_rows(o: argparse.Namespace, folder: Path, model: SparseTransformer) 
     return rule, [cuts[r % len(cuts)] for r in range(o.batch_size)]
 
 
-def training_text(o: argparse.Namespace, folder: Path, model: SparseTransformer) -> tuple[Tensor, Tensor, dict]:
-    """Windows [N, T] for training and those held out, and of how many tokens each text is. ValueError: too short."""
+def training_text(o: argparse.Namespace, folder: Path, model: SparseTransformer) -> tuple[list[Tensor], Tensor, dict]:
+    """Windows [N, T] of text and of the model's own; those held out; and of how many tokens each text is.
+
+    Raises ValueError for a text that is too short.
+    """
     if o.context > model.config.block_size:
         raise ValueError(f"--context {o.context} exceeds the model's context of {model.config.block_size}")
     tokens, name = calibration_tokens(folder, model, o.data, o.num_tokens, o.seed, o.context)
@@ -330,15 +339,15 @@ def training_text(o: argparse.Namespace, folder: Path, model: SparseTransformer)
         few = f"{tokens.numel()} tokens of text are one window of {tokens.shape[1]}"
         raise ValueError(f"{few}; another one must be held out: give more text or a smaller --context")
     count = max(1, min(len(tokens) // 8, HELD_OUT))
-    windows, held_out = tokens[:-count].cpu(), tokens[-count:]
-    amounts = {name: windows.numel()}
+    texts, held_out = tokens[:-count].cpu(), tokens[-count:]
+    amounts, own = {name: texts.numel()}, texts[:0]
 
     # texts that begin as these, and go on as the model would
     if more := -(-o.own_tokens // tokens.shape[1]):
-        begun = windows[torch.arange(more) % len(windows)]
+        begun = texts[torch.arange(more) % len(texts)]
         own = write_tails(model, begun, max(1, tokens.shape[1] // OWN_PREFIX), o.seed).cpu()
-        windows, amounts["the model's own after the beginnings of these"] = torch.cat((windows, own)), own.numel()
-    return windows, held_out, amounts
+        amounts["the model's own after the beginnings of these"] = own.numel()
+    return [texts, own], held_out, amounts
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -357,24 +366,25 @@ def main(argv: list[str] | None = None) -> Path:
         rule, rows = cuts_of_rows(o, folder, model)
         statistics = statistics_for(folder, None, model) if rule == "uniform" else None
         windows, held_out, amounts = training_text(o, folder, model)
+        table = table_of(rule, folder)
+        rescaled = table and rescaling(model, table, held_out, "held-out text of finetuning")
 
         # what decides the result, to the last bit
         names = "sparsity targets rank alpha learning_rate loss epochs batch_size seed precision".split()
-        inputs = [windows, *(t for row in rows for t in (*row.thresholds, *row.shifts) if t is not None)]
+        inputs = [*windows, *(t for row in rows for t in (*row.thresholds, *row.shifts) if t is not None)]
         chosen = {name: getattr(o, name) for name in names}
-        metadata = table_metadata(rule, folder, " and ".join(amounts), windows, inputs, **chosen)
+        metadata = table_metadata(rule, folder, " and ".join(amounts), torch.cat(windows), inputs, **chosen)
 
         # train
-        training, state = Training(model, rows, windows, o), output.with_name(f"{output.name}.state.safetensors")
+        training, state = Training(model, rows, *windows, o), output.with_name(f"{output.name}.state.safetensors")
         train(training, state, metadata)
         made = {"options": metadata, "text_tokens": amounts, "steps": training.steps}
-        made |= {"tokens_seen": training.steps * o.batch_size * windows.shape[1], "losses": training.losses.tolist()}
+        made |= {"tokens_seen": training.steps * o.batch_size * held_out.shape[1], "losses": training.losses.tolist()}
 
         # the cuts of what became of it; uniform ones follow from statistics
         weights = merged_weights(folder, training.student)
         merge(model, training.student)
-        if table := table_of(rule, folder):
-            table = rescaled(model, table, held_out, "held-out text of finetuning")
+        table = rescaled and rescaled()
 
         def write(folder: Path, part: Path) -> None:
             copy_files(folder, part)

@@ -134,6 +134,18 @@ def initial_cuts(model: SparseTransformer, tokens: Tensor, seed: int = 0) -> Cut
 
 
 @torch.no_grad()
+def share_cut(model: SparseTransformer, windows: Tensor, every: bool = False) -> float:
+    """The share of its weights that a model cuts on all windows [N, T] together; every: the least of any window."""
+    achieved = []
+    for batch in batches_of(windows, model, single=every):
+        if every or not achieved:
+            model.reset_counts()
+        model(batch, num_logits=1, dense_prefix=dense_prefix_of(windows.shape[1]))
+        achieved.append(model.achieved_sparsity())
+    return min(achieved) if every else achieved[-1]
+
+
+@torch.no_grad()
 def scaled_to(model: SparseTransformer, windows: Tensor, level: float, cuts: Cuts, every: bool = False) -> Cuts:
     """The cuts with all thresholds scaled by one factor, so that the model cuts `level` of its weights; they stay set.
 
@@ -144,15 +156,7 @@ def scaled_to(model: SparseTransformer, windows: Tensor, level: float, cuts: Cut
     for _ in range(40):
         scaled = Cuts(level, [threshold * math.exp(log_factor) for threshold in cuts.thresholds], cuts.shifts)
         model.set_cuts(scaled)
-
-        # the sparsity of all windows together, or the least of any
-        achieved = []
-        for batch in batches_of(windows, model, single=every):
-            if every or not achieved:
-                model.reset_counts()
-            model(batch, num_logits=1, dense_prefix=dense_prefix_of(windows.shape[1]))
-            achieved.append(model.achieved_sparsity())
-        reached = min(achieved) if every else achieved[-1]
+        reached = share_cut(model, windows, every)
         if abs(reached - level) < TOLERANCE:
             break
 
@@ -291,13 +295,24 @@ def finish(model: SparseTransformer, table: CutTable, windows: Tensor, text: str
     table.metadata["quality"] = json.dumps({"text": text, "perplexity": perplexities})
 
 
-def rescaled(model: SparseTransformer, table: CutTable, windows: Tensor, text: str) -> CutTable:
-    """A table of the same levels for other weights: each level's thresholds `scaled_to` it in every window [N, T]."""
-    scaled = CutTable([], {}, {name: value for name, value in table.metadata.items() if name != "quality"})
-    for i, level in enumerate(tqdm(table.levels, desc="scaling thresholds", unit="level")):
-        scaled.append(scaled_to(model, windows, level, table.level(i), every=True))
-    finish(model, scaled, windows, text)
-    return scaled
+def rescaling(model: SparseTransformer, table: CutTable, windows: Tensor, text: str) -> Callable[[], CutTable]:
+    """Measures how much a model cuts of windows [N, T] of `text` at each level of a table.
+
+    Returns what makes the table anew when the model has got other weights: it scales each level to cut as much again.
+    """
+    shares = []
+    for i in range(len(table.levels)):
+        model.set_cuts(table.level(i))
+        shares.append(share_cut(model, windows))
+
+    def rescaled() -> CutTable:
+        scaled = CutTable([], {}, {name: value for name, value in table.metadata.items() if name != "quality"})
+        for i, level in enumerate(tqdm(table.levels, desc="scaling thresholds", unit="level")):
+            scaled.append(scaled_to(model, windows, shares[i], table.level(i))._replace(sparsity=level))
+        finish(model, scaled, windows, text)
+        return scaled
+
+    return rescaled
 
 
 def main(argv: list[str] | None = None) -> CutTable:

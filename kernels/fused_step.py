@@ -470,8 +470,10 @@ def _head_kernel(
             pairs = four_pairs(words[0], words[1], words[2], above)
             packed_ptr += N * 3
             words = load_words(packed_ptr, local, in_vocab & (local < DIM // 8 - start // 8 - N))
+
+            # the escapes of the tile's four cells of 32 rows and 64 columns, if there are any
             slots, escapes = (), 0
-            for c in tl.static_range(4):  # cells of 32 rows and 64 columns
+            for c in tl.static_range(4):
                 group = start // WIDTH + c % 2
                 there = (group < GROUPS) & (tl.program_id(0) * BLOCK_V + c // 2 * 32 < n_vocab)
                 slots = slots + (tl.load(slots_ptr + c // 2 * GROUPS + group, mask=there, other=0),)  # noqa: RUF005

@@ -18,9 +18,11 @@ import refine
 from finetune import Training, merge
 from formats.checkpoint import load_weights
 from formats.files import read_json
+from formats.text import text_windows
 from model import Transformer
 from sparse_model import SparseTransformer, dense_prefix_of
 from thresholds import STATISTICS_NAME, Cuts, load_statistics, load_table
+from tokenizer import load_tokenizer
 
 TABLE = "thresholds_refined.safetensors"
 
@@ -32,8 +34,10 @@ def random_cuts(model: SparseTransformer, sparsity: float, seed: int, shifted: b
     return Cuts(sparsity, thresholds, shifts)
 
 
-def training_of(model: SparseTransformer, windows: torch.Tensor, rows: list[Cuts], **changes) -> Training:
-    return Training(model, rows, windows, options.finetune(flags(batch_size=len(rows), **changes)))
+def training_of(model: SparseTransformer, windows: torch.Tensor, rows: list[Cuts], own: int = 0, **changes) -> Training:
+    """A training on windows, of which the model wrote the first `own`."""
+    o = options.finetune(flags(batch_size=len(rows), **changes))
+    return Training(model, rows, windows[own:], windows[:own], o)
 
 
 def fill_b(training: Training) -> None:
@@ -80,28 +84,28 @@ GATELESS = {"gated": False, "activation": "gelu", "norm": "layer", "o_bias": Tru
 MODELS = {"biases": {"qkv_bias": True}, "capped": CAPPED, "no gate": GATELESS | {"parallel_residual": True}}
 
 
-@pytest.mark.parametrize("loss", ["kl", "next_token"])
+@pytest.mark.parametrize(("loss", "own"), [("kl", 0), ("next_token", 0), ("next_token", 1), ("kl", 1)])
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_those_of_plain_torch(name, loss, shifted, monkeypatch):
+def test_gradients_are_those_of_plain_torch(name, loss, own, shifted, monkeypatch):
     monkeypatch.setattr(finetune, "LARGEST_STEP", 1e9)
     monkeypatch.setattr(finetune, "LOGITS", 96 * 32)  # the loss in several pieces
     options = MODELS[name] | {"n_local_heads": 2, "vector_std": 0.2}
     model, plain, dense = (build(SparseTransformer, **options) for _ in range(3))
     rows, windows = [random_cuts(model, 0.5, 1, shifted), random_cuts(model, 0.3, 2, shifted)], random_tokens(2, 40)
-    training = training_of(model, windows, rows, loss=loss, rank=4, alpha=6.0, targets="q v o up down".split())
+    training = training_of(model, windows, rows, own, loss=loss, rank=4, alpha=6.0, targets="q v o up down".split())
     fill_b(training)
     assert len(training.parameters) == 2 * 5 * 2
     copies = reference(plain, training, rows, dense_prefix_of(40))
 
     # of the reference
-    batch = windows[training.order]
-    logits = plain(batch).log_softmax(-1)
-    if loss == "kl":
-        target = dense(batch).log_softmax(-1)
-        value = F.kl_div(logits, target, log_target=True, reduction="sum") / batch.numel()
-    else:
-        value = F.nll_loss(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    batch = training.windows[training.order]
+    logits, target = plain(batch).log_softmax(-1), dense(batch).log_softmax(-1)
+    of_window = F.kl_div(logits, target, log_target=True, reduction="none").sum((1, 2))
+    tokens = torch.full((2,), 40)
+    texts = training.order < (0 if loss == "kl" else 2 - own)
+    of_text = F.nll_loss(logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none").sum(1)
+    value = torch.where(texts, of_text, of_window).sum() / (tokens - texts.long()).sum()
     value.backward()
 
     # of the script
@@ -159,12 +163,13 @@ def test_training_lowers_the_divergence_on_other_text():
     model = build(SparseTransformer, n_local_heads=2, seed=3, std=0.25)
     windows, other = random_tokens(1024, 40, seed=5), random_tokens(16, 40, seed=6)
     cuts = refine.scaled_to(model, other, 0.4, refine.initial_cuts(model, windows[:8]))
-    training = training_of(model, windows, [cuts] * 16, epochs=2, learning_rate=3e-3, precision="float32")
+    training = training_of(model, windows, [cuts] * 16, loss="kl", epochs=2, learning_rate=3e-3)
 
     def divergence() -> torch.Tensor:
         with torch.no_grad():
             hidden, dense = (part(other).flatten(0, 1) for part in (training.student, training.teacher))
-            return finetune.loss_and_gradient(hidden, dense, model)[0]
+            every = torch.ones(other.numel(), dtype=torch.bool)
+            return finetune.loss_and_gradient(hidden, other.flatten(), model, dense, every)[0]
 
     before = divergence()
     for _ in training.run():
@@ -213,8 +218,16 @@ def test_the_tuned_checkpoint(base, tuned):
     assert made["steps"] == len(made["losses"]) == round(2 * (27 + 10) / 4) and made["tokens_seen"] == 18 * 160
     assert made["options"]["sparsity"] == "[0.3, 0.6]" and made["options"]["rank"] == "4"
 
-    # the table cuts every window held out by the level
+    # the table cuts as much of the text held out as the one before cuts with the weights before
     table, old = load_table(tuned / TABLE, tuned), load_table(base / TABLE)
+    texts = text_windows([base / "text.txt"], load_tokenizer(base, 300), 1200, 40)[-3:]
+    shares = []
+    for folder, cuts in ((base, old), (tuned, table)):
+        model = SparseTransformer.from_checkpoint(folder, "cpu", torch.float32)
+        for i in range(2):
+            model.set_cuts(cuts.level(i))
+            shares.append(refine.share_cut(model, texts))
+    assert shares[2:] == pytest.approx(shares[:2], abs=2e-3) and abs(shares[1] - 0.6) > 5e-3
     assert table.levels == [0.3, 0.6] and json.loads(table.metadata["quality"])["text"].startswith("held-out")
     ratio = table.level(0).thresholds[3] / old.level(0).thresholds[3]
     assert ratio.std() < 2e-3 * ratio.mean() and torch.equal(table.level(0).shifts[3], old.level(0).shifts[3])
