@@ -3,7 +3,6 @@
 import re
 
 from formats.config import FAMILIES
-from formats.files import shown
 
 # what publishers put behind a config's name; all else there is taken for a mistake, such as "-int-8" or "-fp8"
 PUBLISHED = r"(?:-(?:chat|hf|instruct|it|pt|base|python|deduped|v[\d.]+))*"
@@ -69,5 +68,5 @@ def named_config(name: str, ending: str = PUBLISHED) -> dict:
     form = key and re.fullmatch(rf"{ending}(?:-(packed|int8|int4))?", name[found[key].end() :], re.I)
     if not form:
         known = f"{', '.join(sorted(transformer_configs))}, each with -packed, -int8, -int4 or nothing behind it"
-        raise ValueError(f"no config is named like {shown(name)}; known: {known}")
+        raise ValueError(f"no config is named like {name!r:.200}; known: {known}")
     return transformer_configs[key] | {"quant": (form[1] or "none").lower(), "name": name}
