@@ -68,6 +68,7 @@ OWN_PREFIX = 16  # of a window that the model goes on with: its length by what i
 WARM_UP = 0.05  # of all steps, in which the learning rate rises; then it falls as a cosine does, to 0
 LARGEST_STEP = 1.0  # of the gradient's norm, for the mean loss per token
 LOOK_SECONDS = 5  # between looks at the losses, which wait for the device
+NOTHING, DENSE = -1, -2  # instead of a next token: no loss, or the divergence from the dense model
 LOGITS = 1 << 26  # that the loss takes at once, so that its float32 tensors have 268 MB each
 
 
@@ -137,19 +138,19 @@ def tuned_copy(model: SparseTransformer, rows: list[Cuts], length: int, o: argpa
 
 
 def loss_and_gradient(
-    hidden: Tensor, following: Tensor, model: SparseTransformer, dense: Tensor | None = None, by_kl: Tensor = None
+    hidden: Tensor, following: Tensor, dense: Tensor | None, model: SparseTransformer
 ) -> tuple[Tensor, Tensor]:
     """Sum over N tokens of the loss, float32, and its gradient by the hidden states [N, dim].
 
-    following: the next tokens [N], int64; -1: none, which costs nothing.
-    dense, by_kl: the dense model's hidden states [N, dim], and for which tokens, [N], bool, the loss is the KL
-    divergence from its distribution. For the others it is that from a distribution with all its mass on the next token.
+    following: the next tokens [N], int64, or `NOTHING`, or `DENSE`. The loss is the KL divergence from a distribution:
+        all its mass is on the next token, or it is the dense model's.
+    dense: the dense model's hidden states [N, dim]; None if no token needs them.
     """
     logits = model.head(hidden).float()
     log_q = logits.log_softmax(-1)
     p = (following[:, None] == torch.arange(logits.shape[1], device=logits.device)).float()
     if dense is not None:
-        p = torch.where(by_kl[:, None], model.head(dense).float().softmax(-1), p)
+        p = torch.where((following == DENSE)[:, None], model.head(dense).float().softmax(-1), p)
     loss, slope = (torch.special.xlogy(p, p) - p * log_q).sum(), log_q.exp() * p.sum(1, keepdim=True) - p
 
     # back through the logits' cap and scaling
@@ -164,7 +165,7 @@ class Training:
     def __init__(self, model: SparseTransformer, rows: list[Cuts], texts: Tensor, own: Tensor, o: argparse.Namespace):
         windows = torch.cat((texts, own))
         self.o, self.windows, self.model = o, windows.to(model.device), model
-        self.first_by_kl = 0 if o.loss == "kl" else len(texts)  # the first window whose loss is the divergence
+        self.n_texts = 0 if o.loss == "kl" else len(texts)  # windows whose loss is of next tokens: the first ones
         self.student, self.teacher = tuned_copy(model, rows, windows.shape[1], o), without_head(model)
         compiled = partial(torch.compile, dynamic=False) if o.compile else lambda function: function
         self.loss_and_gradient = compiled(loss_and_gradient)
@@ -194,19 +195,19 @@ class Training:
 
         # hidden states, and what they are compared with
         hidden = self.student(batch).flatten(0, 1)
-        following = F.pad(batch[:, 1:], (0, 1), value=-1).flatten()
-        compared, by_kl = [following], (picked >= self.first_by_kl)[:, None].expand_as(batch).flatten()
-        count = (by_kl | (following >= 0)).sum()
-        if self.first_by_kl < len(self.windows):
+        following = F.pad(batch[:, 1:], (0, 1), value=NOTHING)
+        following = torch.where((picked < self.n_texts)[:, None], following, DENSE).flatten()
+        count, dense = (following != NOTHING).sum(), None
+        if self.n_texts < len(self.windows):
             with torch.no_grad():
-                compared += self.teacher(batch).flatten(0, 1), by_kl
+                dense = self.teacher(batch).flatten(0, 1)
 
         # the loss, some tokens at a time; its gradient is of the sum, which float16 holds, and divided afterwards
         size = 1 << (LOGITS // self.model.config.vocab_size | 1).bit_length() - 1
         with torch.no_grad():
-            parts = zip(*(tensor.split(size) for tensor in (hidden, *compared)), strict=True)
-            results = [self.loss_and_gradient(h, f, self.model, *dense) for h, f, *dense in parts]
-        losses, gradients = zip(*results, strict=True)
+            pieces = [slice(i, i + size) for i in range(0, len(hidden), size)]
+            parts = [(hidden[i], following[i], None if dense is None else dense[i]) for i in pieces]
+            losses, gradients = zip(*(self.loss_and_gradient(*part, self.model) for part in parts), strict=True)
         hidden.backward(torch.cat(gradients))
         for parameter in self.parameters.values():
             parameter.grad /= count
@@ -367,7 +368,7 @@ def main(argv: list[str] | None = None) -> Path:
         statistics = statistics_for(folder, None, model) if rule == "uniform" else None
         windows, held_out, amounts = training_text(o, folder, model)
         table = table_of(rule, folder)
-        rescaled = table and rescaling(model, table, held_out, "held-out text of finetuning")
+        rescaled = rescaling(model, table, held_out, "held-out text of finetuning") if table else None
 
         # what decides the result, to the last bit
         names = "sparsity targets rank alpha learning_rate loss epochs batch_size seed precision".split()
@@ -384,7 +385,8 @@ def main(argv: list[str] | None = None) -> Path:
         # the cuts of what became of it; uniform ones follow from statistics
         weights = merged_weights(folder, training.student)
         merge(model, training.student)
-        table = rescaled and rescaled()
+        if table:
+            table = rescaled()
 
         def write(folder: Path, part: Path) -> None:
             copy_files(folder, part)

@@ -173,7 +173,8 @@ def finetune(argv: list[str] | None = None) -> Namespace:
     add("--sparsity", action=SPARSITY, nargs="+", default=[0.5], help="each window of a batch is cut at one of them")
     add("--thresholds", default="best", help="best, uniform, greedy, refined or a cut table's file")
     add("--targets", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS), help="projections to tune")
-    add("--loss", choices=("next_token", "kl"), default="next_token", help="of the text; kl: to the dense model")
+    losses = "next tokens of the text, or KL divergence from the dense model"
+    add("--loss", choices=("next_token", "kl"), default="next_token", help=losses)
     add("--rank", action=at_least(1), default=32, help="rank of A B, which is added to a weight")
     positive = number(float, lambda f: 0 < f < float("inf"), "must be above 0")
     add("--alpha", action=positive, default=64.0, help="A B is multiplied by alpha / rank")

@@ -296,9 +296,10 @@ def finish(model: SparseTransformer, table: CutTable, windows: Tensor, text: str
 
 
 def rescaling(model: SparseTransformer, table: CutTable, windows: Tensor, text: str) -> Callable[[], CutTable]:
-    """Measures how much a model cuts of windows [N, T] of `text` at each level of a table.
+    """Measures now how much of its weights a model cuts at each level of a table, on windows [N, T] of `text`.
 
-    Returns what makes the table anew when the model has got other weights: it scales each level to cut as much again.
+    Returns a function, to be called when the model has other weights: it returns the table with each level's thresholds
+    `scaled_to` that share again.
     """
     shares = []
     for i in range(len(table.levels)):

@@ -3,6 +3,7 @@
 import re
 
 from formats.config import FAMILIES
+from formats.files import shown
 
 # what publishers put behind a config's name; all else there is taken for a mistake, such as "-int-8" or "-fp8"
 PUBLISHED = r"(?:-(?:chat|hf|instruct|it|pt|base|python|deduped|v[\d.]+))*"
@@ -61,12 +62,13 @@ transformer_configs = {  # layers, heads, key/value heads, width, hidden width; 
 def named_config(name: str, ending: str = PUBLISHED) -> dict:
     """The fields of the config whose key is the longest one contained in `name` (GPT-Fast's rule, case ignored).
 
-    What follows must match `ending`; then "-packed", "-int8" or "-int4" asks for such weights. ValueError: no match.
+    Behind the key `name` may have words that match `ending`, then "-packed", "-int8" or "-int4", which asks for such
+    weights. Raises ValueError for anything else.
     """
     found = {key: re.search(rf"(?<![\d.]){re.escape(key)}", name, re.I) for key in transformer_configs}
     key = max((key for key, match in found.items() if match), key=len, default=None)
     form = key and re.fullmatch(rf"{ending}(?:-(packed|int8|int4))?", name[found[key].end() :], re.I)
     if not form:
         known = f"{', '.join(sorted(transformer_configs))}, each with -packed, -int8, -int4 or nothing behind it"
-        raise ValueError(f"no config is named like {name!r:.200}; known: {known}")
+        raise ValueError(f"no config is named like {shown(name)}; known: {known}")
     return transformer_configs[key] | {"quant": (form[1] or "none").lower(), "name": name}

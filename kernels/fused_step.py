@@ -130,11 +130,20 @@ def chunks_in(cache_length: int) -> int:
 
 
 @triton.jit
-def _of_qkv(x_ptr, bias_ptr, offsets, mask, DTYPE: tl.constexpr):
+def _if_there(ptr, offsets, mask):
+    """A tuple of what lies at a pointer, float32; empty without a pointer."""
+    loaded = ()
+    if ptr is not None:
+        loaded = (tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32),)
+    return loaded
+
+
+@triton.jit
+def _of_qkv(x_ptr, bias, offsets, mask, DTYPE: tl.constexpr):
     """Elements of qkv with their bias, float32, rounded where the unfused model rounds."""
     x = rounded(tl.load(x_ptr + offsets, mask=mask, other=0.0), DTYPE)
-    if bias_ptr is not None:
-        x = rounded(x + tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32), DTYPE)
+    if len(bias) > 0:
+        x = rounded(x + bias[0], DTYPE)
     return x
 
 
@@ -151,23 +160,11 @@ def _cosines_and_sines(position, inv_freq_ptr, pair, mask, FACTOR: tl.constexpr)
 
 
 @triton.jit
-def _if_there(ptr, offsets, mask):
-    """A tuple of what lies at a pointer, float32; empty without a pointer."""
-    loaded = ()
-    if ptr is not None:
-        loaded = (tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32),)
-    return loaded
-
-
-@triton.jit
-def _rotated(x_ptr, bias, gain, offsets, mask, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
-    """Heads of qkv [rows, elements], queries or keys: normalised if there is a gain, their pairs rotated.
+def _rotated(x, gain, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
+    """Queries or keys [rows, elements]: normalised if there is a gain, then each pair of elements rotated.
 
     Their squares add up in float64, so that a launch with another layout gets the same sum.
     """
-    x = rounded(tl.load(x_ptr + offsets, mask=mask, other=0.0), DTYPE)
-    if len(bias) > 0:
-        x = rounded(x + bias[0], DTYPE)
     if len(gain) > 0:
         squares = x.to(tl.float64) * x.to(tl.float64)
         mean = tl.sum(squares, axis=1, keep_dims=True).to(tl.float32) / HEAD_DIM
@@ -300,9 +297,10 @@ def _attention_kernel(
     heads = head * HEADS_PER_KV + g
     q_offsets = (heads * HEAD_DIM)[:, None] + d[None, :]
     q_mask = in_g[:, None] & in_d[None, :]
-    q = _rotated(qkv_ptr, q_bias, q_gain, q_at, q_in, cos, sin, eps, HEAD_DIM, DTYPE)
-    k_new = _rotated(qkv_ptr, k_bias, k_gain, k_at, k_in, cos, sin, eps, HEAD_DIM, DTYPE)
-    v_new = _of_qkv(qkv_ptr, bias_ptr, (N_HEAD + N_KV + head) * HEAD_DIM + d, in_d, DTYPE).to(DTYPE)
+    q = _rotated(_of_qkv(qkv_ptr, q_bias, q_at, q_in, DTYPE), q_gain, cos, sin, eps, HEAD_DIM, DTYPE)
+    k_new = _rotated(_of_qkv(qkv_ptr, k_bias, k_at, k_in, DTYPE), k_gain, cos, sin, eps, HEAD_DIM, DTYPE)
+    v_at = (N_HEAD + N_KV + head) * HEAD_DIM + d
+    v_new = _of_qkv(qkv_ptr, _if_there(bias_ptr, v_at, in_d), v_at, in_d, DTYPE).to(DTYPE)
     if owner and not SHARED:
         at = cache + position.to(tl.int64) * HEAD_DIM
         tl.store(k_cache_ptr + at + i, k_new, mask=k_in & (r == 0))
@@ -365,9 +363,9 @@ def _cache_kernel(
     pair = tl.arange(0, BLOCK_D // 2)[None, :]
     cos, sin = _cosines_and_sines(position, inv_freq_ptr, pair, pair < HEAD_DIM // 2, FACTOR)
     k_at, v_at = (N_HEAD + head) * HEAD_DIM + d, (N_HEAD + N_KV + head) * HEAD_DIM + d
-    bias, gain = _if_there(bias_ptr, k_at, in_d), _if_there(gain_ptr, d, in_d)
-    k_new = _rotated(qkv_ptr, bias, gain, k_at, in_d, cos, sin, eps, HEAD_DIM, DTYPE)
-    v_new = _of_qkv(qkv_ptr, bias_ptr, v_at, in_d, DTYPE)
+    k_new = _of_qkv(qkv_ptr, _if_there(bias_ptr, k_at, in_d), k_at, in_d, DTYPE)
+    k_new = _rotated(k_new, _if_there(gain_ptr, d, in_d), cos, sin, eps, HEAD_DIM, DTYPE)
+    v_new = _of_qkv(qkv_ptr, _if_there(bias_ptr, v_at, in_d), v_at, in_d, DTYPE)
     at = (head.to(tl.int64) * seq_length + position) * HEAD_DIM + d
     tl.store(k_cache_ptr + at, k_new, mask=in_d)
     tl.store(v_cache_ptr + at, v_new.to(DTYPE), mask=in_d)

@@ -168,8 +168,7 @@ def test_training_lowers_the_divergence_on_other_text():
     def divergence() -> torch.Tensor:
         with torch.no_grad():
             hidden, dense = (part(other).flatten(0, 1) for part in (training.student, training.teacher))
-            every = torch.ones(other.numel(), dtype=torch.bool)
-            return finetune.loss_and_gradient(hidden, other.flatten(), model, dense, every)[0]
+            return finetune.loss_and_gradient(hidden, torch.full((len(dense),), finetune.DENSE), dense, model)[0]
 
     before = divergence()
     for _ in training.run():
