@@ -21,8 +21,9 @@ cuts as much of the held-out text as the given one did. finetune.json says how i
 table, but for the tuned model as its own dense one. A run that was stopped goes on from <output_dir>.state.safetensors,
 saved every minute.
 
-Memory: the model, 16 bytes per parameter of A and B, of every token in a batch the input of each block, and what one
-block keeps for its gradient.
+Memory: the model, 16 bytes per parameter of A and B, and what blocks keep of a batch for their gradients. If that is
+more than 30 % of a GPU's memory, and always on a CPU, it is the input of each block and what one block keeps. Otherwise
+--compile also records the first step as a CUDA graph, whose replays are the other steps: the host launches no kernels.
 """
 
 import options
@@ -68,6 +69,7 @@ OWN_PREFIX = 16  # of a window that the model goes on with: its length by what i
 WARM_UP = 0.05  # of all steps, in which the learning rate rises; then it falls as a cosine does, to 0
 LARGEST_STEP = 1.0  # of the gradient's norm, for the mean loss per token
 LOOK_SECONDS = 5  # between looks at the losses, which wait for the device
+KEPT = 0.3  # of a GPU's memory: what blocks may keep of a batch for their gradients, 24 GB of an H100
 NOTHING, DENSE = -1, -2  # instead of a next token: no loss, or the divergence from the dense model
 LOGITS = 1 << 26  # that the loss takes at once, so that its float32 tensors have 268 MB each
 
@@ -137,6 +139,15 @@ def tuned_copy(model: SparseTransformer, rows: list[Cuts], length: int, o: argpa
     return student
 
 
+def keep_all(model: SparseTransformer, tokens: int) -> bool:
+    """Whether blocks keep all that their gradients need of so many tokens: the GPU has room for it, estimated."""
+    if model.device.type != "cuda":
+        return False
+    config, weights = model.config, sum(site.weight.numel() for site in model.sites)
+    kept = weights + tokens * config.n_layer * (12 * config.dim + 6 * config.intermediate_size)
+    return kept * model.dtype.itemsize < KEPT * torch.cuda.get_device_properties(model.device).total_memory
+
+
 def loss_and_gradient(
     hidden: Tensor, following: Tensor, dense: Tensor | None, model: SparseTransformer
 ) -> tuple[Tensor, Tensor]:
@@ -171,13 +182,24 @@ class Training:
         self.loss_and_gradient = compiled(loss_and_gradient)
         for block in (*self.student.layers, *self.teacher.layers):
             block.forward = compiled(block.forward)
-        for block in self.student.layers:  # only its input is kept for the gradient
+        keep = keep_all(model, o.batch_size * windows.shape[1])
+        for block in () if keep else self.student.layers:  # only its input is kept for the gradient
             block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+        # of all batches alike, and no part of a step: some frequencies come from the host
+        needs = model.rope_and_masks(torch.arange(windows.shape[1], device=model.device), length=windows.shape[1])
+        self.student.rope_and_masks = self.teacher.rope_and_masks = lambda *_: needs
+
+        # what a step reads and writes
+        self.picked = torch.zeros(o.batch_size, dtype=torch.int64, device=model.device)
+        self.rate, self.loss = (torch.zeros((), device=model.device) for _ in range(2))
+        self.recorded, self.graph = keep and o.compile, None
 
         self.parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError(f"--targets {' '.join(o.targets)}: {model.config.name} has no such projection")
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        adam = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True, "capturable": self.recorded}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), self.rate, **adam)
         self.steps = max(1, round(o.epochs * len(windows) / o.batch_size))
         generator, epochs = torch.Generator().manual_seed(o.seed), -(-self.steps * o.batch_size // len(windows))
         order = [torch.randperm(len(windows), generator=generator) for _ in range(epochs)]
@@ -190,13 +212,26 @@ class Training:
 
     def step(self, step: int) -> Tensor:
         """Trains on one batch; returns the mean loss per token, still on the device."""
-        picked = self.order[step * self.o.batch_size :][: self.o.batch_size]
-        batch = self.windows[picked]
+        self.picked.copy_(self.order[step * self.o.batch_size :][: self.o.batch_size])
+        self.rate.fill_(self.learning_rate(step))
+        if self.graph:
+            self.graph.replay()
+        elif self.recorded:
+            from kernels.fused_step import record_graph
+
+            self.graph = record_graph(self.learn, self.rate)  # runs it once: this step
+        else:
+            self.learn()
+        return self.loss.clone()
+
+    def learn(self) -> None:
+        """A step on the windows `picked` at the learning rate `rate`; sets `loss`. The device waits for no host."""
+        batch = self.windows[self.picked]
 
         # hidden states, and what they are compared with
         hidden = self.student(batch).flatten(0, 1)
         following = F.pad(batch[:, 1:], (0, 1), value=NOTHING)
-        following = torch.where((picked < self.n_texts)[:, None], following, DENSE).flatten()
+        following = torch.where((self.picked < self.n_texts)[:, None], following, DENSE).flatten()
         count, dense = (following != NOTHING).sum(), None
         if self.n_texts < len(self.windows):
             with torch.no_grad():
@@ -213,10 +248,9 @@ class Training:
             parameter.grad /= count
 
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_STEP)
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.stack(losses).sum() / count
+        self.loss.copy_(torch.stack(losses).sum() / count)
 
     def run(self) -> Iterator[None]:
         """Makes the steps that are left; yields whenever `losses` has grown. Raises ValueError if one is not finite."""
@@ -237,6 +271,7 @@ class Training:
                 progress.update(len(new) * tokens)
                 self.losses, new, looked = torch.cat((self.losses, recent)), [], time.monotonic()
                 yield
+        self.graph = None  # and its memory
 
 
 class SavedState(NamedTuple):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from finetune import Training, merge
 from formats.checkpoint import load_weights
 from formats.files import read_json
 from formats.text import text_windows
+from kernels import fused_step
 from model import Transformer
 from sparse_model import SparseTransformer, dense_prefix_of
 from thresholds import STATISTICS_NAME, Cuts, load_statistics, load_table
@@ -81,7 +83,12 @@ def reference(model: SparseTransformer, training: Training, rows: list[Cuts], pr
 CAPPED = {"post_norm": True, "attention_softcap": 3.0, "logit_softcap": 2.0, "logits_scaling": 0.5}
 CAPPED |= {"tie_embeddings": True}
 GATELESS = {"gated": False, "activation": "gelu", "norm": "layer", "o_bias": True, "mlp_bias": True}
-MODELS = {"biases": {"qkv_bias": True}, "capped": CAPPED, "no gate": GATELESS | {"parallel_residual": True}}
+BY_LENGTH = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+MODELS = {
+    "biases": {"qkv_bias": True, "rope_scaling": BY_LENGTH},
+    "capped": CAPPED,
+    "no gate": GATELESS | {"parallel_residual": True},
+}
 
 
 @pytest.mark.parametrize(("loss", "own"), [("kl", 0), ("next_token", 0), ("next_token", 1), ("kl", 1)])
@@ -90,6 +97,7 @@ MODELS = {"biases": {"qkv_bias": True}, "capped": CAPPED, "no gate": GATELESS | 
 def test_gradients_are_those_of_plain_torch(name, loss, own, shifted, monkeypatch):
     monkeypatch.setattr(finetune, "LARGEST_STEP", 1e9)
     monkeypatch.setattr(finetune, "LOGITS", 96 * 32)  # the loss in several pieces
+    monkeypatch.setattr(finetune, "keep_all", lambda *_: shifted)
     options = MODELS[name] | {"n_local_heads": 2, "vector_std": 0.2}
     model, plain, dense = (build(SparseTransformer, **options) for _ in range(3))
     rows, windows = [random_cuts(model, 0.5, 1, shifted), random_cuts(model, 0.3, 2, shifted)], random_tokens(2, 40)
@@ -282,7 +290,9 @@ def test_the_model_tunes_on_its_own_text(base, tmp_path):
     assert read_json(out / "finetune.json")["text_tokens"] == {"the model's own, seed 0": 360}
 
 
-def test_a_stopped_run_goes_on_to_the_same_losses(base, tuned, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def stopped(monkeypatch) -> list[int]:
+    """The steps made, of which the eighth is interrupted. Each is saved."""
     monkeypatch.setattr(finetune, "LOOK_SECONDS", 0)
     monkeypatch.setattr(finetune, "SAVE_SECONDS", 0)
     original, steps = Training.step, []
@@ -294,6 +304,10 @@ def test_a_stopped_run_goes_on_to_the_same_losses(base, tuned, tmp_path, monkeyp
         return original(self, step)
 
     monkeypatch.setattr(Training, "step", stop)
+    return steps
+
+
+def test_a_stopped_run_goes_on_to_the_same_losses(base, tuned, tmp_path, stopped):
     chosen = {"sparsity": [0.3, 0.6], "own_tokens": 400, "output_dir": tmp_path / "out"}
     with pytest.raises(KeyboardInterrupt):
         tune(base, **chosen)
@@ -320,12 +334,34 @@ def test_a_stopped_run_goes_on_to_the_same_losses(base, tuned, tmp_path, monkeyp
     # the same ones end as a run that was not stopped
     with pytest.warns(UserWarning, match="goes on where an earlier run stopped, after step 7 of 18"):
         out = tune(base, **chosen)
-    assert steps == [*range(8), *range(7, 18)] and not state.exists()
+    assert stopped == [*range(8), *range(7, 18)] and not state.exists()
     assert read_json(out / "finetune.json")["losses"] == read_json(tuned / "finetune.json")["losses"]
     assert (out / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
     expected, table = (load_table(folder / TABLE) for folder in (tuned, out))
     assert table.metadata == expected.metadata
     assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in table.tensors.items())
+
+
+def test_a_recorded_step_does_what_others_do(base, tuned, tmp_path, stopped, monkeypatch):
+    recorded = []
+
+    def record(launch, *state):
+        before = [tensor.clone() for tensor in state]
+        launch()
+        assert all(map(torch.equal, before, state))  # record_graph would undo the change
+        recorded.append(launch)
+        return SimpleNamespace(replay=launch)
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(finetune, "keep_all", lambda *_: True)
+    monkeypatch.setattr(fused_step, "record_graph", record)
+    chosen = {"sparsity": [0.3, 0.6], "own_tokens": 400, "output_dir": tmp_path / "out", "compile": True}
+    with pytest.raises(KeyboardInterrupt):
+        tune(base, **chosen)
+    with pytest.warns(UserWarning, match="after step 7 of 18"):
+        out = tune(base, **chosen)
+    assert len(recorded) == 2
+    assert read_json(out / "finetune.json")["losses"] == read_json(tuned / "finetune.json")["losses"]
 
 
 def test_a_state_that_is_none(base, tmp_path):
@@ -375,11 +411,25 @@ def test_what_cannot_be_tuned(base, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [True, False])
-def test_on_a_gpu(base, tuned, tmp_path, compiled):
-    out = tune(base, sparsity=[0.3, 0.6], device="cuda", compile=compiled or None, output_dir=tmp_path / "out")
+@pytest.mark.parametrize(("compiled", "kept"), [(True, 1.0), (True, 0.0), (False, 1.0)])
+def test_on_a_gpu(base, tmp_path, stopped, monkeypatch, compiled, kept):
+    monkeypatch.setattr(finetune, "KEPT", kept)
+    recorded, record = [], fused_step.record_graph
+    monkeypatch.setattr(fused_step, "record_graph", lambda *args: recorded.append(record(*args)) or recorded[-1])
+
+    # with a stop: what a graph reads is what the state set
+    chosen = {"device": "cuda", "compile": compiled or None, "output_dir": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        tune(base, sparsity=[0.3, 0.6], **chosen)
+    with pytest.warns(UserWarning, match="after step 7 of"):
+        out = tune(base, sparsity=[0.3, 0.6], **chosen)
+    assert len(recorded) == (2 if compiled and kept else 0)
     losses = read_json(out / "finetune.json")["losses"]
     assert sum(losses[-4:]) < sum(losses[:4])
+
+    # as on a CPU, without one
+    out = tune(base, sparsity=[0.3, 0.6], output_dir=tmp_path / "cpu")
+    assert losses == pytest.approx(read_json(out / "finetune.json")["losses"], rel=0.02)
 
 
 def test_without_head_shares_all_tensors():
