@@ -225,7 +225,7 @@ class Training:
         return self.loss.clone()
 
     def learn(self) -> None:
-        """A step on the windows `picked` at the learning rate `rate`; sets `loss`. The device waits for no host."""
+        """A step on the windows `picked` at the learning rate `rate`; sets `loss`. The host never waits for it."""
         batch = self.windows[self.picked]
 
         # hidden states, and what they are compared with

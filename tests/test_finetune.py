@@ -163,6 +163,8 @@ def test_the_learning_rate_rises_and_falls():
     rates = [training.learning_rate(i) for i in range(training.steps)]
     assert training.steps == 200 and rates[9] == max(rates) == pytest.approx(0.5, rel=0.01)
     assert rates[0] == pytest.approx(0.05, rel=0.01) and rates[-1] < 1e-4 and rates[9:] == sorted(rates[9:])[::-1]
+    training.step(3)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(rates[3])
     seen = training.order.view(25, 8).sort(1).values
     assert torch.equal(seen, torch.arange(8).expand(25, 8)) and not torch.equal(training.order[:8], seen[0])
 
