@@ -198,8 +198,8 @@ class Training:
         self.parameters = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError(f"--targets {' '.join(o.targets)}: {model.config.name} has no such projection")
-        adam = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True, "capturable": self.recorded}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), self.rate, **adam)
+        adamw = partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=self.recorded)
+        self.optimizer = adamw(self.parameters.values(), self.rate)
         self.steps = max(1, round(o.epochs * len(windows) / o.batch_size))
         generator, epochs = torch.Generator().manual_seed(o.seed), -(-self.steps * o.batch_size // len(windows))
         order = [torch.randperm(len(windows), generator=generator) for _ in range(epochs)]
