@@ -3,7 +3,8 @@
     python finetune.py --data c4 --output_dir OUT                           # the default model, tuned for 50 %
     python finetune.py --sparsity 0.25 0.4 0.5 0.65 --data a.txt b.jsonl    # one checkpoint for several levels
     python finetune.py --data c4 --num_tokens 500000 --own_tokens 2000000   # and texts that go on as the model would
-    python finetune.py --sparsity 0 --data c4                               # a dense model on the same text, to compare
+    python finetune.py --sparsity 0 --data c4 --output_dir DENSE            # a dense model on the same text, to compare
+    python finetune.py --checkpoint_path DENSE --loss kl --data c4          # and on from that one: measures best
 
 The weight W of each projection in --targets becomes W + alpha / rank * A B (LoRA, arXiv 2106.09685). A [in, rank] and
 B [rank, out] are trained in float32, everything else is frozen. A product takes the sum, rounded to --precision. Inputs

@@ -26,6 +26,7 @@ RULES |= {"up-input": "C6", "up-output": "C8"}
 MARKERS = {"none": "o", "packed": "D", "int8": "s", "int4": "^"}
 PEERS = {"GPT-Fast": "D", "TEAL": "^", "TEAL dense": "v"}
 SPEEDUP = "NVIDIA H100 80GB HBM3", "llama-3-8b"  # whose sweep with a short prompt is drawn beside the peers
+LORA = "-lora-"  # in the name of a checkpoint that finetune.py made: before it its base, after it the sparsity in %
 MOST_PERPLEXITY = 300  # what is above is drawn at this height, with its number
 
 
@@ -111,7 +112,7 @@ def plot_quality() -> None:
     """The rules on WikiText-2, full protocol; beside them, for 16, 8 and 4 bits, perplexity against bytes per token."""
     protocol = {"text": "wikitext", "sparse_fraction": "0.99", "context": "2048", "window": "512", "num_windows": "128"}
     measured = [row for row in read_rows("quality.csv") if protocol.items() <= row.items()]
-    models = sorted({row["model"] for row in measured})
+    models = sorted({row["model"] for row in measured if LORA not in row["model"]})
     if not models:
         return
     figure, axes = grid(2 * len(models), columns=2)
@@ -128,14 +129,21 @@ def plot_quality() -> None:
             if rows := lines["none", rule]:
                 draw_perplexity(by_sparsity, percent(rows), rows, f"o{'--' if rule == 'norms' else '-'}", label=rule)
 
+        # weights tuned for each sparsity
+        tuned = [row for row in measured if row["model"] == f"{model}{LORA}{100 * float(row['sparsity']):g}"]
+        tuned = [row for row in tuned if (row["quant"], row["rule"]) == ("none", "refined")]
+        if tuned := sorted(tuned, key=lambda row: float(row["sparsity"])):
+            draw_perplexity(by_sparsity, percent(tuned), tuned, "D:", label="refined, weights tuned (LoRA)")
+
         # two rules from dense on, in every form of the weights
         for (quant, rule), rows in sorted(lines.items()):
             bytes_at = bytes_line(model, quant)
             if rule in ("uniform", "refined") and bytes_at:
                 rows = lines[quant, "dense"] + rows
                 draw_perplexity(by_bytes, bytes_at(percent(rows)) / 1e6, rows, f"{MARKERS[quant]}-")
-        for quant, marker in MARKERS.items():
-            by_bytes.plot([], [], marker, color="grey", label="16-bit weights" if quant == "none" else quant)
+        drawn = {quant for quant, _ in lines}
+        for quant in [quant for quant in MARKERS if quant in drawn]:
+            by_bytes.plot([], [], MARKERS[quant], color="grey", label="16-bit weights" if quant == "none" else quant)
 
         # both panels alike
         by_sparsity.set(xlabel="achieved sparsity, %")
@@ -143,7 +151,7 @@ def plot_quality() -> None:
         for axis in (by_sparsity, by_bytes):
             axis.set(title=f"{model}, WikiText-2", ylabel="perplexity", yscale="log")
             axis.set_ylim(axis.get_ylim()[0], 1.25 * MOST_PERPLEXITY)
-            ticks(axis, (4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 40, 60, 100, 200, 300))
+            ticks(axis, (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 200, 300))
     save(figure, "quality.png", legend=axes)
 
 
