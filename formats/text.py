@@ -1,6 +1,7 @@
 """Text from files and from C4: documents for calibration, the text of a perplexity, the records of a task.
 
-A file is plain text or lines of JSON, gzip or not, in UTF-8 with or without a byte order mark, read as far as used.
+A file is plain text, lines of JSON or one array, gzip or not, in UTF-8 with or without a byte order mark. Text and
+lines are read as far as used.
 """
 
 import gzip
@@ -18,6 +19,11 @@ from formats.files import one_line, parse_json, regular_file, shown
 
 WINDOW, MIN_WINDOW = 2048, 256  # tokens: of a window of calibration text, and the least that there must be
 CHUNK, PIECE = 1 << 16, 1 << 20  # characters: read at once, and tokenised at once (1 M took 200 MB in `tokenizers`)
+FIELDS = {
+    ("text",): "",
+    ("prefix", "gold_completion"): "",
+    ("instruction", "input", "output"): "\n",
+}  # of a record, and what joins them
 PLAIN, RECORDS = (".txt", ".raw"), (".json", ".jsonl", ".ndjson")  # suffixes; of other files the first line decides
 
 
@@ -35,17 +41,22 @@ def read_text(path: str | Path, lines: bool = False) -> Iterator[str]:
 
 
 def read_records(path: str | Path) -> Iterator[dict]:
-    """The objects in a file's lines of JSON, blank lines left out. Raises ValueError for a line that is none."""
-    for number, line in enumerate(read_text(path, lines=True), 1):
-        if line.strip():
-            record = parse_json(line, where := f"line {number} of {path}")
-            if not isinstance(record, dict):
-                raise ValueError(f"{where} is not a JSON object: {shown(record)}")
-            yield record
+    """The objects in a file's lines of JSON, blank lines left out, or in its array. Raises ValueError for others."""
+    first = next(filter(str.strip, read_text(path, lines=True)), "")
+    if first.lstrip().startswith("["):
+        values = parse_json("".join(read_text(path)), path)
+        found = ((f"element {i} of {path}", value) for i, value in enumerate(values, 1))
+    else:
+        lines = ((f"line {i} of {path}", line) for i, line in enumerate(read_text(path, lines=True), 1))
+        found = ((where, parse_json(line, where)) for where, line in lines if line.strip())
+    for where, record in found:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is not a JSON object: {shown(record)}")
+        yield record
 
 
 def read_documents(source: str | Path, lines: bool = False) -> Iterator[Iterator[str]]:
-    """The documents in a plain text file (one), in lines of JSON, or in `c4` (a shard of its validation split).
+    """The documents in a plain text file (one), in `read_records`, or in `c4` (a shard of its validation split).
 
     Each comes in chunks or in lines. Raises ValueError: a file or record without text, C4 that cannot be fetched.
     """
@@ -57,11 +68,13 @@ def read_documents(source: str | Path, lines: bool = False) -> Iterator[Iterator
         return
 
     for record in read_records(path):
-        parts = [record.get(key) for key in (("text",) if "text" in record else ("prefix", "gold_completion"))]
+        names = next((names for names in FIELDS if names[0] in record), ("text",))
+        parts = [record.get(name) for name in names]
         if not all(isinstance(part, str) for part in parts):
-            wanted = "a JSON object with the field text, or prefix and gold_completion, of strings"
-            raise ValueError(f"a line of {path} is not {wanted}: {shown(record)}")
-        yield io.StringIO("".join(parts)) if lines else iter(parts)
+            wanted = ", or ".join(" and ".join(names) for names in FIELDS)
+            raise ValueError(f"a record of {path} is not a JSON object with the strings {wanted}: {shown(record)}")
+        text = FIELDS[names].join(filter(None, parts))
+        yield io.StringIO(text) if lines else iter([text])
 
 
 def encode_pieces(chunks: Iterable[str], tokenizer, size: int = PIECE) -> Iterator[list[int]]:

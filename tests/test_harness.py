@@ -195,7 +195,7 @@ def test_code_that_the_model_writes_runs_with_consent_alone(both, monkeypatch):
     ("content", "message"),
     [
         ("{not json", "line 1 of .* is not valid JSON"),
-        ("[1]\n", "line 1 of .* is not a JSON object"),
+        ("[1]\n", "element 1 of .* is not a JSON object"),
         ("", "is empty; give it a line of JSON per document"),
         ("\n\n", "is empty"),
         ('{"other": 1}\n', "cannot be evaluated"),

@@ -60,6 +60,17 @@ def test_lines_of_json(tmp_path, name, zipped, mark, ends):
     assert bytes(tokens.tolist()).decode() == "\n\n".join(TEXTS)
 
 
+def test_an_array_of_records(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS, indent=2))
+    assert documents(tmp_path / "a.json") == TEXTS and list(read_records(tmp_path / "a.json")) == RECORDS
+    alpaca = [
+        {"instruction": "Add.", "input": "1 + 1", "output": "2"},
+        {"instruction": "a", "input": "", "output": "b"},
+    ]
+    (tmp_path / "b.json").write_text("\n" + json.dumps(alpaca))
+    assert documents(tmp_path / "b.json") == ["Add.\n1 + 1\n2", "a\nb"]
+
+
 def test_what_calls_itself_text_is_not_read_by_field(tmp_path):
     (tmp_path / "a.txt").write_text(LINES)
     assert documents(tmp_path / "a.txt") == [LINES]
@@ -98,12 +109,19 @@ def test_empty_files(tmp_path, name, content):
         ("a.txt", b"ok " * 99_999 + b"\xff", "a.txt is not UTF-8 text"),
         ("a.txt", gzip.compress(b"abc" * 999, mtime=0)[:-9], "a.txt is a damaged gzip file"),
         ("a.gz", b"\x1f\x8b\x08" + b"x" * 99, "a.gz is a damaged gzip file"),
-        ("a.jsonl", b'{"body": "x"}\n', "prefix and gold_completion, of strings: {'body': 'x'}"),
+        (
+            "a.jsonl",
+            b'{"body": "x"}\n',
+            "prefix and gold_completion, or instruction and input and output: {'body': 'x'}",
+        ),
         ("a.jsonl", b'{"text": null}\n', "prefix and gold_completion"),
         ("a.jsonl", b'{"prefix": "a"}\n', "prefix and gold_completion"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2 of .*a.jsonl is not valid JSON"),
-        ("a.jsonl", b"[1]\n", r"line 1 of .*a.jsonl is not a JSON object: \[1\]"),
-        ("a.jsonl", b"[" * 99_999, "line 1 of .*a.jsonl is .*(nested too deeply|recursion depth)"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', r"line 2 of .*a.jsonl is not a JSON object: \[1\]"),
+        ("a.json", b"\n [1]\n", "element 1 of .*a.json is not a JSON object: 1"),
+        ("a.json", b'[{"text": "a"},\n', "a.json is not valid JSON"),
+        ("a.json", b'[{"instruction": "a", "input": "b"}]', "strings text, or prefix"),
+        ("a.jsonl", b"[" * 99_999, ".*a.jsonl is .*(nested too deeply|recursion depth)"),
     ],
 )
 def test_texts_that_cannot_be_read(tmp_path, name, content, message):
