@@ -165,7 +165,7 @@ def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
 def add_text_arguments(parser: argparse.ArgumentParser, num_tokens: int, least: int = 2) -> None:
     add_checkpoint_argument(parser)
     add = parser.add_argument
-    add("--data", nargs="+", metavar="FILE", help="text or JSON lines, gzip or not; c4 (default: the model writes it)")
+    add("--data", nargs="+", metavar="FILE", help="text or JSON, gzip or not; c4 (default: the model writes it)")
     add("--num_tokens", action=at_least(least), default=num_tokens, help="tokens of the text")
     add("--seed", action=at_least(0), default=0, help="seed of the text that the model writes")
     add_device_arguments(parser)
