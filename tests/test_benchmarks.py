@@ -201,6 +201,14 @@ def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
             for line in axis.lines:
                 assert all(low <= y <= high for y in line.get_ydata()), axis.get_title()
 
+    # a model that was tuned for a sparsity is a point in its base's panel, at that sparsity alone
+    lines = {line.get_label(): line for axis in drawn["quality.png"].axes for line in axis.lines}
+    tuned = [row for row in read_rows("quality.csv") if "-lora-" in row["model"] and row["rule"] == "refined"]
+    own = [r for r in tuned if r["model"].endswith(f"-{float(r['sparsity']):.0%}"[:-1]) and r["quant"] == "none"]
+    found = sorted(zip(*lines["refined, weights tuned (LoRA)"].get_data(), strict=True))
+    assert found == sorted((100 * float(r["achieved_sparsity"]), float(r["perplexity"])) for r in own)
+    assert len(own) == 3 < len(tuned)
+
 
 def test_bytes_between_two_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
