@@ -4,7 +4,7 @@
     python finetune.py --sparsity 0.25 0.4 0.5 0.65 --data a.txt b.jsonl    # one checkpoint for several levels
     python finetune.py --data c4 --num_tokens 500000 --own_tokens 2000000   # and texts that go on as the model would
     python finetune.py --sparsity 0 --data c4 --output_dir DENSE            # a dense model on the same text, to compare
-    python finetune.py --checkpoint_path DENSE --loss kl --data c4          # and on from that one: measures best
+    python finetune.py --checkpoint_path DENSE --loss kl --data c4          # and on from that one, see README's table
 
 The weight W of each projection in --targets becomes W + alpha / rank * A B (LoRA, arXiv 2106.09685). A [in, rank] and
 B [rank, out] are trained in float32, everything else is frozen. A product takes the sum, rounded to --precision. Inputs
@@ -70,7 +70,7 @@ OWN_PREFIX = 16  # of a window that the model goes on with: its length by what i
 WARM_UP = 0.05  # of all steps, in which the learning rate rises; then it falls as a cosine does, to 0
 LARGEST_STEP = 1.0  # of the gradient's norm, for the mean loss per token
 LOOK_SECONDS = 5  # between looks at the losses, which wait for the device
-KEPT = 0.3  # of a GPU's memory: what blocks may keep of a batch for their gradients, 24 GB of an H100
+KEPT = 0.3  # of a GPU's memory: what blocks may keep of a batch for their gradients
 NOTHING, DENSE = -1, -2  # instead of a next token: no loss, or the divergence from the dense model
 LOGITS = 1 << 26  # that the loss takes at once, so that its float32 tensors have 268 MB each
 

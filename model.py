@@ -523,5 +523,5 @@ def read_config(folder: Path) -> ModelArgs:
     """
     path = folder / "config.json"
     if not path.exists():
-        return ModelArgs(**named_config(folder.name, ".*?"))  # of any other words: the weights must fit
+        return ModelArgs(**named_config(folder.name, ".*?"))  # its other words do not count: the weights must fit
     return ModelArgs.from_config(read_json(path), folder.name)

@@ -108,7 +108,8 @@ def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
     key, weight = f"{prefix}scale", f"{prefix}weight"
     if weight in state_dict and key in state_dict and state_dict[key].dtype == torch.int64:
         stored, listed = (state_dict[name].to(module.weight.device) for name in (weight, key))
-        (rows, widths), state_dict[weight] = _packed_rows(module), stored
+        rows, widths = _packed_rows(module)
+        state_dict[weight] = stored
         try:
             if not torch.equal(packed.with_checksum(stored, listed[1:]), listed):
                 raise ValueError("the packed weights or their escapes are damaged, or an older version wrote them")

@@ -207,7 +207,7 @@ def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
     own = [r for r in tuned if r["model"].endswith(f"-{float(r['sparsity']):.0%}"[:-1]) and r["quant"] == "none"]
     found = sorted(zip(*lines["refined, weights tuned (LoRA)"].get_data(), strict=True))
     assert found == sorted((100 * float(r["achieved_sparsity"]), float(r["perplexity"])) for r in own)
-    assert len(own) == 3 < len(tuned)
+    assert 0 < len(own) < len(tuned)
 
 
 def test_bytes_between_two_rows(tmp_path, monkeypatch):
