@@ -51,12 +51,13 @@ def estimate(folder: Path, steps: list[str], device: torch.device, dtype: torch.
 
 # of each table the title, and what a cell shows of a result; see `results_of`
 TABLES = {
-    "perplexity": ("WikiText-2: perplexity (% of the weights cut)", "{perplexity:.2f} ({cut:.1f})"),
-    "tasks": ("Tasks: score in % (acc_norm, acc or exact match), refined thresholds", "{score:.2f}"),
+    "perplexity": ("WikiText-2: perplexity (% of the weights cut), by % asked", "{perplexity:.2f} ({cut:.1f})"),
+    "tasks": ("Tasks: score in % (acc_norm, acc or exact match), refined thresholds, by % asked", "{score:.2f}"),
     "robustness": ("Other texts, 50 %: perplexity (% cut)", "{perplexity:.2f} ({cut:.1f})"),
     "generation": ("Own text, 50 %: perplexity under dense; repetition", "{perplexity:.2f}; {repetition:.1%}"),
-    "latency": ("Decoding one text: tokens/s (% cut)", "{tokens_per_sec:.1f} ({cut:.1f})"),
+    "latency": ("Decoding one text: tokens/s (% cut), by % asked", "{tokens_per_sec:.1f} ({cut:.1f})"),
 }
+PANELS = {"perplexity": "perplexity", "tasks": "score", "latency": "tokens_per_sec"}  # what is drawn of a table
 
 
 def results_of(folder: Path) -> dict[str, dict[str, dict]]:
@@ -74,41 +75,45 @@ def results_of(folder: Path) -> dict[str, dict[str, dict]]:
 
 
 def draw(path: Path, tables: dict[str, dict]) -> None:
-    figure, axes = grid(3)
-    panels = {"perplexity": "perplexity", "tasks": "score", "latency": "tokens_per_sec"}
-    for axis, (name, value) in zip(axes, panels.items(), strict=True):
-        for row, found in tables[name].items():
-            # the dense model is where every rule begins
-            points = list(found.values()) + list(tables[name].get("dense", {}).values()) * (row in RULES)
-            points = sorted((result["cut"], result[value]) for result in points)
-            axis.plot(*zip(*points, strict=True), "o-", color=(RULES | {"dense": "black"}).get(row), label=row)
-            axis.legend(fontsize=8)
+    """A panel for each table that is given."""
+    figure, axes = grid(len(tables))
+    for axis, (name, rows) in zip(axes, tables.items(), strict=True):
+        for row, found in rows.items():
+            # the dense model is where every rule begins, and drawn above them
+            points = list(found.values()) + list(rows.get("dense", {}).values()) * (row in RULES)
+            points = sorted((result["cut"], result[PANELS[name]]) for result in points)
+            color = (RULES | {"dense": "black"}).get(row)
+            axis.plot(*zip(*points, strict=True), "o-", color=color, label=row, zorder=2 + (row == "dense"))
+        axis.legend(fontsize=8)
         axis.set(xlabel="weights cut, %", ylabel=TABLES[name][0].split(" (")[0])
         axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    ticks(axes[0], (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 200, 300, 1000))
-    for axis in axes[1:]:
-        axis.set_ylim(0, None)
+        if name == "perplexity":
+            axis.set_yscale("log")
+            ticks(axis, (4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 60, 100, 200, 300, 1000))
+        else:
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     figure.savefig(path, dpi=150)
 
 
 def report(out: Path, note: str) -> str:
-    """Writes report.md and report.png beside the results; the path of the former."""
-    tables = {name: results_of(out / name) for name in TABLES}
-    text = [f"# {out.name}", f"{note}.", (out / "runs").read_text().strip()]
+    """Writes report.md and, if there is what to draw, report.png; the path of the former. `note`: "MODEL, settings"."""
+    tables = {name: results for name in TABLES if (results := results_of(out / name))}
+    text = [f"# {Path(note.split(',')[0]).name}", f"{note}.", (out / "runs").read_text().strip()]
     if missing := (out / "missing").read_text().split()[1::2]:
         text.append(f"**Missing**, because the step failed: {', '.join(missing)}")
 
-    for name, (title, cell) in ((name, TABLES[name]) for name in TABLES if tables[name]):
-        columns = list(dict.fromkeys(column for found in tables[name].values() for column in found))
+    for name, found in tables.items():
+        title, cell = TABLES[name]
+        columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
         lines = [[name, *columns], ["---"] * (1 + len(columns))]
-        lines += [[row, *(cell.format(**r[c]) if c in r else "" for c in columns)] for row, r in tables[name].items()]
+        lines += [[row, *(cell.format(**r[c]) if c in r else "" for c in columns)] for row, r in found.items()]
         text += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    draw(out / "report.png", tables)
-    text += ["![perplexity, scores and tokens/s](report.png)", "## Commands"]
-    text.append(f"```\n{(out / 'commands.sh').read_text()}```\n")
+    if drawn := {name: tables[name] for name in PANELS if name in tables}:
+        draw(out / "report.png", drawn)
+        text.append(f"![{', '.join(drawn)}](report.png)")
+    text.append(f"## Commands\n\n```\n{(out / 'commands.sh').read_text()}```\n")
     write_output(out / "report.md", "\n\n".join(text).encode())
-    return f"{out / 'report.md'}, {out / 'report.png'}"
+    return str(out / "report.md")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -261,10 +261,10 @@ def test_the_papers_report(tmp_path):
     (tmp_path / "missing").write_text(f"123 {tmp_path}/tasks/mmlu@0.json\n")
     (tmp_path / "commands.sh").write_text("python eval.py\n")
     (tmp_path / "runs").write_text("date 2026: 3 steps\n")
-    paper.main(["report", str(tmp_path), "windows 2"])
+    paper.main(["report", str(tmp_path), "checkpoints/org/model, windows 2"])
     text = (tmp_path / "report.md").read_text()
     assert (
-        "\n\nwindows 2.\n\ndate 2026: 3 steps\n" in text
+        text.startswith("# model\n\ncheckpoints/org/model, windows 2.\n\ndate 2026: 3 steps\n")
         and "tasks/mmlu@0.json" in text
         and "```\npython eval.py\n```" in text
     )
@@ -273,6 +273,32 @@ def test_the_papers_report(tmp_path):
     assert ["refined", "", "18.90 (49.3)", "22.81 (49.3)"] in rows and ["piqa", "70.00", "60.00"] in rows
     assert ["robustness", "dense", "greedy"] in rows and ["own-text", "5.00; 10.0%"] in rows
     assert ["refined", "900.0 (0.0)", "2290.0 (0.0)"] in rows and (tmp_path / "report.png").stat().st_size > 9999
+
+
+def test_the_papers_report_draws_what_was_measured(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(paper, "grid", lambda n: drawn.append(plot.grid(n)) or drawn[-1])
+    for name in ("missing", "commands.sh", "runs"):
+        (tmp_path / name).write_text("")
+    paper.main(["report", str(tmp_path), "model, windows 2"])
+    assert not drawn and "report.png" not in (tmp_path / "report.md").read_text()
+
+    fake_results(
+        tmp_path,
+        perplexity={"dense@0": {"perplexity": 18.7}, "refined@50": {"perplexity": 22.8, "achieved_sparsity": 0.49}},
+        latency={"refined@0": {"tokens_per_sec": 2528.7}, "refined@50": {"tokens_per_sec": 2265.8}},
+    )
+    paper.main(["report", str(tmp_path), "model, windows 2"])
+    assert "![perplexity, latency](report.png)" in (tmp_path / "report.md").read_text()
+    ((figure, _),) = drawn
+    first, last = figure.axes
+    assert [axis.get_ylabel() for axis in figure.axes] == ["WikiText-2: perplexity", "Decoding one text: tokens/s"]
+    assert [len(line.get_xdata()) for line in first.lines] == [1, 2] and first.get_yscale() == "log"
+    assert last.get_ylim()[0] == 0 and last.get_ylim()[1] > 2528.7 * 1.04
+
+    # the dense point lies above those of the rules, which begin there
+    dense, refined = first.lines
+    assert dense.get_zorder() > refined.get_zorder()
 
 
 def test_the_papers_steps_go_on_and_one_that_fails_stops_no_other(tmp_path):
