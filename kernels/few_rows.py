@@ -72,9 +72,9 @@ def _prepare_kernel(
 
 @triton.jit
 def kept_by_any(kept_ptr, block, ROWS: tl.constexpr, OP: tl.constexpr):
-    """Bits of a block's inputs that any of the rows keeps; none beyond the last block."""
+    """Bits of a block's inputs that any of the rows keeps, without `kept_ptr` all; none beyond the last block."""
     n_blocks: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
-    if OP.cut:
+    if OP.cut and kept_ptr is not None:
         kept = 0
         for r in tl.static_range(ROWS):
             kept = kept | tl.load(kept_ptr + r * n_blocks + block, mask=block < n_blocks, other=0)

@@ -279,8 +279,8 @@ def _half_kernel(
     PIECES: tl.constexpr = PLAN.block_out // PIECE
     PAIRS: tl.constexpr = (ROWS + 1) // 2
     N_BLOCKS: tl.constexpr = (OP.n_in + BLOCK - 1) // BLOCK
-    ALL: tl.constexpr = not OP.cut and LANES.full and OP.n_in % (32 * BLOCKS) == 0
-    BEFORE: tl.constexpr = not OP.cut and PLAN.prefetch == 0  # dense weights are loaded before the wait, or prefetched
+    ALL: tl.constexpr = (PLAN.early or not OP.cut) and LANES.full and OP.n_in % (32 * BLOCKS) == 0
+    BEFORE: tl.constexpr = PLAN.early or (not OP.cut and PLAN.prefetch == 0)  # weights are loaded before the wait
     PACKED: tl.constexpr = LANES.packed
     N_WORDS: tl.constexpr = N_OUT * 3 // 8 if PACKED else N_OUT  # of a row, as it is loaded
     APART: tl.constexpr = 8 if PACKED else PIECE  # outputs from one of a lane's pieces to the next

@@ -410,7 +410,8 @@ def _integer_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = PLAN.blocks
     WHOLE: tl.constexpr = LANES.full and not LANES.by_word  # every lane has all its outputs
-    ALL: tl.constexpr = not OP.cut and WHOLE and OP.n_in % (32 * BLOCKS) == 0
+    LATE: tl.constexpr = OP.cut and not PLAN.early  # weights are loaded after the wait
+    ALL: tl.constexpr = not LATE and WHOLE and OP.n_in % (32 * BLOCKS) == 0
     GROUPS: tl.constexpr = (OP.n_in + BLOCKS * BLOCK - 1) // (BLOCKS * BLOCK)
     CHUNKS: tl.constexpr = 1 if OP.bits == 8 else LANES.words
     N: tl.constexpr = 4 if OP.bits == 8 else 2  # outputs that a lane adds, of each chunk
@@ -454,7 +455,7 @@ def _integer_kernel(
                 prefetch_tile(
                     rows, constants[0], first, n_out, x_ptr, gain_ptr, threshold_ptr, last_rstd, weight_ptr, OP, PLAN
                 )
-    if not OP.cut:
+    if not LATE:
         for b in tl.static_range(BLOCKS):
             kept = kept_by_any(None, group * BLOCKS + b, 1, OP)
             weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
@@ -494,7 +495,7 @@ def _integer_kernel(
             x, keep = inputs(rows + b * BLOCK, operands[b], constants[b], rstd, OP)
             x = tl.where(keep, x, 0.0)
             made = made + (x,)
-            if OP.cut:
+            if LATE:
                 kept = tl.sum(keep.to(tl.int32) << lane, axis=0)
                 weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
             largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))
@@ -507,12 +508,12 @@ def _integer_kernel(
         kept_ptr += segment * (ROWS * ((OP.n_in + BLOCK - 1) // BLOCK))
         if OP.bits == 8:
             down_ptr += segment * (ROWS * GROUPS)
-        for b in tl.static_range(BLOCKS):
+        for b in tl.static_range(BLOCKS if LATE else 0):
             kept = kept_by_any(kept_ptr, group * BLOCKS + b, ROWS, OP)
             weights, pairs = _load_block(weights, pairs, kept, b, tile, ALL, OP, LANES)
 
     # else the compiler puts some loads off until others have come: int8's step takes 1.945 instead of 1.882 ms at 50 %
-    if OP.cut and PDL:
+    if LATE and PDL:
         zero = _zero_after_loads(threshold_ptr + rows * 0)
         if ROWS == 0:
             late = ()

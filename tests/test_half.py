@@ -66,7 +66,12 @@ def test_rows_equal_single_ones(n_in, segments, blocks, tile, at_once, sparsity,
     want = expected(x, product)
     rounding = n_in / (32 * blocks) / product.fineness  # at most, of the programs' sums to their grid
     assert ((single - want).abs() <= rounding + 1e-6 * want.abs().max()).all()
-    for rows, makes in sizes:
+    fields["early"] = True
+    early = torch.zeros(len(x), sum(segments), device=DEVICE)
+    launch_half("given", x, product, early, dtype=dtype, pdl=HOPPER)
+    assert torch.equal(early, single)
+    for i, (rows, makes) in enumerate(sizes):
+        fields["early"] = i % 2 > 0
         monkeypatch.setattr(half_mma, "MAKES_ROWS", makes)
         prepared = room(rows, n_in, dtype=dtype)
         prepared.made.fill_(NAN)

@@ -121,7 +121,7 @@ def test_every_input_is_in_one_program(shift, sparsity, device):
     assert_as_precise_as_torch(out, (x - shift, weight, threshold, segments))
 
 
-# Blocks x outputs / rows at once @ registers, then programs that prefetch x their blocks; ?: rows guessed.
+# Blocks x outputs / rows at once @ registers, then programs that prefetch x their blocks; ?: rows guessed; !: early.
 PLANS = """
 model        form site    | dense                | 50 %                 | 65 %
 llama-3-8b   none qkv     | 2x64 0x0             | 2x128/32@96 528x2?   | 3x128/48@128 528x3?
@@ -156,21 +156,21 @@ llama-3.2-1b int8 qkv      | 1x128 0x0            | 1x128 1056x1?        | 1x128
 llama-3.2-1b int8 o        | 1x128 0x0            | 1x128 1056x1?        | 1x128 1056x1?
 llama-3.2-1b int8 gate_up  | 2x128 0x0            | 2x128 1056x2?        | 4x128 1056x4?
 llama-3.2-1b int8 down     | 2x128 0x0            | 2x128 1056x2?        | 2x128 1056x2?
-llama-3.2-1b int4 qkv     | 2x128 0x0            | 2x128 0x0            | 2x128 0x0
-llama-3.2-1b int4 o       | 1x128 0x0            | 1x128 1056x1?        | 1x128 1056x1?
+llama-3.2-1b int4 qkv     | 2x128 0x0            | 2x128 0x0!           | 2x128 0x0!
+llama-3.2-1b int4 o       | 1x128 0x0            | 1x128 0x0!           | 1x128 0x0!
 llama-3.2-1b int4 gate_up | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
 llama-3.2-1b int4 down    | 2x256 0x0            | 2x256 0x0            | 2x256 0x0
-smollm2-135m none qkv     | 1x128 0x0            | 1x64 2112x1?         | 1x64 2112x1?
-smollm2-135m none o       | 1x128 0x0            | 1x64 2112x1?         | 1x64 2112x1?
-smollm2-135m none gate_up | 1x128 0x0            | 1x64 2112x1?         | 1x64 2112x1?
-smollm2-135m none down    | 1x128 0x0            | 1x64 2112x1?         | 1x64 2112x1?
+smollm2-135m none qkv     | 1x128 0x0            | 1x128 0x0!           | 1x128 0x0!
+smollm2-135m none o       | 1x128 0x0            | 1x128 0x0!           | 1x128 0x0!
+smollm2-135m none gate_up | 1x128 0x0            | 1x128 0x0!           | 1x128 0x0!
+smollm2-135m none down    | 1x128 0x0            | 1x128 0x0!           | 1x128 0x0!
 """
 FORMS = {"none": Form("none", torch.bfloat16), "int8": Form("int8", torch.int8), "int4": Form("int4", torch.uint8, 64)}
 
 
 def described(p: Plan) -> str:
     tile = f"{p.blocks}x{p.block_out}" + f"/{p.rows}" * (p.rows > 0) + f"@{p.registers}" * (p.registers is not None)
-    return f"{tile} {p.prefetch}x{p.prefetch_blocks}" + "?" * p.guess
+    return f"{tile} {p.prefetch}x{p.prefetch_blocks}" + "?" * p.guess + "!" * p.early
 
 
 def sites(name: str) -> dict[str, tuple]:
