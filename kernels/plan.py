@@ -21,7 +21,7 @@ RESIDENT = 2112
 # Outputs beyond which a product is wide: it has programs enough for long parts of a row each.
 WIDE = 8192
 
-# Bytes of weights below which a product reads all its rows before it may wait for x. To ask for kept rows after the wait
+# Bytes of weights below which a product reads all its rows before it waits for x. To ask for kept rows after the wait
 # takes longer. Steps at 25 / 50 / 65 %, ms: SmolLM2-135M in bfloat16 0.424 / 0.412 / 0.405 -> 0.382 / 0.383 / 0.382
 # (dense 0.377), in int4 0.416 / 0.408 / 0.404 -> 0.360 / 0.360 / 0.359; qwen2.5-0.5b in int4, all but gate|up, 0.502 /
 # 0.480 / 0.464 -> 0.461 / 0.448 / 0.441. With 8 rows they take 2 to 14 % less. 8.7 MB are too much: qwen2.5-0.5b in
