@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels import cpu
 from kernels.grids import set_site_grids
 from kernels.heads import heads_of
+from kernels.plan import is_small
 from model import ModelArgs, Projection, Transformer, TransformerBlock
 from sparse_model import SITES, SparseProjection, SparseTransformer
 
@@ -137,6 +138,8 @@ class FusedGpuStep:
         options = self.sparsity, self.residual.fineness, config.residual_multiplier
         sites = zip(model.sites, gains, strict=True)
         self.products = {site: fused_step.product_of(site, gain, *options) for site, gain in sites}
+        for site, product in self.products.items():
+            site.reads_all = is_small(*product.shape, product.form, self.pdl)
 
     @property
     def left_grid(self) -> bool:

@@ -47,6 +47,7 @@ class SparseProjection(UncastBuffers):
     kept: kept inputs of each segment since `reset_counts` [S], int64, on the device.
     read: the same, but an input that several rows of a batch keep at one step counts once, as its weights do.
     seen, steps: positions that were cut, of all rows and of one row.
+    reads_all: whether a fused step reads all rows, see `kernels.plan.is_small`.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class SparseProjection(UncastBuffers):
         self.register_buffer("fineness", None, persistent=False)
         for name in ("kept", "read"):
             self.register_buffer(name, torch.zeros_like(threshold[:, 0], dtype=torch.int64), persistent=False)
-        self.seen = self.steps = 0
+        self.seen, self.steps, self.reads_all = 0, 0, False
         self.dense_prefix: int | list[int] | None = None
         self.register_load_state_dict_pre_hook(table_on_load)
         self.register_load_state_dict_pre_hook(_transpose_on_load)
@@ -208,14 +209,14 @@ class SparseTransformer(Transformer):
     def bytes_per_step(self) -> int:
         """See `Transformer.bytes_per_step`; of the projections the rows that the counted steps read, on average.
 
-        All rows where no step was counted. Offsets are in it, thresholds and shifts are not.
+        All rows where no step was counted, or `reads_all`. Offsets are in it, thresholds and shifts are not.
         """
         unread = 0.0
         for module in self.sites:
             unread -= 0 if module.offset is None else module.offset.nbytes
             n_in, n_out = module.threshold.shape[1], sum(module.widths)
             for read, width in zip(module.read.tolist(), module.widths, strict=True):
-                rows = read / module.steps if module.steps else n_in
+                rows = read / module.steps if module.steps and not module.reads_all else n_in
                 unread += (n_in - rows) * module.form.row_bytes(n_out) * width / n_out
         return super().bytes_per_step() - round(unread)
 

@@ -165,10 +165,14 @@ def draw_perplexity(axis, x, rows: list[dict], style: str, label: str | None = N
 
 
 def bytes_line(model: str, quant: str):
-    """Bytes per token by achieved sparsity in %: the line through the ends of decode.csv's rows; None without two."""
+    """Bytes per token by achieved sparsity in %: the line through the ends of decode.csv's CPU rows; None without two.
+
+    A CPU reads no row that is cut; a GPU reads all rows of small products.
+    """
     # the shifts of refined thresholds, under 1 % of the bytes, are not in it where those rows have uniform ones
     rows = [row for row in read_rows("decode.csv") if (row["model"], row["quant"]) == (model, quant)]
-    rows = sorted((row for row in rows if row["dtype"] != "float32"), key=lambda row: float(row["achieved_sparsity"]))
+    rows = [row for row in rows if row["device"] == "cpu" and row["dtype"] != "float32"]
+    rows = sorted(rows, key=lambda row: float(row["achieved_sparsity"]))
     if len(rows) < 2:
         return None
     (low, high), (most, least) = percent(rows)[[0, -1]], column(rows, "bytes_per_token")[[0, -1]]

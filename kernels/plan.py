@@ -80,12 +80,17 @@ def plan_for(
         plan = _half_plan(prologue, n_in, segments, sparsity)
     else:
         plan = _integer_plan(prologue, n_in, segments, sparsity, form)
-    if dependent and sparsity and form.bits <= 16 and n_in * sum(segments) * form.bits < 8 * SMALL_BYTES:
+    if sparsity and is_small(n_in, segments, form, dependent):
         return plan._replace(prefetch=0, prefetch_blocks=0, guess=False, early=True)
     whole = common % plan.block_out == 0 and plan.block_out * form.bits % 128 == 0
     if not dependent or (plan.guess and unknown) or not whole:
         return plan._replace(prefetch=0, prefetch_blocks=0, guess=False)
     return plan
+
+
+def is_small(n_in: int, segments: list[int], form: Form, dependent: bool) -> bool:
+    """Whether a product reads all its rows, even those of cut inputs; see `SMALL_BYTES`."""
+    return dependent and form.bits <= 16 and n_in * sum(segments) * form.bits < 8 * SMALL_BYTES
 
 
 def _half_plan(prologue: str, n_in: int, segments: list[int], sparsity: float) -> Plan:

@@ -350,10 +350,14 @@ class Product(NamedTuple):
     def form(self) -> Form:
         return form_of(self.weight, self.weight_scale)
 
+    @property
+    def shape(self) -> tuple[int, list[int]]:
+        """Inputs and segments. A part has the whole's plan, and so its sums: any number of ranks gets the same bits."""
+        return self.whole or (len(self.weight), self.segments)
+
     def plan(self, prologue: str, dependent: bool, last_rstd: bool = True) -> Plan:
-        """See `plan_for`. A part's sums are those of the whole, so that any number of ranks gets the same bits."""
-        shape = self.whole or (len(self.weight), self.segments)
-        return plan_for(prologue, *shape, self.sparsity, self.form, dependent, last_rstd, self.segments)
+        """See `plan_for`."""
+        return plan_for(prologue, *self.shape, self.sparsity, self.form, dependent, last_rstd, self.segments)
 
     def operation(self, prologue: str, dtype: torch.dtype) -> Operation:
         """What a launch with this prologue computes, in the model's dtype."""

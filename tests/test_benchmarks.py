@@ -212,8 +212,9 @@ def test_committed_rows_have_one_name_for_a_model_and_are_drawn(monkeypatch):
 
 def test_bytes_between_two_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    row = {"model": "m", "quant": "int8", "dtype": "bfloat16"}
+    row = {"device": "cpu", "model": "m", "quant": "int8", "dtype": "bfloat16"}
     rows = [row | {"achieved_sparsity": x, "bytes_per_token": y} for x, y in ((0.0, 100), (0.5, 60))]
+    rows += [row | {"device": "GPU", "achieved_sparsity": 0.6, "bytes_per_token": 100}]
     write_rows("decode.csv", rows, "achieved_sparsity")
     assert plot.bytes_line("m", "int8")(25.0) == pytest.approx(80)
     assert plot.bytes_line("m", "none") is None

@@ -184,6 +184,9 @@ def test_counts_against_the_inputs_themselves(batch, prefix):
     # the head, 5 norms, the biases of q, k and v of 2 layers
     rest = 4 * (96 * 32 + 5 * 32 + 2 * 64)
     assert sparse.bytes_per_step() == pytest.approx(read_bytes + rest, abs=1)
+    for module in sparse.sites:
+        module.reads_all = True
+    assert sparse.bytes_per_step() == Transformer.bytes_per_step(sparse) > read_bytes + rest
     sparse.reset_counts()
     assert sparse.achieved_sparsity() == 0
 
