@@ -200,6 +200,21 @@ def test_nothing_is_prefetched_without_dependent_launch_or_what_a_guess_needs():
     assert plan_for("silu", 4096, [136], 0.5, FORMS["none"], True).prefetch == 0  # no tile divides it
 
 
+def test_integers_take_larger_programs_where_more_is_cut():
+    blocks = [plan_for("silu", 14336, [4096], sparsity, FORMS["int8"], True).blocks for sparsity in (0.0, 0.25, 0.4)]
+    assert blocks == [2, 2, 4]
+
+
+def test_a_cut_product_that_is_small_reads_all_rows_where_it_need_not_wait():
+    def early(n_in: int, sparsity: float, form: Form, dependent: bool = True) -> bool:
+        return plan_for("given", n_in, [1024], sparsity, form, dependent).early
+
+    assert early(2047, 0.5, FORMS["none"]) and not early(2048, 0.5, FORMS["none"])
+    assert early(4095, 0.5, FORMS["int8"]) and early(8191, 0.5, FORMS["int4"]) and not early(8192, 0.5, FORMS["int4"])
+    assert not early(64, 0.0, FORMS["none"]) and not early(64, 0.5, FORMS["none"], dependent=False)
+    assert not early(64, 0.5, Form("none", torch.float32))  # another kernel's
+
+
 def test_what_attention_prefetches():
     def pieces(n_in: int, n_out: int, sparsity: float, form: str) -> int:
         return plan.attention_prefetch(n_in, n_out, sparsity, FORMS[form])
