@@ -295,11 +295,17 @@ def save_state(training: Training, path: Path, metadata: dict[str, str]) -> None
 def resume(training: Training, path: Path, metadata: dict[str, str]) -> None:
     """Sets what `save_state` kept. Raises ValueError for a damaged file, and if a run of other options made it."""
     state = read_artifact(path, SavedState, STATE_FORMAT, "state of finetuning", "delete it")
-    meaning = {"fingerprint": "checkpoint", "inputs": "text or cut table"}
+    meaning = {"fingerprint": "checkpoint", "inputs": "text or cut table", "targets": "list of targets"}
+    meaning |= {name: f"number of {name}" for name in ("epochs", "tokens")}
     for name, value in metadata.items():
         if (found := state.metadata.get(name)) != value:
             kept = f"{path} is of a run with another {meaning.get(name, name)}: {shown(found)}, now {shown(value)}"
             raise ValueError(f"{kept}; go on with the same, delete the file, or give another --output_dir")
+
+    for name, parameter in training.parameters.items():
+        for saved in (name, *(f"{name}.{kind}" for kind in MOMENTS)):
+            if saved not in state.tensors or state.tensors[saved].shape != parameter.shape:
+                raise ValueError(f"{path} is damaged: {saved} is missing or has another shape; delete it")
 
     training.losses = state.tensors["losses"]
     for name, parameter in training.parameters.items():

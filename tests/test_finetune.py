@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import SMALL, TINY, build, change_config, copy_with_text, flags, random_tokens, write_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -326,12 +327,24 @@ def test_a_stopped_run_goes_on_to_the_same_losses(base, tuned, tmp_path, stopped
     for folder, changes, message in (
         (base, {"rank": 8}, "another rank: '4', now '8'; go on with the same, delete the file"),
         (base, {"sparsity": [0.3]}, r"another sparsity: '\[0.3, 0.6\]', now '\[0.3\]'"),
-        (base, {"num_tokens": 1100}, "another tokens: '1480', now"),
+        (base, {"num_tokens": 1100}, "another number of tokens: '1480', now"),
         (base, {"seed": 1}, "another (seed|text or cut table)"),
         (other, {"data": base / "text.txt"}, "another checkpoint"),
     ):
         with pytest.raises(ValueError, match=f"is of a run with {message}"):
             tune(folder, **chosen | changes)
+
+    # so is a damaged one
+    saved = state.read_bytes()
+    with safe_open(state, "pt") as file:
+        metadata = file.metadata()
+    for name, change in (("layers.0.attention.wo.b.o", None), ("layers.1.feed_forward.w2.a.down.exp_avg", slice(1))):
+        tensors = load_file(state)
+        damaged = tensors.pop(name)
+        save_file(tensors if change is None else tensors | {name: damaged[change].clone()}, state, metadata)
+        with pytest.raises(ValueError, match=f"is damaged: {name} is missing or has another shape; delete it"):
+            tune(base, **chosen)
+        state.write_bytes(saved)
 
     # the same ones end as a run that was not stopped
     with pytest.warns(UserWarning, match="goes on where an earlier run stopped, after step 7 of 18"):
