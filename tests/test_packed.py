@@ -108,11 +108,10 @@ def test_a_cpus_steps_equal_the_plain_ones(rows):
     for dense in (False, True):
         found = []
         for model in models:
-            model.setup_caches(rows, 64)
+            model.setup_caches(rows, 256)
             step = FusedCpuStep(model, 0.8, 20, dense)
             step.start(torch.arange(rows), [5 + r for r in range(rows)], [1] * rows)
-            for _ in range(20):
-                step.replay()
+            step.replay(200)
             found.append((step.tokens.clone(), step.logits.clone()))
         assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
@@ -141,9 +140,9 @@ def test_all_numbers_of_a_window_are_made_again(base):
 
 
 @pytest.mark.parametrize(("n_in", "widths", "blocks", "tiles"), [(70, [128, 64], 2, (64, 128)), (40, [256], 1, (128,))])
-@pytest.mark.parametrize(("rows", "cut"), [(1, 0.0), (8, 0.5)])
-def test_a_gpus_product_is_the_plain_one(n_in, widths, blocks, tiles, rows, cut, monkeypatch):
-    """To the bit, in the interpreter by the assembly in numpy, see `lanes`."""
+@pytest.mark.parametrize(("rows", "cut", "early"), [(1, 0.0, False), (8, 0.5, False), (2, 0.5, True)])
+def test_a_gpus_product_is_the_plain_one(n_in, widths, blocks, tiles, rows, cut, early, monkeypatch):
+    """To the bit, in the interpreter by the assembly in numpy, see `lanes`. early: rows of cut inputs are loaded."""
     pytest.importorskip("triton")
     from kernels import plan
     from kernels.few_rows import Prepared
@@ -151,14 +150,15 @@ def test_a_gpus_product_is_the_plain_one(n_in, widths, blocks, tiles, rows, cut,
     from kernels.triton_gemv import Product
 
     weight = torch.randn(n_in, sum(widths), generator=torch.Generator().manual_seed(1)).mul(0.02).bfloat16().to(DEVICE)
-    weight[17, 5], weight[30, 60], weight[31, 9] = float("inf") if cut else 1e10, 1e-39, 1e28
+    weight[17, 5], weight[30, 60], weight[31, 9] = float("inf") if cut and not early else 1e10, 1e-39, 1e28
     x = torch.randn(rows, n_in, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     x[:, 17] = 0.1 if cut else 1.0  # a cut infinity does not matter
     threshold = torch.full((len(widths), n_in), 0.5 if cut else -1.0, device=DEVICE)
     room = Prepared(*(torch.zeros(8192, dtype=t, device=DEVICE) for t in (torch.bfloat16, torch.int32, torch.float32)))
     outs = []
     for stored, table, tile in ((weight, None, 64), *((*packed_of(weight, widths), tile) for tile in tiles)):
-        monkeypatch.setattr(plan, "_half_plan", lambda *_, tile=tile: plan.Plan(blocks, tile, 0))
+        made = plan.Plan(blocks, tile, 0, early=early and table is not None)
+        monkeypatch.setattr(plan, "_half_plan", lambda *_, made=made: made)
         out = torch.zeros(rows, sum(widths), device=DEVICE)
         product = Product(
             stored, threshold, widths, cut, table, fineness=torch.full((sum(widths),), 2.0**16, device=DEVICE)
@@ -191,10 +191,10 @@ def test_a_gpus_steps_equal_the_plain_ones(rows):
     for dense in (False, True) if DEVICE == "cuda" else (False,):
         found = []
         for model in models:
-            model.setup_caches(rows, 64)
+            model.setup_caches(rows, 256)
             step = FusedGpuStep(model, 0.8, 20, dense)
             step.start(torch.arange(rows, device=DEVICE), [5 + r for r in range(rows)], [1] * rows)
-            for _ in range(20 if DEVICE == "cuda" else 1):
+            for _ in range(200 if DEVICE == "cuda" else 1):
                 step.replay() if DEVICE == "cuda" else step.step()
             found.append((step.tokens.clone(), step.logits.clone()))
         assert torch.equal(found[0][0], found[1][0])
