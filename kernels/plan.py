@@ -23,8 +23,8 @@ WIDE = 8192
 
 # Bytes of weights below which a product reads all its rows before it waits for x. To ask for kept rows after the wait
 # takes longer. Steps at 25 / 50 / 65 %, ms: SmolLM2-135M in bfloat16 0.424 / 0.412 / 0.405 -> 0.382 / 0.383 / 0.382
-# (dense 0.377), in int4 0.416 / 0.408 / 0.404 -> 0.360 / 0.360 / 0.359; qwen2.5-0.5b in int4, all but gate|up, 0.502 /
-# 0.480 / 0.464 -> 0.461 / 0.448 / 0.441. With 8 rows they take 2 to 14 % less. 8.7 MB are too much: qwen2.5-0.5b in
+# (dense 0.377), in int4 0.416 / 0.408 / 0.404 -> 0.360 / 0.360 / 0.359; qwen2.5-0.5b in int4, all but gate|up, 0.501 /
+# 0.477 / 0.462 -> 0.459 / 0.447 / 0.438. With 8 rows they take 3 to 13 % less. 8.7 MB are too much: qwen2.5-0.5b in
 # bfloat16 at 65 % takes 0.518 ms without down, 0.530 with it.
 SMALL_BYTES = 1 << 22
 
@@ -35,8 +35,8 @@ MOSTLY_CUT = 0.6
 INT8_OUT, CHUNK = 128, 64
 INT4_SIZES = ((4, 4), (2, 4), (2, 2), (1, 2), (1, 1))  # blocks of inputs and chunks of outputs, the best first
 
-# Sparsity up to which integers take two blocks, as dense ones do. int8's step of llama-3-8b at 25 % takes 2.352 ms with
-# four blocks of qkv and down, 2.323 with two. At 40 % qkv takes less with four.
+# Sparsity up to which int8 takes at most two blocks, as where nothing is cut. A step of llama-3-8b at 25 % takes 2.352
+# ms with four blocks of qkv and down, 2.323 with two. At 40 % qkv takes less with four.
 LITTLE_CUT = 0.3
 
 # Weights from which on rows of gate|up are prefetched during attention. llama-3-8b and llama-2-7b gain, see
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     prefetch: int = 0  # how many of the first programs prefetch rows to L2, before they wait for the launch before
     prefetch_blocks: int = 0  # of how many of their blocks
     guess: bool = False  # only those rows that they guess to be kept; else all
-    early: bool = False  # all rows are loaded before the wait, those of cut inputs too; their weights must be finite
+    early: bool = False  # all rows are loaded before the wait, and those of cut inputs times 0: weights must be finite
 
 
 def plan_for(

@@ -200,7 +200,7 @@ def test_nothing_is_prefetched_without_dependent_launch_or_what_a_guess_needs():
     assert plan_for("silu", 4096, [136], 0.5, FORMS["none"], True).prefetch == 0  # no tile divides it
 
 
-def test_integers_take_larger_programs_where_more_is_cut():
+def test_int8_takes_larger_programs_where_more_is_cut():
     blocks = [plan_for("silu", 14336, [4096], sparsity, FORMS["int8"], True).blocks for sparsity in (0.0, 0.25, 0.4)]
     assert blocks == [2, 2, 4]
 
