@@ -123,20 +123,10 @@ def launch_sparse_gemv(
     return out
 
 
-_room = torch.empty(0, dtype=torch.bfloat16)
-
-
-def unpack(weight: Tensor, table: Tensor, reuse: bool = False) -> Tensor:
-    """`packed.unpack` by the library, which must be there. reuse: in memory that the next such call overwrites.
-
-    A prompt unpacks every matrix, and to touch new memory takes twice as long as that.
-    """
-    global _room
-    weight, n_out = weight.contiguous(), weight.shape[1] * 2 // 3
-    out = _room[: len(weight) * n_out] if reuse else torch.empty(len(weight) * n_out, dtype=torch.bfloat16)
-    if len(out) < len(weight) * n_out:
-        out = _room = torch.empty(len(weight) * n_out, dtype=torch.bfloat16)
-    out = out.view(-1, n_out)
+def unpack(weight: Tensor, table: Tensor) -> Tensor:
+    """`packed.unpack` by the library, which must be there."""
+    weight = weight.contiguous()
+    out = torch.empty(len(weight), weight.shape[1] * 2 // 3, dtype=torch.bfloat16)
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, table, out))
     library().unpack(*pointers, *(ctypes.c_int64(n) for n in out.shape), ctypes.c_int(torch.get_num_threads()))
     return out

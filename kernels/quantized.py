@@ -123,7 +123,7 @@ def table_on_load(module: Module, state_dict: dict, prefix: str, *_) -> None:
 def dense_weight(module: Module, dtype: torch.dtype) -> Tensor:
     """What a module's weight stands for, [out, in]; it is stored `transposed`, unless it is a packed lm_head."""
     if module.scale.dtype == torch.int32 and "output" in module.segments:
-        return _for_a_moment(module.weight, module.scale, dtype)
+        return dequantize(module.weight, module.scale, dtype)
     return dequantize(*transposed(module.weight, module.scale), dtype).t()
 
 
@@ -176,31 +176,23 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     return weight.to(dtype)
 
 
-def _unpack(weight: Tensor, table: Tensor, reuse: bool = False) -> Tensor:
-    """`packed.unpack`, by a kernel where there is one. reuse: see `kernels.cpu.unpack`."""
+def _unpack(weight: Tensor, table: Tensor) -> Tensor:
+    """`packed.unpack`, by a kernel where there is one."""
     if weight.is_cuda:
         from kernels.triton_dequantize import launch_unpack
 
         return launch_unpack(weight, table)
     from kernels import cpu
 
-    return packed.unpack(weight, table) if cpu.library() is None else cpu.unpack(weight, table, reuse)
+    return packed.unpack(weight, table) if cpu.library() is None else cpu.unpack(weight, table)
 
 
 unpack = torch.library.custom_op("teal_fast::unpack", _unpack, mutates_args=())
 
 
 @unpack.register_fake
-def _(weight: Tensor, table: Tensor, reuse: bool = False) -> Tensor:
+def _(weight: Tensor, table: Tensor) -> Tensor:
     return weight.new_empty(len(weight), weight.shape[1] * 2 // 3, dtype=torch.bfloat16)
-
-
-def _for_a_moment(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`dequantize`, but packed weights that a CPU unpacks without gradients are overwritten by the next such call."""
-    lasting = weight.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if lasting or form_of(weight, scale).name != "packed":
-        return dequantize(weight, scale, dtype)
-    return _unpack(weight, scale, reuse=True).to(dtype)
 
 
 def product(x: Tensor, site) -> Tensor:
@@ -208,7 +200,7 @@ def product(x: Tensor, site) -> Tensor:
     weight, scale = site.weight, site.scale
     integers = form_of(weight, scale).name in ("int8", "int4")
     if not integers or not x.is_cuda or x.dtype == torch.float32 or x.requires_grad:
-        return x @ _for_a_moment(weight, scale, x.dtype)
+        return x @ dequantize(weight, scale, x.dtype)
     # torch.compile needs an operation; an eager pass does without its dispatch
     return (quantized_product if torch.compiler.is_compiling() else _quantized_product)(x, weight, scale)
 

@@ -1,7 +1,5 @@
 """Packed bfloat16: the very same numbers, products and tokens as those of plain weights."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from models import CONFIG, FUSED, build, build_cut, edit_json, flags, write_checkpoint
@@ -11,7 +9,7 @@ import generate
 import quantize
 from decoder import FusedCpuStep
 from kernels import cpu, packed
-from kernels.quantized import Form, dense_weight, dequantize, form_of, product, unpack
+from kernels.quantized import Form, dense_weight, dequantize, form_of, unpack
 from model import Transformer
 from sparse_model import SparseTransformer
 
@@ -51,20 +49,6 @@ def test_a_round_trip_keeps_every_bit(kind, widths):
         assert form_of(stored, table) == Form("packed", torch.uint8, 64) and stored.nbytes == weight.nbytes * 3 // 4
         assert torch.equal(bits(packed.unpack(stored, table)), bits(weight))
         assert torch.equal(bits(dequantize(stored, table, torch.bfloat16)), bits(weight))  # the library's
-
-
-def test_products_on_a_cpu_unpack_in_the_same_memory_where_no_gradient_needs_it():
-    weights = [numbers("normal, some zeros", n, 128) for n in (40, 64, 40)]
-    sites = [SimpleNamespace(weight=w, scale=t) for w, t in (packed_of(weight, [64, 64]) for weight in weights)]
-    xs = [torch.ones(3, len(weight)).bfloat16().requires_grad_() for weight in weights]
-    kept = dequantize(sites[0].weight, sites[0].scale, torch.bfloat16)
-    sum(product(x, site).sum() for x, site in zip(xs, sites, strict=True)).backward()
-    with torch.no_grad():
-        outs = [product(x, site) for x, site in zip(xs, sites, strict=True)]
-    for x, out, weight in zip(xs, outs, weights, strict=True):
-        assert torch.equal(out, x @ weight)
-        assert torch.equal(x.grad, torch.ones(3, 128).bfloat16() @ weight.t())
-    assert torch.equal(kept, weights[0])
 
 
 def test_a_compiled_graph_unpacks_whole():
