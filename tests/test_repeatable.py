@@ -345,6 +345,9 @@ def test_runs_repeat_to_the_token(form, sparsity, temperature):
     generator = make(max_length=110)
     texts = [generator(prompt, 60).tokens for _ in range(10)]
     assert all(torch.equal(text, texts[0]) for text in texts) and not generator.left_grid
+    if torch.cuda.get_device_capability() >= (9, 0):  # qkv, o, gate|up and down against 4 MiB
+        all_read = {"none": [True, True, False, False], "int8": [True, True, False, True], "int4": [True] * 4}
+        assert [site.reads_all for site in model.sites[:4]] == all_read[form]
     assert texts[0][0, 50:].unique().numel() > 3
     for new in (7, 300, 1200):
         other = make(max_length=50 + new)(prompt, new).tokens
