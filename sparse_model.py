@@ -1,8 +1,7 @@
 """SparseTransformer: the dense Transformer with every projection's input cut at a threshold (TEAL, arXiv 2408.14690).
 
-One token at a time goes through the kernels of `kernels/`, which read only the rows of kept inputs (on a GPU all rows
-of small products, see `kernels.plan`). Several tokens at a time (prefill) are dense, unless `dense_prefix` says from
-which position on they are cut: evaluation and counting.
+One token at a time goes through the kernels of `kernels/`, which read only the rows of kept inputs; in small products a
+GPU reads all. Several tokens (prefill) are dense, unless `dense_prefix` says from where they are cut (evaluation).
 """
 
 from collections.abc import Callable, Iterator
