@@ -19,11 +19,8 @@ from formats.files import one_line, parse_json, regular_file, shown
 
 WINDOW, MIN_WINDOW = 2048, 256  # tokens: of a window of calibration text, and the least that there must be
 CHUNK, PIECE = 1 << 16, 1 << 20  # characters: read at once, and tokenised at once (1 M took 200 MB in `tokenizers`)
-FIELDS = {
-    ("text",): "",
-    ("prefix", "gold_completion"): "",
-    ("instruction", "input", "output"): "\n",
-}  # of a record, and what joins them
+# fields of a record, and what joins them
+FIELDS = {("text",): "", ("prefix", "gold_completion"): "", ("instruction", "input", "output"): "\n"}
 PLAIN, RECORDS = (".txt", ".raw"), (".json", ".jsonl", ".ndjson")  # suffixes; of other files the first line decides
 
 

@@ -93,8 +93,12 @@ def plan_for(
 
 
 def is_small(n_in: int, segments: list[int], form: Form, dependent: bool) -> bool:
-    """Whether a product reads all its rows, even those of cut inputs; see `SMALL_BYTES`."""
-    return dependent and form.bits <= 16 and n_in * sum(segments) * form.bits < 8 * SMALL_BYTES
+    """Whether a product reads all its rows, even those of cut inputs; see `SMALL_BYTES`.
+
+    Not one of 32 bits, or of widths that 8 does not divide: their kernel, `kernels.triton_gemv`, reads kept rows alone.
+    """
+    own_kernel = form.bits <= 16 and math.gcd(8, *segments) == 8
+    return dependent and own_kernel and n_in * sum(segments) * form.bits < 8 * SMALL_BYTES
 
 
 def _half_plan(prologue: str, n_in: int, segments: list[int], sparsity: float) -> Plan:

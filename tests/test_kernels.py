@@ -212,7 +212,8 @@ def test_a_cut_product_that_is_small_reads_all_rows_where_it_need_not_wait():
     assert early(2047, 0.5, FORMS["none"]) and not early(2048, 0.5, FORMS["none"])
     assert early(4095, 0.5, FORMS["int8"]) and early(8191, 0.5, FORMS["int4"]) and not early(8192, 0.5, FORMS["int4"])
     assert not early(64, 0.0, FORMS["none"]) and not early(64, 0.5, FORMS["none"], dependent=False)
-    assert not early(64, 0.5, Form("none", torch.float32))  # another kernel's
+    assert not early(64, 0.5, Form("none", torch.float32))  # another kernel's, as are these widths
+    assert not plan_for("given", 64, [1024, 36], 0.5, FORMS["none"], True).early
 
 
 def test_what_attention_prefetches():
