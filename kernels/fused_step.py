@@ -10,7 +10,8 @@ so that the order of the atomics changes nothing. A buffer that a product adds t
 
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
 at `gdc_wait`. What comes before that line may use only what no earlier launch of this step writes: weights, gains,
-thresholds, shifts, the position, the cache up to it. Which rows to prefetch is but a guess, from sums that are still
+thresholds, shifts, the position, the step's number, the cache up to it. o alone waits for its inputs themselves, word by
+word, since attention stamps them with that number. Which rows to prefetch is but a guess, from sums that are still
 being added to (during attention: h without o's part), a norm's last rstd and o's last input. A step's first launch is
 an ordinary one, so no steps overlap.
 """
@@ -27,7 +28,7 @@ from torch.nn import Module
 from kernels import grids, plan
 from kernels.heads import Heads
 from kernels.packed_words import TABLE, WIDTH, four_pairs, in_order, load_words, scales, with_escapes
-from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap
+from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap, stamped
 
 GROUP = 8  # tokens whose largest logit the sampling looks at
 JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
@@ -207,7 +208,7 @@ def _attention_kernel(
     # the new position's query, key and value, and the cache
     qkv_ptr, bias_ptr, q_gain_ptr, k_gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr,
     # the chunks' results, how many of a head have arrived, and the output
-    part_ptr, lse_ptr, arrived_ptr, y_ptr,
+    part_ptr, lse_ptr, arrived_ptr, stamp_ptr, y_ptr,
     # sizes: outputs of qkv with its room, positions of the cache, its chunks, and positions of the sliding window; the
     # scores' scale, and epsilon of the norms of q and k
     qkv_stride, seq_length, splits, sliding_window, softmax_scale, eps,
@@ -341,7 +342,10 @@ def _attention_kernel(
     if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
         tl.store(arrived_ptr + head, 0)
         y = _join_chunks(part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD, N_HEAD * HEAD_DIM)
-        tl.store(y_ptr + q_offsets, y.to(DTYPE), mask=q_mask)
+        y = y.to(DTYPE)
+        if stamp_ptr is not None:
+            y = stamped(y, tl.load(stamp_ptr))
+        tl.store(y_ptr + q_offsets, y, mask=q_mask)
 
 
 @triton.jit
@@ -388,18 +392,30 @@ class Chunks(NamedTuple):
     """Room for attention's chunks: results [rows, splits, n_head head_dim] and log-sum-exps [rows, splits, n_head].
 
     Both float32. arrived: [rows, n_kv] int32, how many of a key/value head's chunks have ended, 0 between launches.
+    stamp: [1] int32, the step's number, with which what they join to is `stamped`; None: it is not.
     """
 
     parts: Tensor
     lse: Tensor
     arrived: Tensor
+    stamp: Tensor | None
+
+
+def new_chunks(
+    rows: int, n_kv: int, n_head: int, width: int, cache_length: int, stamps: bool, device: torch.device
+) -> Chunks:
+    """`Chunks` for a cache; width: elements of all heads. The first step is number 1, so no word of zeros is its own."""
+    splits = chunks_in(cache_length)
+    parts, lse = (torch.zeros(rows, splits, n, device=device) for n in (width, n_head))
+    arrived = torch.zeros(rows, n_kv, device=device, dtype=torch.int32)
+    return Chunks(parts, lse, arrived, torch.ones(1, device=device, dtype=torch.int32) if stamps else None)
 
 
 def launch_attention(
     qkv: Tensor, heads: Heads, cache: Module, position: Tensor, chunks: Chunks, y: Tensor,
     residual: Residual, ahead: tuple[Norm, Product], pdl: bool, shared: bool = False,
 ) -> None:
-    """Attention of each row's new position, cached on the way, to y [rows, n_head head_dim] in the model's dtype.
+    """Attention of each row's new position, cached on the way, to y [rows, n_head head_dim] in the model's dtype, or stamped.
 
     qkv: [rows, (n_head + 2 n_kv) head_dim and room], float32.
     cache: with k_cache and v_cache, each [rows, n_kv, seq_length, head_dim].
@@ -578,7 +594,7 @@ def _sample_kernel(
     # what the lm_head left, and room for the groups that are looked at
     logits_ptr, top_ptr, groups_ptr,
     # read and moved on
-    seed_ptr, position_ptr, token_ptr, tokens_ptr,
+    seed_ptr, position_ptr, token_ptr, tokens_ptr, stamp_ptr,
     n_vocab, n_groups, logits_stride, tokens_stride, temperature, top_k,
     # compiled in; CAPACITY: groups that are looked at, of GROUP tokens
     GREEDY: tl.constexpr, BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr,
@@ -630,20 +646,24 @@ def _sample_kernel(
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(tokens_ptr + position + 1, token.to(tl.int64))
     tl.store(position_ptr + row, position + 1)
+    if stamp_ptr is not None:
+        if row == 0:
+            tl.store(stamp_ptr, tl.load(stamp_ptr) + 1)
 
 
 def launch_sample(
     logits: Tensor, top: Tensor, groups: Tensor, seed: Tensor, position: Tensor, token: Tensor, tokens: Tensor,
-    temperature: float, top_k: int, pdl: bool,
+    stamp: Tensor | None, temperature: float, top_k: int, pdl: bool,
 ) -> None:
-    """The next token of each row from what `launch_head` left; writes token, tokens[:, position + 1] and position + 1.
+    """The next token of each row from what `launch_head` left; writes token, tokens[:, position + 1], position + 1, stamp + 1.
 
-    seed, position, token: [rows], int64; tokens: [rows, positions]; groups: [rows, room], int32.
+    seed, position, token: [rows], int64; tokens: [rows, positions]; groups: [rows, room], int32; stamp: [1],
+    int32.
     """
     greedy, n_vocab = temperature == 0, logits.shape[1]
     _sample_kernel[(len(token),)](
         logits, top, groups,
-        seed, position, token, tokens,
+        seed, position, token, tokens, stamp,
         n_vocab, top.shape[1], logits.stride(0), tokens.stride(0), float(temperature or 1.0), 1 if greedy else top_k,
         GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.shape[1]), GROUP=GROUP, CAPACITY=groups.shape[1],
         PDL=pdl, num_warps=16, launch_pdl=pdl,
