@@ -177,30 +177,31 @@ def _rotated(x, gain, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def _join_chunks(
-    part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr
+    part_ptr, lse_ptr, n_chunks, heads, offsets, mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr
 ):
-    """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps, in order."""
+    """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps, in order.
+
+    heads, offsets, mask: [heads, elements]. A thread loads what belongs to its own elements, all chunks at once.
+    """
     top = tl.zeros_like(heads).to(tl.float32) - float("inf")
     for start in range(0, n_chunks, JOINED):
-        s = start + tl.arange(0, JOINED)[None, :]
-        mask = in_g[:, None] & (s < n_chunks)
-        lses = tl.load(lse_ptr + s * N_HEAD + heads[:, None], mask=mask, other=float("-inf"))
-        top = tl.maximum(top, tl.max(lses, axis=1))
-    top = tl.where(in_g, top, 0.0)
+        for i in tl.static_range(JOINED):
+            there = mask & (tl.zeros_like(heads) + start + i < n_chunks)
+            lse = tl.load(lse_ptr + (start + i) * N_HEAD + heads, mask=there, other=float("-inf"))
+            top = tl.maximum(top, lse)
+    top = tl.where(mask, top, 0.0)
 
     # a chunk that is absent has weight 0, as an empty one has
-    total = tl.zeros_like(top)
-    acc = tl.zeros_like(q_offsets).to(tl.float32)
+    total, acc = tl.zeros_like(top), tl.zeros_like(top)
     for start in range(0, n_chunks, JOINED):
         for i in tl.static_range(JOINED):
-            s = start + i
-            present = in_g & (tl.zeros_like(heads) + s < n_chunks)
-            lse = tl.load(lse_ptr + s * N_HEAD + heads, mask=present, other=float("-inf"))
-            part = tl.load(part_ptr + s * SIZE + q_offsets, mask=q_mask & present[:, None], other=0.0)
+            there = mask & (tl.zeros_like(heads) + start + i < n_chunks)
+            lse = tl.load(lse_ptr + (start + i) * N_HEAD + heads, mask=there, other=float("-inf"))
+            part = tl.load(part_ptr + (start + i) * SIZE + offsets, mask=there, other=0.0)
             weight = tl.exp(lse - top)
             total += weight
-            acc += weight[:, None] * part
-    return acc / total[:, None]
+            acc += weight * part
+    return acc / total
 
 
 @triton.jit(do_not_specialize=["seq_length", "splits", "n_pieces", "qkv_stride"])
@@ -341,11 +342,13 @@ def _attention_kernel(
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
         tl.store(arrived_ptr + head, 0)
-        y = _join_chunks(part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD, N_HEAD * HEAD_DIM)
+        own = tl.max_contiguous(head * HEADS_PER_KV + tl.broadcast_to(r, (ROWS, BLOCK_D)), (1, 1))
+        at = tl.max_contiguous(q_at, (1, 1))  # one layout for all that is joined, and no exchange between threads
+        y = _join_chunks(part_ptr, lse_ptr, n_chunks, own, at, q_in, N_HEAD, N_HEAD * HEAD_DIM)
         y = y.to(DTYPE)
         if stamp_ptr is not None:
             y = stamped(y, tl.load(stamp_ptr))
-        tl.store(y_ptr + q_offsets, y, mask=q_mask)
+        tl.store(y_ptr + at, y, mask=q_in)
 
 
 @triton.jit
