@@ -10,10 +10,10 @@ so that the order of the atomics changes nothing. A buffer that a product adds t
 
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
 at `gdc_wait`. What comes before that line may use only what no earlier launch of this step writes: weights, gains,
-thresholds, shifts, the position, the step's number, the cache up to it. o alone waits for its inputs themselves, word by
-word, since attention stamps them with that number. Which rows to prefetch is but a guess, from sums that are still
-being added to (during attention: h without o's part), a norm's last rstd and o's last input. A step's first launch is
-an ordinary one, so no steps overlap.
+thresholds, shifts, the position, the step's number, the cache up to it. o of one row waits for its inputs themselves:
+attention writes each in one word with the step's number. Which rows to prefetch is but a guess, from sums that are
+still being added to (during attention: h without o's part), a norm's last rstd and o's last input. A step's first
+launch is an ordinary one, so no steps overlap.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
 class Residual(NamedTuple):
     """The residual stream: h [rows, dim], float32, its grid's fineness [dim], and beyond [1], int32; None: no grid.
 
-    beyond becomes 1 when h is found near where additions round. It is looked at after each layer.
+    beyond becomes 1 when h is found near where additions round. It is looked at after each layer, while attention runs.
     """
 
     h: Tensor
@@ -176,31 +176,29 @@ def _rotated(x, gain, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
 
 
 @triton.jit
-def _join_chunks(
-    part_ptr, lse_ptr, n_chunks, heads, offsets, mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr
-):
+def _join_chunks(part_ptr, lse_ptr, n_chunks, heads, offsets, mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr):
     """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps, in order.
 
-    heads, offsets, mask: [heads, elements]. A thread loads what belongs to its own elements, all chunks at once.
+    heads, offsets, mask: [heads, elements]. JOINED chunks are loaded at once, by each thread for its own elements.
     """
-    top = tl.zeros_like(heads).to(tl.float32) - float("inf")
+    zeros = tl.zeros_like(heads).to(tl.float32)
+    top, total, acc = zeros - float("inf"), zeros, zeros
     for start in range(0, n_chunks, JOINED):
+        lses, parts, new_top = (), (), top
         for i in tl.static_range(JOINED):
             there = mask & (tl.zeros_like(heads) + start + i < n_chunks)
-            lse = tl.load(lse_ptr + (start + i) * N_HEAD + heads, mask=there, other=float("-inf"))
-            top = tl.maximum(top, lse)
-    top = tl.where(mask, top, 0.0)
+            lses = lses + (tl.load(lse_ptr + (start + i) * N_HEAD + heads, mask=there, other=float("-inf")),)  # noqa: RUF005
+            parts = parts + (tl.load(part_ptr + (start + i) * SIZE + offsets, mask=there, other=0.0),)  # noqa: RUF005
+            new_top = tl.maximum(new_top, lses[i])
+        new_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # where all are empty
 
-    # a chunk that is absent has weight 0, as an empty one has
-    total, acc = tl.zeros_like(top), tl.zeros_like(top)
-    for start in range(0, n_chunks, JOINED):
+        # a chunk that is absent or empty has weight 0
+        shrink = tl.exp(top - new_top)
+        total, acc, top = total * shrink, acc * shrink, new_top
         for i in tl.static_range(JOINED):
-            there = mask & (tl.zeros_like(heads) + start + i < n_chunks)
-            lse = tl.load(lse_ptr + (start + i) * N_HEAD + heads, mask=there, other=float("-inf"))
-            part = tl.load(part_ptr + (start + i) * SIZE + offsets, mask=there, other=0.0)
-            weight = tl.exp(lse - top)
+            weight = tl.exp(lses[i] - top)
             total += weight
-            acc += weight * part
+            acc += weight * parts[i]
     return acc / total
 
 
@@ -252,7 +250,9 @@ def _attention_kernel(
                 )
         return
 
-    position = tl.load(position_ptr + row).to(tl.int32)
+    position, stamp = tl.load(position_ptr + row).to(tl.int32), 0
+    if stamp_ptr is not None:
+        stamp = tl.load(stamp_ptr)
     n_chunks = chunk_of(position) + 1
     if split >= n_chunks:
         return
@@ -342,12 +342,12 @@ def _attention_kernel(
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
         tl.store(arrived_ptr + head, 0)
-        own = tl.max_contiguous(head * HEADS_PER_KV + tl.broadcast_to(r, (ROWS, BLOCK_D)), (1, 1))
-        at = tl.max_contiguous(q_at, (1, 1))  # one layout for all that is joined, and no exchange between threads
-        y = _join_chunks(part_ptr, lse_ptr, n_chunks, own, at, q_in, N_HEAD, N_HEAD * HEAD_DIM)
-        y = y.to(DTYPE)
+        # what the compiler takes for scattered has one element per thread, so all loads and sums have the same layout
+        of_head = tl.max_contiguous(head * HEADS_PER_KV + tl.broadcast_to(r, (ROWS, BLOCK_D)), (1, 1))
+        at = tl.max_contiguous(q_at, (1, 1))
+        y = _join_chunks(part_ptr, lse_ptr, n_chunks, of_head, at, q_in, N_HEAD, N_HEAD * HEAD_DIM).to(DTYPE)
         if stamp_ptr is not None:
-            y = stamped(y, tl.load(stamp_ptr))
+            y = stamped(y, stamp)
         tl.store(y_ptr + at, y, mask=q_in)
 
 
@@ -407,7 +407,7 @@ class Chunks(NamedTuple):
 def new_chunks(
     rows: int, n_kv: int, n_head: int, width: int, cache_length: int, stamps: bool, device: torch.device
 ) -> Chunks:
-    """`Chunks` for a cache; width: elements of all heads. The first step is number 1, so no word of zeros is its own."""
+    """`Chunks` for a cache; width: elements of all heads. The first step is number 1: no word of zeros is its own."""
     splits = chunks_in(cache_length)
     parts, lse = (torch.zeros(rows, splits, n, device=device) for n in (width, n_head))
     arrived = torch.zeros(rows, n_kv, device=device, dtype=torch.int32)
@@ -418,11 +418,12 @@ def launch_attention(
     qkv: Tensor, heads: Heads, cache: Module, position: Tensor, chunks: Chunks, y: Tensor,
     residual: Residual, ahead: tuple[Norm, Product], pdl: bool, shared: bool = False,
 ) -> None:
-    """Attention of each row's new position, cached on the way, to y [rows, n_head head_dim] in the model's dtype, or stamped.
+    """Attention of each row's new position, cached on the way, to y [rows, n_head head_dim].
 
     qkv: [rows, (n_head + 2 n_kv) head_dim and room], float32.
     cache: with k_cache and v_cache, each [rows, n_kv, seq_length, head_dim].
     position: [rows], int64.
+    y: in the model's dtype; stamped where `chunks` has a stamp.
     residual: looked at meanwhile; what qkv was made of.
     ahead: ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`, where there is one row.
     shared: the rows stand at positions of one text, whose cache of one row `launch_cache` has written.
@@ -658,10 +659,10 @@ def launch_sample(
     logits: Tensor, top: Tensor, groups: Tensor, seed: Tensor, position: Tensor, token: Tensor, tokens: Tensor,
     stamp: Tensor | None, temperature: float, top_k: int, pdl: bool,
 ) -> None:
-    """The next token of each row from what `launch_head` left; writes token, tokens[:, position + 1], position + 1, stamp + 1.
+    """The next token of each row from what `launch_head` left: token and tokens[:, position + 1].
 
-    seed, position, token: [rows], int64; tokens: [rows, positions]; groups: [rows, room], int32; stamp: [1],
-    int32.
+    seed, position, token: [rows], int64; tokens: [rows, positions]; groups: [rows, room], int32.
+    stamp: [1], int32, or None. It grows by one, as every position does.
     """
     greedy, n_vocab = temperature == 0, logits.shape[1]
     _sample_kernel[(len(token),)](

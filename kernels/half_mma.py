@@ -481,7 +481,8 @@ def launch_half(
     product.check()
     weight, segments, n_in = product.weight, product.segments, len(product.weight)
     packed = product.form.name == "packed"
-    assert dtype == (torch.bfloat16 if packed else weight.dtype) and (x.dtype in (dtype, torch.int32) or prologue != "given")
+    assert dtype == (torch.bfloat16 if packed else weight.dtype)
+    assert x.dtype in (dtype, torch.int32) or prologue != "given"
     assert fits_half(product)
     assert all(t is None or t.data_ptr() % 16 == 0 for t in (weight, out, product.offset, product.fineness))
     assert len(out) == 1 or out.stride(0) % 4 == 0

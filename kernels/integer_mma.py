@@ -601,7 +601,8 @@ def launch_integers(
         zero = None
     n_zero, zero_block = zeros_of(zero, grid[0] * grid[1])
     _integer_kernel[grid](
-        x, gain, product.threshold, *(prepared or (None, None, None)), weight, out, zero, last_rstd, *read, None if prepared else stamp,
+        x, gain, product.threshold, *(prepared or (None, None, None)), weight, out, zero, last_rstd, *read,
+        None if prepared else stamp,
         starts[-1], out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         OP=operation, PLAN=plan, LANES=lanes, ROWS=rows if prepared else 0, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,
