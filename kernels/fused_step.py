@@ -10,9 +10,10 @@ so that the order of the atomics changes nothing. A buffer that a product adds t
 
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
 at `gdc_wait`. What comes before that line may use only what no earlier launch of this step writes: weights, gains,
-thresholds, shifts, the position, the cache up to it. Which rows to prefetch is but a guess, from sums that are still
-being added to (during attention: h without o's part), a norm's last rstd and o's last input. A step's first launch is
-an ordinary one, so no steps overlap.
+thresholds, shifts, the position, the step's number, the cache up to it. o of one row waits for its inputs themselves:
+attention writes each in one word with the step's number. Which rows to prefetch is but a guess, from sums that are
+still being added to (during attention: h without o's part), a norm's last rstd and o's last input. A step's first
+launch is an ordinary one, so no steps overlap.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from torch.nn import Module
 from kernels import grids, plan
 from kernels.heads import Heads
 from kernels.packed_words import TABLE, WIDTH, four_pairs, in_order, load_words, scales, with_escapes
-from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap
+from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap, stamped
 
 GROUP = 8  # tokens whose largest logit the sampling looks at
 JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
@@ -37,7 +38,7 @@ BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
 class Residual(NamedTuple):
     """The residual stream: h [rows, dim], float32, its grid's fineness [dim], and beyond [1], int32; None: no grid.
 
-    beyond becomes 1 when h is found near where additions round. It is looked at after each layer.
+    beyond becomes 1 when h is found near where additions round. It is looked at after each layer, while attention runs.
     """
 
     h: Tensor
@@ -175,31 +176,30 @@ def _rotated(x, gain, cos, sin, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
 
 
 @triton.jit
-def _join_chunks(
-    part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr
-):
-    """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps, in order."""
-    top = tl.zeros_like(heads).to(tl.float32) - float("inf")
-    for start in range(0, n_chunks, JOINED):
-        s = start + tl.arange(0, JOINED)[None, :]
-        mask = in_g[:, None] & (s < n_chunks)
-        lses = tl.load(lse_ptr + s * N_HEAD + heads[:, None], mask=mask, other=float("-inf"))
-        top = tl.maximum(top, tl.max(lses, axis=1))
-    top = tl.where(in_g, top, 0.0)
+def _join_chunks(part_ptr, lse_ptr, n_chunks, heads, offsets, mask, N_HEAD: tl.constexpr, SIZE: tl.constexpr):
+    """y of query `heads`: the chunks' results, SIZE elements a chunk, weighted by their log-sum-exps, in order.
 
-    # a chunk that is absent has weight 0, as an empty one has
-    total = tl.zeros_like(top)
-    acc = tl.zeros_like(q_offsets).to(tl.float32)
+    heads, offsets, mask: [heads, elements]. JOINED chunks are loaded at once, by each thread for its own elements.
+    """
+    zeros = tl.zeros_like(heads).to(tl.float32)
+    top, total, acc = zeros - float("inf"), zeros, zeros
     for start in range(0, n_chunks, JOINED):
+        lses, parts, new_top = (), (), top
         for i in tl.static_range(JOINED):
-            s = start + i
-            present = in_g & (tl.zeros_like(heads) + s < n_chunks)
-            lse = tl.load(lse_ptr + s * N_HEAD + heads, mask=present, other=float("-inf"))
-            part = tl.load(part_ptr + s * SIZE + q_offsets, mask=q_mask & present[:, None], other=0.0)
-            weight = tl.exp(lse - top)
+            there = mask & (tl.zeros_like(heads) + start + i < n_chunks)
+            lses = lses + (tl.load(lse_ptr + (start + i) * N_HEAD + heads, mask=there, other=float("-inf")),)  # noqa: RUF005
+            parts = parts + (tl.load(part_ptr + (start + i) * SIZE + offsets, mask=there, other=0.0),)  # noqa: RUF005
+            new_top = tl.maximum(new_top, lses[i])
+        new_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # where all are empty
+
+        # a chunk that is absent or empty has weight 0
+        shrink = tl.exp(top - new_top)
+        total, acc, top = total * shrink, acc * shrink, new_top
+        for i in tl.static_range(JOINED):
+            weight = tl.exp(lses[i] - top)
             total += weight
-            acc += weight[:, None] * part
-    return acc / total[:, None]
+            acc += weight * parts[i]
+    return acc / total
 
 
 @triton.jit(do_not_specialize=["seq_length", "splits", "n_pieces", "qkv_stride"])
@@ -207,7 +207,7 @@ def _attention_kernel(
     # the new position's query, key and value, and the cache
     qkv_ptr, bias_ptr, q_gain_ptr, k_gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr,
     # the chunks' results, how many of a head have arrived, and the output
-    part_ptr, lse_ptr, arrived_ptr, y_ptr,
+    part_ptr, lse_ptr, arrived_ptr, stamp_ptr, y_ptr,
     # sizes: outputs of qkv with its room, positions of the cache, its chunks, and positions of the sliding window; the
     # scores' scale, and epsilon of the norms of q and k
     qkv_stride, seq_length, splits, sliding_window, softmax_scale, eps,
@@ -250,7 +250,9 @@ def _attention_kernel(
                 )
         return
 
-    position = tl.load(position_ptr + row).to(tl.int32)
+    position, stamp = tl.load(position_ptr + row).to(tl.int32), 0
+    if stamp_ptr is not None:
+        stamp = tl.load(stamp_ptr)
     n_chunks = chunk_of(position) + 1
     if split >= n_chunks:
         return
@@ -340,8 +342,13 @@ def _attention_kernel(
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == n_chunks - 1:
         tl.store(arrived_ptr + head, 0)
-        y = _join_chunks(part_ptr, lse_ptr, n_chunks, heads, in_g, q_offsets, q_mask, N_HEAD, N_HEAD * HEAD_DIM)
-        tl.store(y_ptr + q_offsets, y.to(DTYPE), mask=q_mask)
+        # what the compiler takes for scattered has one element per thread, so all loads and sums have the same layout
+        of_head = tl.max_contiguous(head * HEADS_PER_KV + tl.broadcast_to(r, (ROWS, BLOCK_D)), (1, 1))
+        at = tl.max_contiguous(q_at, (1, 1))
+        y = _join_chunks(part_ptr, lse_ptr, n_chunks, of_head, at, q_in, N_HEAD, N_HEAD * HEAD_DIM).to(DTYPE)
+        if stamp_ptr is not None:
+            y = stamped(y, stamp)
+        tl.store(y_ptr + at, y, mask=q_in)
 
 
 @triton.jit
@@ -388,22 +395,35 @@ class Chunks(NamedTuple):
     """Room for attention's chunks: results [rows, splits, n_head head_dim] and log-sum-exps [rows, splits, n_head].
 
     Both float32. arrived: [rows, n_kv] int32, how many of a key/value head's chunks have ended, 0 between launches.
+    stamp: [1] int32, the step's number, with which what they join to is `stamped`; None: it is not.
     """
 
     parts: Tensor
     lse: Tensor
     arrived: Tensor
+    stamp: Tensor | None
+
+
+def new_chunks(
+    rows: int, n_kv: int, n_head: int, width: int, cache_length: int, stamps: bool, device: torch.device
+) -> Chunks:
+    """`Chunks` for a cache; width: elements of all heads. The first step is number 1: no word of zeros is its own."""
+    splits = chunks_in(cache_length)
+    parts, lse = (torch.zeros(rows, splits, n, device=device) for n in (width, n_head))
+    arrived = torch.zeros(rows, n_kv, device=device, dtype=torch.int32)
+    return Chunks(parts, lse, arrived, torch.ones(1, device=device, dtype=torch.int32) if stamps else None)
 
 
 def launch_attention(
     qkv: Tensor, heads: Heads, cache: Module, position: Tensor, chunks: Chunks, y: Tensor,
     residual: Residual, ahead: tuple[Norm, Product], pdl: bool, shared: bool = False,
 ) -> None:
-    """Attention of each row's new position, cached on the way, to y [rows, n_head head_dim] in the model's dtype.
+    """Attention of each row's new position, cached on the way, to y [rows, n_head head_dim].
 
     qkv: [rows, (n_head + 2 n_kv) head_dim and room], float32.
     cache: with k_cache and v_cache, each [rows, n_kv, seq_length, head_dim].
     position: [rows], int64.
+    y: in the model's dtype; stamped where `chunks` has a stamp.
     residual: looked at meanwhile; what qkv was made of.
     ahead: ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`, where there is one row.
     shared: the rows stand at positions of one text, whose cache of one row `launch_cache` has written.
@@ -578,7 +598,7 @@ def _sample_kernel(
     # what the lm_head left, and room for the groups that are looked at
     logits_ptr, top_ptr, groups_ptr,
     # read and moved on
-    seed_ptr, position_ptr, token_ptr, tokens_ptr,
+    seed_ptr, position_ptr, token_ptr, tokens_ptr, stamp_ptr,
     n_vocab, n_groups, logits_stride, tokens_stride, temperature, top_k,
     # compiled in; CAPACITY: groups that are looked at, of GROUP tokens
     GREEDY: tl.constexpr, BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr,
@@ -630,20 +650,24 @@ def _sample_kernel(
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(tokens_ptr + position + 1, token.to(tl.int64))
     tl.store(position_ptr + row, position + 1)
+    if stamp_ptr is not None:
+        if row == 0:
+            tl.store(stamp_ptr, tl.load(stamp_ptr) + 1)
 
 
 def launch_sample(
     logits: Tensor, top: Tensor, groups: Tensor, seed: Tensor, position: Tensor, token: Tensor, tokens: Tensor,
-    temperature: float, top_k: int, pdl: bool,
+    stamp: Tensor | None, temperature: float, top_k: int, pdl: bool,
 ) -> None:
-    """The next token of each row from what `launch_head` left; writes token, tokens[:, position + 1] and position + 1.
+    """The next token of each row from what `launch_head` left: token and tokens[:, position + 1].
 
     seed, position, token: [rows], int64; tokens: [rows, positions]; groups: [rows, room], int32.
+    stamp: [1], int32, or None. It grows by one, as every position does.
     """
     greedy, n_vocab = temperature == 0, logits.shape[1]
     _sample_kernel[(len(token),)](
         logits, top, groups,
-        seed, position, token, tokens,
+        seed, position, token, tokens, stamp,
         n_vocab, top.shape[1], logits.stride(0), tokens.stride(0), float(temperature or 1.0), 1 if greedy else top_k,
         GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.shape[1]), GROUP=GROUP, CAPACITY=groups.shape[1],
         PDL=pdl, num_warps=16, launch_pdl=pdl,

@@ -27,6 +27,7 @@ from kernels.triton_gemv import (
     MAX_SEGMENTS,
     Norm,
     Product,
+    await_inputs,
     fixed,
     inputs,
     load_constants,
@@ -115,10 +116,10 @@ def _from_lane(x, lane):
 def _zero_after_loads(at):
     """An int32 of each lane that is 0, which is only known when all loads before this have begun; at: of a word.
 
-    The compiler moves no load across the wait, and cannot know that lane 31 has no lower lanes to be its bit 31.
+    The compiler moves no load across the barrier, and cannot know that lane 31 has no lower lanes to be its bit 31.
     """
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 z; griddepcontrol.wait; ld.global.b32 $0, [$1]; mov.u32 z, %lanemask_lt; shr.u32 z, z, 31; "
+        "{ .reg .b32 z; bar.warp.sync 0xffffffff; ld.global.b32 $0, [$1]; mov.u32 z, %lanemask_lt; shr.u32 z, z, 31; "
         "and.b32 $0, $0, z; }", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
     )
 
@@ -399,6 +400,8 @@ def _integer_kernel(
     x_ptr, gain_ptr, threshold_ptr, made_ptr, kept_ptr, down_ptr,
     # read and written
     weight_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
+    # the step's number, if x is awaited
+    stamp_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
     n_out, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     # compiled in; ROWS: of those made, or 0; ZERO: how much of zero_ptr each program fills
@@ -417,6 +420,7 @@ def _integer_kernel(
     N: tl.constexpr = 4 if OP.bits == 8 else 2  # outputs that a lane adds, of each chunk
     GRID: tl.constexpr = fineness_ptr is not None
     OFFSET: tl.constexpr = offset_ptr is not None
+    AWAIT: tl.constexpr = stamp_ptr is not None
     lane = tl.arange(0, BLOCK)
     group = tl.program_id(1)
     program = group * tl.num_programs(0) + tl.program_id(0)
@@ -472,8 +476,8 @@ def _integer_kernel(
         if OP.bits == 8:
             scales = load_factors(weight_scale_ptr, at, mine, N)
 
-    # the launch before has ended
-    if PDL:
+    # the launch before has ended, or x says when it is there
+    if PDL and not AWAIT:
         tl.extra.cuda.gdc_wait()
     if ZERO > 0:
         z = program * ZERO + tl.arange(0, ZERO)
@@ -483,7 +487,9 @@ def _integer_kernel(
     made, scale, down = (), 1.0, 1.0
     if ROWS == 0:
         operands, largest, rstd = (), tl.zeros((BLOCK,), tl.int32), 1.0
-        for b in tl.static_range(BLOCKS):
+        if AWAIT:
+            operands = await_inputs(rows, x_ptr, stamp_ptr, OP, BLOCKS)
+        for b in tl.static_range(0 if AWAIT else BLOCKS):
             a, up = load_inputs(rows + b * BLOCK, x_ptr, OP, "")
             operands = operands + ((a, up),)
         if OP.prologue == "norm":
@@ -545,6 +551,10 @@ def _integer_kernel(
                 fine = finenesses[(first_chunk + c) * N : (first_chunk + c) * N + N]
                 add_to(out_at, there[first_chunk + c], sums[c * R + r], fine, N, OP, LANES, GRID)
 
+    # the next launch relies on the end of the one before, too
+    if PDL and AWAIT:
+        tl.extra.cuda.gdc_wait()
+
 
 # ---- launching it
 
@@ -564,8 +574,8 @@ def lanes_of(plan, product: Product, hopper: bool) -> Lanes:
 
 def launch_integers(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
-    prepared: Prepared | None = None, norm: Norm | None = None, zero: Tensor | None = None, dtype: torch.dtype,
-    pdl: bool = False,
+    prepared: Prepared | None = None, norm: Norm | None = None, zero: Tensor | None = None,
+    stamp: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
 ) -> None:
     """`launch_gemv` of `kernels.triton_gemv` for int8 and int4, of several rows of any prologue with `prepared`."""
     product.check()
@@ -592,6 +602,7 @@ def launch_integers(
     n_zero, zero_block = zeros_of(zero, grid[0] * grid[1])
     _integer_kernel[grid](
         x, gain, product.threshold, *(prepared or (None, None, None)), weight, out, zero, last_rstd, *read,
+        None if prepared else stamp,
         starts[-1], out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         OP=operation, PLAN=plan, LANES=lanes, ROWS=rows if prepared else 0, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -97,7 +99,7 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
         torch.testing.assert_close(decoder.logits[0, :101], expected, rtol=1e-4, atol=tolerance)
     assert decoder.tokens[0, prompt : prompt + steps + 1].tolist() == [3, *tokens]
     assert decoder.position.item() == prompt + steps
-    assert not decoder.chunks.arrived.any()
+    assert not decoder.chunks.arrived.any() and decoder.chunks.stamp is None
     for fused, plain in zip(caches(model), after, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=tolerance)
 
@@ -114,6 +116,43 @@ def test_a_step_of_16_bits_rounds_as_the_plain_one(options):
     step.start(torch.tensor([3], device=DEVICE), [63], [0])
     step.step()
     assert (step.logits[0, :101] - expected).norm() <= rtol * expected.norm()
+    assert step.chunks.stamp.item() == 2 and (step.y >> 16 == 1).all()  # the step's number, in each word that o awaits
+    step.step()
+    assert step.chunks.stamp.item() == 3 and (step.y >> 16 == 2).all()
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.5])
+@pytest.mark.parametrize("form", ["none", "packed", "int8", "int4"])
+def test_o_waits_until_all_its_inputs_are_of_this_step(form, cut):
+    """Its launch runs beside those who replace the inputs of the step before, here in two parts."""
+    from test_integers import case
+    from test_packed import packed_of
+
+    from kernels.products import launch_product
+
+    x, product = case(192, [128], cut, 2, groupsize=64 if form == "int4" else 0)
+    if form in ("none", "packed"):
+        weight = product.weight.bfloat16() * 0.01  # so that sums lie on their grid, and in any order are the same
+        stored, table = (weight, None) if form == "none" else packed_of(weight, [128])
+        product = product._replace(weight=stored, weight_scale=table)
+    out, expected = torch.zeros(2, 1, 128, device=DEVICE)
+    launch_product("given", x[1:], product, expected, dtype=x.dtype)
+    old, new = (row.view(torch.int16).int() & 0xFFFF | step << 16 for row, step in zip(x, (6, 7), strict=True))
+    y, stamp = old.clone()[None], torch.tensor([7], dtype=torch.int32, device=DEVICE)
+
+    def launch() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else nullcontext():
+            launch_product("given", y, product, out, dtype=x.dtype, stamp=stamp)
+            if DEVICE == "cuda":
+                torch.cuda.current_stream().synchronize()
+
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(launch)
+        for part in (slice(0, 100), slice(100, 192)):
+            assert wait([running], timeout=0.5).not_done
+            y[0, part] = new[part]
+        running.result(timeout=60)
+    assert expected.any() and torch.equal(out, expected)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="what the interpreter prefetches can be seen")
@@ -183,6 +222,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from decoder import FusedGpuStep
+from kernels.quantized import fill_module
 from model import ModelArgs
 from sparse_model import SparseTransformer
 
@@ -199,18 +239,27 @@ class AbsentGPU:
 
 driver.set_active(AbsentGPU())
 run = JITFunction.run
-JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    assert kernel.asm["ptx"].count("stage[") < 2  # two layouts would make the compiler copy `half_mma.stage_assembly`
+    return kernel
+
+JITFunction.run = compile_only
 switches = {"qk_norm": "head", "activation": "gelu", "o_bias": True, "mlp_bias": True, "embedding_multiplier": 3.0}
 switches |= {"residual_multiplier": 0.22, "logits_scaling": 7.0, "rotary_share": 0.5}
 switches["rope_scaling"] = {"rope_type": "longrope", "original_max_position_embeddings": 300, "attention_factor": 1.2}
 switches["rope_scaling"] |= {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16}
-widths = {"none": 5120, "int8": 5136, "int4": 4224}
-for quant, others in (("none", {}), ("int8", {}), ("int4", {}), ("none", switches))[: 4 if capability == 90 else 3]:
+widths = {"none": 5120, "int8": 5136, "int4": 4224, "packed": 5120}
+forms = (("none", {}), ("int8", {}), ("int4", {}), ("packed", {}), ("none", switches))
+for quant, others in forms[: 5 if capability == 90 else 3]:
     config = ModelArgs(
         block_size=256, vocab_size=1000, n_layer=1, n_head=8, n_local_heads=8, dim=512, quant=quant,
         intermediate_size=widths[quant] + (4 if others else 0), groupsize=64, **others,  # + 4: 8 does not divide it
     )
     model = SparseTransformer(config, "cpu", torch.bfloat16).requires_grad_(False)
+    for module in model.sites if quant == "packed" else ():
+        fill_module(module, 0.02, torch.Generator())
     for module in model.sites:
         module.set_cut(module.threshold, torch.zeros(module.weight.shape[0]))
     model.setup_caches(1, 140)
@@ -285,7 +334,7 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int, n: int, seed: int
     tokens = torch.full((1, n + 1), -1, device=DEVICE)
     seeds = torch.tensor([seed], device=DEVICE)
     for _ in range(n):
-        launch_sample(logits, top, groups, seeds, position, token, tokens, temperature, top_k, False)
+        launch_sample(logits, top, groups, seeds, position, token, tokens, None, temperature, top_k, False)
     assert position.item() == n and token.item() == tokens[0, -1].item()
     return tokens[0, 1:].cpu()
 

@@ -45,21 +45,20 @@ def expected(x: Tensor, product: Product) -> Tensor:
 
 
 SHAPES = [(64, [64], 2, 64, 0), (96, [128], 3, 128, 48), (40, [40, 32], 1, 64, 0), (70, [136], 2, 128, 48)]
-CASES = [(*shape, 0.5 * (i != 0), i == 2) for i, shape in enumerate(SHAPES)]
 if DEVICE == "cuda":
     SHAPES += [(576, [576, 192, 192], 1, 64, 0), (4096, [4096], 2, 64, 0), (4096, [4096, 1024, 1024], 3, 128, 48)]
     SHAPES += [(14336, [4096], 2, 128, 48), (4096, [4096], 2, 128, 0)]
-    CASES = [(*shape, sparsity, shift) for shape in SHAPES for sparsity in (0.0, 0.5) for shift in (False, True)]
+CASES = [(*shape, 0.5 * (i not in (0, 5)), i % 3 == 2) for i, shape in enumerate(SHAPES)]
 
 
 @pytest.mark.parametrize(("n_in", "segments", "blocks", "tile", "at_once", "sparsity", "shift"), CASES)
-@pytest.mark.parametrize("dtype", [HALF] if DEVICE == "cpu" else [HALF, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [HALF] if DEVICE == "cpu" else [torch.bfloat16])
 def test_rows_equal_single_ones(n_in, segments, blocks, tile, at_once, sparsity, shift, dtype, monkeypatch):
     """In the interpreter by the assembly in numpy, see `lanes`. at_once: rows of W, or 0 for all."""
     choose = Product.plan
     fields = {"blocks": blocks, "block_out": tile, "rows": at_once}
     monkeypatch.setattr(Product, "plan", lambda *given: choose(*given)._replace(**fields))
-    sizes = [(1, 8), (2, 1), (2, 8), (3, 1), (5, 1), (8, 8)] if DEVICE == "cuda" else [(3, 1), (2, 8)]
+    sizes = [(1, 8), (2, 8), (3, 1), (8, 8)] if DEVICE == "cuda" else [(3, 1), (2, 8)]
     x, product = case(n_in, segments, sparsity, max(sizes)[0], shift, dtype)
     single = torch.zeros(len(x), sum(segments), device=DEVICE)
     launch_half("given", x, product, single, dtype=dtype)  # as the unfused op has them

@@ -203,7 +203,7 @@ def test_unfused_runs_repeat_to_the_token(step):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_grids_change_a_step_by_less_than_16_bits_do(form):
-    model = build_cut(dtype=torch.float16, std=0.1, n_layer=1, **FORMS[form])
+    model = build_cut(dtype=torch.float16, std=0.1, n_layer=1, device=DEVICE, **FORMS[form])
     model.setup_caches(1, 70)
     logits = []
     for with_grids in (True, False):
@@ -219,7 +219,7 @@ def test_grids_change_a_step_by_less_than_16_bits_do(form):
 
 
 def test_a_step_says_that_the_residual_stream_left_its_grid():
-    model = build_cut(dtype=torch.float16, n_layer=1)
+    model = build_cut(dtype=torch.float16, n_layer=1, device=DEVICE)
     model.setup_caches(1, 70)
     step = FusedGpuStep(model, 0.0, 1)
     step.start(torch.tensor([3]), [0], [0])
