@@ -98,7 +98,8 @@ class FusedGpuStep:
         def buffer(*shape: int, dtype=torch.float32) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        # what one launch of a step leaves to the next; y is kept per layer: o guesses by its last input
+        # what one launch of a step leaves to the next; y is kept per layer: its words bear the step's number alone, and
+        # o guesses by its last input
         cache_rows, _, cache_length, _ = model.layers[0].attention.kv_cache.k_cache.shape
         self.drafts, rows, rstd_buffer = drafts, drafts or cache_rows, triton_gemv.RSTD_BUFFER
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim

@@ -11,8 +11,9 @@ so that the order of the atomics changes nothing. A buffer that a product adds t
 With PDL (programmatic dependent launch, Hopper) a launch starts while the one before it drains, and waits for its end
 at `gdc_wait`. What comes before that line may use only what no earlier launch of this step writes: weights, gains,
 thresholds, shifts, the position, the step's number, the cache up to it. o of one row waits for its inputs themselves:
-attention writes each in one word with the step's number. Which rows to prefetch is but a guess, from sums that are
-still being added to (during attention: h without o's part), a norm's last rstd and o's last input. A step's first
+attention writes each in one word with the step's number. It waits for the end of attention only before its own, since
+launches that wait for o reuse what attention reads. Which rows to prefetch is but a guess, from sums that are still
+being added to (during attention: h, with little of o's part), a norm's last rstd and o's last input. A step's first
 launch is an ordinary one, so no steps overlap.
 """
 
@@ -38,7 +39,8 @@ BEYOND = tl.constexpr(2.0**23)  # half of what a grid holds, see `kernels.grids`
 class Residual(NamedTuple):
     """The residual stream: h [rows, dim], float32, its grid's fineness [dim], and beyond [1], int32; None: no grid.
 
-    beyond becomes 1 when h is found near where additions round. It is looked at after each layer, while attention runs.
+    beyond becomes 1 when h is found near where additions round. It is looked at after each layer, while
+    attention runs; o of one row may have begun to add by then.
     """
 
     h: Tensor
@@ -190,13 +192,13 @@ def _join_chunks(part_ptr, lse_ptr, n_chunks, heads, offsets, mask, N_HEAD: tl.c
             lses = lses + (tl.load(lse_ptr + (start + i) * N_HEAD + heads, mask=there, other=float("-inf")),)  # noqa: RUF005
             parts = parts + (tl.load(part_ptr + (start + i) * SIZE + offsets, mask=there, other=0.0),)  # noqa: RUF005
             new_top = tl.maximum(new_top, lses[i])
-        new_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # where all are empty
 
-        # a chunk that is absent or empty has weight 0
-        shrink = tl.exp(top - new_top)
+        # a chunk that is absent or empty has weight 0, also where all so far are
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink = tl.exp(top - base)
         total, acc, top = total * shrink, acc * shrink, new_top
         for i in tl.static_range(JOINED):
-            weight = tl.exp(lses[i] - top)
+            weight = tl.exp(lses[i] - base)
             total += weight
             acc += weight * parts[i]
     return acc / total
@@ -679,7 +681,8 @@ def launch_sample(
 
 def record_graph(launch: Callable[[], None], *state: Tensor) -> torch.cuda.CUDAGraph:
     """Compiles the kernels that `launch` runs and records them; the tensors `state` end as they began."""
-    # what this one run does is undone, but for the cache at its positions, which the first replay writes again
+    # what this one run does is undone, but for the cache at its positions, which the first replay writes again, and for
+    # the step's number, which may not come twice: this run's words bear it
     before = [tensor.clone() for tensor in state]
     stream = torch.cuda.Stream(state[0].device)
     stream.wait_stream(torch.cuda.current_stream())

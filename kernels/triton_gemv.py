@@ -457,7 +457,7 @@ def launch_gemv(
     out: [B, out and room], float32; with "norm" [B, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
     norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
     stamp: [1], int32, the step's number, with which the launch before stamps x. The others' kernels of one row await x
-        by it, instead of that launch's end.
+        by it, and that launch's end only before their own.
     dtype: in which the inputs are rounded and compared; the weight's, if None.
     pdl: programmatic dependent launch.
     """

@@ -121,24 +121,28 @@ def test_a_step_of_16_bits_rounds_as_the_plain_one(options):
     assert step.chunks.stamp.item() == 3 and (step.y >> 16 == 2).all()
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("cut", [0.0, 0.5])
 @pytest.mark.parametrize("form", ["none", "packed", "int8", "int4"])
-def test_o_waits_until_all_its_inputs_are_of_this_step(form, cut):
-    """Its launch runs beside those who replace the inputs of the step before, here in two parts."""
+def test_o_waits_until_all_its_inputs_are_of_this_step(form, cut, blocks, monkeypatch):
+    """Its launch runs beside those who replace the inputs of the step before: the last ones at the end."""
     from test_integers import case
     from test_packed import packed_of
 
     from kernels.products import launch_product
 
+    monkeypatch.setattr("kernels.plan.RESIDENT", 2112 if blocks == 1 else 2)
     x, product = case(192, [128], cut, 2, groupsize=64 if form == "int4" else 0)
     if form in ("none", "packed"):
         weight = product.weight.bfloat16() * 0.01  # so that sums lie on their grid, and in any order are the same
         stored, table = (weight, None) if form == "none" else packed_of(weight, [128])
         product = product._replace(weight=stored, weight_scale=table)
-    out, expected = torch.zeros(2, 1, 128, device=DEVICE)
+    assert product.plan("given", False).blocks == blocks
+    out, expected, compiled = torch.zeros(3, 1, 128, device=DEVICE)
     launch_product("given", x[1:], product, expected, dtype=x.dtype)
     old, new = (row.view(torch.int16).int() & 0xFFFF | step << 16 for row, step in zip(x, (6, 7), strict=True))
     y, stamp = old.clone()[None], torch.tensor([7], dtype=torch.int32, device=DEVICE)
+    launch_product("given", new[None], product, compiled, dtype=x.dtype, stamp=stamp)
 
     def launch() -> None:
         with torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else nullcontext():
@@ -148,12 +152,12 @@ def test_o_waits_until_all_its_inputs_are_of_this_step(form, cut):
 
     running = Thread(target=launch, daemon=True)  # one that waits for ever ends with the tests
     running.start()
-    for part in (slice(0, 100), slice(100, 192)):
+    for part in (slice(0, 164), slice(164, 192)):  # in the end one block is old
         running.join(0.5)
         assert running.is_alive()
         y[0, part] = new[part]
     running.join(60)
-    assert expected.any() and torch.equal(out, expected)
+    assert expected.any() and torch.equal(compiled, expected) and torch.equal(out, expected)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="what the interpreter prefetches can be seen")
@@ -239,11 +243,17 @@ class AbsentGPU:
         return 0
 
 driver.set_active(AbsentGPU())
-run = JITFunction.run
+run, awaiting = JITFunction.run, set()
 
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
-    assert kernel.asm["ptx"].count("stage[") < 2  # two layouts would make the compiler copy `half_mma.stage_assembly`
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("stage[") < 2  # two layouts would make the compiler copy `half_mma.stage_assembly`
+    stamp = dict(zip(self.arg_names, args, strict=False)).get("stamp_ptr")
+    if self.__name__ in ("_half_kernel", "_integer_kernel") and stamp is not None and options["PDL"]:
+        awaiting.add(self.__name__)  # it waits for the launch before at the end alone
+        assert ptx.count("griddepcontrol.wait") == 1
+        assert ptx.index("ld.volatile") < ptx.rindex("red.") < ptx.index("griddepcontrol.wait")
     return kernel
 
 JITFunction.run = compile_only
@@ -272,6 +282,7 @@ for quant, others in forms[: 5 if capability == 90 else 3]:
             decoder = FusedGpuStep(model, temperature=0.8, top_k=200, drafts=drafts)
             decoder.pdl = capability >= 90
             decoder.step()
+assert capability < 90 or awaiting == {"_half_kernel", "_integer_kernel"}
 """
 
 

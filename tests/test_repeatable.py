@@ -279,6 +279,28 @@ def test_attention_does_not_depend_on_the_caches_length(position, options, dtype
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@triton.jit
+def _join_kernel(part_ptr, lse_ptr, out_ptr, n_chunks, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    heads = tl.broadcast_to(tl.arange(0, HEADS)[:, None], (HEADS, WIDTH))
+    at = heads * WIDTH + tl.arange(0, WIDTH)[None, :]
+    y = fused_step._join_chunks(part_ptr, lse_ptr, n_chunks, heads, at, at >= 0, HEADS, HEADS * WIDTH)
+    tl.store(out_ptr + at, y)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 8, 10, 19])
+@pytest.mark.parametrize(("empty", "last"), [(0, -3.0), (0, -200.0), (8, -120.0), (9, 40.0)])
+def test_chunks_are_joined_by_their_weights(n_chunks, empty, last):
+    """8 at a time, of very different log-sum-exps; the first ones may be empty, as behind a sliding window."""
+    generator = torch.Generator().manual_seed(n_chunks)
+    parts = torch.randn(n_chunks, 4, 16, generator=generator)
+    lse = last + 6 * torch.rand(n_chunks, 4, generator=generator) + 9.0 * torch.arange(1 - n_chunks, 1)[:, None]
+    lse[: min(empty, n_chunks - 1)] = -math.inf
+    expected = (torch.softmax(lse.double(), 0)[..., None] * parts).sum(0)
+    out = torch.empty(4, 16, device=DEVICE)
+    _join_kernel[(1,)](parts.to(DEVICE), lse.to(DEVICE), out, n_chunks, HEADS=4, WIDTH=16)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- draws
 
 
