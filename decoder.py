@@ -98,8 +98,8 @@ class FusedGpuStep:
         def buffer(*shape: int, dtype=torch.float32) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        # what one launch of a step leaves to the next; y is kept per layer: its words bear the step's number alone, and
-        # o guesses by its last input
+        # what one launch of a step leaves to the next. Each layer has a y of its own: all words of a step have one tag,
+        # and o guesses by its last input
         cache_rows, _, cache_length, _ = model.layers[0].attention.kv_cache.k_cache.shape
         self.drafts, rows, rstd_buffer = drafts, drafts or cache_rows, triton_gemv.RSTD_BUFFER
         q, kv = config.n_head * config.head_dim, config.n_local_heads * config.head_dim
@@ -110,7 +110,7 @@ class FusedGpuStep:
             self.residual = self.residual._replace(fineness=fineness, beyond=buffer(1, dtype=torch.int32))
         self.qkv = buffer(rows, q + 2 * kv + rstd_buffer)
         self.gate_up = buffer(rows, 2 * config.intermediate_size + rstd_buffer)
-        self.y = buffer(config.n_layer, rows, q, dtype=torch.int32 if half else model.dtype)  # half: stamped
+        self.y = buffer(config.n_layer, rows, q, dtype=torch.int32 if half else model.dtype)  # half: tagged
         self.chunks = fused_step.new_chunks(rows, config.n_local_heads, config.n_head, q, cache_length, half, device)
         self.x, self.logits = buffer(rows, config.dim, dtype=model.dtype), buffer(rows, config.vocab_size)
         most = max(len(m.widths) * (-(-len(m.weight) // 128) * 128) for m in model.sites)  # inputs of all segments
@@ -179,7 +179,7 @@ class FusedGpuStep:
             if shared:
                 kernels.launch_cache(*read, config.n_head, pdl)
             kernels.launch_attention(*read, self.chunks, y, self.residual, ahead, pdl, shared)
-            multiply("given", y, products[attention.wo], self.added, stamp=self.chunks.stamp)
+            multiply("given", y, products[attention.wo], self.added, tag=self.chunks.tag)
             self.sum_parts()
             multiply("norm", h, gate_up, self.gate_up, norm=ffn_norm, zero=self.qkv)
             multiply(config.activation, self.gate_up, products[feed_forward.w2], self.added)
@@ -189,7 +189,7 @@ class FusedGpuStep:
         self.launch_prepare(h, self.head_operation, None, prepared, norm=self.head_norm, pdl=pdl)
         kernels.launch_head(self.x, model.output_weight, scale, config.logits_scaling, *self.head_out, pdl)
         self.join_logits()
-        state = self.seed, self.position, self.token, self.tokens, self.chunks.stamp
+        state = self.seed, self.position, self.token, self.tokens, self.chunks.tag
         kernels.launch_sample(self.logits, self.top, self.groups, *state, *self.sampling, pdl)
 
     # where ranks share a step, see tp.py: add all their parts of `added` to the residual stream; gather their logits

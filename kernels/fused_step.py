@@ -29,7 +29,7 @@ from torch.nn import Module
 from kernels import grids, plan
 from kernels.heads import Heads
 from kernels.packed_words import TABLE, WIDTH, four_pairs, in_order, load_words, scales, with_escapes
-from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap, stamped
+from kernels.triton_gemv import Norm, Product, prefetch_gate_up, rounded, snap, tagged
 
 GROUP = 8  # tokens whose largest logit the sampling looks at
 JOINED = tl.constexpr(8)  # chunks of attention that are loaded at once to be joined: as many as 512 positions have
@@ -209,7 +209,7 @@ def _attention_kernel(
     # the new position's query, key and value, and the cache
     qkv_ptr, bias_ptr, q_gain_ptr, k_gain_ptr, inv_freq_ptr, k_cache_ptr, v_cache_ptr, position_ptr,
     # the chunks' results, how many of a head have arrived, and the output
-    part_ptr, lse_ptr, arrived_ptr, stamp_ptr, y_ptr,
+    part_ptr, lse_ptr, arrived_ptr, tag_ptr, y_ptr,
     # sizes: outputs of qkv with its room, positions of the cache, its chunks, and positions of the sliding window; the
     # scores' scale, and epsilon of the norms of q and k
     qkv_stride, seq_length, splits, sliding_window, softmax_scale, eps,
@@ -252,9 +252,9 @@ def _attention_kernel(
                 )
         return
 
-    position, stamp = tl.load(position_ptr + row).to(tl.int32), 0
-    if stamp_ptr is not None:
-        stamp = tl.load(stamp_ptr)
+    position, tag = tl.load(position_ptr + row).to(tl.int32), 0
+    if tag_ptr is not None:
+        tag = tl.load(tag_ptr)
     n_chunks = chunk_of(position) + 1
     if split >= n_chunks:
         return
@@ -348,8 +348,8 @@ def _attention_kernel(
         of_head = tl.max_contiguous(head * HEADS_PER_KV + tl.broadcast_to(r, (ROWS, BLOCK_D)), (1, 1))
         at = tl.max_contiguous(q_at, (1, 1))
         y = _join_chunks(part_ptr, lse_ptr, n_chunks, of_head, at, q_in, N_HEAD, N_HEAD * HEAD_DIM).to(DTYPE)
-        if stamp_ptr is not None:
-            y = stamped(y, stamp)
+        if tag_ptr is not None:
+            y = tagged(y, tag)
         tl.store(y_ptr + at, y, mask=q_in)
 
 
@@ -397,23 +397,23 @@ class Chunks(NamedTuple):
     """Room for attention's chunks: results [rows, splits, n_head head_dim] and log-sum-exps [rows, splits, n_head].
 
     Both float32. arrived: [rows, n_kv] int32, how many of a key/value head's chunks have ended, 0 between launches.
-    stamp: [1] int32, the step's number, with which what they join to is `stamped`; None: it is not.
+    tag: [1] int32, the step's number, which tags the joined results, see `triton_gemv.tagged`; None: it does not.
     """
 
     parts: Tensor
     lse: Tensor
     arrived: Tensor
-    stamp: Tensor | None
+    tag: Tensor | None
 
 
 def new_chunks(
-    rows: int, n_kv: int, n_head: int, width: int, cache_length: int, stamps: bool, device: torch.device
+    rows: int, n_kv: int, n_head: int, width: int, cache_length: int, tags: bool, device: torch.device
 ) -> Chunks:
     """`Chunks` for a cache; width: elements of all heads. The first step is number 1: no word of zeros is its own."""
     splits = chunks_in(cache_length)
     parts, lse = (torch.zeros(rows, splits, n, device=device) for n in (width, n_head))
     arrived = torch.zeros(rows, n_kv, device=device, dtype=torch.int32)
-    return Chunks(parts, lse, arrived, torch.ones(1, device=device, dtype=torch.int32) if stamps else None)
+    return Chunks(parts, lse, arrived, torch.ones(1, device=device, dtype=torch.int32) if tags else None)
 
 
 def launch_attention(
@@ -425,7 +425,7 @@ def launch_attention(
     qkv: [rows, (n_head + 2 n_kv) head_dim and room], float32.
     cache: with k_cache and v_cache, each [rows, n_kv, seq_length, head_dim].
     position: [rows], int64.
-    y: in the model's dtype; stamped where `chunks` has a stamp.
+    y: in the model's dtype; tagged where `chunks` has a tag.
     residual: looked at meanwhile; what qkv was made of.
     ahead: ffn_norm and gate|up, whose rows are prefetched meanwhile, with `pdl`, where there is one row.
     shared: the rows stand at positions of one text, whose cache of one row `launch_cache` has written.
@@ -600,7 +600,7 @@ def _sample_kernel(
     # what the lm_head left, and room for the groups that are looked at
     logits_ptr, top_ptr, groups_ptr,
     # read and moved on
-    seed_ptr, position_ptr, token_ptr, tokens_ptr, stamp_ptr,
+    seed_ptr, position_ptr, token_ptr, tokens_ptr, tag_ptr,
     n_vocab, n_groups, logits_stride, tokens_stride, temperature, top_k,
     # compiled in; CAPACITY: groups that are looked at, of GROUP tokens
     GREEDY: tl.constexpr, BLOCK_GROUPS: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr, PDL: tl.constexpr,
@@ -652,24 +652,24 @@ def _sample_kernel(
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(tokens_ptr + position + 1, token.to(tl.int64))
     tl.store(position_ptr + row, position + 1)
-    if stamp_ptr is not None:
+    if tag_ptr is not None:
         if row == 0:
-            tl.store(stamp_ptr, tl.load(stamp_ptr) + 1)
+            tl.store(tag_ptr, tl.load(tag_ptr) + 1)
 
 
 def launch_sample(
     logits: Tensor, top: Tensor, groups: Tensor, seed: Tensor, position: Tensor, token: Tensor, tokens: Tensor,
-    stamp: Tensor | None, temperature: float, top_k: int, pdl: bool,
+    tag: Tensor | None, temperature: float, top_k: int, pdl: bool,
 ) -> None:
     """The next token of each row from what `launch_head` left: token and tokens[:, position + 1].
 
     seed, position, token: [rows], int64; tokens: [rows, positions]; groups: [rows, room], int32.
-    stamp: [1], int32, or None. It grows by one, as every position does.
+    tag: [1], int32, or None. It grows by one, as every position does.
     """
     greedy, n_vocab = temperature == 0, logits.shape[1]
     _sample_kernel[(len(token),)](
         logits, top, groups,
-        seed, position, token, tokens, stamp,
+        seed, position, token, tokens, tag,
         n_vocab, top.shape[1], logits.stride(0), tokens.stride(0), float(temperature or 1.0), 1 if greedy else top_k,
         GREEDY=greedy, BLOCK_GROUPS=triton.next_power_of_2(top.shape[1]), GROUP=GROUP, CAPACITY=groups.shape[1],
         PDL=pdl, num_warps=16, launch_pdl=pdl,

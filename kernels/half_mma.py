@@ -265,8 +265,8 @@ def _shared_rstds(slots_ptr, slots_stride, program, h_ptr, h_stride, eps, N: tl.
 def _half_kernel(
     # read and written. With PREPARED x and kept are what `few_rows.launch_prepare` makes, two rows side by side
     x_ptr, kept_ptr, gain_ptr, weight_ptr, threshold_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, fineness_ptr,
-    # of packed weights: see `packed.escape_table`; the step's number, if x is awaited
-    table_ptr, stamp_ptr,
+    # of packed weights: see `packed.escape_table`; tag of the step, if x is awaited
+    table_ptr, tag_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
     x_stride, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     # compiled in; N_OUT: so that a load's place needs no arithmetic; ZERO: how much of zero_ptr each program fills
@@ -287,7 +287,7 @@ def _half_kernel(
     APART: tl.constexpr = 8 if PACKED else PIECE  # outputs from one of a lane's pieces to the next
     SETS: tl.constexpr = 1 if ROWS == 1 else PIECES  # of 4 sums to a lane and two rows
     INLINE: tl.constexpr = PACKED and PAIRS == 1
-    AWAIT: tl.constexpr = stamp_ptr is not None
+    AWAIT: tl.constexpr = tag_ptr is not None
 
     # the program's row of x, segment and tile
     lane = tl.arange(0, BLOCK)
@@ -357,7 +357,7 @@ def _half_kernel(
         tl.store(zero_ptr + z, tl.zeros((ZERO,), tl.float32), mask=z < n_zero)
     operands, rstds = (), (1.0,) * ROWS
     if AWAIT:
-        operands = await_inputs(rows, x_ptr, stamp_ptr, OP, BLOCKS)
+        operands = await_inputs(rows, x_ptr, tag_ptr, OP, BLOCKS)
     elif not PREPARED:
         for n in tl.static_range(BLOCKS * ROWS):
             a, up = load_inputs(rows + n // ROWS * BLOCK, x_ptr + n % ROWS * x_stride, OP, "")
@@ -471,11 +471,11 @@ def fits_half(product: Product) -> bool:
 def launch_half(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     prepared: Prepared | None = None, norm: Norm | None = None, zero: Tensor | None = None,
-    stamp: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
+    tag: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
 ) -> None:
     """`kernels.triton_gemv.launch_gemv` of a 16-bit weight, of several rows of any prologue with `prepared`.
 
-    x: "given" [rows, in], in dtype or stamped; else float32: h [rows, in] or gate|up [rows, 2 in and room].
+    x: "given" [rows, in], in dtype or tagged; else float32: h [rows, in] or gate|up [rows, 2 in and room].
     out: [rows, out and room], float32.
     """
     product.check()
@@ -503,7 +503,7 @@ def launch_half(
     n_zero, zero_block = zeros_of(zero, grid[0] * grid[1])
     _half_kernel[grid](
         made, kept, gain, weight.view(torch.int32) if packed else weight, product.threshold, out, zero, last_rstd,
-        product.offset, product.fineness, product.weight_scale, None if prepared else stamp,
+        product.offset, product.fineness, product.weight_scale, None if prepared else tag,
         x_stride, out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         N_OUT=starts[-1], OP=operation, PLAN=plan, LANES=lanes, ROWS=rows, PREPARED=apart, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,

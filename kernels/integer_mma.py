@@ -400,8 +400,8 @@ def _integer_kernel(
     x_ptr, gain_ptr, threshold_ptr, made_ptr, kept_ptr, down_ptr,
     # read and written
     weight_ptr, out_ptr, zero_ptr, last_rstd_ptr, offset_ptr, weight_scale_ptr, fineness_ptr,
-    # the step's number, if x is awaited
-    stamp_ptr,
+    # tag of the step, if x is awaited
+    tag_ptr,
     # sizes; tiles_i and start_i: first tile and first output of segment i; the norm's epsilon
     n_out, out_stride, n_zero, tiles_1, tiles_2, start_1, start_2, eps,
     # compiled in; ROWS: of those made, or 0; ZERO: how much of zero_ptr each program fills
@@ -420,7 +420,7 @@ def _integer_kernel(
     N: tl.constexpr = 4 if OP.bits == 8 else 2  # outputs that a lane adds, of each chunk
     GRID: tl.constexpr = fineness_ptr is not None
     OFFSET: tl.constexpr = offset_ptr is not None
-    AWAIT: tl.constexpr = stamp_ptr is not None
+    AWAIT: tl.constexpr = tag_ptr is not None
     lane = tl.arange(0, BLOCK)
     group = tl.program_id(1)
     program = group * tl.num_programs(0) + tl.program_id(0)
@@ -488,10 +488,11 @@ def _integer_kernel(
     if ROWS == 0:
         operands, largest, rstd = (), tl.zeros((BLOCK,), tl.int32), 1.0
         if AWAIT:
-            operands = await_inputs(rows, x_ptr, stamp_ptr, OP, BLOCKS)
-        for b in tl.static_range(0 if AWAIT else BLOCKS):
-            a, up = load_inputs(rows + b * BLOCK, x_ptr, OP, "")
-            operands = operands + ((a, up),)
+            operands = await_inputs(rows, x_ptr, tag_ptr, OP, BLOCKS)
+        else:
+            for b in tl.static_range(BLOCKS):
+                a, up = load_inputs(rows + b * BLOCK, x_ptr, OP, "")
+                operands = operands + ((a, up),)
         if OP.prologue == "norm":
             rstd = shared_rstd(out_ptr + n_out, program, x_ptr, eps, OP.n_in)
             if PLAN.guess:
@@ -575,7 +576,7 @@ def lanes_of(plan, product: Product, hopper: bool) -> Lanes:
 def launch_integers(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
     prepared: Prepared | None = None, norm: Norm | None = None, zero: Tensor | None = None,
-    stamp: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
+    tag: Tensor | None = None, dtype: torch.dtype, pdl: bool = False,
 ) -> None:
     """`launch_gemv` of `kernels.triton_gemv` for int8 and int4, of several rows of any prologue with `prepared`."""
     product.check()
@@ -602,7 +603,7 @@ def launch_integers(
     n_zero, zero_block = zeros_of(zero, grid[0] * grid[1])
     _integer_kernel[grid](
         x, gain, product.threshold, *(prepared or (None, None, None)), weight, out, zero, last_rstd, *read,
-        None if prepared else stamp,
+        None if prepared else tag,
         starts[-1], out.stride(0), n_zero, *tiles[1:MAX_SEGMENTS], *starts[1:MAX_SEGMENTS], eps,
         OP=operation, PLAN=plan, LANES=lanes, ROWS=rows if prepared else 0, ZERO=zero_block, PDL=pdl,
         num_warps=1, launch_pdl=pdl, maxnreg=plan.registers,

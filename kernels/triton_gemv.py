@@ -114,11 +114,11 @@ def load_constants(rows, gain_ptr, threshold_ptr, OP: tl.constexpr):
 def load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
     """Loads the two float32 operands from which `inputs` makes x[rows]; the second is `up`, or zero.
 
-    CACHE ".cg" leaves nothing in L1: what is read before the wait may change. x may be `stamped`.
+    CACHE ".cg" leaves nothing in L1: what is read before the wait may change. x may be `tagged`.
     """
     in_range = rows < OP.n_in
     a = tl.load(x_ptr + rows, mask=in_range, other=0, cache_modifier=CACHE)
-    a = unstamped(a, OP) if x_ptr.dtype.element_ty == tl.int32 else a.to(tl.float32)
+    a = untagged(a, OP) if x_ptr.dtype.element_ty == tl.int32 else a.to(tl.float32)
     b = tl.zeros_like(a)
     if OP.prologue != "given" and OP.prologue != "norm":
         b = tl.load(x_ptr + OP.n_in + rows, mask=in_range, other=0.0, cache_modifier=CACHE)
@@ -126,44 +126,44 @@ def load_inputs(rows, x_ptr, OP: tl.constexpr, CACHE: tl.constexpr):
 
 
 @triton.jit
-def stamped(x, stamp):
+def tagged(x, tag):
     """x of 16 bits with the number of the step that writes it, in one word: who reads both knows whether x is new."""
-    return (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (stamp << 16)
+    return (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (tag << 16)
 
 
 @triton.jit
-def unstamped(words, OP: tl.constexpr):
+def untagged(words, OP: tl.constexpr):
     return words.to(tl.int16).to(OP.dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _words(rows, x_ptr, OP: tl.constexpr):
+def _tagged_words(rows, x_ptr, OP: tl.constexpr):
     return tl.load(x_ptr + rows, mask=rows < OP.n_in, other=0, volatile=True)
 
 
 @triton.jit
-def _old(words, rows, stamp, OP: tl.constexpr):
-    """1 for each stamped word of another step."""
-    return ((rows < OP.n_in) & ((words >> 16 & 0xFFFF) != (stamp & 0xFFFF))).to(tl.int32)
+def _old(words, rows, tag, OP: tl.constexpr):
+    """1 for each tagged word of another step."""
+    return ((rows < OP.n_in) & ((words >> 16 & 0xFFFF) != (tag & 0xFFFF))).to(tl.int32)
 
 
 @triton.jit
-def await_inputs(rows, x_ptr, stamp_ptr, OP: tl.constexpr, BLOCKS: tl.constexpr):
-    """`load_inputs` of 1 or 2 blocks of stamped x, as soon as the launch before has written them in this step.
+def await_inputs(rows, x_ptr, tag_ptr, OP: tl.constexpr, BLOCKS: tl.constexpr):
+    """`load_inputs` of 1 or 2 blocks of tagged x, as soon as the launch before has written them in this step.
 
     To wait for its end, and then to load x, takes about 0.8 us longer (H100).
     """
-    stamp, none, words = tl.load(stamp_ptr), tl.zeros((BLOCK,), tl.float32), _words(rows, x_ptr, OP)
+    tag, none, words = tl.load(tag_ptr), tl.zeros((BLOCK,), tl.float32), _tagged_words(rows, x_ptr, OP)
     if BLOCKS == 1:
-        while tl.max(_old(words, rows, stamp, OP)) > 0:
-            words = _words(rows, x_ptr, OP)
-        return ((unstamped(words, OP), none),)
+        while tl.max(_old(words, rows, tag, OP)) > 0:
+            words = _tagged_words(rows, x_ptr, OP)
+        return ((untagged(words, OP), none),)
     else:
         tl.static_assert(BLOCKS == 2)
-        behind, next_words = rows + BLOCK, _words(rows + BLOCK, x_ptr, OP)
-        while tl.max(_old(words, rows, stamp, OP) | _old(next_words, behind, stamp, OP)) > 0:
-            words, next_words = _words(rows, x_ptr, OP), _words(behind, x_ptr, OP)
-        return ((unstamped(words, OP), none), (unstamped(next_words, OP), none))
+        behind, next_words = rows + BLOCK, _tagged_words(rows + BLOCK, x_ptr, OP)
+        while tl.max(_old(words, rows, tag, OP) | _old(next_words, behind, tag, OP)) > 0:
+            words, next_words = _tagged_words(rows, x_ptr, OP), _tagged_words(behind, x_ptr, OP)
+        return ((untagged(words, OP), none), (untagged(next_words, OP), none))
 
 
 @triton.jit
@@ -445,7 +445,7 @@ def zeros_of(zero: Tensor | None, programs: int) -> tuple[int, int]:
 
 def launch_gemv(
     prologue: str, x: Tensor, product: Product, out: Tensor, *,
-    norm: Norm | None = None, zero: Tensor | None = None, stamp: Tensor | None = None,
+    norm: Norm | None = None, zero: Tensor | None = None, tag: Tensor | None = None,
     dtype: torch.dtype | None = None, pdl: bool = False,
 ) -> None:
     """Adds multiplier (W^T cut(x - shift) + offset) to `out`, with x made by the prologue, see `Operation`.
@@ -453,10 +453,10 @@ def launch_gemv(
     This kernel is of floating weights of any width, and reads them for each row of x. The others' launchers take the
     same; with `pdl` they read x before the launch before has ended, too, to guess what is kept.
 
-    x: "given" [B, in], may be `stamped`; else float32: h [B, in] or gate|up [B, 2 in and room].
+    x: "given" [B, in], may be `tagged`; else float32: h [B, in] or gate|up [B, 2 in and room].
     out: [B, out and room], float32; with "norm" [B, out + RSTD_BUFFER], the rest zeros that take the norm's rstd.
     norm, zero: of the prologue "norm"; a float32 buffer to fill with zeros.
-    stamp: [1], int32, the step's number, with which the launch before stamps x. The others' kernels of one row await x
+    tag: [1], int32, the step's number, with which the launch before tags x. The others' kernels of one row await x
         by it, and that launch's end only before their own.
     dtype: in which the inputs are rounded and compared; the weight's, if None.
     pdl: programmatic dependent launch.

@@ -99,7 +99,7 @@ def test_fused_steps_equal_plain_ones(name, sparsity, monkeypatch):
         torch.testing.assert_close(decoder.logits[0, :101], expected, rtol=1e-4, atol=tolerance)
     assert decoder.tokens[0, prompt : prompt + steps + 1].tolist() == [3, *tokens]
     assert decoder.position.item() == prompt + steps
-    assert not decoder.chunks.arrived.any() and decoder.chunks.stamp is None
+    assert not decoder.chunks.arrived.any() and decoder.chunks.tag is None
     for fused, plain in zip(caches(model), after, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=tolerance)
 
@@ -116,9 +116,9 @@ def test_a_step_of_16_bits_rounds_as_the_plain_one(options):
     step.start(torch.tensor([3], device=DEVICE), [63], [0])
     step.step()
     assert (step.logits[0, :101] - expected).norm() <= rtol * expected.norm()
-    assert step.chunks.stamp.item() == 2 and (step.y >> 16 == 1).all()  # the step's number, in each word that o awaits
+    assert step.chunks.tag.item() == 2 and (step.y >> 16 == 1).all()  # the step's number, in each word that o awaits
     step.step()
-    assert step.chunks.stamp.item() == 3 and (step.y >> 16 == 2).all()
+    assert step.chunks.tag.item() == 3 and (step.y >> 16 == 2).all()
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -141,12 +141,12 @@ def test_o_waits_until_all_its_inputs_are_of_this_step(form, cut, blocks, monkey
     out, expected, compiled = torch.zeros(3, 1, 128, device=DEVICE)
     launch_product("given", x[1:], product, expected, dtype=x.dtype)
     old, new = (row.view(torch.int16).int() & 0xFFFF | step << 16 for row, step in zip(x, (6, 7), strict=True))
-    y, stamp = old.clone()[None], torch.tensor([7], dtype=torch.int32, device=DEVICE)
-    launch_product("given", new[None], product, compiled, dtype=x.dtype, stamp=stamp)
+    y, tag = old.clone()[None], torch.tensor([7], dtype=torch.int32, device=DEVICE)
+    launch_product("given", new[None], product, compiled, dtype=x.dtype, tag=tag)
 
     def launch() -> None:
         with torch.cuda.stream(torch.cuda.Stream()) if DEVICE == "cuda" else nullcontext():
-            launch_product("given", y, product, out, dtype=x.dtype, stamp=stamp)
+            launch_product("given", y, product, out, dtype=x.dtype, tag=tag)
             if DEVICE == "cuda":
                 torch.cuda.current_stream().synchronize()
 
@@ -249,8 +249,8 @@ def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
     ptx = kernel.asm["ptx"]
     assert ptx.count("stage[") < 2  # two layouts would make the compiler copy `half_mma.stage_assembly`
-    stamp = dict(zip(self.arg_names, args, strict=False)).get("stamp_ptr")
-    if self.__name__ in ("_half_kernel", "_integer_kernel") and stamp is not None and options["PDL"]:
+    tag = dict(zip(self.arg_names, args, strict=False)).get("tag_ptr")
+    if self.__name__ in ("_half_kernel", "_integer_kernel") and tag is not None and options["PDL"]:
         awaiting.add(self.__name__)  # it waits for the launch before at the end alone
         assert ptx.count("griddepcontrol.wait") == 1
         assert ptx.index("ld.volatile") < ptx.rindex("red.") < ptx.index("griddepcontrol.wait")
